@@ -1,0 +1,381 @@
+"""Checkpoints: one folder from which everything else starts.
+
+    config.json              {"format": 1, "model": ..., "training": ... | null, "granularities_trained": [...] | null}
+    tokenizer/               tokenizer files
+    checkpoints/<step>/      Orbax: params, optimizer, data (position of the data pipeline), meta (JSON)
+
+A training workdir is such a folder; one to ship holds only `params` and `meta`. Readers take the
+newest step. `load` reads folders in the released PyTorch layout as well.
+"""
+
+import dataclasses
+import fcntl
+import json
+import logging
+import os
+import pathlib
+import shutil
+from typing import Any, NamedTuple, Protocol, Self
+
+import grain.checkpoint
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.sharding import Mesh, SingleDeviceSharding
+
+from avg_llava_jax import parameters, released, sharding
+from avg_llava_jax.config import ModelConfig, from_dict, to_dict
+from avg_llava_jax.data.tokenizer import load_tokenizer
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+CONFIG, STEPS, TOKENIZER, LOCK = "config.json", "checkpoints", "tokenizer", ".lock"
+
+Folder = str | os.PathLike[str]
+
+
+class Loaded(NamedTuple):
+    """A model as `load` returns it.
+
+    meta: `step` (int), `training` (the config it was trained with, or None), `granularities_trained` (list or None).
+    """
+
+    config: ModelConfig
+    params: parameters.Params
+    tokenizer_folder: pathlib.Path
+    meta: dict[str, Any]
+
+
+class Stateful(Protocol):
+    """A data pipeline that can say where it is (bytes or JSON values) and go there."""
+
+    def get_state(self) -> Any: ...
+
+    def set_state(self, state: Any) -> None: ...
+
+
+def save_config(
+    folder: Folder,
+    config: ModelConfig,
+    training: dict[str, Any] | None = None,
+    granularities_trained: list[int] | None = None,
+) -> None:
+    """Write config.json, whole or not at all.
+
+    Raises:
+      ValueError: the folder already holds a model of another config; names the first field that differs.
+    """
+    folder = pathlib.Path(folder)
+    path = folder / CONFIG
+    if path.exists():
+        difference = _difference(to_dict(read_config(folder)[0]), to_dict(config), "model")
+        if difference:
+            raise ValueError(f"{folder} holds another model: {difference}; use another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    values = {
+        "format": FORMAT,
+        "model": to_dict(config),
+        "training": training,
+        "granularities_trained": granularities_trained,
+    }
+    beside = path.with_suffix(".json.part")
+    beside.write_text(json.dumps(values, indent=2) + "\n")
+    os.replace(beside, path)
+
+
+def _difference(old: Any, new: Any, where: str) -> str | None:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            difference = _difference(old.get(key), new.get(key), f"{where}.{key}")
+            if difference:
+                return difference
+        return None
+    return None if old == new else f"{where} is {old!r} there and {new!r} here"
+
+
+def read_config(folder: Folder) -> tuple[ModelConfig, dict[str, Any]]:
+    """The model config of a folder of ours, and the other values of its config.json.
+
+    Raises:
+      FileNotFoundError, ValueError: not a checkpoint folder, or not one of this format.
+    """
+    path = pathlib.Path(folder) / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} is not a checkpoint folder: it has no {CONFIG}")
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(values, dict) or values.get("format") != FORMAT or "model" not in values:
+        raise ValueError(f"{path} is not the config of an avg_llava_jax checkpoint of format {FORMAT}")
+    try:
+        config = from_dict(values.pop("model"))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
+    return config, values
+
+
+def copy_tokenizer(source: Folder, folder: Folder) -> None:
+    """Copy the tokenizer files of folder `source` into the checkpoint `folder`."""
+    load_tokenizer(source).save(pathlib.Path(folder) / TOKENIZER)
+
+
+def steps(folder: Folder) -> list[int]:
+    """The complete steps of a folder, ascending. Orbax writes beside and renames: what has its final name is whole."""
+    root = pathlib.Path(folder) / STEPS
+    if not root.is_dir():
+        return []
+    return sorted(int(entry.name) for entry in root.iterdir() if entry.name.isdecimal() and (entry / "params").is_dir())
+
+
+def load(path: Folder, vision_tower: Folder | None = None, mesh: Mesh | None = None, dtype: Any = None) -> Loaded:
+    """Load a model from a checkpoint folder of ours (its newest readable step) or from a released-layout folder.
+
+    Shapes first, then shardings, then every device reads its own part.
+
+    Args:
+      path: the folder.
+      vision_tower: for a released-layout folder, the CLIP folder that its config names.
+      mesh: where the parameters go; None = the first device.
+      dtype: of the parameters; None = as stored.
+
+    Raises:
+      FileNotFoundError: no such folder, or no complete step in it.
+      ValueError: the folder's content contradicts itself; one line that names what.
+    """
+    folder = pathlib.Path(path)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"checkpoint folder {folder} does not exist")
+    if released.is_released(folder):
+        config, params = released.load(folder, vision_tower, mesh, dtype)
+        meta = {"step": 0, "training": None, "granularities_trained": list(config.granularities)}
+        return Loaded(config, params, folder, meta)
+    if vision_tower is not None:
+        raise ValueError(f"{folder} is a checkpoint of this project and holds its vision encoder: drop vision_tower")
+
+    config, values = read_config(folder)
+    available = steps(folder)
+    if not available:
+        raise FileNotFoundError(f"{folder} has no complete step under {STEPS}/")
+    for step in reversed(available):
+        stored = _stored(_step(folder, step) / "params")
+        if stored is not None:
+            _check(folder, step, stored, parameters.flat(parameters.abstract(config)))
+            params = _read(_step(folder, step) / "params", _targets(stored, mesh, dtype))
+            if params is not None:
+                return Loaded(config, params, folder / TOKENIZER, {"step": step, **values})
+        logger.warning("checkpoint %s is damaged; trying the step before it", _step(folder, step))
+    raise ValueError(f"{folder}: none of the steps {available} is readable")
+
+
+def _step(folder: pathlib.Path, step: int) -> pathlib.Path:
+    return folder.resolve() / STEPS / str(step)
+
+
+def _targets(stored: dict[str, jax.ShapeDtypeStruct], mesh: Mesh | None, dtype: Any) -> parameters.Params:
+    """Shapes, dtypes and shardings to restore the stored parameters into."""
+    shapes = parameters.unflat({path: jax.ShapeDtypeStruct(s.shape, dtype or s.dtype) for path, s in stored.items()})
+    if mesh is None:
+        return _placed(shapes)
+    return jax.tree.map(
+        lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at),
+        shapes,
+        sharding.shardings(mesh, shapes),
+    )
+
+
+def _placed(tree: Any) -> Any:
+    """Arrays or shapes as restore targets; what has no sharding goes to the first device."""
+    first = SingleDeviceSharding(jax.local_devices()[0])
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or first),
+        tree,
+    )
+
+
+def _stored(folder: pathlib.Path) -> dict[str, jax.ShapeDtypeStruct] | None:
+    """Shapes and dtypes of a saved tree by path, None where they cannot be read."""
+    try:
+        tree = ocp.StandardCheckpointHandler().metadata(epath.Path(folder)).tree
+    except (ValueError, OSError, KeyError, AttributeError):
+        return None
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: hasattr(node, "shape"))
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        for path, leaf in leaves
+    }
+
+
+def _read(folder: pathlib.Path, targets: Any) -> Any | None:
+    """A saved tree, None where its files are damaged."""
+    try:
+        return ocp.StandardCheckpointHandler().restore(epath.Path(folder), args=ocp.args.StandardRestore(targets))
+    except Exception as error:
+        # Orbax raises an unreadable chunk as a bare Exception; others (out of memory, ...) are no damage.
+        if type(error) is not Exception and not isinstance(error, (ValueError, OSError, KeyError)):
+            raise
+        logger.warning("%s: %s", folder, str(error).splitlines()[0][:120])
+        return None
+
+
+def _check(folder: pathlib.Path, step: int, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Saved parameters must be those that the config asks for."""
+    where = f"{folder}, step {step}"
+    for path, leaf in wanted.items():
+        if path not in stored:
+            raise ValueError(f"{where}: parameter {path!r} is missing")
+        if stored[path].shape != leaf.shape:
+            raise ValueError(
+                f"{where}: parameter {path!r} has shape {stored[path].shape}, its config says {leaf.shape}"
+            )
+    unknown = sorted(stored.keys() - wanted.keys())
+    if unknown:
+        raise ValueError(f"{where}: parameter {unknown[0]!r} is none of this model")
+
+
+class Restored(NamedTuple):
+    """What `Manager.restore` returns; the data pipeline has been moved in place."""
+
+    step: int
+    params: parameters.Params
+    optimizer: Any
+    meta: dict[str, Any]
+
+
+@dataclasses.dataclass
+class _Position:
+    """A pipeline's position as the text that Grain's handler stores, one file a process."""
+
+    source: Stateful
+
+    def get_state(self) -> bytes:
+        state = self.source.get_state()
+        kind, state = ("bytes", state.decode()) if isinstance(state, bytes) else ("json", state)
+        return json.dumps({"kind": kind, "state": state}).encode()
+
+
+class Manager:
+    """Writes the checkpoints of one training run, in the background, and keeps the newest `keep`.
+
+    Only one process (or one group of `jax.distributed` processes) may hold a workdir. Use it as a
+    context manager: leaving it waits for the last save and lets the workdir go.
+
+    Raises:
+      RuntimeError: another process holds the workdir.
+    """
+
+    def __init__(self, workdir: Folder, keep: int = 2):
+        self.folder = pathlib.Path(workdir).resolve()
+        (self.folder / STEPS).mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(self.folder) if jax.process_index() == 0 else None
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        self._manager = ocp.CheckpointManager(self.folder / STEPS, options=options)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def save(
+        self,
+        step: int,
+        params: parameters.Params,
+        optimizer: Any = None,
+        data: Stateful | None = None,
+        meta: dict[str, Any] | None = None,
+    ) -> None:
+        """Start saving a step; the arrays are copied before this returns and may then be donated.
+
+        `params` are all of them, frozen ones included. `meta` is JSON. Errors of an earlier save surface here.
+        """
+        if step in steps(self.folder):
+            return
+        items: dict[str, Any] = {"params": ocp.args.StandardSave(params), "meta": ocp.args.JsonSave(meta or {})}
+        if optimizer is not None:
+            items["optimizer"] = ocp.args.StandardSave(optimizer)
+        if data is not None:
+            items["data"] = grain.checkpoint.CheckpointSave(_Position(data))
+        self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+
+    def restore(self, params: parameters.Params, optimizer: Any, data: Stateful | None = None) -> Restored | None:
+        """The newest readable step, or None where there is none at all.
+
+        `params` and `optimizer` are arrays or ShapeDtypeStructs: each leaf is restored to its dtype and
+        sharding (the first device if it has none). A damaged step is named in a warning, renamed to
+        `<step>.damaged`, and the one before is used.
+
+        Raises:
+          ValueError: no step is readable, or a step does not belong to this model.
+        """
+        available = steps(self.folder)
+        damaged = []
+        for step in reversed(available):
+            restored = self._restore(step, params, optimizer, data)
+            if restored is None:
+                damaged.append(_step(self.folder, step))
+                continue
+            for bad in damaged:
+                logger.warning("checkpoint %s is damaged; using step %d", bad, step)
+                if jax.process_index() == 0:
+                    aside = bad.with_name(f"{bad.name}.damaged")
+                    shutil.rmtree(aside, ignore_errors=True)
+                    bad.rename(aside)
+            if damaged:
+                self._manager.reload()
+            return restored
+        if available:
+            raise ValueError(f"{self.folder}: none of the steps {available} is readable")
+        return None
+
+    def _restore(self, step: int, params: Any, optimizer: Any, data: Stateful | None) -> Restored | None:
+        folder = _step(self.folder, step)
+        stored, moments = _stored(folder / "params"), _stored(folder / "optimizer")
+        if stored is None or moments is None:
+            return None
+        _check(self.folder, step, stored, parameters.flat(params))
+        if sorted(leaf.shape for leaf in moments.values()) != sorted(leaf.shape for leaf in jax.tree.leaves(optimizer)):
+            raise ValueError(f"{self.folder}, step {step}: its optimizer state belongs to another optimizer or phase")
+        try:
+            meta = json.loads((folder / "meta" / "metadata").read_text())
+            position = self._position(folder) if data is not None else None
+        except (ValueError, OSError, KeyError) as error:
+            logger.warning("%s: %s", folder, error)
+            return None
+        read = _read(folder / "params", _placed(params)), _read(folder / "optimizer", _placed(optimizer))
+        if read[0] is None or read[1] is None:
+            return None
+        if data is not None:
+            data.set_state(position)
+        return Restored(step, *read, meta)
+
+    def _position(self, folder: pathlib.Path) -> Any:
+        file = f"process_{jax.process_index()}-of-{jax.process_count()}.json"
+        values = json.loads((folder / "data" / file).read_text())
+        return values["state"].encode() if values["kind"] == "bytes" else values["state"]
+
+    def wait(self) -> None:
+        """Block until the last save is on disk; raises if it failed."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Wait, then let the workdir go."""
+        self._manager.close()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+def _lock(folder: pathlib.Path) -> int:
+    """Hold the folder's lock file until its descriptor is closed or the process ends, however it ends."""
+    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.read(descriptor, 32).decode() or "?"
+        os.close(descriptor)
+        raise RuntimeError(f"{folder} is in use by process {holder}: wait for it or use another --workdir") from None
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, str(os.getpid()).encode())
+    return descriptor

@@ -1,0 +1,215 @@
+"""Model dims as frozen dataclasses: what a checkpoint must say about itself.
+
+Legend of dims, used in every docstring of the project:
+
+    B  samples of a batch          T  tile slots of a sample (all its images)
+    I  image slots of a sample     P  patches of a tile (finest granularity)
+    G  granularities               R  pyramid rows of a tile, the sum over G
+    L  text tokens of a sample     S  packed length: text, visual tokens, newlines
+    A  answer tokens of a sample   D  width of the language model
+    N  visual tokens of a sample   V  vocabulary
+
+A *granularity* is named by its tokens per tile: 36, 72, 144, 288, 576 for the released
+24 x 24 grid. Lists of granularities are always ascending.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any, Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+    """A CLIP vision transformer, read at a hidden state before its end.
+
+    `layers` counts all layers of the tower as CLIP does; `select_layer=-2` reads the
+    second-last hidden state, so the last layer is neither stored nor run.
+    """
+
+    image_size: int = 336
+    patch_size: int = 14
+    width: int = 1024
+    layers: int = 24
+    heads: int = 16
+    mlp_width: int = 4096
+    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    norm_eps: float = 1e-5
+    select_layer: int = -2
+    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side of a tile (24 for 336/14)."""
+        return self.image_size // self.patch_size
+
+    @property
+    def used_layers(self) -> int:
+        """Layers that are stored and run: hidden state -2 needs all but one."""
+        return self.layers + 1 + self.select_layer if self.select_layer < 0 else self.select_layer
+
+
+@dataclasses.dataclass(frozen=True)
+class ScalerConfig:
+    """The ladder: `halvings` average poolings in turn, the first along `first_axis`.
+
+    A 24 x 24 grid, four halvings, width first gives (rows x columns)
+    24x24, 24x12, 12x12, 12x6, 6x6: 576, 288, 144, 72, 36 tokens a tile (paper, section 3.2).
+    """
+
+    halvings: int = 4
+    first_axis: Literal["width", "height"] = "width"
+
+
+@dataclasses.dataclass(frozen=True)
+class RouterConfig:
+    """The visual granularity router (paper, section 3.3).
+
+    attention: `tokens` fuses the rows of one tile (paper); `tiles` attends over the tiles of
+    one image at each row (released code).
+    """
+
+    attention: Literal["tokens", "tiles"] = "tokens"
+    text_tokens: int = 32
+    heads: int = 8
+    dropout: float = 0.1
+    norm_eps: float = 1e-5
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Rotary scaling: `linear` divides positions by `factor`; `llama3` bends low frequencies."""
+
+    kind: Literal["linear", "llama3"] = "linear"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_length: int = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageConfig:
+    """A decoder of the Llama family (Llama 2/3, Vicuna, Mistral without window, SmolLM2)."""
+
+    vocab_size: int = 32000
+    width: int = 4096
+    layers: int = 32
+    heads: int = 32
+    kv_heads: int = 32
+    head_dim: int = 128
+    mlp_width: int = 11008
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    attention_bias: bool = False
+    tied_embeddings: bool = False
+    max_length: int = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Everything that decides what the weights mean.
+
+    pinpoints: (width, height) in pixels of the AnyRes mosaics an image may be resized to.
+    unpad: `exact` crops the mosaic in image geometry, the same region at every granularity;
+        `released` takes the aspect ratio in tokens, as the released code does.
+    template: the conversation template that the weights were trained with.
+    """
+
+    vision: VisionConfig = VisionConfig()
+    scaler: ScalerConfig = ScalerConfig()
+    router: RouterConfig = RouterConfig()
+    language: LanguageConfig = LanguageConfig()
+    pinpoints: tuple[tuple[int, int], ...] = (
+        (336, 672),
+        (672, 336),
+        (672, 672),
+        (1008, 336),
+        (336, 1008),
+    )
+    unpad: Literal["exact", "released"] = "exact"
+    template: str = "vicuna_v1"
+
+    def __post_init__(self) -> None:
+        grid, side = self.vision.grid, self.vision.image_size
+        if side % self.vision.patch_size:
+            raise ValueError(f"vision.image_size={side} is no multiple of vision.patch_size={self.vision.patch_size}")
+        need = 2 ** ((self.scaler.halvings + 1) // 2)
+        if grid % need:
+            raise ValueError(
+                f"scaler.halvings={self.scaler.halvings} needs a grid side divisible by {need}; the vision grid is {grid}"
+            )
+        for width, height in self.pinpoints:
+            if width % side or height % side:
+                raise ValueError(f"pinpoint {(width, height)} is no multiple of the tile side {side}")
+
+    @property
+    def grids(self) -> tuple[tuple[int, int], ...]:
+        """(rows, columns) of one tile at each granularity, ascending in tokens.
+
+        >>> ModelConfig().grids
+        ((6, 6), (12, 6), (12, 12), (24, 12), (24, 24))
+        """
+        rows = columns = self.vision.grid
+        halve_width = self.scaler.first_axis == "width"
+        grids = [(rows, columns)]
+        for _ in range(self.scaler.halvings):
+            rows, columns = (rows, columns // 2) if halve_width else (rows // 2, columns)
+            halve_width = not halve_width
+            grids.append((rows, columns))
+        return tuple(reversed(grids))
+
+    @property
+    def granularities(self) -> tuple[int, ...]:
+        """Tokens per tile, ascending: (36, 72, 144, 288, 576) by default."""
+        return tuple(rows * columns for rows, columns in self.grids)
+
+    @property
+    def pyramid_rows(self) -> int:
+        """R: rows of one tile's pyramid, all granularities one after another (1116)."""
+        return sum(self.granularities)
+
+    @property
+    def pyramid_offsets(self) -> dict[int, int]:
+        """First pyramid row of each granularity: {36: 0, 72: 36, 144: 108, 288: 252, 576: 540}."""
+        offsets, at = {}, 0
+        for granularity in self.granularities:
+            offsets[granularity] = at
+            at += granularity
+        return offsets
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as plain JSON values (tuples become lists)."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_dict(values: dict[str, Any]) -> ModelConfig:
+    """The inverse of `to_dict`; an unknown key is an error that names it."""
+    return _build(ModelConfig, values, "model")
+
+
+_NESTED = {
+    "vision": VisionConfig,
+    "scaler": ScalerConfig,
+    "router": RouterConfig,
+    "language": LanguageConfig,
+    "rope_scaling": RopeScaling,
+}
+
+
+def _build(cls: type, values: dict[str, Any], where: str) -> Any:
+    known = {field.name for field in dataclasses.fields(cls)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise ValueError(f"{where}: unknown key {unknown[0]!r}; known keys are {', '.join(sorted(known))}")
+    built = {}
+    for key, value in values.items():
+        if key in _NESTED and value is not None:
+            value = _build(_NESTED[key], dict(value), f"{where}.{key}")
+        elif isinstance(value, (list, tuple)):
+            value = tuple(tuple(v) if isinstance(v, (list, tuple)) else v for v in value)
+        built[key] = value
+    return cls(**built)

@@ -1,0 +1,1 @@
+"""Host side, NumPy and Pillow only: from files and conversations to fixed-shape integer batches."""

@@ -1,0 +1,310 @@
+"""From LLaVA conversations to token ids, with a place for each image and a label for each answer.
+
+A conversation is a list of turns `{"from": "human" | "gpt", "value": text}`. `<image>` in a human
+turn says where an image goes; in the ids it is IMAGE. Labels equal the ids of the answers and of
+the token that ends them, and are IGNORE elsewhere.
+
+    vicuna_v1, "<image>\\nWho?" -> "Ann":
+
+    <s> system USER: <image> \\n Who? ASSISTANT: Ann </s>
+                                               ~~~~~~~~~~  labelled
+
+Templates: `vicuna_v1`, `llama_3` (alias `llava_llama_3`), `mistral_instruct`, `plain` (image and
+caption, for connector pre-training) and `tokenizer` (the tokenizer's own chat template).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+from avg_llava_jax.data.errors import BadSample
+from avg_llava_jax.data.tokenizer import Tokenizer
+
+IMAGE = -200  # stands in `ids` where an image's tokens go
+IGNORE = -100  # the label of a token that is not learned
+PLACEHOLDER = "<image>"
+
+Turn = dict[str, str]
+
+VICUNA_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+LLAMA_3_SYSTEM = (
+    "You are a helpful language and vision assistant. "
+    "You are able to understand the visual content that the user provides, "
+    "and assist the user with a variety of tasks using natural language."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """ids: token ids, IMAGE for each image. labels: same length, IGNORE where nothing is learned."""
+
+    ids: list[int]
+    labels: list[int]
+
+    @property
+    def images(self) -> int:
+        return self.ids.count(IMAGE)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Piece:
+    """A run of rendered text; `special` text is one special token, by its name."""
+
+    text: str
+    labelled: bool = False
+    special: bool = False
+
+
+def encode_conversation(
+    conversations: Sequence[Turn], tokenizer: Tokenizer, template: str = "vicuna_v1", images: int = 0
+) -> Tokens:
+    """A training sample: question and answer in turn, any number of times.
+
+    images: how many images the sample has. As many `<image>` must stand in the human turns; where
+        none does, all are put before the first question, each on a line of its own.
+
+    Raises BadSample: `no_turns`, `malformed_turn`, `unknown_role`, `not_human_first`, `bad_order`,
+    `ends_on_human`, `empty_question`, `empty_answer`, `image_in_answer`, `image_count`; `plain`
+    wants one question and one answer, else `not_plain`.
+    """
+    turns = _checked(conversations, images, template)
+    if turns[-1]["from"] == "human":
+        raise BadSample("ends_on_human", "the last turn is a question without an answer")
+    return _encode(_render(turns, tokenizer, template), tokenizer, bos=_puts_bos(template))
+
+
+def encode_prompt(turns: Sequence[Turn], tokenizer: Tokenizer, template: str = "vicuna_v1", images: int = 0) -> Tokens:
+    """A conversation that ends on a question, up to where the answer begins; no token has a label."""
+    checked = _checked(turns, images, template)
+    if checked[-1]["from"] != "human":
+        raise BadSample("ends_on_answer", "a prompt must end with a human turn")
+    tokens = _encode(_render(checked, tokenizer, template), tokenizer, bos=_puts_bos(template))
+    return Tokens(tokens.ids, [IGNORE] * len(tokens.ids))
+
+
+def encode_raw(text: str, tokenizer: Tokenizer) -> Tokens:
+    """Text as it is: `<image>` stands for images, special tokens count as such, BOS goes before it."""
+    tokens = _encode(_split_special(text, tokenizer), tokenizer, bos=True)
+    return Tokens(tokens.ids, [IGNORE] * len(tokens.ids))
+
+
+def stop_ids(tokenizer: Tokenizer, template: str) -> tuple[int, ...]:
+    """Ids that end an answer: what the template puts after one, and the tokenizer's EOS."""
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    stops = {tokenizer.eos_id}
+    labelled = [piece for piece in _render(turns, tokenizer, template) if piece.labelled]
+    stops.update(_special_id(piece.text, tokenizer) for piece in labelled if piece.special)
+    if template == "plain":
+        stops.add(tokenizer.encode("b\n")[-1])
+    return tuple(sorted(stops))
+
+
+def _checked(conversations: Sequence[Turn], images: int, template: str) -> list[Turn]:
+    """Human and gpt in turn, nothing empty, one placeholder for each image."""
+    if not isinstance(conversations, Sequence) or isinstance(conversations, str) or not conversations:
+        raise BadSample("no_turns", "`conversations` must be a list of turns that is not empty")
+    turns = []
+    for number, turn in enumerate(conversations):
+        role, text = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None)
+        if not isinstance(role, str) or not isinstance(text, str):
+            raise BadSample("malformed_turn", f"turn {number} needs the strings `from` and `value`")
+        if role not in ("human", "gpt"):
+            raise BadSample("unknown_role", f"turn {number} is from {role!r}; known are human and gpt")
+        if number == 0 and role != "human":
+            raise BadSample("not_human_first", "the first turn is an answer")
+        if number and role == turns[-1]["from"]:
+            raise BadSample("bad_order", f"turns {number - 1} and {number} are both from {role}")
+        if role == "gpt" and PLACEHOLDER in text:
+            raise BadSample("image_in_answer", f"turn {number} is an answer with {PLACEHOLDER} in it")
+        if role == "gpt" and not text.strip():
+            raise BadSample("empty_answer", f"turn {number} is an answer without text")
+        turns.append({"from": role, "value": text})
+    found = sum(turn["value"].count(PLACEHOLDER) for turn in turns)
+    if not found and images:
+        turns[0]["value"] = f"{PLACEHOLDER}\n" * images + turns[0]["value"]
+    elif found != images:
+        raise BadSample("image_count", f"{images} images for {found} {PLACEHOLDER}")
+    for number, turn in enumerate(turns):
+        if PLACEHOLDER in turn["value"]:
+            turn["value"] = turn["value"].strip()  # as the released code does where an image stands
+        if not turn["value"].strip() and template != "plain":
+            raise BadSample("empty_question", f"turn {number} is a question without text")
+    if template == "plain" and len(turns) > 2:
+        raise BadSample("not_plain", f"template plain takes one question and one answer, not {len(turns)} turns")
+    return turns
+
+
+def _render(turns: list[Turn], tokenizer: Tokenizer, template: str) -> list[_Piece]:
+    """Turns as pieces of text. A last human turn is followed by what opens the answer."""
+    if template == "vicuna_v1":
+        return list(_vicuna_v1(turns, tokenizer))
+    if template in ("llama_3", "llava_llama_3"):
+        return list(_llama_3(turns))
+    if template == "mistral_instruct":
+        return list(_mistral_instruct(turns, tokenizer))
+    if template == "plain":
+        return list(_plain(turns))
+    if template == "tokenizer":
+        return list(_own_template(turns, tokenizer))
+    known = "vicuna_v1, llama_3 (llava_llama_3), mistral_instruct, plain, tokenizer"
+    raise ValueError(f"template {template!r} is not known; choose from {known}")
+
+
+def _puts_bos(template: str) -> bool:
+    return template != "tokenizer"  # a tokenizer's own template writes its BOS itself
+
+
+def _vicuna_v1(turns: list[Turn], tokenizer: Tokenizer) -> Iterable[_Piece]:
+    yield _Piece(VICUNA_SYSTEM + " ")
+    for turn in turns:
+        if turn["from"] == "human":
+            yield _Piece(f"USER: {turn['value']} ASSISTANT:")
+        else:
+            yield _Piece(f" {turn['value']}", labelled=True)
+            yield _eos(tokenizer)
+
+
+def _mistral_instruct(turns: list[Turn], tokenizer: Tokenizer) -> Iterable[_Piece]:
+    for turn in turns:
+        if turn["from"] == "human":
+            yield _Piece(f"[INST] {turn['value']} [/INST]")
+        else:
+            yield _Piece(f" {turn['value']}", labelled=True)
+            yield _eos(tokenizer)
+
+
+def _llama_3(turns: list[Turn]) -> Iterable[_Piece]:
+    def header(role: str) -> Iterable[_Piece]:
+        yield _Piece("<|start_header_id|>", special=True)
+        yield _Piece(role)
+        yield _Piece("<|end_header_id|>", special=True)
+        yield _Piece("\n\n")
+
+    yield from header("system")
+    yield _Piece(LLAMA_3_SYSTEM)
+    yield _Piece("<|eot_id|>", special=True)
+    for turn in turns:
+        answer = turn["from"] == "gpt"
+        yield from header("assistant" if answer else "user")
+        yield _Piece(turn["value"].strip(), labelled=answer)
+        yield _Piece("<|eot_id|>", labelled=answer, special=True)
+    if turns[-1]["from"] == "human":
+        yield from header("assistant")
+
+
+def _plain(turns: list[Turn]) -> Iterable[_Piece]:
+    """The images and the caption; what the question says is left out, as in LLaVA."""
+    yield _Piece(PLACEHOLDER * turns[0]["value"].count(PLACEHOLDER))
+    if len(turns) > 1:
+        yield _Piece(turns[1]["value"] + "\n", labelled=True)
+
+
+def _own_template(turns: list[Turn], tokenizer: Tokenizer) -> Iterable[_Piece]:
+    """Answers are found by rendering the turns before them, and the turns up to them."""
+    names = {"human": "user", "gpt": "assistant"}
+    messages = [{"role": names[turn["from"]], "content": turn["value"]} for turn in turns]
+    ends_open = turns[-1]["from"] == "human"
+    whole = tokenizer.apply_chat_template(messages, add_generation_prompt=ends_open)
+    at = 0
+    for number, turn in enumerate(turns):
+        if turn["from"] == "human":
+            continue
+        before = tokenizer.apply_chat_template(messages[:number], add_generation_prompt=True)
+        upto = tokenizer.apply_chat_template(messages[: number + 1])
+        if not whole.startswith(before) or not whole.startswith(upto) or len(upto) <= len(before):
+            raise ValueError(
+                "the tokenizer's chat template changes earlier turns when later ones are added, "
+                "so its answers cannot be found; choose another `template`"
+            )
+        yield from _split_special(whole[at : len(before)], tokenizer)
+        answer = [
+            dataclasses.replace(piece, labelled=True)
+            for piece in _split_special(whole[len(before) : len(upto)], tokenizer)
+        ]
+        if len(answer) > 1 and answer[-2].special and not answer[-1].text.strip():
+            answer[-1] = dataclasses.replace(answer[-1], labelled=False)  # white space after the end of the turn
+        yield from answer
+        at = len(upto)
+    yield from _split_special(whole[at:], tokenizer)
+
+
+def _split_special(text: str, tokenizer: Tokenizer) -> list[_Piece]:
+    return [_Piece(part, special=token is not None) for part, token in tokenizer.split_special(text)]
+
+
+def _eos(tokenizer: Tokenizer) -> _Piece:
+    return _Piece(tokenizer.eos_token, labelled=True, special=True)
+
+
+def _special_id(text: str, tokenizer: Tokenizer) -> int:
+    if text not in tokenizer.special_tokens:
+        raise ValueError(f"the template needs the special token {text!r}, which this tokenizer does not have")
+    return tokenizer.special_tokens[text]
+
+
+def _encode(pieces: Iterable[_Piece], tokenizer: Tokenizer, bos: bool) -> Tokens:
+    """Tokenizes runs of text between special tokens and images, each run as a whole.
+
+    After an image a run is tokenized as if it began a text, as the released code does.
+    """
+    has_bos = bos and tokenizer.bos_id is not None
+    ids = [tokenizer.bos_id] if has_bos else []
+    labels = [IGNORE] * len(ids)
+    run: list[tuple[str, bool]] = []
+    after_special = False
+
+    def flush() -> None:
+        run_ids, run_labels = _encode_run(run, tokenizer, after_special)
+        ids.extend(run_ids)
+        labels.extend(run_labels)
+        run.clear()
+
+    for piece in pieces:
+        if piece.special:
+            flush()
+            token = _special_id(piece.text, tokenizer)
+            ids.append(token)
+            labels.append(token if piece.labelled else IGNORE)
+            after_special = True
+            continue
+        for number, text in enumerate(piece.text.split(PLACEHOLDER)):
+            if number:
+                flush()
+                ids.append(IMAGE)
+                labels.append(IGNORE)
+                after_special = False
+            run.append((text, piece.labelled))
+    flush()
+    return Tokens(ids, labels)
+
+
+def _encode_run(run: list[tuple[str, bool]], tokenizer: Tokenizer, after_special: bool) -> tuple[list[int], list[int]]:
+    """One run of neighbouring texts -> ids and labels.
+
+    A boundary between texts lies after the tokens that stay the same when the run is cut there, so
+    a token that reaches across it belongs to the later text.
+    """
+    text = "".join(part for part, _ in run)
+    ids = tokenizer.encode(text, after_special=after_special)
+    labels = [IGNORE] * len(ids)
+    begin = end = 0
+    for part, labelled in run:
+        end += len(part)
+        if labelled:
+            first = _common(ids, tokenizer.encode(text[:begin], after_special=after_special)) if begin else 0
+            last = _common(ids, tokenizer.encode(text[:end], after_special=after_special))
+            labels[first:last] = ids[first:last]
+        begin = end
+    return ids, labels
+
+
+def _common(ids: list[int], prefix: list[int]) -> int:
+    """Length of the common beginning."""
+    for at, (one, other) in enumerate(zip(ids, prefix, strict=False)):
+        if one != other:
+            return at
+    return min(len(ids), len(prefix))

@@ -1,0 +1,324 @@
+"""`jersey`: team photos drawn on the fly, with questions that need a glance or a close look.
+
+A scene shows players in rows before their fans. Three kinds of questions, the last two worded alike:
+
+    coarse  the team's colour, the field, the weather: any granularity will do
+    fine    the number of the player in orange, the shirt of number 7, who stands left of 4, in a photo
+            of up to ten small players: there is much to know, so a few tokens cannot carry it all
+    near    the same questions about one or two players who fill the picture: a glance is enough
+
+Everything follows from (seed, split, index); the splits share no scene.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+
+COLOURS = {
+    "red": (214, 32, 38),
+    "orange": (250, 132, 20),
+    "yellow": (250, 222, 40),
+    "green": (20, 118, 54),
+    "blue": (28, 70, 200),
+    "purple": (122, 44, 160),
+    "pink": (250, 140, 190),
+    "brown": (118, 68, 34),
+    "black": (24, 24, 28),
+    "white": (246, 246, 246),
+    "grey": (140, 144, 150),
+    "cyan": (60, 208, 224),
+}
+FIELDS = {"grass": (96, 172, 84), "clay": (190, 110, 72), "sand": (224, 204, 150), "snow": (226, 234, 242)}
+SKIES = {"sunny": (126, 190, 245), "cloudy": (168, 176, 186), "rainy": (104, 116, 134), "night": (18, 22, 52)}
+SKINS = ((255, 219, 184), (224, 172, 128), (160, 108, 72), (96, 62, 44))
+
+# Sizes in pixels (width, height): mosaics of 96-pixel tiles of every shape; exact, enlarged, reduced and padded.
+SIZES = (
+    (192, 96), (192, 96), (96, 192), (96, 192), (180, 88), (92, 186), (224, 112),
+    (288, 96), (100, 300),
+    (192, 192), (200, 150), (130, 180),
+)  # fmt: skip
+
+PHRASES = {
+    "team": ("What is the team's colour?", "Which colour do the fans wear?", "What colour is the team?"),
+    "field": ("What do they play on?", "What is the field made of?", "Which kind of ground is it?"),
+    "weather": ("What is the weather?", "How is the sky?", "What is the weather like?"),
+    "number": ("What number is the player in {}?", "Which number wears the {} shirt?", "Read the number on {}."),
+    "shirt": ("What colour does number {} wear?", "Which shirt has the number {}?", "The shirt of number {}?"),
+    "left": ("Who stands left of {}?", "Which number is left of {}?", "Left of number {} is who?"),
+    "right": ("Who stands right of {}?", "Which number is right of {}?", "Right of number {} is who?"),
+}
+COARSE = ("team", "field", "weather")
+SPLITS = ("train", "router", "validation", "test")
+
+
+@dataclasses.dataclass(frozen=True)
+class Player:
+    """Shirt colour, number 0..9, and the feet's centre and height in pixels of the picture."""
+
+    shirt: str
+    number: int
+    row: int
+    x: float
+    y: float
+    height: float
+    skin: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """What there is to see; `size` is (width, height) in pixels."""
+
+    size: tuple[int, int]
+    near: bool
+    team: str
+    field: str
+    weather: str
+    players: tuple[Player, ...]
+    grain: int
+
+
+@dataclasses.dataclass(frozen=True)
+class SceneImage:
+    """A picture that is drawn when it is loaded; offers what every image reference offers."""
+
+    scene: Scene
+    name: str
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.scene.size
+
+    def load(self) -> Image.Image:
+        return draw(self.scene)
+
+
+def make_scene(rng: random.Random, near: bool) -> Scene:
+    """Compose a scene: who stands where, in what shirt. Colours and numbers are distinct within it."""
+    width, height = rng.choice(SIZES)
+    if near:
+        count, tall = rng.choice((1, 2, 2)), rng.uniform(0.72, 0.92) * height
+        tall = min(tall, 1.45 * width / count)
+        step, rows = (width / count) * rng.uniform(0.8, 0.95), [count]
+    else:
+        tall = rng.uniform(33, 38)
+        step = tall * rng.uniform(0.68, 0.78)
+        across = max(2, min(int((width - 4) / step), 5))
+        deep = max(2, min(int((height * 0.92) / (tall * 0.95)), 5))
+        count = min(rng.randint(7, 10), across * deep)
+        rows = []
+        while sum(rows) < count:
+            rows.append(min(across, count - sum(rows)))
+        if len(rows) > 1 and rows[-1] == 1 and across > 2:  # nobody stands alone
+            rows[-2:] = [rows[-2] - 1, 2]
+    block = tall + (len(rows) - 1) * tall * 0.95
+    bottom = height - rng.uniform(0.02, 1) * max(2.0, height * 0.96 - block) * (0.3 if near else 1)
+    bottom = min(height - 1.0, max(bottom, block + 1))
+
+    shirts = rng.sample(sorted(COLOURS), count)
+    numbers = rng.sample(range(10), count)
+    players = []
+    for row, columns in enumerate(rows):
+        free = width - columns * step
+        start = rng.uniform(0, max(free, 0)) if not near else free / 2
+        for column in range(columns):
+            players.append(
+                Player(
+                    shirt=shirts[len(players)],
+                    number=numbers[len(players)],
+                    row=row,
+                    x=start + (column + 0.5) * step + rng.uniform(-0.03, 0.03) * step,
+                    y=bottom - (len(rows) - 1 - row) * tall * 0.95 + rng.uniform(-0.02, 0.02) * tall,
+                    height=tall,
+                    skin=rng.randrange(len(SKINS)),
+                )
+            )
+    return Scene(
+        size=(width, height),
+        near=near,
+        team=rng.choice(sorted(COLOURS)),
+        field=rng.choice(sorted(FIELDS)),
+        weather=rng.choice(sorted(SKIES)),
+        players=tuple(players),
+        grain=rng.randrange(2**31),
+    )
+
+
+@functools.cache
+def _font(pixels: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.load_default(size=pixels)
+
+
+def draw(scene: Scene) -> Image.Image:
+    """The scene as an RGB picture, drawn at twice its size and reduced, so that edges are smooth."""
+    width, height = (2 * side for side in scene.size)
+    rng = random.Random(scene.grain)
+    image = Image.new("RGB", (width, height), FIELDS[scene.field])
+    pen = ImageDraw.Draw(image)
+    sky, fans = int(height * 0.16), int(height * 0.30)
+    pen.rectangle((0, 0, width, sky), fill=SKIES[scene.weather])
+    _weather(pen, rng, scene.weather, width, sky)
+    pen.rectangle((0, sky, width, fans), fill=COLOURS[scene.team])
+    for _ in range(width * (fans - sky) // 160):  # heads in the stand
+        x, y = rng.randrange(width), rng.randrange(sky, max(fans, sky + 1))
+        pen.ellipse((x - 2, y - 2, x + 2, y + 2), fill=rng.choice(SKINS))
+    for _ in range(width * height // 900):  # blades, clods, crystals
+        x, y = rng.randrange(width), rng.randrange(fans, height)
+        shade = rng.randrange(-14, 15)
+        pen.line((x, y, x + 3, y), fill=tuple(max(0, min(255, c + shade)) for c in FIELDS[scene.field]))
+    for player in scene.players:
+        _player(pen, player, COLOURS[scene.team])
+    return image.resize(scene.size, Image.Resampling.BOX)
+
+
+def _weather(pen: ImageDraw.ImageDraw, rng: random.Random, weather: str, width: int, sky: int) -> None:
+    if weather == "sunny":
+        x = rng.randrange(sky, width - sky) if width > 2 * sky + 1 else width // 2
+        pen.ellipse((x - sky // 3, sky // 6, x + sky // 3, sky // 6 + 2 * sky // 3), fill=(255, 236, 90))
+    for _ in range(width // 40):
+        x, y = rng.randrange(width), rng.randrange(max(sky, 1))
+        if weather == "cloudy":
+            pen.ellipse((x - 16, y - 5, x + 16, y + 5), fill=(214, 219, 224))
+        elif weather == "rainy":
+            pen.line((x, y, x - 4, y + 9), fill=(178, 196, 226), width=2)
+            pen.line((x + 9, y - 8, x + 5, y + 1), fill=(178, 196, 226), width=2)
+        elif weather == "night":
+            pen.ellipse((x, y, x + 2, y + 2), fill=(250, 250, 214))
+
+
+def _player(pen: ImageDraw.ImageDraw, player: Player, team: tuple[int, int, int]) -> None:
+    """One player, feet at (x, y); all lengths are shares of the height, doubled for the drawing's scale."""
+    unit, x, foot = 2 * player.height, 2 * player.x, 2 * player.y
+
+    def box(left: float, top: float, right: float, bottom: float) -> tuple[float, float, float, float]:
+        return (x + left * unit, foot - top * unit, x + right * unit, foot - bottom * unit)
+
+    shirt, skin = COLOURS[player.shirt], SKINS[player.skin]
+    edge = max(1, round(unit / 50))
+    ink = (250, 250, 250) if sum(c * w for c, w in zip(shirt, (0.3, 0.59, 0.11), strict=True)) < 125 else (12, 12, 12)
+    pen.rectangle(box(-0.12, 0.12, -0.03, 0.0), fill=skin)
+    pen.rectangle(box(0.03, 0.12, 0.12, 0.0), fill=skin)
+    pen.rectangle(box(-0.17, 0.25, 0.17, 0.11), fill=team, outline=(40, 40, 40), width=edge)
+    pen.rounded_rectangle(
+        box(-0.3, 0.76, 0.3, 0.24), radius=0.06 * unit, fill=shirt, outline=(40, 40, 40), width=edge
+    )
+    pen.ellipse(box(-0.1, 0.98, 0.1, 0.77), fill=skin, outline=(40, 40, 40), width=edge)
+    font = _font(max(6, round(0.54 * unit)))
+    pen.text((x, foot - 0.5 * unit), str(player.number), font=font, fill=ink, anchor="mm", stroke_width=edge, stroke_fill=ink)
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """`fact` names what the answer gives away, so that two turns of one conversation never overlap."""
+
+    kind: str
+    text: str
+    answer: str
+    fact: tuple
+
+
+def questions(scene: Scene, rng: random.Random, coarse: bool) -> list[Question]:
+    """Every question of one sort that the scene can answer, shuffled, one phrasing each."""
+    found = []
+
+    def add(sort: str, about: object, answer: object, fact: tuple) -> None:
+        kind = "coarse" if coarse else "near" if scene.near else "fine"
+        found.append(Question(kind, rng.choice(PHRASES[sort]).format(about), str(answer), fact))
+
+    if coarse:
+        for sort in COARSE:
+            add(sort, "", getattr(scene, sort), (sort,))
+    else:
+        for at, player in enumerate(scene.players):
+            fact = ("player", at)
+            sort = rng.choice(("number", "shirt"))
+            about, answer = (player.shirt, player.number) if sort == "number" else (player.number, player.shirt)
+            add(sort, about, answer, fact)
+        for at, (left, right) in enumerate(zip(scene.players, scene.players[1:], strict=False)):
+            if left.row == right.row:
+                if rng.random() < 0.5:
+                    add("left", right.number, left.number, ("pair", at))
+                else:
+                    add("right", left.number, right.number, ("pair", at))
+    rng.shuffle(found)
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Jersey:
+    """A random-access source of records in the LLaVA form (`id, images, conversations, kind`).
+
+    split    train (the model), router (phase two), validation, test: disjoint scenes
+    turns    questions about one picture in a conversation; 1 in the test split
+    near     share of pictures with one or two players
+    paired   records 2i and 2i + 1 ask a coarse question and another one of the same picture
+    """
+
+    split: str = "train"
+    size: int = 1_000_000
+    seed: int = 0
+    turns: int = 6
+    near: float = 1 / 3
+    coarse: float = 0.25
+    paired: bool = False
+
+    def __post_init__(self) -> None:
+        if self.split not in SPLITS:
+            raise ValueError(f"jersey has the splits {', '.join(SPLITS)}, not {self.split!r}")
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < self.size:
+            raise IndexError(f"jersey/{self.split} has {self.size} records, asked for {index}")
+        picture = index // 2 if self.paired else index
+        rng = random.Random(f"{self.seed}/{self.split}/{picture}")
+        scene = make_scene(rng, near=rng.random() < self.near)
+        if self.paired:
+            asked = questions(scene, random.Random(f"{self.seed}/{self.split}/{index}"), coarse=index % 2 == 0)[:1]
+        else:
+            asked = self._turns(scene, rng)
+        turns = []
+        for number, question in enumerate(asked):
+            turns.append({"from": "human", "value": ("<image>\n" if number == 0 else "") + question.text})
+            turns.append({"from": "gpt", "value": question.answer})
+        name = f"{self.split}-{self.seed}-{picture}"
+        return {
+            "id": name if not self.paired else f"{name}-{index % 2}",
+            "images": [SceneImage(scene, name)],
+            "conversations": turns,
+            "kind": asked[0].kind,
+        }
+
+    def _turns(self, scene: Scene, rng: random.Random) -> list[Question]:
+        pools = {True: questions(scene, rng, coarse=True), False: questions(scene, rng, coarse=False)}
+        asked: list[Question] = []
+        while len(asked) < self.turns and (pools[True] or pools[False]):
+            coarse = bool(pools[True]) and (rng.random() < self.coarse or not pools[False])
+            asked.append(pools[coarse].pop())
+        return asked
+
+
+def write(source: Jersey, count: int, folder: str | Path) -> Path:
+    """Write the first `count` records as LLaVA JSON + PNG; returns the path of the JSON file."""
+    folder = Path(folder)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    records = []
+    for index in range(count):
+        record = source[index]
+        (image,) = record.pop("images")
+        path = folder / "images" / f"{image.name}.png"
+        if not path.exists():
+            image.load().save(path)
+        records.append({**record, "image": path.name})
+    target = folder / f"{source.split}.json"
+    target.write_text(json.dumps(records, indent=1))
+    return target

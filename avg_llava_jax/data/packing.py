@@ -1,0 +1,363 @@
+"""Samples of any make-up become one batch of fixed-shape integer arrays.
+
+The device holds, for each sample, three tables: the embeddings of its text (L rows), the pyramids
+of its tile slots (T*R rows) and one newline row. `index` says for each packed position which row of
+their concatenation stands there, so a granularity is packed by one gather:
+
+    row j < L              text token j (placeholders are not text)
+    row L + slot*R + r     pyramid row r of a tile slot; r = offset of the granularity + cell
+    row L + T*R            the newline
+
+Worked example. Tiles of 2x2 patches, two halvings: granularities 1, 2, 4 at pyramid rows 0, 1, 3,
+so R = 7. Ids `7 8 IMAGE 9 5 2`, labels on `5 2`; an image with a mosaic of one tile, T = 2; L = 6:
+
+    text       7 8 9 5 2 0                                targets    5 2
+    index[1]   0 1 | 6 | 13 20 | 2 3 4                    target_at  5 6      length  8
+               7 8   t0  t1 nl   9 5 2
+    index[4]   0 1 | 9 10 11 12 | 16 17 20 18 19 20 | 2 3 4
+               7 8   tile 0       t1 t1 nl t1 t1 nl   9 5 2
+                                                          target_at  12 13    length  15
+
+Newline is row 6 + 2*7 = 20. `target_at` is the packed position *before* a target: the one whose
+output predicts it.
+
+Truncation, per granularity: a sequence ends at `config.language.max_length`; where that falls inside
+an image's tokens it ends before that image. What follows is dropped, so a sequence never holds a
+part of an image. At a coarser granularity more of a sample may remain.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from avg_llava_jax.config import ModelConfig
+from avg_llava_jax.data.conversation import IGNORE, IMAGE, Tokens
+from avg_llava_jax.data.errors import BadSample
+from avg_llava_jax.data.geometry import visual_count, visual_index
+from avg_llava_jax.data.images import ImageRef
+from avg_llava_jax.data.tiles import Size, make_tiles, tile_count
+
+# Shares of the largest possible visual length (no padding anywhere). With the default pinpoints
+# 16:9 pictures need .67, 4:3 ones .79, square ones .98; text alone needs none.
+FILLS = (0.0, 0.6, 0.8, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """A tokenized conversation and its images, which are not loaded.
+
+    sizes: (width, height) of each image after EXIF rotation, in the order of the placeholders.
+    kind: what sort of question it is, for evaluation; free text.
+    """
+
+    id: str
+    tokens: Tokens
+    sizes: tuple[Size, ...] = ()
+    images: tuple[ImageRef, ...] = ()
+    kind: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.tokens.images == len(self.sizes) == len(self.images):
+            raise BadSample(
+                "image_count",
+                f"sample {self.id}: {self.tokens.images} placeholders, {len(self.images)} images, "
+                f"{len(self.sizes)} sizes",
+            )
+
+
+def make_sample(id: str, tokens: Tokens, images: Sequence[ImageRef] = (), kind: str | None = None) -> Sample:
+    """A sample with its images' sizes read from their headers."""
+    return Sample(id, tokens, tuple(image.size for image in images), tuple(images), kind)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Static sizes of a batch: tile slots T, image slots I, text tokens L, answer tokens A.
+
+    fill: the share of the largest visual length of T tiles that is reserved, in [0, 1].
+    """
+
+    tiles: int
+    images: int
+    text: int
+    answer: int
+    fill: float
+
+    def length(self, config: ModelConfig, granularity: int) -> int:
+        """S: packed length at one granularity, at most `max_length`."""
+        return min(self.text + self.visual(config, granularity), config.language.max_length)
+
+    def visual(self, config: ModelConfig, granularity: int) -> int:
+        """Packed positions reserved for visual tokens and newlines."""
+        return math.ceil(self.fill * self.tiles * _tile_bound(config, granularity))
+
+
+def shape_of(sample: Sample, config: ModelConfig, granularities: Sequence[int] | None = None) -> Shape:
+    """The smallest shape of the ladder that holds a sample at all these granularities (default: all).
+
+    The ladder: T in 1..6, 8, 12, 16, 24, ...; I and L powers of two (L from 16, at most
+    `max_length`); A a quarter of L or all of it; fill in FILLS. With the default pinpoints, at most
+    one image a sample and texts up to 512 that is at most 6 L x 2 A x (1 + 3 T x 3 fills) = 120
+    shapes, of which a data set uses a handful; `merge` joins them where that is still too many.
+    """
+    granularities = config.granularities if granularities is None else granularities
+    limit = config.language.max_length
+    layout = _layout(sample)
+    text = min(len(layout.text), limit)
+    tiles = _step(max(1, sum(tile_count(size, config) for size in sample.sizes)))
+    images = _power(max(1, len(sample.sizes)))
+    room = min(max(16, _power(text)), limit)
+    answers = int(np.count_nonzero(layout.labels[:limit] != IGNORE))
+    quarter = max(1, room // 4)
+    answer = quarter if answers <= quarter else room
+    for fill in FILLS:
+        shape = Shape(tiles, images, room, answer, fill)
+        if all(_visual(sample, config, g) <= shape.visual(config, g) for g in granularities):
+            return shape
+    raise AssertionError("fill 1 holds every image")  # its bound counts every cell and newline
+
+
+def merge(shapes: Iterable[Shape]) -> Shape:
+    """The smallest shape that holds what each of them holds."""
+    rows = [dataclasses.astuple(shape) for shape in shapes]
+    return Shape(*(max(column) for column in zip(*rows, strict=True)))
+
+
+def packed_length(sample: Sample, config: ModelConfig, granularity: int) -> int:
+    """Text, visual tokens and newlines of a whole sample, before truncation."""
+    return len(sample.tokens.ids) - len(sample.sizes) + _visual(sample, config, granularity)
+
+
+def labels_left(sample: Sample, config: ModelConfig, granularity: int) -> int:
+    """Answer tokens that truncation leaves at a granularity."""
+    placed = _place(_layout(sample), sample.sizes, config, [granularity] * len(sample.sizes))
+    return int(np.count_nonzero(_target_at(_layout(sample), placed) >= 0))
+
+
+def check_labels(sample: Sample, config: ModelConfig, granularities: Sequence[int]) -> None:
+    """Raises BadSample `no_label_left` where truncation leaves no answer token at one of them."""
+    for granularity in sorted(granularities, reverse=True):
+        if not labels_left(sample, config, granularity):
+            need, limit = packed_length(sample, config, granularity), config.language.max_length
+            raise BadSample(
+                "no_label_left",
+                f"sample {sample.id}: of {need} tokens at granularity {granularity}, cut at {limit}, none has a label",
+            )
+
+
+def load_tiles(sample: Sample, config: ModelConfig) -> np.ndarray:
+    """Decodes the images: uint8 (t, H, W, 3), the tiles of all of them one after another.
+
+    Raises BadSample where an image cannot be read or is not of the size that its header said.
+    """
+    side = config.vision.image_size
+    parts = [np.zeros((0, side, side, 3), np.uint8)]
+    for ref, size in zip(sample.images, sample.sizes, strict=True):
+        image = ref.load()
+        if image.size != tuple(size):
+            raise BadSample("corrupt_image", f"{ref.name}: header says {size}, pixels are {image.size}")
+        parts.append(make_tiles(image, config))
+    return np.concatenate(parts)
+
+
+def collate(
+    samples: Sequence[Sample],
+    shape: Shape,
+    config: ModelConfig,
+    granularities: Sequence[int] | None = None,
+    tiles: Sequence[np.ndarray] | None = None,
+) -> dict[str, np.ndarray | dict[int, np.ndarray]]:
+    """A batch; B samples, sizes from `shape`.
+
+    granularities: which to build `index` for; default all of the model's.
+    tiles: what `load_tiles` gave for each sample, if that was done elsewhere.
+
+    pixels       uint8 (B,T,H,W,3)   zero where there is no tile
+    tile_image   int32 (B,T)         ordinal within the sample of the slot's image, -1 empty
+    first_tile   int32 (B,I)         slot of tile 0 of each image, -1 no such image
+    text         int32 (B,L)         token ids without placeholders, 0-padded
+    instruction  bool  (B,L)         tokens the router may read: those without a label
+    index        {g: int32 (B,S_g)}  row of each packed position, 0 in the padding
+    length       {g: int32 (B,)}     packed length
+    targets      int32 (B,A)         answer token ids, 0-padded
+    target_at    {g: int32 (B,A)}    position that predicts the target, -1 absent or cut off
+
+    Raises ValueError where a sample does not fit the shape.
+    """
+    granularities = tuple(config.granularities if granularities is None else granularities)
+    count, side, limit = len(samples), config.vision.image_size, config.language.max_length
+    batch = {
+        "pixels": np.zeros((count, shape.tiles, side, side, 3), np.uint8),
+        "tile_image": np.full((count, shape.tiles), -1, np.int32),
+        "first_tile": np.full((count, shape.images), -1, np.int32),
+        "text": np.zeros((count, shape.text), np.int32),
+        "instruction": np.zeros((count, shape.text), bool),
+        "index": {g: np.zeros((count, shape.length(config, g)), np.int32) for g in granularities},
+        "length": {g: np.zeros(count, np.int32) for g in granularities},
+        "targets": np.zeros((count, shape.answer), np.int32),
+        "target_at": {g: np.full((count, shape.answer), -1, np.int32) for g in granularities},
+    }
+    for b, sample in enumerate(samples):
+        layout = _layout(sample)
+        first = _first_slots(sample, shape, config)
+        pixels = load_tiles(sample, config) if tiles is None else tiles[b]
+        batch["pixels"][b, : len(pixels)] = pixels
+        for image, (slot, size) in enumerate(zip(first, sample.sizes, strict=True)):
+            batch["first_tile"][b, image] = slot
+            batch["tile_image"][b, slot : slot + tile_count(size, config)] = image
+        text, labels = layout.text[:limit], layout.labels[:limit]
+        _fits(sample, "text tokens", len(text), shape.text)
+        batch["text"][b, : len(text)] = text
+        batch["instruction"][b, : len(text)] = labels == IGNORE
+        targets = labels[labels != IGNORE]
+        _fits(sample, "answer tokens", len(targets), shape.answer)
+        batch["targets"][b, : len(targets)] = targets
+        for g in granularities:
+            placed = _place(layout, sample.sizes, config, [g] * len(sample.sizes))
+            row = batch["index"][g][b]
+            _fits(sample, f"packed tokens at granularity {g}", placed.length, len(row))
+            _fill(row, placed, first, shape, config)
+            batch["length"][g][b] = placed.length
+            batch["target_at"][g][b, : len(targets)] = _target_at(layout, placed)[: len(targets)]
+    return batch
+
+
+def prompt_index(sample: Sample, shape: Shape, config: ModelConfig, choice: Sequence[int]) -> tuple[np.ndarray, int]:
+    """Packs a prompt whose images have a granularity each: index int32 (S,) and its packed length.
+
+    S is `shape.length` at the finest of the choice (the coarsest of the model without images). A
+    prompt is never cut, since it would lose its question: ValueError where it exceeds `max_length`.
+    """
+    if len(choice) != len(sample.sizes):
+        raise ValueError(f"{len(choice)} granularities for {len(sample.sizes)} images")
+    static = shape.length(config, max(choice, default=config.granularities[0]))
+    layout = _layout(sample)
+    placed = _place(layout, sample.sizes, config, choice, cut=False)
+    if placed.length > config.language.max_length:
+        raise ValueError(
+            f"the prompt takes {placed.length} tokens at granularities {list(choice)}, "
+            f"max_length is {config.language.max_length}: choose coarser ones, or fewer images"
+        )
+    _fits(sample, "text tokens", len(layout.text), shape.text)
+    _fits(sample, "packed tokens", placed.length, static)
+    row = np.zeros(static, np.int32)
+    _fill(row, placed, _first_slots(sample, shape, config), shape, config)
+    return row, placed.length
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+    """A sample's text without placeholders, and where its images stand.
+
+    text, labels: int32 (n,). before: int (images,), text tokens before each image.
+    images_before: int (n,), images before each text token.
+    """
+
+    text: np.ndarray
+    labels: np.ndarray
+    before: np.ndarray
+    images_before: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class _Placed:
+    """Packed positions at one choice of granularities.
+
+    text_at: position of each text token; image_at: of each image's first token; visual: each
+    image's index from `visual_index`; length: packed length after truncation.
+    """
+
+    text_at: np.ndarray
+    image_at: np.ndarray
+    visual: list[np.ndarray]
+    length: int
+
+
+def _layout(sample: Sample) -> _Layout:
+    ids = np.asarray(sample.tokens.ids, np.int32)
+    labels = np.asarray(sample.tokens.labels, np.int32)
+    is_image = ids == IMAGE
+    images = np.flatnonzero(is_image)
+    return _Layout(
+        text=ids[~is_image],
+        labels=labels[~is_image],
+        before=images - np.arange(len(images)),
+        images_before=np.cumsum(is_image)[~is_image],
+    )
+
+
+def _place(
+    layout: _Layout, sizes: Sequence[Size], config: ModelConfig, choice: Sequence[int], cut: bool = True
+) -> _Placed:
+    visual = [visual_index(size, config, g) for size, g in zip(sizes, choice, strict=True)]
+    counts = np.array([0] + [len(index) for index in visual])
+    ends = np.cumsum(counts)  # visual tokens of the first k images
+    text_at = np.arange(len(layout.text)) + ends[layout.images_before]
+    image_at = layout.before + ends[:-1]
+    length = len(layout.text) + int(ends[-1])
+    limit = config.language.max_length
+    if cut and length > limit:
+        length = limit
+        for start, count in zip(image_at, counts[1:], strict=True):
+            if start < limit < start + count:
+                length = int(start)
+    return _Placed(text_at, image_at, visual, length)
+
+
+def _fill(row: np.ndarray, placed: _Placed, first: Sequence[int], shape: Shape, config: ModelConfig) -> None:
+    """Writes the rows of one packed sequence."""
+    stride = config.pyramid_rows
+    newline = shape.text + shape.tiles * stride
+    kept = int(np.searchsorted(placed.text_at, placed.length))
+    row[placed.text_at[:kept]] = np.arange(kept)
+    for start, visual, slot in zip(placed.image_at, placed.visual, first, strict=True):
+        if start < placed.length:
+            row[start : start + len(visual)] = np.where(visual < 0, newline, visual + (shape.text + slot * stride))
+
+
+def _target_at(layout: _Layout, placed: _Placed) -> np.ndarray:
+    """Position before each labelled token, -1 where the token is cut off or begins the sequence."""
+    at = placed.text_at[layout.labels != IGNORE]
+    return np.where(at < placed.length, at - 1, -1)
+
+
+def _first_slots(sample: Sample, shape: Shape, config: ModelConfig) -> list[int]:
+    """The tile slot at which each image begins; images lie one after another."""
+    _fits(sample, "images", len(sample.sizes), shape.images)
+    ends = np.cumsum([0] + [tile_count(size, config) for size in sample.sizes])
+    _fits(sample, "tiles", int(ends[-1]), shape.tiles)
+    return [int(end) for end in ends[:-1]]
+
+
+def _fits(sample: Sample, what: str, need: int, room: int) -> None:
+    if need > room:
+        raise ValueError(f"sample {sample.id} has {need} {what}, its shape has room for {room}")
+
+
+def _visual(sample: Sample, config: ModelConfig, granularity: int) -> int:
+    return sum(visual_count(size, config, granularity) for size in sample.sizes)
+
+
+@functools.lru_cache(maxsize=256)
+def _tile_bound(config: ModelConfig, granularity: int) -> int:
+    """Most packed tokens one tile can cause: its cells and a newline for each row of them."""
+    rows = {rows * columns: rows for rows, columns in config.grids}
+    return granularity + rows[granularity]
+
+
+def _power(count: int) -> int:
+    """The next power of two."""
+    return 1 << (count - 1).bit_length() if count > 1 else 1
+
+
+def _step(count: int) -> int:
+    """1..6, 8, 12, 16, 24, 32, ...: at most a third is padding."""
+    if count <= 6:
+        return count
+    power = _power(count)
+    return power * 3 // 4 if count <= power * 3 // 4 else power

@@ -1,0 +1,263 @@
+"""Batches by number: every batch is a function of (data, seed, number), and of nothing that came before.
+
+Grain decides the order of the records: shuffled anew each epoch, mixed by weight. Batches are planned
+a window at a time. The samples of a window are measured (text tokenized, image headers read), sorted
+by shape, cut into batches, and the batches shuffled; so a batch holds samples of like size, and each
+record is used once an epoch. Only then are the images decoded, by each process for its own rows.
+
+    window w      records w*K*B .. (w+1)*K*B - 1, in Grain's order
+    batch b       the (b mod K)-th, in shuffled order, of window b // K
+    process p     rows p*B/n .. (p+1)*B/n - 1 of each batch
+
+The position of a pipeline is therefore one number, the next batch: it can be resumed with another
+number of workers, and on another number of processes.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import math
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+
+from avg_llava_jax.config import ModelConfig
+from avg_llava_jax.data.conversation import Tokens
+from avg_llava_jax.data.errors import BadSample
+from avg_llava_jax.data.geometry import visual_count
+from avg_llava_jax.data.packing import Sample, Shape, collate, load_tiles, merge, shape_of
+from avg_llava_jax.data.sources import Source, read_sample, record_name
+from avg_llava_jax.data.tokenizer import Tokenizer
+
+WINDOW = 16
+"""K: batches planned together. More means less padding and a longer wait for the first batch."""
+
+SURVEY = 512
+"""Records measured beforehand to choose the batch shapes of a run."""
+
+EMPTY = Sample("", Tokens([], []))
+"""Fills a row that has no sample: no image, no text, no label; it adds nothing to any loss."""
+
+Batch = dict[str, Any]
+Skipped = tuple[str, str, str]
+"""Id, reason, detail of a sample that could not be used."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Window:
+    """Members of each batch, in the order in which the batches come; and who was left out."""
+
+    batches: list[list[Sample]]
+    skipped: list[Skipped]
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedBatches:
+    """The batches of this process, by number; a random-access source for Grain.
+
+    sources: with their weights.
+    batch_size: B, over all processes.
+    shapes: at most so many batch shapes, as far as the survey saw them; each is compiled once.
+    process, processes: whose rows.
+    """
+
+    sources: Sequence[tuple[Source, float]]
+    tokenizer: Tokenizer
+    config: ModelConfig
+    granularities: tuple[int, ...]
+    batch_size: int
+    seed: int = 0
+    shapes: int = 6
+    process: int = 0
+    processes: int = 1
+
+    def __post_init__(self) -> None:
+        if self.batch_size % self.processes:
+            raise ValueError(f"batch_size={self.batch_size} is no multiple of the {self.processes} processes")
+
+    def __len__(self) -> int:
+        return 2**40  # no end: epochs follow one another
+
+    def __getitem__(self, number: int) -> Batch:
+        """Batch `number`: what `packing.collate` gives for this process's rows, and
+
+        visual   int32 (rows, I, G)  visual tokens of each image at each of `granularities`, 0 = no such image
+        ids      the samples' ids, "" for an empty row
+        skipped  [(id, reason, detail)]: those that planning left out (of a window, in its first batch,
+                 on process 0 alone) and those of these rows whose images turned out to be unreadable
+        """
+        window = self._window(number // WINDOW)
+        members = window.batches[number % WINDOW]
+        skipped = list(window.skipped) if number % WINDOW == 0 and self.process == 0 else []
+        shape = self._fit(merge(self._shape(sample) for sample in members or [EMPTY]))
+
+        each = self.batch_size // self.processes
+        rows = members[self.process * each : (self.process + 1) * each]
+        samples, tiles = [], []
+        for sample in rows:
+            try:
+                loaded = load_tiles(sample, self.config)
+            except BadSample as bad:
+                skipped.append((sample.id, bad.reason, bad.detail))
+                sample, loaded = EMPTY, load_tiles(EMPTY, self.config)
+            samples.append(sample)
+            tiles.append(loaded)
+        samples += [EMPTY] * (each - len(samples))
+        tiles += [load_tiles(EMPTY, self.config)] * (each - len(tiles))
+        batch = collate(samples, shape, self.config, self.granularities, tiles)
+        visual = np.zeros((each, shape.images, len(self.granularities)), np.int32)
+        for row, sample in enumerate(samples):
+            for image, size in enumerate(sample.sizes):
+                visual[row, image] = [visual_count(size, self.config, g) for g in self.granularities]
+        return {**batch, "visual": visual, "ids": [sample.id for sample in samples], "skipped": skipped}
+
+    @functools.cached_property
+    def ladder(self) -> tuple[Shape, ...]:
+        """The batch shapes of this run, cheapest first, chosen on the first SURVEY records; the last holds all of those."""
+        found: collections.Counter[Shape] = collections.Counter()
+        for at in range(SURVEY):
+            sample, _ = self._read(at)
+            if sample is not None:
+                found[self._shape(sample)] += 1
+        return choose_shapes(found, self.shapes, self.config, self.granularities)
+
+    def _fit(self, shape: Shape) -> Shape:
+        """The cheapest shape of the ladder that holds this one; itself where none does."""
+        return next((rung for rung in self.ladder if merge([rung, shape]) == rung), shape)
+
+    def _shape(self, sample: Sample) -> Shape:
+        return shape_of(sample, self.config, self.granularities)
+
+    @functools.cached_property
+    def _order(self) -> grain.MapDataset:
+        """(source, record) pairs without end."""
+        parts = []
+        for at, (source, _) in enumerate(self.sources):
+            indices = grain.MapDataset.range(len(source)).seed(self.seed + at).shuffle().repeat()
+            parts.append(indices.map(functools.partial(_pair, at)))
+        if len(parts) == 1:
+            return parts[0]
+        return grain.MapDataset.mix(parts, [weight for _, weight in self.sources])
+
+    @functools.cached_property
+    def _windows(self) -> collections.OrderedDict[int, _Window]:
+        return collections.OrderedDict()
+
+    def _read(self, at: int) -> tuple[Sample | None, Skipped | None]:
+        """The sample at a place of Grain's order, or why there is none."""
+        which, index = self._order[at]
+        source = self.sources[which][0]
+        try:
+            return read_sample(source, int(index), self.tokenizer, self.config, self.granularities), None
+        except BadSample as bad:
+            return None, (record_name(source, int(index)), bad.reason, bad.detail)
+
+    def _window(self, window: int) -> _Window:
+        if window not in self._windows:
+            self._windows[window] = self._plan(window)
+            if len(self._windows) > 2:
+                self._windows.popitem(last=False)
+        return self._windows[window]
+
+    def _plan(self, window: int) -> _Window:
+        count = WINDOW * self.batch_size
+        read = [self._read(at) for at in range(window * count, (window + 1) * count)]
+        samples = [sample for sample, _ in read if sample is not None]
+        # Stable: samples of like shape stay in Grain's order.
+        samples.sort(key=lambda sample: _cost(self._fit(self._shape(sample)), self.config, self.granularities))
+        # Where samples were left out every batch is a little short, rather than one of them empty.
+        ends = [len(samples) * number // WINDOW for number in range(WINDOW + 1)]
+        batches = [samples[start:end] for start, end in zip(ends, ends[1:], strict=False)]
+        random.Random(f"{self.seed}/{window}").shuffle(batches)
+        return _Window(batches, [skipped for _, skipped in read if skipped is not None])
+
+
+def _pair(source: int, index: int) -> tuple[int, int]:
+    return source, index
+
+
+def _cost(shape: Shape, config: ModelConfig, granularities: Sequence[int]) -> tuple[float, ...]:
+    """What a sample of this shape costs, about: tokens through the encoder, and through the language model."""
+    encoder = shape.tiles * config.vision.grid**2 * config.vision.used_layers * config.vision.width**2
+    length = sum(shape.length(config, granularity) for granularity in granularities)
+    return (encoder + length * config.language.layers * config.language.width**2, *dataclasses.astuple(shape))
+
+
+def choose_shapes(
+    found: dict[Shape, int], limit: int, config: ModelConfig, granularities: Sequence[int]
+) -> tuple[Shape, ...]:
+    """At most `limit` shapes, cheapest first, so that each one found fits one of them with little padding.
+
+    found: how often each shape occurs. Starting from all of them, those two are merged that cost the
+    least more, until few enough are left. The last is the merge of all, so that a batch of any samples fits.
+    """
+    if limit < 1:
+        raise ValueError(f"data.shapes={limit}: at least one shape is needed")
+    cost = functools.cache(lambda shape: _cost(shape, config, granularities)[0])
+    rungs = dict(found) or {Shape(1, 1, 16, 16, 0.0): 1}
+    rungs.setdefault(merge(rungs), 0)
+    while len(rungs) > limit:
+        best = (math.inf, None)
+        known = list(rungs)
+        for at, one in enumerate(known):
+            for other in known[at + 1 :]:
+                both = merge((one, other))
+                more = rungs[one] * (cost(both) - cost(one)) + rungs[other] * (cost(both) - cost(other))
+                if more < best[0]:
+                    best = (more, (one, other, both))
+        one, other, both = best[1]
+        count = rungs.pop(one) + rungs.pop(other)
+        rungs[both] = rungs.get(both, 0) + count
+    return tuple(sorted(rungs, key=lambda shape: _cost(shape, config, granularities)))
+
+
+class Batches:
+    """An endless iterator over `PlannedBatches`, read ahead by a thread or by worker processes.
+
+    Its state is {"next_batch": n}; setting it starts the reading anew from there.
+    """
+
+    def __init__(self, planned: PlannedBatches, workers: int = 0):
+        self.planned, self.workers = planned, workers
+        self._next = 0
+        self._iterator: Iterator[Batch] | None = None
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._iterator is None:
+            self._iterator = iter(self._dataset(self._next))
+        batch = next(self._iterator)
+        self._next += 1
+        return batch
+
+    def _dataset(self, start: int) -> grain.IterDataset:
+        _ = self.planned.ladder  # before it goes to the workers, which then need not survey as well
+        batches = grain.MapDataset.source(self.planned).slice(slice(start, None))
+        # One thread: windows are planned once each, and Python code gains nothing from more.
+        read = batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
+        if not self.workers:
+            return read
+        if not flags.FLAGS.is_parsed():  # Grain's workers read absl flags, which only app.run parses
+            flags.FLAGS.mark_as_parsed()
+        return read.mp_prefetch(grain.MultiprocessingOptions(self.workers, per_worker_buffer_size=2))
+
+    def get_state(self) -> dict[str, int]:
+        return {"next_batch": self._next}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        self.close()
+        self._next = int(state["next_batch"])
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+        iterator, self._iterator = self._iterator, None
+        if iterator is not None and hasattr(iterator, "close"):
+            iterator.close()

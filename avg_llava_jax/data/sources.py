@@ -1,0 +1,179 @@
+"""Where records come from: LLaVA JSON or JSONL files, and `jersey`, which draws its own.
+
+A record is a dict `id, conversations` and `image` (a name) or `images` (a list of names), or neither;
+`kind` is free. Names are looked up in a folder, a zip or a tar. A source reads one record at a time:
+of a file only the places of its records are held, so a million of them cost 16 MB.
+
+A data set is one source, or several with weights:
+
+    path="train.json", images="photos.zip"
+    path="jersey?split=router&turns=4"
+    path=(("train.json", "photos/", 0.8), ("jersey", "", 0.2))
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import urllib.parse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from avg_llava_jax.config import ModelConfig
+from avg_llava_jax.data.conversation import encode_conversation
+from avg_llava_jax.data.errors import BadSample
+from avg_llava_jax.data.images import MAX_PIXELS, ImageStore
+from avg_llava_jax.data.jersey import Jersey
+from avg_llava_jax.data.packing import Sample, check_labels, make_sample
+from avg_llava_jax.data.tokenizer import Tokenizer
+
+Record = dict[str, Any]
+
+
+class Source(Protocol):
+    """Records by number. `images` of a record are references; a record that cannot be used raises BadSample."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Record: ...
+
+
+class LlavaJson:
+    """A LLaVA JSON (one list) or JSONL file (one object a line), by its ending.
+
+    Raises:
+      FileNotFoundError, ValueError: no such file, or one that is not a list of objects.
+    """
+
+    def __init__(self, path: str | os.PathLike, images: str | os.PathLike = "", max_pixels: int = MAX_PIXELS):
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise FileNotFoundError(f"data.path: {self.path} does not exist (a LLaVA JSON, a JSONL, or `jersey`)")
+        self.store = ImageStore(images, max_pixels) if images else None
+        self._places = _lines(self.path) if self.path.suffix == ".jsonl" else _elements(self.path)
+        if not len(self._places):
+            raise ValueError(f"{self.path} has no records")
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: int) -> Record:
+        start, end = self._places[index].tolist()
+        with open(self.path, "rb") as file:
+            file.seek(start)
+            text = file.read(end - start)
+        try:
+            record = json.loads(text)
+        except ValueError as error:
+            raise BadSample("malformed_record", f"{self.path}, record {index}: {error}") from None
+        if not isinstance(record, dict):
+            raise BadSample("malformed_record", f"{self.path}, record {index} is no object")
+        return {**record, "id": str(record.get("id", index)), "images": self._references(record)}
+
+    def name(self, index: int) -> str:
+        """What a record is called when it cannot be read."""
+        return f"{self.path.name}#{index}"
+
+    def _references(self, record: Record) -> list[Any]:
+        names = record.get("images", record.get("image"))
+        names = [] if names is None else names if isinstance(names, list) else [names]
+        if names and self.store is None:
+            raise ValueError(f"{self.path} has images: say where they lie with data.images (a folder, zip or tar)")
+        return [self.store.ref(name) for name in names]
+
+
+def _lines(path: Path) -> np.ndarray:
+    """First and last byte of each line that is not blank: int64 (n, 2)."""
+    places, at = [], 0
+    with open(path, "rb") as file:
+        for line in file:
+            if line.strip():
+                places.append((at, at + len(line)))
+            at += len(line)
+    return np.array(places, np.int64).reshape(-1, 2)
+
+
+def _elements(path: Path) -> np.ndarray:
+    """First and last byte of each element of a JSON list: int64 (n, 2).
+
+    Read as Latin-1, a character is a byte, and what is not ASCII stands only inside strings.
+    """
+    text = path.read_bytes().decode("latin-1").removeprefix("\u00ef\u00bb\u00bf")  # a byte order mark
+    skipped = path.stat().st_size - len(text)
+    decoder, places = json.JSONDecoder(), []
+    at = _blank(text, 0)
+    if text[at : at + 1] != "[":
+        raise ValueError(f"{path} is no JSON list; a file with one object a line must be named .jsonl")
+    at = _blank(text, at + 1)
+    while text[at : at + 1] != "]":
+        try:
+            _, end = decoder.raw_decode(text, at)
+        except ValueError as error:
+            raise ValueError(f"{path} is not valid JSON: {error}") from None
+        places.append((at + skipped, end + skipped))
+        at = _blank(text, end)
+        if text[at : at + 1] == ",":
+            at = _blank(text, at + 1)
+        elif text[at : at + 1] != "]":
+            raise ValueError(f"{path} is not valid JSON: expecting ',' or ']' at byte {at + skipped}")
+    return np.array(places, np.int64).reshape(-1, 2)
+
+
+def _blank(text: str, at: int) -> int:
+    """The next place that is not white space."""
+    while text[at : at + 1] in (" ", "\n", "\r", "\t"):
+        at += 1
+    return at
+
+
+def open_source(path: str, images: str = "", max_pixels: int = MAX_PIXELS) -> Source:
+    """One source by its path: `jersey`, `jersey?field=value&...` (fields of `Jersey`), or a file."""
+    scheme, _, query = path.partition("?")
+    if scheme != "jersey":
+        return LlavaJson(path, images, max_pixels)
+    defaults = {field.name: field.default for field in dataclasses.fields(Jersey)}
+    given: dict[str, Any] = {}
+    for key, value in urllib.parse.parse_qsl(query, keep_blank_values=True):
+        if key not in defaults:
+            raise ValueError(f"data.path {path!r}: jersey has no field {key!r}; it has {', '.join(defaults)}")
+        kind = type(defaults[key])
+        try:
+            given[key] = value == "true" if kind is bool else kind(value)
+        except ValueError:
+            raise ValueError(f"data.path {path!r}: {key}={value!r} is no {kind.__name__}") from None
+    return Jersey(**given)
+
+
+def open_sources(
+    path: str | Sequence[Sequence[Any]], images: str = "", max_pixels: int = MAX_PIXELS
+) -> list[tuple[Source, float]]:
+    """Sources and their weights: of one path, or of several (path, images, weight)."""
+    rows = [(path, images, 1.0)] if isinstance(path, str) else [tuple(row) for row in path]
+    if not rows or any(len(row) != 3 or float(row[2]) <= 0 for row in rows):
+        raise ValueError(f"data.path must be a path or a list of (path, images, weight > 0), not {path!r}")
+    return [(open_source(str(at), str(where), max_pixels), float(weight)) for at, where, weight in rows]
+
+
+def record_name(source: Source, index: int) -> str:
+    """What to call a record before, or without, reading it."""
+    return source.name(index) if isinstance(source, LlavaJson) else f"jersey#{index}"
+
+
+def read_sample(
+    source: Source, index: int, tokenizer: Tokenizer, config: ModelConfig, granularities: Sequence[int]
+) -> Sample:
+    """A record as a tokenized training sample with an answer token left at each of the granularities.
+
+    Raises:
+      BadSample: with the reason.
+    """
+    record = source[index]
+    images = record["images"]
+    tokens = encode_conversation(record.get("conversations"), tokenizer, config.template, len(images))
+    sample = make_sample(record["id"], tokens, images, record.get("kind"))
+    check_labels(sample, config, granularities)
+    return sample

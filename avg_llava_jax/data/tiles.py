@@ -1,0 +1,105 @@
+"""AnyRes: one image of any size becomes a squashed overview and a mosaic of square tiles.
+
+    640 x 480, pinpoint 672 x 672, tiles of 336:
+
+    tile 0: the whole image squashed to 336 x 336
+    mosaic: image resized to 672 x 504, pasted at (0, 84) on black
+
+        +-----+-----+    rows 0..83 and 588..671 are padding
+        |  1  |  2  |
+        +-----+-----+    tiles 1..4, row-major
+        |  3  |  4  |
+        +-----+-----+
+
+Without pinpoints an image is its tile 0 alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+from avg_llava_jax.config import ModelConfig
+
+Size = tuple[int, int]  # (width, height) in pixels
+
+
+def best_resolution(size: Size, pinpoints: Sequence[Size]) -> Size:
+    """The pinpoint that keeps most of the image's pixels; ties by least padding, then the first.
+
+    >>> best_resolution((500, 375), ((336, 672), (672, 336), (672, 672)))
+    (672, 672)
+    """
+    width, height = size
+    best, best_rank = None, None
+    for target_width, target_height in pinpoints:
+        scale = min(target_width / width, target_height / height)
+        kept = min(int(width * scale) * int(height * scale), width * height)
+        rank = (kept, kept - target_width * target_height)
+        # A pinpoint on which nothing of the image is left is never chosen over an earlier one.
+        if best_rank is None or rank > best_rank:
+            best, best_rank = (target_width, target_height), rank
+    if best is None:
+        raise ValueError("best_resolution needs at least one pinpoint")
+    return best
+
+
+def placement(size: Size, target: Size) -> tuple[int, int, int, int]:
+    """Where the resized image lies on its mosaic: (left, top, width, height) in mosaic pixels.
+
+    One side fills the target, the other is rounded up, so that it is at least one pixel. In floating
+    point, as in the released code, for the pixels to be the same: where 375 * (672 / 500) comes out a
+    hair above 504 the image gets 505 rows, here and so in the un-padding.
+
+    >>> placement((640, 480), (672, 672))
+    (0, 84, 672, 504)
+    """
+    (width, height), (target_width, target_height) = size, target
+    scale_x, scale_y = target_width / width, target_height / height
+    if scale_x < scale_y:
+        new_width, new_height = target_width, min(math.ceil(height * scale_x), target_height)
+    else:
+        new_width, new_height = min(math.ceil(width * scale_y), target_width), target_height
+    return (target_width - new_width) // 2, (target_height - new_height) // 2, new_width, new_height
+
+
+@functools.lru_cache(maxsize=65536)
+def grid_of(size: Size, config: ModelConfig) -> tuple[int, int]:
+    """(rows, columns) of the high-resolution tiles of an image; (0, 0) without pinpoints."""
+    if not config.pinpoints:
+        return 0, 0
+    width, height = best_resolution(size, config.pinpoints)
+    side = config.vision.image_size
+    return height // side, width // side
+
+
+def tile_count(size: Size, config: ModelConfig) -> int:
+    """All tiles of an image, the overview included."""
+    rows, columns = grid_of(size, config)
+    return 1 + rows * columns
+
+
+def make_tiles(image: Image.Image, config: ModelConfig) -> np.ndarray:
+    """Cuts an RGB image into tiles: uint8 (T, H, W, 3), values not normalised.
+
+    Tile 0 is the whole image squashed to one tile; the rest are the mosaic's tiles, row-major.
+    Both resizes are bicubic, as in the released code.
+    """
+    side = config.vision.image_size
+    overview = np.asarray(image.resize((side, side), Image.Resampling.BICUBIC))
+    rows, columns = grid_of(image.size, config)
+    tiles = np.empty((1 + rows * columns, side, side, 3), np.uint8)
+    tiles[0] = overview
+    if rows:
+        target = columns * side, rows * side
+        left, top, width, height = placement(image.size, target)
+        mosaic = np.zeros((rows * side, columns * side, 3), np.uint8)
+        resized = image.resize((width, height), Image.Resampling.BICUBIC)
+        mosaic[top : top + height, left : left + width] = np.asarray(resized)
+        split = mosaic.reshape(rows, side, columns, side, 3).swapaxes(1, 2)
+        tiles[1:] = split.reshape(rows * columns, side, side, 3)
+    return tiles

@@ -1,0 +1,297 @@
+"""Tokenizers from a folder: tokenizer.json verbatim, or a sentencepiece tokenizer.model.
+
+No torch, and no conversion: newer libraries rebuild Llama tokenizers when they load them, and then
+the text after a special token no longer becomes the tokens that the weights were trained with
+(`</s>USER` is `US ER` or `_USER`, depending on who reads the file). Both kinds of file are read here
+as they are; for tokenizer.model the `legacy` key of tokenizer_config.json decides, as it did when
+the released weights were trained:
+
+    legacy true (also when absent)   every piece of text starts with a word boundary
+    legacy false                     only text that does not follow a special token does
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import re
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+import tokenizers
+
+_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+
+
+class Tokenizer:
+    """Text to ids and back. Made by `load_tokenizer`.
+
+    vocab_size: rows an embedding needs, added tokens included.
+    bos_id: None where the model's texts do not begin with one. eos_id; pad_id is never None.
+    special_tokens: text of each special token -> its id.
+    chat_template: the tokenizer's own Jinja template, or None.
+    """
+
+    def __init__(self, folder: Path, config: dict[str, Any], backend: _JsonBackend | _SentencePieceBackend):
+        self.folder = folder
+        self._backend = backend
+        self.vocab_size: int = backend.vocab_size
+        self.special_tokens: dict[str, int] = backend.special_tokens
+        named = {key: _content(config.get(f"{key}_token")) for key in ("bos", "eos", "unk", "pad")}
+        self._named = {key: text for key, text in named.items() if text is not None}
+        self.eos_id: int = self._special("eos")
+        self.eos_token: str = self._named["eos"]
+        bos = self._named.get("bos")
+        adds_bos = config.get("add_bos_token", backend.adds_bos(bos))
+        self.bos_id: int | None = self._special("bos") if bos is not None and adds_bos else None
+        pad = self._named.get("pad") or self._named.get("unk")
+        self.pad_id: int = self.special_tokens.get(pad, self.eos_id)
+        self.chat_template: str | None = _chat_template(folder, config)
+
+    def _special(self, key: str) -> int:
+        text = self._named.get(key)
+        if text not in self.special_tokens:
+            raise ValueError(f"{self.folder}: {key}_token is {text!r}, which is not a special token of its vocabulary")
+        return self.special_tokens[text]
+
+    def encode(self, text: str, *, after_special: bool = False) -> list[int]:
+        """Ids of plain text, without BOS. Text that spells a special token is still only text.
+
+        after_special: the text follows a special token other than BOS; see the head of this file.
+        """
+        return self._backend.encode(text, after_special) if text else []
+
+    def split_special(self, text: str) -> list[tuple[str, int | None]]:
+        """Cuts rendered text at the special tokens it spells: (text, None) or (token, its id).
+
+        >>> tokenizer.split_special("a</s>b")   # doctest: +SKIP
+        [('a', None), ('</s>', 2), ('b', None)]
+        """
+        parts = self._special_pattern.split(text)
+        return [(part, self.special_tokens.get(part)) for part in parts if part]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids; special tokens are left out."""
+        skip = self._special_ids
+        return self._backend.decode([int(i) for i in ids if int(i) not in skip])
+
+    def apply_chat_template(self, messages: list[dict[str, str]], *, add_generation_prompt: bool = False) -> str:
+        """Renders `[{"role": "user" | "assistant", "content": ...}]` with the tokenizer's own template."""
+        if self.chat_template is None:
+            raise ValueError(f"{self.folder}: this tokenizer has no chat template; choose another `template`")
+        # Imported late: it takes a second, and most models use a template of ours.
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        names = {f"{key}_token": text for key, text in self._named.items()}
+        rendered, _ = render_jinja_template(
+            [messages], chat_template=self.chat_template, add_generation_prompt=add_generation_prompt, **names
+        )
+        return rendered[0]
+
+    def save(self, folder: str | Path) -> None:
+        """Copies the tokenizer's files, unchanged, into `folder` (made if need be)."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for name in _FILES:
+            if (self.folder / name).is_file() and Path(folder).resolve() != self.folder.resolve():
+                shutil.copyfile(self.folder / name, Path(folder) / name)
+
+    @functools.cached_property
+    def _special_ids(self) -> frozenset[int]:
+        return frozenset(self.special_tokens.values())
+
+    @functools.cached_property
+    def _special_pattern(self) -> re.Pattern[str]:
+        longest_first = sorted(self.special_tokens, key=len, reverse=True)
+        return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+
+    def __reduce__(self):
+        return load_tokenizer, (self.folder,)
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """Reads a tokenizer folder; tokenizer.json counts where both kinds of file are there."""
+    folder = Path(folder)
+    config = _read_json(folder / "tokenizer_config.json")
+    for key, value in _read_json(folder / "special_tokens_map.json").items():
+        config.setdefault(key, value)
+    if (folder / "tokenizer.json").is_file():
+        return Tokenizer(folder, config, _JsonBackend(folder))
+    if (folder / "tokenizer.model").is_file():
+        return Tokenizer(folder, config, _SentencePieceBackend(folder, config))
+    raise FileNotFoundError(f"{folder}: no tokenizer.json and no tokenizer.model in it")
+
+
+class _JsonBackend:
+    """tokenizer.json, run by the library that wrote it."""
+
+    def __init__(self, folder: Path):
+        text = (folder / "tokenizer.json").read_text(encoding="utf-8")
+        self._start = self._plain(text)
+        self.vocab_size = self._start.get_vocab_size(with_added_tokens=True)
+        added = self._start.get_added_tokens_decoder()
+        self.special_tokens = {token.content: i for i, token in added.items() if token.special}
+        self._has_bos = self._start.encode("a", add_special_tokens=True).ids[:1]
+        spec, changed = json.loads(text), False
+        spec["pre_tokenizer"] = copy.deepcopy(spec.get("pre_tokenizer"))
+        for part in _parts(spec["pre_tokenizer"]):
+            if part.get("prepend_scheme") == "first":
+                # "first" means: of the whole string, specials included. After one, no word boundary.
+                part["prepend_scheme"], changed = "never", True
+        self._after = self._plain(json.dumps(spec)) if changed else self._start
+
+    @staticmethod
+    def _plain(text: str) -> tokenizers.Tokenizer:
+        tokenizer = tokenizers.Tokenizer.from_str(text)
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        tokenizer.encode_special_tokens = True  # what spells a special token stays text
+        return tokenizer
+
+    def adds_bos(self, bos: str | None) -> bool:
+        return bos is not None and self._has_bos == [self.special_tokens.get(bos)]
+
+    def encode(self, text: str, after_special: bool) -> list[int]:
+        tokenizer = self._after if after_special else self._start
+        return tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int]) -> str:
+        return self._start.decode(ids, skip_special_tokens=True)
+
+
+class _SentencePieceBackend:
+    """tokenizer.model with the word-boundary rule of `legacy`."""
+
+    def __init__(self, folder: Path, config: dict[str, Any]):
+        path = folder / "tokenizer.model"
+        try:
+            self._start = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except (OSError, RuntimeError) as error:
+            raise ValueError(f"{path}: not a sentencepiece model ({error})") from None
+        pieces = self._start
+        self.special_tokens = {
+            pieces.id_to_piece(i): i for i in range(pieces.vocab_size()) if pieces.is_control(i) or pieces.is_unknown(i)
+        }
+        for text, token in _read_json(folder / "added_tokens.json").items():
+            self.special_tokens[text] = token
+        for token, entry in config.get("added_tokens_decoder", {}).items():
+            self.special_tokens[entry["content"]] = int(token)
+        self.vocab_size = max(pieces.vocab_size(), 1 + max(self.special_tokens.values(), default=-1))
+        legacy = config.get("legacy")
+        self._after = pieces if legacy is None or legacy else _without_word_boundary(pieces)
+
+    def adds_bos(self, bos: str | None) -> bool:
+        return bos is not None  # what Llama tokenizers do unless told otherwise
+
+    def encode(self, text: str, after_special: bool) -> list[int]:
+        return (self._after if after_special else self._start).encode(text)
+
+    def decode(self, ids: list[int]) -> str:
+        return self._start.decode([i for i in ids if i < self._start.vocab_size()])
+
+
+def _without_word_boundary(pieces: sentencepiece.SentencePieceProcessor) -> sentencepiece.SentencePieceProcessor:
+    """The same model, which does not put a word boundary before the text."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = sentencepiece_model_pb2.ModelProto()
+    model.ParseFromString(pieces.serialized_model_proto())
+    model.normalizer_spec.add_dummy_prefix = False
+    return sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
+
+
+_WORDS = r"\n| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+"
+
+
+def train_byte_bpe(
+    texts: Iterable[str],
+    vocab_size: int,
+    folder: str | Path,
+    special_tokens: Sequence[str] = ("<unk>", "<s>", "</s>"),
+    markers: Sequence[str] = (),
+) -> Tokenizer:
+    """Trains a small BPE over bytes, writes it to `folder` and loads it.
+
+    All 256 bytes are in the vocabulary, so any text round-trips. A token never reaches over the end
+    of a word, a digit or a run of punctuation; each takes the space before it along. The special
+    tokens get the first ids and must begin with `<unk>`, `<s>`, `</s>` (ids 0, 1, 2). `markers` are
+    strings of a template, as `[INST]`, that are one token wherever they stand in a text, together
+    with white space before them; they get the last ids.
+    """
+    if tuple(special_tokens[:3]) != ("<unk>", "<s>", "</s>"):
+        raise ValueError(f"special_tokens must begin with <unk>, <s>, </s>; got {list(special_tokens)}")
+    least = 256 + len(special_tokens) + len(markers)
+    if vocab_size < least:
+        raise ValueError(f"vocab_size={vocab_size} is too small: bytes, special tokens and markers take {least}")
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [
+            tokenizers.pre_tokenizers.Split(tokenizers.Regex(_WORDS), behavior="isolated"),
+            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    model.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size - len(markers),
+        special_tokens=list(special_tokens),
+        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    model.train_from_iterator(texts, trainer)
+    model.add_tokens([tokenizers.AddedToken(text, lstrip=True, special=False) for text in markers])
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "add_bos_token": True,
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "pad_token": "<unk>",
+        "clean_up_tokenization_spaces": False,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return load_tokenizer(folder)
+
+
+def _parts(node: dict[str, Any] | None) -> Iterable[dict[str, Any]]:
+    """A pre-tokenizer's description and those inside it."""
+    if node is not None:
+        yield node
+        for inner in node.get("pretokenizers", ()):
+            yield from _parts(inner)
+
+
+def _content(token: str | dict[str, Any] | None) -> str | None:
+    """A token's text; the files hold it bare or as {"content": ...}."""
+    return token["content"] if isinstance(token, dict) else token
+
+
+def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    return template
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None

@@ -1,0 +1,187 @@
+"""Answers on the device: pure, compiled functions of (config, params, arrays) with static shapes.
+
+    pixels, text --see_and_route--> pyramid, routing        (B, T, I, L) are static
+    pyramid, text, index --pack--> embeddings               S is one rung of a small ladder
+    embeddings --prefill--> last logits, KV cache           cache capacity C = S + N
+    logits --start--> first token --decode--> tokens        a loop on the device, N tokens at most
+
+What varies from request to request (lengths, temperatures, seeds, limits) is an array with one entry
+a row, so requests share programs, and a row's tokens do not depend on its neighbours.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from avg_llava_jax.config import ModelConfig
+from avg_llava_jax.models import avg_llava
+from avg_llava_jax.models.language import KeyValues, extend
+from avg_llava_jax.models.router import Routing
+
+SMALLEST_LENGTH = 64
+SMALLEST_ROOM = 16
+
+
+class Sampling(NamedTuple):
+    """How each row picks its tokens; every field has shape (B,).
+
+    temperature: float, 0 = greedy. top_p: float in (0, 1], 1 = off. top_k: int, 0 = off.
+    seed: uint32; the n-th token of a row depends on its seed and n alone.
+    limit: int, tokens to generate at most; 0 for a padding row.
+    """
+
+    temperature: jax.Array
+    top_p: jax.Array
+    top_k: jax.Array
+    seed: jax.Array
+    limit: jax.Array
+
+
+class State(NamedTuple):
+    """A batch in the middle of its answers.
+
+    cache: capacity C, of which the first `cached` (B,) entries are real.
+    tokens: int (B, N), the first `count` (B,) are generated; a stop id ends a row and is kept.
+    done: bool (B,).
+    """
+
+    cache: KeyValues
+    cached: jax.Array
+    tokens: jax.Array
+    count: jax.Array
+    done: jax.Array
+
+
+def length_bucket(length: int, limit: int) -> int:
+    """The static length S for a packed prompt: 64, 96, 128, 192, 256, ... but at most `limit`.
+
+    >>> [length_bucket(n, 4096) for n in (1, 65, 97, 3000, 4000)]
+    [64, 96, 128, 3072, 4096]
+    """
+    rung = SMALLEST_LENGTH
+    while rung < length:
+        rung = rung * 3 // 2 if rung & (rung - 1) == 0 else rung * 4 // 3
+    return max(length, min(rung, limit))
+
+
+def room_bucket(new_tokens: int) -> int:
+    """The static number of new tokens N: 16, 64, 256, 1024, ..."""
+    rung = SMALLEST_ROOM
+    while rung < new_tokens:
+        rung *= 4
+    return rung
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def see_and_route(
+    config: ModelConfig, params: avg_llava.Params, batch: dict[str, jax.Array]
+) -> tuple[jax.Array, Routing]:
+    """Encode every tile once and score the granularities of every image.
+
+    `batch` holds pixels uint8 (B, T, H, W, 3), tile_image (B, T), first_tile (B, I), text int (B, L) and
+    instruction bool (B, L), as `packing.collate` makes them. Returns the pyramid (B, T, R, D) and the routing.
+    """
+    pyramid = avg_llava.pyramid_of(config, params, batch["pixels"])
+    text = avg_llava.embed(config, params, batch["text"])
+    return pyramid, avg_llava.route(config, params, pyramid, text, batch)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def pack(
+    config: ModelConfig, params: avg_llava.Params, pyramid: jax.Array, text: jax.Array, index: jax.Array
+) -> jax.Array:
+    """pyramid (B, T, R, D), text ids (B, L), index (B, S) -> packed embeddings (B, S, D)."""
+    return avg_llava.assemble(params, pyramid, avg_llava.embed(config, params, text), index)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def prefill(
+    config: ModelConfig, params: avg_llava.Params, embeds: jax.Array, length: jax.Array, room: int
+) -> tuple[jax.Array, KeyValues]:
+    """Read right-padded prompts: embeddings (B, S, D), real lengths (B,).
+
+    Returns the logits (B, V) at each row's last position, and a KV cache of capacity S + room.
+    """
+    hidden, cache = avg_llava.language(config, params, embeds)
+    last = jnp.take_along_axis(hidden, (length - 1)[:, None, None], axis=1)[:, 0]
+    spare = [(0, 0), (0, 0), (0, room), (0, 0), (0, 0)]
+    return avg_llava.unembed(config, params, last), KeyValues(jnp.pad(cache.k, spare), jnp.pad(cache.v, spare))
+
+
+@functools.partial(jax.jit, static_argnums=(4, 5))
+def start(
+    logits: jax.Array, sampling: Sampling, stops: jax.Array, length: jax.Array, room: int, greedy: bool
+) -> tuple[jax.Array, ...]:
+    """Pick the first token from the prompt's logits (B, V): the fields of `State` that follow `cache`."""
+    first = sample(logits, sampling, jnp.zeros_like(length), greedy)
+    count = jnp.minimum(1, sampling.limit)
+    tokens = jnp.zeros((len(logits), room), jnp.int32).at[:, 0].set(first)
+    done = (sampling.limit <= 1) | jnp.isin(first, stops)
+    return length, tokens, count, done
+
+
+@functools.partial(jax.jit, static_argnums=(0, 6), donate_argnums=2)
+def decode(
+    config: ModelConfig,
+    params: avg_llava.Params,
+    state: State,
+    sampling: Sampling,
+    stops: jax.Array,
+    steps: jax.Array,
+    greedy: bool,
+) -> State:
+    """Generate until every row is done, at most `steps` (a traced scalar) tokens more.
+
+    The state is donated: its cache is updated in place, and the argument must not be used again.
+    `stops`: int (K,), the ids that end a row. `greedy`: whether every row is; that program sorts nothing.
+    """
+
+    def unfinished(carry: tuple[jax.Array, State]) -> jax.Array:
+        step, state = carry
+        return (step < steps) & ~jnp.all(state.done)
+
+    def one_token(carry: tuple[jax.Array, State]) -> tuple[jax.Array, State]:
+        step, (cache, cached, tokens, count, done) = carry
+        rows = jnp.arange(len(tokens))
+        last = tokens[rows, jnp.maximum(count - 1, 0)]
+        x = avg_llava.embed(config, params, last)[:, None]
+        hidden, new = avg_llava.language(config, params, x, cached[:, None], cache, cached)
+        cache = extend(cache, new, cached)
+        token = sample(avg_llava.unembed(config, params, hidden[:, 0]), sampling, count, greedy)
+
+        at = jnp.minimum(count, tokens.shape[1] - 1)
+        tokens = tokens.at[rows, at].set(jnp.where(done, tokens[rows, at], token))
+        going = (~done).astype(jnp.int32)
+        count = count + going
+        done = done | jnp.isin(token, stops) | (count >= sampling.limit)
+        return step + 1, State(cache, cached + going, tokens, count, done)
+
+    return jax.lax.while_loop(unfinished, one_token, (jnp.zeros((), jnp.int32), state))[1]
+
+
+def sample(logits: jax.Array, sampling: Sampling, count: jax.Array, greedy: bool) -> jax.Array:
+    """One token a row: logits fp32 (B, V), `count` (B,) tokens were picked before -> int (B,).
+
+    Temperature first, then the top_k best, then of those the smallest set whose probability reaches
+    top_p. `greedy` says that every temperature is 0.
+    """
+    best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    if greedy:
+        return best
+
+    def draw(row, temperature, top_p, top_k, seed, number):
+        order = jnp.argsort(-row, stable=True)
+        rank = jnp.arange(len(row))
+        scores = row[order] / jnp.maximum(temperature, 1e-6)
+        scores = jnp.where((top_k <= 0) | (rank < top_k), scores, -jnp.inf)
+        share = jax.nn.softmax(scores)
+        before = jnp.cumsum(share) - share
+        # The best token always stays, and rounding in the sum cuts no tail where top_p is off.
+        kept = (before < top_p) | (top_p >= 1) | (rank == 0)
+        key = jax.random.fold_in(jax.random.key(seed), number)
+        return order[jax.random.categorical(key, jnp.where(kept, scores, -jnp.inf))].astype(jnp.int32)
+
+    drawn = jax.vmap(draw)(logits, sampling.temperature, sampling.top_p, sampling.top_k, sampling.seed, count)
+    return jnp.where(sampling.temperature > 0, drawn, best)

@@ -1,0 +1,1 @@
+"""The network, top to bottom: encoder, connector, scaler, router, language model, and their composition."""

@@ -1,0 +1,126 @@
+"""AVG-LLaVA, an image and a question from top to bottom, as pure functions of (config, params, arrays).
+
+    pixels --see--> features --scale--> pyramid --route--> logits over granularities
+    text, pyramid, newline --assemble(index)--> packed embeddings --language--> hidden states
+
+`params` is a plain nested dict with the keys encoder, connector, image_newline, router, language.
+All compute happens in the dtype of the parameters that are passed: cast them to choose it.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from avg_llava_jax.config import ModelConfig
+from avg_llava_jax.models.connector import Connector
+from avg_llava_jax.models.encoder import Encoder
+from avg_llava_jax.models.language import KeyValues, LanguageModel
+from avg_llava_jax.models.router import Router, Routing
+from avg_llava_jax.models.scaler import scale
+
+Params = dict[str, Any]
+
+
+def init(config: ModelConfig, rng: jax.Array) -> Params:
+    """Fresh fp32 parameters. Under `jax.eval_shape` nothing is computed: shapes alone."""
+    rngs = jax.random.split(rng, 5)
+    side, width = config.vision.image_size, config.language.width
+    finest = config.granularities[-1]
+    language = LanguageModel(config.language)
+
+    def all_of_it(module: LanguageModel) -> jax.Array:
+        return module.unembed(module(module.embed(jnp.zeros((1, 1), jnp.int32)))[0])
+
+    return {
+        "encoder": Encoder(config.vision).init(rngs[0], jnp.zeros((1, side, side, 3), jnp.uint8))["params"],
+        "connector": Connector(width).init(rngs[1], jnp.zeros((1, finest, config.vision.width)))["params"],
+        "image_newline": jax.random.normal(rngs[2], (width,)) * width**-0.5,
+        "router": Router(config).init(
+            rngs[3],
+            jnp.zeros((1, 1, config.pyramid_rows, width)),
+            jnp.zeros((1, 1, width)),
+            jnp.ones((1, 1), bool),
+            jnp.zeros((1, 1), jnp.int32),
+            jnp.zeros((1, 1), jnp.int32),
+        )["params"],
+        "language": language.init(rngs[4], method=all_of_it)["params"],
+    }
+
+
+def see(config: ModelConfig, params: Params, pixels: jax.Array, remat: bool = False) -> jax.Array:
+    """Encode and connect every tile once: uint8 (B, T, H, W, 3) -> features (B, T, P, D)."""
+    batch, tiles = pixels.shape[:2]
+    patches = Encoder(config.vision, remat).apply({"params": params["encoder"]}, pixels.reshape(-1, *pixels.shape[2:]))
+    features = Connector(config.language.width).apply({"params": params["connector"]}, patches)
+    return features.reshape(batch, tiles, *features.shape[1:])
+
+
+def pyramid_of(config: ModelConfig, params: Params, pixels: jax.Array, remat: bool = False) -> jax.Array:
+    """uint8 (B, T, H, W, 3) -> every granularity of every tile, (B, T, R, D)."""
+    return scale(config, see(config, params, pixels, remat))
+
+
+def embed(config: ModelConfig, params: Params, ids: jax.Array) -> jax.Array:
+    """Token ids (...) -> raw embeddings (..., D)."""
+    return LanguageModel(config.language).apply({"params": params["language"]}, ids, method="embed")
+
+
+def route(
+    config: ModelConfig,
+    params: Params,
+    pyramid: jax.Array,
+    text: jax.Array,
+    batch: dict[str, jax.Array],
+    dropout: jax.Array | None = None,
+) -> Routing:
+    """Score the granularities of each image: pyramid (B, T, R, D), text embeddings (B, L, D) -> logits (B, I, G).
+
+    `batch` gives `instruction`, `tile_image` and `first_tile`; `dropout` is an rng key, None at inference.
+    """
+    return Router(config).apply(
+        {"params": params["router"]},
+        pyramid,
+        text,
+        batch["instruction"],
+        batch["tile_image"],
+        batch["first_tile"],
+        deterministic=dropout is None,
+        rngs={} if dropout is None else {"dropout": dropout},
+    )
+
+
+def assemble(params: Params, pyramid: jax.Array, text: jax.Array, index: jax.Array) -> jax.Array:
+    """Pack text, visual tokens and newlines into one sequence: a single gather.
+
+    pyramid (B, T, R, D), text (B, L, D), index int (B, S) -> (B, S, D). The rows that `index` counts are
+
+        0 .. L-1                text tokens
+        L .. L+T*R-1            row r of tile slot t at L + t*R + r
+        L+T*R                   the learned newline
+
+    With L=3, T=1, R=7 and index [0, 3, 10, 1, 2]: text 0, the coarsest visual token, a newline, text 1, text 2.
+    """
+    newline = jnp.broadcast_to(params["image_newline"].astype(text.dtype), (len(text), 1, text.shape[-1]))
+    visual = pyramid.reshape(len(text), -1, text.shape[-1])
+    rows = jnp.concatenate([text, visual.astype(text.dtype), newline], axis=1)
+    return jnp.take_along_axis(rows, index[..., None], axis=1)
+
+
+def language(
+    config: ModelConfig,
+    params: Params,
+    x: jax.Array,
+    positions: jax.Array | None = None,
+    cache: KeyValues | None = None,
+    cached: jax.Array | None = None,
+    remat: bool = False,
+) -> tuple[jax.Array, KeyValues]:
+    """Packed embeddings (B, S, D) -> hidden states (B, S, D) and their keys and values; see `LanguageModel`."""
+    model = LanguageModel(config.language, remat)
+    return model.apply({"params": params["language"]}, x, positions, cache, cached)
+
+
+def unembed(config: ModelConfig, params: Params, hidden: jax.Array) -> jax.Array:
+    """Hidden states (..., D) -> logits (..., V) in fp32."""
+    return LanguageModel(config.language).apply({"params": params["language"]}, hidden, method="unembed")

@@ -1,0 +1,15 @@
+"""The connector: patch features into the space of the language model."""
+
+import flax.linen as nn
+import jax
+
+
+class Connector(nn.Module):
+    """Two-layer MLP with exact GELU: (..., V) -> (..., D)."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = nn.Dense(self.width, name="up")(x)
+        return nn.Dense(self.width, name="down")(jax.nn.gelu(x, approximate=False))

@@ -1,0 +1,74 @@
+"""The vision encoder: a CLIP ViT read before its end, one tile at a time."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+from avg_llava_jax.config import VisionConfig
+from avg_llava_jax.models.attention import attention, unrolled
+
+
+def normalise(config: VisionConfig, pixels: jax.Array) -> jax.Array:
+    """uint8 (..., H, W, 3) in 0..255 -> float32 of the same shape, with CLIP's mean and deviation."""
+    return (pixels.astype(jnp.float32) / 255.0 - jnp.array(config.mean)) / jnp.array(config.std)
+
+
+class EncoderLayer(nn.Module):
+    """Pre-norm transformer layer of CLIP: (M, 1 + P, V) -> the same shape."""
+
+    config: VisionConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, None]:
+        config = self.config
+        y = layer_norm(config, "norm1")(x)
+        q, k, v = (
+            rearrange(nn.Dense(config.width, name=name)(y), "m p (h d) -> m p h d", h=config.heads) for name in "qkv"
+        )
+        y = rearrange(attention(q, k, v), "m p h d -> m p (h d)")
+        x = x + nn.Dense(config.width, name="out")(y)
+
+        y = nn.Dense(config.mlp_width, name="up")(layer_norm(config, "norm2")(x))
+        y = y * jax.nn.sigmoid(1.702 * y) if config.activation == "quick_gelu" else jax.nn.gelu(y, approximate=False)
+        return x + nn.Dense(config.width, name="down")(y), None
+
+
+class Encoder(nn.Module):
+    """Tiles to patch features: the hidden state `select_layer`, class token dropped (paper, section 3.1).
+
+    `remat` recomputes each layer in the backward pass. Compute happens in the parameters' dtype.
+    """
+
+    config: VisionConfig
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, pixels: jax.Array) -> jax.Array:
+        """uint8 (M, H, W, 3) -> (M, P, V), patches row-major."""
+        config = self.config
+        patches = rearrange(
+            normalise(config, pixels), "m (r a) (c b) rgb -> m (r c) (a b rgb)", a=config.patch_size, b=config.patch_size
+        )
+        embed = nn.Dense(config.width, use_bias=False, name="patch_embed")
+        class_token = self.param("class_token", nn.initializers.normal(0.02), (config.width,))
+        position = self.param("position", nn.initializers.normal(0.02), (1 + config.grid**2, config.width))
+
+        x = embed(patches.astype(position.dtype))
+        x = jnp.concatenate([jnp.broadcast_to(class_token, (len(x), 1, config.width)), x], axis=1) + position
+        x = layer_norm(config, "pre_norm")(x)
+        layer = nn.remat(EncoderLayer, prevent_cse=False) if self.remat else EncoderLayer
+        layers = nn.scan(
+            layer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=config.used_layers,
+            unroll=unrolled(config.used_layers),
+        )
+        x, _ = layers(config, name="layers")(x)
+        return x[:, 1:]
+
+
+def layer_norm(config: VisionConfig, name: str) -> nn.LayerNorm:
+    """CLIP's layer norm; the exact variance keeps fp32 parity with PyTorch."""
+    return nn.LayerNorm(epsilon=config.norm_eps, use_fast_variance=False, name=name)

@@ -1,0 +1,174 @@
+"""The language model: a Llama-family decoder whose KV cache is an argument and a result."""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+from avg_llava_jax.config import LanguageConfig
+from avg_llava_jax.models.attention import attention, unrolled
+
+
+class KeyValues(NamedTuple):
+    """Keys (after rotation) and values of all layers: (layers, B, S, kv_heads, head_dim) each."""
+
+    k: jax.Array
+    v: jax.Array
+
+
+def rotary(config: LanguageConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """cos and sin (B, S, 1, head_dim) in fp32 for integer positions (B, S)."""
+    half = config.head_dim // 2
+    frequency = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    scaling = config.rope_scaling
+    if scaling and scaling.kind == "linear":
+        frequency = frequency / scaling.factor
+    elif scaling:
+        wavelength = 2 * jnp.pi / frequency
+        low = scaling.original_max_length / scaling.low_freq_factor
+        high = scaling.original_max_length / scaling.high_freq_factor
+        smooth = (scaling.original_max_length / wavelength - scaling.low_freq_factor) / (
+            scaling.high_freq_factor - scaling.low_freq_factor
+        )
+        bent = (1 - smooth) * frequency / scaling.factor + smooth * frequency
+        frequency = jnp.where(
+            wavelength > low, frequency / scaling.factor, jnp.where(wavelength < high, frequency, bent)
+        )
+    angle = positions[..., None].astype(jnp.float32) * jnp.concatenate([frequency, frequency])
+    return jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotary embedding of x (B, S, heads, head_dim), first half paired with second half."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([-second, first], axis=-1)
+    return (x.astype(jnp.float32) * cos + turned * sin).astype(x.dtype)
+
+
+def attend_cached(
+    q: jax.Array, new: tuple[jax.Array, jax.Array], cache: tuple[jax.Array, jax.Array], cached: jax.Array
+) -> jax.Array:
+    """Attention of new tokens over a cache and over themselves, without joining the two in memory.
+
+    Args:
+      q: (B, S, H, d); new: k, v (B, S, KV, d), causal among themselves.
+      cache: k, v (B, C, KV, d) of which the first `cached` (B,) entries are real.
+    Returns: (B, S, H, d).
+    """
+    (k, v), (old_k, old_v) = new, cache
+    steps = q.shape[1]
+    q = rearrange(q, "b s (g r) d -> b s g r d", g=k.shape[2]) * q.shape[-1] ** -0.5
+    old = jnp.einsum("bsgrd,bcgd->bgrsc", q, old_k, preferred_element_type=jnp.float32)
+    real = jnp.arange(old_k.shape[1]) < cached[:, None]
+    old = jnp.where(real[:, None, None, None], old, -jnp.inf)
+    own = jnp.einsum("bsgrd,bcgd->bgrsc", q, k, preferred_element_type=jnp.float32)
+    own = jnp.where(jnp.tri(steps, dtype=bool), own, -jnp.inf)
+    weights = jax.nn.softmax(jnp.concatenate([old, own], axis=-1), axis=-1).astype(v.dtype)
+    out = jnp.einsum("bgrsc,bcgd->bsgrd", weights[..., :-steps], old_v)
+    out = out + jnp.einsum("bgrsc,bcgd->bsgrd", weights[..., -steps:], v)
+    return rearrange(out, "b s g r d -> b s (g r) d")
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm decoder layer: (B, S, D) -> the same shape, and this layer's new keys and values."""
+
+    config: LanguageConfig
+
+    @nn.compact
+    def __call__(self, x, rope, cached, cache):
+        config = self.config
+        y = nn.RMSNorm(config.norm_eps, name="norm1")(x)
+
+        def heads(name: str, count: int) -> jax.Array:
+            y_out = nn.Dense(count * config.head_dim, use_bias=config.attention_bias, name=name)(y)
+            return rearrange(y_out, "b s (h d) -> b s h d", h=count)
+
+        q, k = rotate(heads("q", config.heads), *rope), rotate(heads("k", config.kv_heads), *rope)
+        v = heads("v", config.kv_heads)
+        if cache is None:
+            y = attention(q, k, v, causal=True)
+        else:
+            y = attend_cached(q, (k, v), cache, cached)
+        x = x + nn.Dense(config.width, use_bias=False, name="out")(rearrange(y, "b s h d -> b s (h d)"))
+
+        y = nn.RMSNorm(config.norm_eps, name="norm2")(x)
+        gate = nn.Dense(config.mlp_width, use_bias=False, name="gate")(y)
+        up = nn.Dense(config.mlp_width, use_bias=False, name="up")(y)
+        x = x + nn.Dense(config.width, use_bias=False, name="down")(jax.nn.silu(gate) * up)
+        return x, (k, v)
+
+
+class LanguageModel(nn.Module):
+    """Embeddings in, hidden states out; `embed` and `unembed` stand at the two ends.
+
+    `remat` recomputes each layer in the backward pass. Compute happens in the parameters' dtype.
+    """
+
+    config: LanguageConfig
+    remat: bool = False
+
+    def setup(self) -> None:
+        config = self.config
+        init = nn.initializers.normal(0.02)
+        self.embedding = self.param("embed", init, (config.vocab_size, config.width))
+        layer = nn.remat(DecoderLayer, prevent_cse=False) if self.remat else DecoderLayer
+        self.layers = nn.scan(
+            layer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(nn.broadcast, nn.broadcast, 0),
+            length=config.layers,
+            unroll=unrolled(config.layers),
+        )(config)
+        self.norm = nn.RMSNorm(config.norm_eps)
+        if not config.tied_embeddings:
+            self.head = nn.Dense(config.vocab_size, use_bias=False, name="unembed")
+
+    def embed(self, ids: jax.Array) -> jax.Array:
+        """Token ids (...) -> raw embeddings (..., D)."""
+        return self.embedding[ids]
+
+    def unembed(self, hidden: jax.Array) -> jax.Array:
+        """Hidden states (..., D) -> logits (..., V) in fp32."""
+        logits = hidden @ self.embedding.T if self.config.tied_embeddings else self.head(hidden)
+        return logits.astype(jnp.float32)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        positions: jax.Array | None = None,
+        cache: KeyValues | None = None,
+        cached: jax.Array | None = None,
+    ) -> tuple[jax.Array, KeyValues]:
+        """Right-padded embeddings through all layers and the last norm.
+
+        Padding needs no mask: it lies to the right of every real token, and attention is causal.
+
+        Args:
+          x: (B, S, D); positions: int (B, S), 0..S-1 if not given.
+          cache: earlier keys and values, (layers, B, C, kv_heads, head_dim), of which the first `cached` (B,)
+            are real; None for a sequence from its start.
+        Returns:
+          hidden (B, S, D), and the keys and values of these S tokens alone (see `extend`).
+        """
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+        x, new = self.layers(x, rotary(self.config, positions), cached, None if cache is None else tuple(cache))
+        return self.norm(x), KeyValues(*new)
+
+
+def extend(cache: KeyValues, new: KeyValues, cached: jax.Array) -> KeyValues:
+    """Write new keys and values behind the first `cached` (B,) entries of each sequence's cache.
+
+    cache (layers, B, C, ...), new (layers, B, S, ...): row b gets positions cached[b] .. cached[b] + S - 1.
+    """
+
+    def write(old: jax.Array, fresh: jax.Array) -> jax.Array:
+        def row(o, f, at):
+            return jax.lax.dynamic_update_slice_in_dim(o, f, at, axis=1)
+
+        return jax.vmap(row, in_axes=(1, 1, 0), out_axes=1)(old, fresh.astype(old.dtype), cached)
+
+    return KeyValues(write(cache.k, new.k), write(cache.v, new.v))

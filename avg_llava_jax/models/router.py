@@ -1,0 +1,129 @@
+"""The visual granularity router: image pyramid and instruction in, one score per granularity out (paper, section 3.3)."""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+from avg_llava_jax.config import ModelConfig
+
+
+class Routing(NamedTuple):
+    """What the router decided and why. K = router.text_tokens.
+
+    logits    (B, I, G)        after the layer norm; argmax chooses, the first of a tie
+    pre_norm  (B, I, G)        before it: the mean over the image's tiles of the summed votes
+    votes     (B, T, R + K, G) weight of each row times its opinion; empty tile slots hold garbage
+    text_rows (B, I, K)        positions in `text` of the selected instruction tokens, -1 = none
+    """
+
+    logits: jax.Array
+    pre_norm: jax.Array
+    votes: jax.Array
+    text_rows: jax.Array
+
+
+def select_text(
+    features: jax.Array, text: jax.Array, instruction: jax.Array, count: int
+) -> tuple[jax.Array, jax.Array]:
+    """The `count` instruction tokens most similar to an image.
+
+    Cosine similarity of every patch with every token, mean over patches, descending. The mean is
+    linear, so the patches are averaged first.
+
+    Args:
+      features: (B, I, P, D) finest features of tile 0 of each image.
+      text: (B, L, D) raw token embeddings; instruction: bool (B, L), the tokens that may be read.
+    Returns:
+      rows (B, I, count, D), zero where there are fewer tokens, and their positions (B, I, count), -1 there.
+    """
+    mean_patch = jnp.mean(unit(features), axis=-2)
+    similarity = jnp.einsum("bid,bld->bil", mean_patch, unit(text))
+    similarity = jnp.where(instruction[:, None], similarity, -jnp.inf)
+    short = max(0, count - text.shape[1])
+    similarity = jnp.pad(similarity, ((0, 0), (0, 0), (0, short)), constant_values=-jnp.inf)
+    best, positions = jax.lax.top_k(similarity, count)
+    exists = best > -jnp.inf
+    rows = jax.vmap(lambda t, p: t[p])(text, jnp.minimum(positions, text.shape[1] - 1))
+    return jnp.where(exists[..., None], rows, 0), jnp.where(exists, positions, -1)
+
+
+def unit(x: jax.Array) -> jax.Array:
+    """x / |x| in fp32, with PyTorch's guard against the zero vector."""
+    x = x.astype(jnp.float32)
+    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
+
+class Router(nn.Module):
+    """One post-norm transformer layer, an MLP to G opinions a row, and a voter over the rows."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        pyramid: jax.Array,
+        text: jax.Array,
+        instruction: jax.Array,
+        tile_image: jax.Array,
+        first_tile: jax.Array,
+        deterministic: bool = True,
+    ) -> Routing:
+        """One decision an image.
+
+        Args:
+          pyramid: (B, T, R, D).
+          text: (B, L, D) raw token embeddings; instruction: bool (B, L).
+          tile_image: int (B, T), which image of the sample a tile belongs to, -1 = empty slot.
+          first_tile: int (B, I), the slot of each image's tile 0, -1 = no such image.
+          deterministic: no dropout; otherwise an rng named "dropout" is needed.
+        """
+        config, router = self.config, self.config.router
+        finest = config.granularities[-1]
+        images = first_tile.shape[1]
+
+        tile0 = jax.vmap(lambda tiles, at: tiles[at, -finest:])(pyramid, jnp.maximum(first_tile, 0))
+        text_rows, positions = select_text(tile0, text, instruction, router.text_tokens)
+        tile_text = jax.vmap(lambda rows, image: rows[image])(text_rows, jnp.maximum(tile_image, 0))
+        x = jnp.concatenate([pyramid, tile_text.astype(pyramid.dtype)], axis=2)
+
+        drop = nn.Dropout(router.dropout, deterministic=deterministic)
+        x = nn.LayerNorm(router.norm_eps, use_fast_variance=False, name="norm1")(
+            x + drop(self._attend(x, tile_image, drop))
+        )
+        y = drop(jax.nn.relu(nn.Dense(x.shape[-1], name="linear1")(x)))
+        x = nn.LayerNorm(router.norm_eps, use_fast_variance=False, name="norm2")(
+            x + drop(nn.Dense(x.shape[-1], name="linear2")(y))
+        )
+
+        opinions = jax.nn.gelu(nn.Dense(x.shape[-1], name="hidden")(x), approximate=False)
+        opinions = nn.Dense(len(config.granularities), name="logits")(opinions).astype(jnp.float32)
+        rows = config.pyramid_rows + router.text_tokens
+        voter = self.param("voter", nn.initializers.normal(rows**-0.5), (rows,))
+        votes = voter[:, None].astype(jnp.float32) * opinions
+
+        member = (tile_image[:, :, None] == jnp.arange(images)).astype(jnp.float32)
+        tiles = jnp.maximum(jnp.sum(member, axis=1), 1.0)
+        pre_norm = jnp.einsum("bti,btg->big", member, jnp.sum(votes, axis=2)) / tiles[..., None]
+        logits = nn.LayerNorm(router.norm_eps, use_fast_variance=False, name="norm")(pre_norm)
+        return Routing(logits, pre_norm, votes, positions)
+
+    def _attend(self, x: jax.Array, tile_image: jax.Array, drop: nn.Dropout) -> jax.Array:
+        """Self-attention over the rows of a tile (`tokens`) or over an image's tiles at each row (`tiles`)."""
+        width, heads = x.shape[-1], self.config.router.heads
+        q, k, v = (
+            rearrange(nn.Dense(width, name=name)(x), "b t r (h d) -> b t r h d", h=heads) for name in ("q", "k", "v")
+        )
+        q = q * (width // heads) ** -0.5
+        if self.config.router.attention == "tokens":
+            scores = jnp.einsum("btqhd,btkhd->bthqk", q, k)
+            mix = "bthqk,btkhd->btqhd"
+        else:
+            scores = jnp.einsum("bqrhd,bkrhd->bhrqk", q, k)
+            together = tile_image[:, :, None] == tile_image[:, None, :]
+            scores = jnp.where(together[:, None, None], scores, jnp.finfo(scores.dtype).min)
+            mix = "bhrqk,bkrhd->bqrhd"
+        weights = drop(jax.nn.softmax(scores.astype(jnp.float32), axis=-1).astype(v.dtype))
+        return nn.Dense(width, name="out")(rearrange(jnp.einsum(mix, weights, v), "b t r h d -> b t r (h d)"))

@@ -1,0 +1,31 @@
+"""The visual granularity scaler: no weights, only average pooling (paper, section 3.2)."""
+
+import jax
+import jax.numpy as jnp
+from einops import reduce
+
+from avg_llava_jax.config import ModelConfig
+
+
+def scale(config: ModelConfig, features: jax.Array) -> jax.Array:
+    """Finest features of each tile -> its whole pyramid, coarsest first.
+
+    (..., P, D) -> (..., R, D). Rows `pyramid_offsets[g] + cell` hold granularity g, cells row-major.
+
+    With a 2 x 2 grid, two halvings, width first, and the patches a b / c d:
+
+        granularity 4: a, b, c, d     granularity 2: (a+b)/2, (c+d)/2     granularity 1: (a+b+c+d)/4
+        rows: [(a+b+c+d)/4, (a+b)/2, (c+d)/2, a, b, c, d]
+    """
+    levels = [features]
+    grids = config.grids[::-1]
+    for (rows, columns), (next_rows, next_columns) in zip(grids, grids[1:], strict=False):
+        levels.append(
+            reduce(
+                levels[-1],
+                "... (r a c b) d -> ... (r c) d" if columns == next_columns else "... (r c b) d -> ... (r c) d",
+                "mean",
+                **({"a": rows // next_rows, "b": 1, "c": columns} if columns == next_columns else {"c": next_columns, "b": 2}),
+            )
+        )
+    return jnp.concatenate(levels[::-1], axis=-2)

@@ -1,0 +1,253 @@
+"""The one table of parameters: for each its sharding, its component, and its name in released checkpoints.
+
+Sharding, learning rates and weight import all read this table, and it is strict: a parameter
+that no row covers, or that has another number of axes than its row says, is an error that names it.
+"""
+
+import dataclasses
+from collections.abc import Callable, Collection
+from typing import Any, Literal
+
+import jax
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import PartitionSpec
+
+from avg_llava_jax.config import ModelConfig
+from avg_llava_jax.models import avg_llava
+
+Params = dict[str, Any]
+
+COMPONENTS = ("encoder", "connector", "router", "language")
+"""The learning-rate groups; `connector` includes the image newline."""
+
+TRAINED_IN = {
+    "connector": ("connector",),
+    "multi_granularity": ("encoder", "connector", "language"),
+    "rglf": ("router",),
+}
+"""The components that learn in each phase; a config may freeze more of them."""
+
+MESH_AXES: dict[str | None, str | None] = {
+    "width": "fsdp",
+    "heads": "tensor",
+    "mlp": "tensor",
+    "vocab": "tensor",
+    "layers": None,
+    None: None,
+}
+"""Logical axis -> mesh axis. Axes of a few kilobytes (norms, positions, votes) are None: replicated."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What there is to know of one parameter.
+
+    path: its place in the tree, "language/layers/q/kernel".
+    axes: logical name of each of its axes, see `MESH_AXES`.
+    component: one of `COMPONENTS`.
+    torch: its name in a released checkpoint; `{n}` is the layer, one tensor for each index of the first axis.
+    form: how that PyTorch tensor (of one layer) is laid out:
+        `same`         as ours
+        `transposed`   a linear weight, (out, in)
+        `patches`      a convolution, (V, 3, p, p), where ours is (p * p * 3, V), rows ordered (row, column, colour)
+        `third 0|1|2`  one of query, key, value stacked in one (3 D, D) weight or (3 D,) bias
+        `column`       (n, 1) where ours is (n,)
+    """
+
+    path: str
+    axes: tuple[str | None, ...]
+    component: str
+    torch: str
+    form: Literal["same", "transposed", "patches", "third 0", "third 1", "third 2", "column"]
+
+    @property
+    def layered(self) -> bool:
+        """Whether the first axis runs over layers."""
+        return self.axes[0] == "layers"
+
+    @property
+    def spec(self) -> PartitionSpec:
+        """The mesh axis of each array axis."""
+        return PartitionSpec(*(MESH_AXES[axis] for axis in self.axes))
+
+    def torch_shape(self, shape: tuple[int, ...], patch_size: int) -> tuple[int, ...]:
+        """Shape of the PyTorch tensor (of one layer) behind our parameter of this shape.
+
+        "language/layers/q/kernel" of shape (32, 4096, 1024) is made of tensors (1024, 4096).
+        """
+        if self.layered:
+            shape = shape[1:]
+        match self.form.split():
+            case ["transposed"]:
+                return shape[::-1]
+            case ["patches"]:
+                return shape[1], 3, patch_size, patch_size
+            case ["third", _]:
+                return 3 * shape[-1], *shape[:-1]
+            case ["column"]:
+                return *shape, 1
+        return shape
+
+    def from_torch(self, tensor: Any) -> Any:
+        """The PyTorch tensor (of one layer, as an array) laid out as ours; a view where possible."""
+        match self.form.split():
+            case ["transposed"]:
+                return tensor.T
+            case ["patches"]:
+                return tensor.transpose(2, 3, 1, 0).reshape(-1, len(tensor))
+            case ["third", which]:
+                third = len(tensor) // 3
+                return tensor[int(which) * third : (int(which) + 1) * third].T
+            case ["column"]:
+                return tensor[:, 0]
+        return tensor
+
+
+CLIP = "model.vision_tower.vision_tower.vision_model"
+ROUTER = "model.router"
+LAYER = "model.layers.{n}"
+CLIP_LAYER = CLIP + ".encoder.layers.{n}"
+
+
+def _linear(path: str, torch: str, into: str | None, out: str | None, form: str = "transposed") -> tuple[Row, ...]:
+    """Rows of a linear layer: kernel (into, out) and bias (out,), below `path`."""
+    component, stack = path.split("/")[0], ("layers",) if "{n}" in torch else ()
+    weight, bias = (
+        (torch + "_weight", torch + "_bias") if form != "transposed" else (torch + ".weight", torch + ".bias")
+    )
+    bias_axis = None if out == "width" else out
+    return (
+        Row(path + "/kernel", (*stack, into, out), component, weight, form),
+        Row(path + "/bias", (*stack, bias_axis), component, bias, "same" if form == "transposed" else form),
+    )
+
+
+def _norm(path: str, torch: str) -> tuple[Row, ...]:
+    """Rows of a norm: scale and bias, below `path`; an RMS norm has no bias and does not use that row."""
+    component, stack = path.split("/")[0], ("layers",) if "{n}" in torch else ()
+    return (
+        Row(path + "/scale", (*stack, None), component, torch + ".weight", "same"),
+        Row(path + "/bias", (*stack, None), component, torch + ".bias", "same"),
+    )
+
+
+def _table() -> dict[str, Row]:
+    rows: list[Row] = [
+        Row("encoder/patch_embed/kernel", (None, "width"), "encoder", f"{CLIP}.embeddings.patch_embedding.weight", "patches"),
+        Row("encoder/class_token", (None,), "encoder", f"{CLIP}.embeddings.class_embedding", "same"),
+        Row("encoder/position", (None, None), "encoder", f"{CLIP}.embeddings.position_embedding.weight", "same"),
+        *_norm("encoder/pre_norm", f"{CLIP}.pre_layrnorm"),
+        *_norm("encoder/layers/norm1", f"{CLIP_LAYER}.layer_norm1"),
+        *_linear("encoder/layers/q", f"{CLIP_LAYER}.self_attn.q_proj", "width", "heads"),
+        *_linear("encoder/layers/k", f"{CLIP_LAYER}.self_attn.k_proj", "width", "heads"),
+        *_linear("encoder/layers/v", f"{CLIP_LAYER}.self_attn.v_proj", "width", "heads"),
+        *_linear("encoder/layers/out", f"{CLIP_LAYER}.self_attn.out_proj", "heads", "width"),
+        *_norm("encoder/layers/norm2", f"{CLIP_LAYER}.layer_norm2"),
+        *_linear("encoder/layers/up", f"{CLIP_LAYER}.mlp.fc1", "width", "mlp"),
+        *_linear("encoder/layers/down", f"{CLIP_LAYER}.mlp.fc2", "mlp", "width"),
+        *_linear("connector/up", "model.mm_projector.0", "width", "mlp"),
+        *_linear("connector/down", "model.mm_projector.2", "mlp", "width"),
+        Row("image_newline", (None,), "connector", "model.image_newline", "same"),
+        *_linear("router/q", f"{ROUTER}.merger.self_attn.in_proj", "width", "heads", "third 0"),
+        *_linear("router/k", f"{ROUTER}.merger.self_attn.in_proj", "width", "heads", "third 1"),
+        *_linear("router/v", f"{ROUTER}.merger.self_attn.in_proj", "width", "heads", "third 2"),
+        *_linear("router/out", f"{ROUTER}.merger.self_attn.out_proj", "heads", "width"),
+        *_norm("router/norm1", f"{ROUTER}.merger.norm1"),
+        *_linear("router/linear1", f"{ROUTER}.merger.linear1", "width", "mlp"),
+        *_linear("router/linear2", f"{ROUTER}.merger.linear2", "mlp", "width"),
+        *_norm("router/norm2", f"{ROUTER}.merger.norm2"),
+        *_linear("router/hidden", f"{ROUTER}.router.0", "width", "mlp"),
+        *_linear("router/logits", f"{ROUTER}.router.2", "mlp", None),
+        Row("router/voter", (None,), "router", f"{ROUTER}.voter", "column"),
+        *_norm("router/norm", f"{ROUTER}.norm"),
+        Row("language/embed", ("vocab", "width"), "language", "model.embed_tokens.weight", "same"),
+        *_norm("language/layers/norm1", f"{LAYER}.input_layernorm"),
+        *_linear("language/layers/q", f"{LAYER}.self_attn.q_proj", "width", "heads"),
+        *_linear("language/layers/k", f"{LAYER}.self_attn.k_proj", "width", "heads"),
+        *_linear("language/layers/v", f"{LAYER}.self_attn.v_proj", "width", "heads"),
+        *_linear("language/layers/out", f"{LAYER}.self_attn.o_proj", "heads", "width"),
+        *_norm("language/layers/norm2", f"{LAYER}.post_attention_layernorm"),
+        *_linear("language/layers/gate", f"{LAYER}.mlp.gate_proj", "width", "mlp"),
+        *_linear("language/layers/up", f"{LAYER}.mlp.up_proj", "width", "mlp"),
+        *_linear("language/layers/down", f"{LAYER}.mlp.down_proj", "mlp", "width"),
+        *_norm("language/norm", "model.norm"),
+        *_linear("language/unembed", "lm_head", "width", "vocab"),
+    ]  # fmt: skip
+    table = {row.path: row for row in rows}
+    if len(table) != len(rows):
+        raise AssertionError("two rows of the parameter table have the same path")
+    return table
+
+
+TABLE = _table()
+
+
+def abstract(config: ModelConfig) -> Params:
+    """The tree of shapes and (fp32) dtypes of a model's parameters; computes nothing."""
+    return jax.eval_shape(lambda: avg_llava.init(config, jax.random.key(0)))
+
+
+def flat(params: Params) -> dict[str, Any]:
+    """{"encoder/class_token": leaf, ...}."""
+    return flatten_dict(params, sep="/")
+
+
+def unflat(leaves: dict[str, Any]) -> Params:
+    """The inverse of `flat`."""
+    return unflatten_dict(leaves, sep="/")
+
+
+def describe(params: Params) -> dict[str, Row]:
+    """The row of each parameter, by path.
+
+    Raises:
+      ValueError: no row covers a parameter, or it has another number of axes than its row.
+    """
+    described = {}
+    for path, leaf in flat(params).items():
+        if path not in TABLE:
+            raise ValueError(f"parameter {path!r} has no row in the parameter table")
+        row = TABLE[path]
+        if len(row.axes) != len(leaf.shape):
+            raise ValueError(f"parameter {path!r} has shape {leaf.shape}, its row in the table has axes {row.axes}")
+        described[path] = row
+    return described
+
+
+def partition_specs(params: Params) -> Params:
+    """A PartitionSpec over the mesh axes `fsdp` and `tensor` for each parameter."""
+    return _tree(params, lambda row: row.spec)
+
+
+def components(params: Params) -> Params:
+    """The component of each parameter, a tree of strings of the same structure."""
+    return _tree(params, lambda row: row.component)
+
+
+def _tree(params: Params, of: Callable[[Row], Any]) -> Params:
+    return unflat({path: of(row) for path, row in describe(params).items()})
+
+
+def split(params: Params, trainable: Collection[str]) -> tuple[Params, Params]:
+    """Parameters of the `trainable` components, and the others: two trees, disjoint, together all of it.
+
+    split({"connector": c, "router": r, ...}, ["router"]) -> {"router": r}, {"connector": c, ...}
+    """
+    unknown = sorted(set(trainable) - set(COMPONENTS))
+    if unknown:
+        raise ValueError(f"unknown component {unknown[0]!r}; the components are {', '.join(COMPONENTS)}")
+    learns = {path: row.component in trainable for path, row in describe(params).items()}
+    leaves = flat(params)
+    return (
+        unflat({path: leaf for path, leaf in leaves.items() if learns[path]}),
+        unflat({path: leaf for path, leaf in leaves.items() if not learns[path]}),
+    )
+
+
+def merge(trainable: Params, frozen: Params) -> Params:
+    """The inverse of `split`; a parameter that is in both is an error."""
+    ours, theirs = flat(trainable), flat(frozen)
+    both = sorted(ours.keys() & theirs.keys())
+    if both:
+        raise ValueError(f"parameter {both[0]!r} is in both halves")
+    return unflat(theirs | ours)

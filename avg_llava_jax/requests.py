@@ -1,0 +1,97 @@
+"""What is asked and what is answered."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import Literal
+
+from PIL import Image
+
+from avg_llava_jax.data.conversation import Turn
+from avg_llava_jax.data.images import ImageRef
+from avg_llava_jax.data.packing import Sample, Shape
+
+ImageLike = str | os.PathLike[str] | bytes | Image.Image | ImageRef
+Granularity = Literal["auto"] | int
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One question.
+
+    prompt: a question, or a conversation of turns `{"from": "human" | "gpt", "value": text}` that ends
+        on one. `<image>` says where an image goes; without it the images come first.
+    images: one image or several: paths, encoded bytes, or Pillow images.
+    granularity: "auto" (the router chooses for each image), tokens per tile, or a list with one of these
+        for each image.
+    max_new_tokens: less where the model's `max_length` ends earlier.
+    temperature: 0 is greedy. top_p, top_k: what is sampled from; 1 and 0 are off.
+    seed: the same request with the same seed gets the same answer, alone or in any batch.
+    stop: strings that end the answer; they are not part of it.
+    raw: take `prompt` as it is, without a conversation template.
+    """
+
+    prompt: str | Sequence[Turn]
+    images: ImageLike | Sequence[ImageLike] = ()
+    granularity: Granularity | Sequence[Granularity] = "auto"
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+    stop: str | Sequence[str] = ()
+    raw: bool = False
+
+    def __post_init__(self) -> None:
+        stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        if not all(isinstance(text, str) and text for text in stops):
+            raise ValueError(f"stop={self.stop!r}: stop strings must be texts that are not empty")
+        if self.raw and not isinstance(self.prompt, str):
+            raise ValueError("raw=True takes the prompt as one text, not as turns")
+        single = isinstance(self.images, (str, os.PathLike, bytes, Image.Image)) or hasattr(self.images, "load")
+        object.__setattr__(self, "stop", stops)
+        object.__setattr__(self, "images", (self.images,) if single else tuple(self.images))
+        for name, valid, rule in (
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("temperature", self.temperature >= 0, "0 (greedy) or more"),
+            ("top_p", 0 < self.top_p <= 1, "over 0 and at most 1"),
+            ("top_k", self.top_k >= 0, "0 (off) or more"),
+            ("seed", 0 <= self.seed < 2**32, "in 0 .. 2**32 - 1"),
+        ):
+            if not valid:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be {rule}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What came of a request.
+
+    granularity: tokens per tile; a tuple with one entry an image where there are several, None without images.
+    visual_tokens: packed tokens of all images, newlines included.
+    probabilities: {granularity: probability} by the router, whoever chose; a tuple of these for several
+        images, None without.
+    timings: seconds of `see` (load, encode, route), `prefill`, `decode` and `total`, of the whole batch
+        that the request was part of. The first use of a new size includes its compilation.
+    token_ids: generated ids, without the one that ended the answer.
+    finish: "stop" (an end token or a stop string) or "length".
+    """
+
+    text: str
+    granularity: int | tuple[int, ...] | None
+    visual_tokens: int
+    probabilities: dict[int, float] | tuple[dict[int, float], ...] | None
+    timings: dict[str, float]
+    token_ids: tuple[int, ...]
+    finish: Literal["stop", "length"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A checked request on the host: `choice` holds None for each image that the router decides on."""
+
+    request: Request
+    sample: Sample
+    shape: Shape
+    choice: tuple[int | None, ...]

@@ -1,0 +1,92 @@
+"""One mesh for everything: axes `data` (copies), `fsdp` (shards of parameters and batch), `tensor` (shards of layers).
+
+Run jitted functions under `jax.set_mesh(mesh)`: outside of it `constrain` has no mesh to go by and does nothing.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from avg_llava_jax import parameters
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = PartitionSpec(("data", "fsdp"))
+"""Samples are split over all devices but those that share a layer."""
+
+
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of the given axis sizes; one of them may be -1 and takes the devices that are left.
+
+    On 8 devices {"data": -1, "fsdp": 2, "tensor": 2} makes (2, 2, 2).
+
+    Raises:
+      ValueError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    given = [int(sizes[axis]) for axis in AXES]
+    fixed = 1
+    for size in given:
+        fixed *= 1 if size == -1 else size
+    if given.count(-1) > 1 or fixed < 1 or any(size < 1 and size != -1 for size in given):
+        raise ValueError(f"mesh {dict(zip(AXES, given, strict=True))}: sizes are positive, at most one is -1")
+    shape = tuple(len(devices) // fixed if size == -1 else size for size in given)
+    if shape[0] * shape[1] * shape[2] != len(devices):
+        raise ValueError(f"mesh {dict(zip(AXES, given, strict=True))} does not fit {len(devices)} devices")
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def shardings(mesh: Mesh, params: parameters.Params) -> parameters.Params:
+    """A NamedSharding for each parameter; an axis that its mesh axis does not divide stays whole."""
+    return jax.tree.map(
+        lambda leaf, spec: NamedSharding(mesh, fitting(mesh, spec, leaf.shape)),
+        params,
+        parameters.partition_specs(params),
+    )
+
+
+def fitting(mesh: Mesh, spec: PartitionSpec, shape: tuple[int, ...]) -> PartitionSpec:
+    """`spec` less the entries that do not divide their axis.
+
+    On a mesh with tensor=2, PartitionSpec("fsdp", "tensor") for shape (64, 5) becomes PartitionSpec("fsdp", None).
+    """
+    return PartitionSpec(
+        *(name if name and size % mesh.shape[name] == 0 else None for name, size in zip(spec, shape, strict=True))
+    )
+
+
+def state_shardings(mesh: Mesh, params: parameters.Params, state: Any) -> Any:
+    """Shardings of an optimizer state: what has a parameter's path and shape lies as that parameter, the rest everywhere.
+
+    `state` is any tree that holds subtrees shaped like (part of) `params`, as Optax's moments.
+    """
+    by_path = parameters.flat(shardings(mesh, params))
+    shapes = {path: leaf.shape for path, leaf in parameters.flat(params).items()}
+
+    def of(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        names = [str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)]
+        for start in range(len(names)):
+            name = "/".join(names[start:])
+            if name in by_path and shapes[name] == leaf.shape:
+                return by_path[name]
+        return NamedSharding(mesh, PartitionSpec())
+
+    return jax.tree_util.tree_map_with_path(of, state)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Sharding of every array of a batch: its first axis over `data` and `fsdp`."""
+    return NamedSharding(mesh, BATCH)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same array on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
+    """Pin an intermediate array to mesh axes, one entry an array axis; nothing happens where no mesh is set."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))

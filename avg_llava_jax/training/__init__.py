@@ -1,0 +1,1 @@
+"""One train loop for all phases: data, phase loss, update."""

@@ -1,0 +1,137 @@
+"""What a run leaves behind while it runs: metrics.jsonl, TensorBoard, skipped.jsonl, and a line on the screen."""
+
+import collections
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+import tensorboardX
+
+METRICS, SKIPPED, TENSORBOARD = "metrics.jsonl", "skipped.jsonl", "tensorboard"
+FEW = 100
+"""Samples that must have been seen before their skipped share means anything."""
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSONL file; none where there is no file. A last line that was cut short is left out."""
+    rows = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                break
+    return rows
+
+
+def _rewrite(path: Path, rows: list[dict[str, Any]]) -> TextIO:
+    """Replace a JSONL file by these rows, whole or not at all, and open it to append."""
+    beside = path.with_suffix(".part")
+    beside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    os.replace(beside, path)
+    return open(path, "a", encoding="utf-8", buffering=1)
+
+
+class MetricsLog:
+    """metrics.jsonl and TensorBoard. What was logged after step `start` is dropped: it will come again."""
+
+    def __init__(self, workdir: Path, start: int):
+        kept = [row for row in read_rows(workdir / METRICS) if row["step"] <= start]
+        self._file = _rewrite(workdir / METRICS, kept)
+        self._board = tensorboardX.SummaryWriter(str(workdir / TENSORBOARD), purge_step=start + 1, flush_secs=10)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """One step: a row with `step`, and numbers or texts."""
+        self._file.write(json.dumps(row) + "\n")
+        for name, value in row.items():
+            if name != "step" and isinstance(value, (int, float)):
+                self._board.add_scalar(name, value, row["step"])
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+
+
+class SkippedLog:
+    """skipped.jsonl, one row a sample however often it comes, and the bound on how many may be skipped."""
+
+    def __init__(self, workdir: Path, max_share: float):
+        self._max_share = max_share
+        rows = read_rows(workdir / SKIPPED)
+        self._known = {row["id"] for row in rows}
+        self.reasons = collections.Counter(row["reason"] for row in rows)
+        self._file = _rewrite(workdir / SKIPPED, rows)
+        self._seen = self._skipped = 0
+
+    def add(self, seen: int, skipped: list[tuple[str, str, str]]) -> None:
+        """Note `seen` usable samples and the `skipped` (id, reason, detail) of a batch.
+
+        Raises:
+          RuntimeError: more than the allowed share of the samples were skipped.
+        """
+        self._seen += seen + len(skipped)
+        self._skipped += len(skipped)
+        for name, reason, detail in skipped:
+            if name not in self._known:
+                self._known.add(name)
+                self.reasons[reason] += 1
+                self._file.write(json.dumps({"id": name, "reason": reason, "detail": detail}, ensure_ascii=False) + "\n")
+        if self._seen >= FEW and self._skipped > self._max_share * self._seen:
+            raise RuntimeError(
+                f"{self._skipped} of {self._seen} samples could not be used, more than data.max_skipped_share="
+                f"{self._max_share} allows: {self.summary()}; see {self._file.name}"
+            )
+
+    def summary(self) -> str:
+        """`12 missing_image, 3 empty_answer`."""
+        return ", ".join(f"{count} {reason}" for reason, count in self.reasons.most_common())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class Progress:
+    """One line that is redrawn on a terminal, or a line now and then in a file."""
+
+    PATIENCE = 10.0  # seconds between lines that cannot be redrawn
+    REMEMBERED = 50  # steps that the pace is taken from; its median forgets compilation
+
+    def __init__(self, steps: int, out: TextIO = sys.stderr):
+        self._steps, self._out, self._live = steps, out, out.isatty()
+        self._last = -float("inf")
+        self._seconds: collections.deque[float] = collections.deque(maxlen=self.REMEMBERED)
+
+    def show(self, row: dict[str, Any]) -> None:
+        """Draw a row of metrics.jsonl."""
+        self._seconds.append(row["step_seconds"])
+        now = time.monotonic()
+        if row["step"] < self._steps and now - self._last < (0.1 if self._live else self.PATIENCE):
+            return
+        self._last = now
+        pace = sorted(self._seconds)[len(self._seconds) // 2]
+        left = int(pace * (self._steps - row["step"]))
+        extra = "".join(
+            f"  {name} {row[key]:.3g}"
+            for name, key in (("best", "best_chosen"), ("regret", "regret"), ("visual", "visual_tokens"))
+            if key in row
+        )
+        line = (
+            f"{row['phase']} {row['step']}/{self._steps}  loss {row['loss']:.4f}{extra}  "
+            f"{row['tokens_per_second']:.0f} tokens/s  {pace:.2f} s/step  "
+            f"ETA {left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
+        )
+        self._out.write(f"\r\x1b[K{line}" if self._live else line + "\n")
+        self._out.flush()
+
+    def say(self, text: str) -> None:
+        """A line of its own, above the live one."""
+        self._out.write(f"\r\x1b[K{text}\n" if self._live else text + "\n")
+        self._out.flush()
+
+    def close(self) -> None:
+        if self._live:
+            self._out.write("\n")
+            self._out.flush()

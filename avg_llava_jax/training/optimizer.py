@@ -1,0 +1,109 @@
+"""AdamW with a learning rate for each component."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from avg_llava_jax import parameters
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """Settings of AdamW.
+
+    learning_rate: the peak. encoder_learning_rate: that of the vision encoder; 0 freezes it.
+    warmup: share of the steps in which the rate rises from 0; it then falls to 0 along a cosine.
+    weight_decay: of kernels and embeddings; norms, biases and single vectors are spared.
+    clip: the largest global norm of the gradients.
+    accumulate: micro-batches that a batch is cut into, one after another on the device.
+    """
+
+    learning_rate: float
+    encoder_learning_rate: float
+    warmup: float = 0.03
+    weight_decay: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    clip: float = 1.0
+    accumulate: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"optimizer.warmup={self.warmup} is a share of the steps, in [0, 1)")
+        if self.accumulate < 1:
+            raise ValueError(f"optimizer.accumulate={self.accumulate} must be at least 1")
+
+
+def trainable(phase: str, config: OptimizerConfig) -> tuple[str, ...]:
+    """The components that learn in a phase."""
+    if phase not in parameters.TRAINED_IN:
+        raise ValueError(f"phase {phase!r} is not known; choose from {', '.join(parameters.TRAINED_IN)}")
+    frozen = {"encoder"} if config.encoder_learning_rate == 0 else set()
+    return tuple(name for name in parameters.TRAINED_IN[phase] if name not in frozen)
+
+
+def rate_shape(config: OptimizerConfig, steps: int) -> Callable[[jax.Array], jax.Array]:
+    """Step -> share of the peak learning rate, in [0, 1]."""
+    warmup = round(config.warmup * steps)
+    return optax.warmup_cosine_decay_schedule(0.0 if warmup else 1.0, 1.0, warmup, max(steps, warmup + 1))
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """Clip, AdamW, and the learning rate of each parameter's component."""
+    shape = rate_shape(config, steps)
+
+    def scale(updates: Any, state: optax.ScaleByScheduleState, params: Any = None) -> tuple[Any, Any]:
+        share = shape(state.count)
+        rates = jax.tree.map(
+            lambda name: config.encoder_learning_rate if name == "encoder" else config.learning_rate,
+            parameters.components(updates),
+        )
+        updates = jax.tree.map(lambda update, rate: -share * rate * update, updates, rates)
+        return updates, optax.ScaleByScheduleState(optax.safe_increment(state.count))
+
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip),
+        optax.scale_by_adam(config.b1, config.b2, config.eps),
+        optax.add_decayed_weights(config.weight_decay, mask=_decayed),
+        optax.GradientTransformation(lambda _: optax.ScaleByScheduleState(jnp.zeros((), jnp.int32)), scale),
+    )
+
+
+def _decayed(params: parameters.Params) -> parameters.Params:
+    """Which parameters are matrices, the layers axis apart."""
+    rows = parameters.describe(params)
+    return parameters.unflat({path: len(row.axes) - row.layered >= 2 for path, row in rows.items()})
+
+
+Loss = Callable[[parameters.Params, Mapping[str, Any], jax.Array], tuple[jax.Array, tuple[jax.Array, dict[str, jax.Array]]]]
+"""(params, batch, rng) -> mean loss, (weight, metrics): over how many things the loss and the metrics are means."""
+
+
+def gradients(
+    loss: Loss, params: parameters.Params, batch: Mapping[str, Any], rng: jax.Array, accumulate: int
+) -> tuple[parameters.Params, jax.Array, dict[str, jax.Array]]:
+    """Gradients, loss and metrics of a batch, cut into `accumulate` micro-batches by rows.
+
+    Micro-batches count by their weight, so that where the answers' tokens lie makes no difference.
+    Row i*k + j of the batch is row i of micro-batch j of k: each device cuts up its own rows.
+    """
+    value_and_grad = jax.value_and_grad(loss, has_aux=True)
+    if accumulate == 1:
+        (value, (_, metrics)), grads = value_and_grad(params, batch, rng)
+        return grads, value, metrics
+    cut = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
+
+    def micro(total: Any, part: Any) -> tuple[Any, None]:
+        (value, (weight, metrics)), grads = value_and_grad(params, *part)
+        return jax.tree.map(lambda t, x: t + weight * x, total, (grads, value, metrics, jnp.ones(()))), None
+
+    parts = cut, jax.random.split(rng, accumulate)
+    (value, (_, metrics)), grads = jax.eval_shape(value_and_grad, params, *jax.tree.map(lambda x: x[0], parts))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (grads, value, metrics, jnp.ones(())))
+    (*sums, weight), _ = jax.lax.scan(micro, zeros, parts)
+    return jax.tree.map(lambda x: x / jnp.maximum(weight, 1.0), tuple(sums))

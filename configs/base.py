@@ -1,0 +1,65 @@
+"""What every config has; the others change values and the model, and add no keys elsewhere."""
+
+from ml_collections import ConfigDict, config_dict
+
+
+def get_config() -> ConfigDict:
+    return ConfigDict(
+        {
+            "phase": "multi_granularity",  # connector | multi_granularity | rglf
+            "granularities": (),  # those that the phase trains, as (64,); () = all of the model's
+            "seed": 0,
+            "steps": 1000,
+            "batch_size": 128,  # samples a step, over all devices
+            "checkpoint_every": 500,  # steps
+            "init_from": "",  # a checkpoint of ours or a released-layout folder; "" = fresh parameters
+            "vision_tower": "",  # the CLIP folder that a released-layout init_from names
+            "tokenizer": "",  # folder for fresh parameters; init_from brings its own
+            "compute_dtype": "float32",  # float32 | bfloat16; parameters stay float32
+            "remat": False,  # recompute activations in the backward pass: less memory, a third more work
+            "data": {
+                # LLaVA JSON or JSONL; `jersey`, with settings as `jersey?split=router&turns=4`;
+                # or several: (("a.json", "photos.zip", 0.8), ("jersey", "", 0.2)), path, images, weight.
+                "path": "",
+                "images": "",  # folder, zip or tar
+                "max_pixels": 89_478_485,  # an image with more counts as bad
+                "max_skipped_share": 0.05,  # stop where more of the samples cannot be used
+                "shapes": 6,  # batch shapes; each is compiled once, fewer of them mean more padding
+                "workers": 0,  # processes that read data; 0 = a thread
+            },
+            "optimizer": {
+                "learning_rate": 1e-5,
+                "encoder_learning_rate": 2e-6,  # 0 = the vision encoder is frozen
+                "warmup": 0.03,  # share of the steps, then a cosine to 0
+                "weight_decay": 0.0,
+                "b1": 0.9,
+                "b2": 0.999,
+                "eps": 1e-8,
+                "clip": 1.0,  # global norm
+                "accumulate": 1,  # micro-batches a step: less memory, the same result
+            },
+            "rglf": {
+                "margin": 1.0,
+                "rank_weight": 1.0,
+                "ce_weight": 0.1,
+                "tie_nats": 0.0,  # this close to the best is as good, and the cheapest of those wins; 0 = paper
+                "execution": "per_length",  # per_length | vmap
+            },
+            # Sizes of the device mesh; -1 = all that is left.
+            "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
+        }
+    )
+
+
+def as_in_checkpoint() -> ConfigDict:
+    """`model` of a config that starts from a checkpoint: None = as there; `--config.model.unpad=released` overrides."""
+    text, number = config_dict.placeholder(str), config_dict.placeholder(int)
+    return ConfigDict(
+        {
+            "unpad": text,
+            "template": text,
+            "pinpoints": config_dict.placeholder(tuple),
+            "router": {"attention": text, "dropout": config_dict.placeholder(float)},
+            "language": {"max_length": number},
+        }
+    )

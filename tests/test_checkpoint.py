@@ -1,0 +1,247 @@
+"""Checkpoint folders: written whole, read back exactly, and damage is named."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from test_parameters import TINY
+
+from avg_llava_jax import checkpoint, parameters, sharding
+from avg_llava_jax.config import ModelConfig, to_dict
+
+TOKENIZER = pathlib.Path(__file__).parent / "data" / "golden" / "avg-llava-tiny"
+
+# Orbax leaves unfinished reads behind when one fails.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+class Pipeline:
+    """Stands for a data pipeline: its position is JSON or bytes."""
+
+    def __init__(self, state=None):
+        self.state = state
+
+    def get_state(self):
+        return self.state
+
+    def set_state(self, state):
+        self.state = state
+
+
+@pytest.fixture(scope="module")
+def params():
+    draw = np.random.default_rng(0)
+    return jax.tree.map(lambda leaf: jnp.asarray(draw.normal(size=leaf.shape), leaf.dtype), parameters.abstract(TINY))
+
+
+@pytest.fixture
+def optimizer(params):
+    return optax.adamw(1e-3).init(params["router"])
+
+
+@pytest.fixture
+def workdir(tmp_path, params, optimizer):
+    """A run that has saved steps 1, 2, 3; the newline of step s is s."""
+    checkpoint.save_config(tmp_path, TINY, {"phase": "rglf"}, [16])
+    checkpoint.copy_tokenizer(TOKENIZER, tmp_path)
+    with checkpoint.Manager(tmp_path) as manager:
+        for step in (1, 2, 3):
+            manager.save(step, at_step(params, step), optimizer, Pipeline({"next": step}), {"seen": step})
+    return tmp_path
+
+
+def at_step(params, step):
+    return params | {"image_newline": jnp.full_like(params["image_newline"], step)}
+
+
+def same(one, other):
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def spoil(folder, how):
+    """Damage the largest data file below a folder."""
+    files = (p for p in folder.rglob("*") if p.is_file() and p.name != "commit_success.txt")
+    path = max(files, key=lambda p: p.stat().st_size)
+    if how == "truncated":
+        os.truncate(path, path.stat().st_size // 2)
+    else:
+        path.unlink()
+
+
+def test_load(workdir, params):
+    loaded = checkpoint.load(workdir)
+    assert loaded.config == TINY
+    same(loaded.params, at_step(params, 3))
+    assert (loaded.tokenizer_folder / "tokenizer.model").is_file()
+    assert loaded.meta == {"step": 3, "format": 1, "training": {"phase": "rglf"}, "granularities_trained": [16]}
+
+
+def test_load_on_a_mesh_in_another_dtype(workdir, params):
+    mesh = sharding.make_mesh({"data": 1, "fsdp": -1, "tensor": 1})
+    loaded = checkpoint.load(workdir, mesh=mesh, dtype=jnp.bfloat16)
+    same(loaded.params, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), at_step(params, 3)))
+    assert jax.tree.map(lambda leaf: leaf.sharding, loaded.params) == sharding.shardings(mesh, params)
+
+
+def test_parameters_alone_are_a_checkpoint(tmp_path, params):
+    """What a project ships."""
+    checkpoint.save_config(tmp_path, TINY)
+    with checkpoint.Manager(tmp_path) as manager:
+        manager.save(7, params)
+    same(checkpoint.load(tmp_path).params, params)
+
+
+def test_resume(workdir, params, optimizer):
+    assert checkpoint.steps(workdir) == [2, 3]
+    pipeline = Pipeline()
+    with checkpoint.Manager(workdir) as manager:
+        restored = manager.restore(jax.eval_shape(lambda: params), jax.eval_shape(lambda: optimizer), pipeline)
+        assert (restored.step, restored.meta, pipeline.state) == (3, {"seen": 3}, {"next": 3})
+        same(restored.params, at_step(params, 3))
+        same(restored.optimizer, optimizer)
+        assert jax.tree.structure(restored.optimizer) == jax.tree.structure(optimizer)
+        manager.save(4, restored.params, restored.optimizer, Pipeline(b"\x7bbytes"))
+        manager.wait()
+        manager.restore(params, optimizer, pipeline)
+    assert pipeline.state == b"\x7bbytes"
+    assert checkpoint.steps(workdir) == [3, 4]
+
+
+def test_a_new_workdir_has_nothing_to_restore(tmp_path, params, optimizer):
+    with checkpoint.Manager(tmp_path) as manager:
+        assert manager.restore(params, optimizer) is None
+
+
+@pytest.mark.parametrize("how", ["truncated", "gone"])
+@pytest.mark.parametrize("part", ["params", "optimizer", "meta", "data"])
+def test_damaged_newest_step(workdir, params, optimizer, part, how, caplog):
+    spoil(workdir / "checkpoints" / "3" / part, how)
+    if part == "params":
+        same(checkpoint.load(workdir).params, at_step(params, 2))
+        assert "3 is damaged" in caplog.text
+    pipeline = Pipeline()
+    with checkpoint.Manager(workdir) as manager:
+        restored = manager.restore(params, optimizer, pipeline)
+        assert (restored.step, pipeline.state) == (2, {"next": 2})
+        assert "checkpoints/3 is damaged; using step 2" in caplog.text
+        manager.save(3, restored.params, restored.optimizer, pipeline)
+    assert checkpoint.steps(workdir) == [2, 3]
+    same(checkpoint.load(workdir).params, at_step(params, 2))
+
+
+def test_all_steps_damaged(workdir, params, optimizer):
+    for step in (2, 3):
+        spoil(workdir / "checkpoints" / str(step) / "params", "truncated")
+    with pytest.raises(ValueError, match=r"none of the steps \[2, 3\] is readable"):
+        checkpoint.load(workdir)
+    with (
+        checkpoint.Manager(workdir) as manager,
+        pytest.raises(ValueError, match=r"none of the steps \[2, 3\] is readable"),
+    ):
+        manager.restore(params, optimizer)
+    assert checkpoint.steps(workdir) == [2, 3]
+
+
+def test_another_optimizer_is_no_damage(workdir, params):
+    with checkpoint.Manager(workdir) as manager, pytest.raises(ValueError, match="another optimizer or phase"):
+        manager.restore(params, optax.adamw(1e-3).init(params["connector"]))
+    assert checkpoint.steps(workdir) == [2, 3]
+
+
+def test_config_is_written_whole_and_for_one_model(workdir):
+    checkpoint.save_config(workdir, TINY, {"phase": "connector"})
+    assert checkpoint.read_config(workdir)[1]["training"] == {"phase": "connector"}
+    with pytest.raises(ValueError, match=r"model\.language\.head_dim is 8 there and 128 here"):
+        checkpoint.save_config(workdir, ModelConfig())
+    assert not list(workdir.glob("*.part"))
+
+
+def test_config_that_contradicts_the_parameters(workdir):
+    values = json.loads((workdir / "config.json").read_text())
+    values["model"]["language"]["vocab_size"] = 65
+    (workdir / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=r"step 3: parameter 'language/embed' has shape \(64, 32\), its config says"):
+        checkpoint.load(workdir)
+
+
+def test_what_is_no_checkpoint(tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        checkpoint.load(tmp_path / "nothing")
+    with pytest.raises(FileNotFoundError, match=r"not a checkpoint folder: it has no config\.json"):
+        checkpoint.load(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="not readable as JSON"):
+        checkpoint.load(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(ValueError, match="not the config of an avg_llava_jax checkpoint"):
+        checkpoint.load(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"format": 1, "model": to_dict(TINY) | {"colour": 1}}))
+    with pytest.raises(ValueError, match="unknown key 'colour'"):
+        checkpoint.load(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"format": 1, "model": to_dict(TINY)}))
+    with pytest.raises(FileNotFoundError, match="no complete step"):
+        checkpoint.load(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no tokenizer.json and no tokenizer.model"):
+        checkpoint.copy_tokenizer(tmp_path, tmp_path)
+
+
+def test_no_tower_for_a_checkpoint_of_ours(workdir):
+    with pytest.raises(ValueError, match="drop vision_tower"):
+        checkpoint.load(workdir, TOKENIZER)
+
+
+def test_a_second_run_is_refused(tmp_path):
+    """Also while the first is another process; the workdir is free again once that one is killed."""
+    holder = f"""
+        import time
+        from avg_llava_jax import checkpoint
+        manager = checkpoint.Manager({str(tmp_path)!r})
+        print("held", flush=True)
+        time.sleep(600)
+    """
+    env = dict(os.environ, PYTHONPATH=":".join(sys.path), JAX_PLATFORMS="cpu")
+    with subprocess.Popen([sys.executable, "-c", textwrap.dedent(holder)], stdout=subprocess.PIPE, env=env) as process:
+        assert process.stdout.readline() == b"held\n"
+        with pytest.raises(RuntimeError, match=f"in use by process {process.pid}"):
+            checkpoint.Manager(tmp_path)
+        process.send_signal(signal.SIGKILL)
+    checkpoint.Manager(tmp_path).close()
+
+
+def test_killed_while_saving(tmp_path):
+    """SIGKILL at any moment: what is left under its final name is whole."""
+    writer = f"""
+        import jax, jax.numpy as jnp, optax
+        from test_parameters import TINY
+        from avg_llava_jax import checkpoint, parameters
+        params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), parameters.abstract(TINY))
+        optimizer = optax.adamw(1e-3).init(params)
+        checkpoint.save_config({str(tmp_path)!r}, TINY)
+        with checkpoint.Manager({str(tmp_path)!r}) as manager:
+            for step in range(1, 10_000):
+                manager.save(step, params, optimizer)
+                print(step, flush=True)
+    """
+    env = dict(os.environ, PYTHONPATH=":".join([*sys.path, str(pathlib.Path(__file__).parent)]), JAX_PLATFORMS="cpu")
+    with subprocess.Popen([sys.executable, "-c", textwrap.dedent(writer)], stdout=subprocess.PIPE, env=env) as process:
+        while process.stdout.readline() != b"5\n":
+            pass
+        time.sleep(0.13)
+        process.send_signal(signal.SIGKILL)
+    shapes = parameters.abstract(TINY)
+    optimizer = jax.eval_shape(optax.adamw(1e-3).init, shapes)
+    with checkpoint.Manager(tmp_path) as manager:
+        restored = manager.restore(shapes, optimizer)
+        manager.save(restored.step + 1, restored.params, restored.optimizer)
+    assert not list(tmp_path.glob("checkpoints/*.damaged"))
+    assert checkpoint.load(tmp_path).meta["step"] == restored.step + 1

@@ -1,0 +1,292 @@
+"""Images as they come: modes, orientation, archives, damage; and the tiles cut from them."""
+
+import io
+import multiprocessing
+import pickle
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from avg_llava_jax.config import ModelConfig, ScalerConfig, VisionConfig
+from avg_llava_jax.data import images
+from avg_llava_jax.data.errors import BadSample
+from avg_llava_jax.data.images import ImageStore, image_ref, to_rgb
+from avg_llava_jax.data.tiles import best_resolution, make_tiles, placement
+
+GOLDEN = Path(__file__).parent / "data" / "golden"
+CONFIG = ModelConfig()
+
+
+def picture(width=6, height=4):
+    """Every pixel of another colour."""
+    values = np.arange(width * height * 3, dtype=np.uint8).reshape(height, width, 3) * 3
+    return Image.fromarray(values)
+
+
+def encoded(image, format="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def pixels(ref):
+    return np.asarray(ref.load())
+
+
+@pytest.mark.parametrize("kind", ["short", "long"])
+@pytest.mark.parametrize("size", ["500x375", "672x336", "300x1000", "1000x1"])
+def test_tiles_match_the_measured_pixels(size, kind):
+    arrays = np.load(GOLDEN / f"infer_{size}_{kind}.npz")
+    ref = ImageStore(GOLDEN / "images").ref(f"im_{size}.png")
+    assert ref.size == tuple(arrays["image_sizes"][0])
+    assert best_resolution(ref.size, CONFIG.pinpoints) == tuple(arrays["best_resolution"].ravel())
+    tiles = make_tiles(ref.load(), CONFIG).astype(np.float64) / 255
+    normal = ((tiles - CONFIG.vision.mean) / CONFIG.vision.std).transpose(0, 3, 1, 2)
+    measured = arrays["pixel_values.0[:,:,::16,::16]"]
+    np.testing.assert_allclose(normal[:, :, ::16, ::16], measured, atol=1e-5, rtol=0)
+
+
+def test_tiles_are_the_mosaic_row_major():
+    config = ModelConfig(vision=VisionConfig(image_size=14), pinpoints=((28, 28),), scaler=ScalerConfig(halvings=0))
+    image = picture(28, 28)
+    tiles = make_tiles(image, config)
+    assert tiles.dtype == np.uint8 and tiles.shape == (5, 14, 14, 3)
+    whole = np.asarray(image)
+    for tile, (y, x) in enumerate([(0, 0), (0, 14), (14, 0), (14, 14)], start=1):
+        np.testing.assert_array_equal(tiles[tile], whole[y : y + 14, x : x + 14])
+
+
+def test_placement_centres_and_rounds_up():
+    assert placement((640, 480), (672, 672)) == (0, 84, 672, 504)
+    assert placement((500, 375), (672, 672)) == (0, 83, 672, 505)  # rounding of the released code
+    assert placement((1000, 1), (1008, 336)) == (0, 167, 1008, 2)
+    assert placement((1, 1000), (336, 1008)) == (167, 0, 2, 1008)
+
+
+@pytest.mark.parametrize("pinpoint", [(336, 672), (672, 336)])
+def test_ties_go_to_the_first_pinpoint(pinpoint):
+    others = tuple(p for p in CONFIG.pinpoints if p != pinpoint)
+    assert best_resolution((336, 336), (pinpoint, *others)) == pinpoint
+    assert best_resolution((1, 1), (pinpoint, *others)) == pinpoint
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "TIFF", "WEBP"])
+def test_exif_orientation(format, orientation, tmp_path):
+    image = picture(32, 16)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"PNG": {}, "TIFF": {}, "JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}}[format]
+    path = tmp_path / "image"
+    path.write_bytes(encoded(image, format, exif=exif, **options))
+    raw = np.asarray(image)
+    upright = {
+        1: raw,
+        2: raw[:, ::-1],
+        3: raw[::-1, ::-1],
+        4: raw[::-1],
+        5: raw.swapaxes(0, 1),
+        6: raw.swapaxes(0, 1)[:, ::-1],
+        7: raw.swapaxes(0, 1)[::-1, ::-1],
+        8: raw.swapaxes(0, 1)[::-1],
+    }[orientation]
+    ref = image_ref(path)
+    assert ref.size == upright.shape[1::-1]
+    if format == "JPEG":
+        assert pixels(ref).shape == upright.shape
+        corners = np.ix_([0, -1], [0, -1])
+        assert np.abs(pixels(ref)[corners].astype(int) - upright[corners]).max() < 60
+    else:
+        np.testing.assert_array_equal(pixels(ref), upright)
+
+
+def test_sixteen_bits_are_scaled_not_clipped():
+    values = np.array([[0, 128, 129, 256, 32768, 65535]], np.uint16)
+    expected = np.array([0, 0, 1, 1, 128, 255], np.uint8)
+    for image in (Image.fromarray(values), Image.fromarray(values.astype(np.int32))):
+        np.testing.assert_array_equal(np.asarray(to_rgb(image))[0], np.stack([expected] * 3, axis=-1))
+    ref = image_ref(encoded(Image.fromarray(values)))
+    np.testing.assert_array_equal(pixels(ref)[0, :, 0], expected)
+    pgm = b"P5 6 1 65535\n" + values.astype(">u2").tobytes()
+    np.testing.assert_array_equal(pixels(image_ref(pgm))[0, :, 0], expected)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "HSV", "F", "RGBa", "La"])
+def test_every_mode_becomes_rgb(mode):
+    image = picture().convert("RGBA") if mode in ("RGBa",) else picture()
+    image = image.convert("LA") if mode == "La" else image
+    rgb = to_rgb(image.convert(mode))
+    assert rgb.mode == "RGB" and rgb.size == (6, 4)
+
+
+def test_alpha_is_dropped_as_in_the_released_code():
+    values = np.zeros((2, 2, 4), np.uint8)
+    values[..., 0], values[..., 3] = 200, [[0, 255], [128, 1]]
+    np.testing.assert_array_equal(pixels(image_ref(encoded(Image.fromarray(values)))), values[..., :3])
+
+
+def test_a_palette_with_transparency_keeps_its_colours(recwarn):
+    image = picture().quantize(16)
+    expected = np.asarray(image.convert("RGB"))
+    for transparency in (3, bytes(range(16))):
+        np.testing.assert_array_equal(pixels(image_ref(encoded(image, transparency=transparency))), expected)
+    assert not recwarn
+
+
+def test_cmyk_jpeg():
+    image = Image.new("CMYK", (8, 8), (0, 255, 255, 0))
+    red = pixels(image_ref(encoded(image, "JPEG", quality=100)))[4, 4]
+    assert red[0] > 240 and red[1] < 15 and red[2] < 15
+
+
+def test_the_first_frame_of_an_animation():
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    ref = image_ref(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]))
+    assert pixels(ref)[0, 0].tolist() == [255, 0, 0]
+
+
+def test_an_image_in_memory_is_left_alone():
+    image = picture()
+    ref = image_ref(image)
+    ref.load().putpixel((0, 0), (9, 9, 9))
+    assert ref.size == (6, 4) and image.getpixel((0, 0)) == (0, 3, 6)
+
+
+def test_size_reads_the_header_only(tmp_path):
+    path = tmp_path / "half.png"
+    path.write_bytes(encoded(Image.effect_noise((300, 200), 90))[:2000])
+    assert image_ref(path).size == (300, 200)
+    with pytest.raises(BadSample, match="half.png") as error:
+        image_ref(path).load()
+    assert error.value.reason == "corrupt_image"
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP"])
+def test_damage_anywhere_is_one_clear_error(format, tmp_path):
+    whole = encoded(Image.effect_noise((64, 64), 90).convert("RGB"), format)
+    path = tmp_path / f"damaged.{format.lower()}"
+    for length in (0, 1, 7, 20, 60, len(whole) // 2):
+        path.write_bytes(whole[:length])
+        with pytest.raises(BadSample, match="damaged") as error:
+            image_ref(path).load()
+        assert error.value.reason == "corrupt_image"
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
+def test_random_damage_never_escapes(tmp_path):
+    rng = np.random.default_rng(0)
+    for format in ("PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP"):
+        whole = np.frombuffer(encoded(picture(20, 20), format), np.uint8)
+        for _ in range(60):
+            broken = whole.copy()
+            at = rng.integers(0, len(whole), 4)
+            broken[at] = rng.integers(0, 256, 4)
+            ref = image_ref(broken.tobytes(), max_pixels=10_000)
+            try:
+                assert ref.load().size == ref.size
+            except BadSample as error:
+                assert error.reason in ("corrupt_image", "too_large_image")
+
+
+def test_missing_and_not_an_image(tmp_path):
+    with pytest.raises(BadSample, match="nowhere.png") as error:
+        _ = image_ref(tmp_path / "nowhere.png").size
+    assert error.value.reason == "missing_image"
+    (tmp_path / "text.png").write_text("not an image")
+    with pytest.raises(BadSample, match="text.png.*not an image") as error:
+        _ = image_ref(tmp_path / "text.png").size
+    assert error.value.reason == "corrupt_image"
+
+
+def test_the_pixel_bound_holds_before_decoding():
+    content = encoded(Image.new("L", (300, 200)))
+    assert image_ref(content, max_pixels=60_000).load().size == (300, 200)
+    ref = image_ref(content[:100], max_pixels=59_999)  # the pixels are not even there
+    for use in (lambda: ref.size, ref.load):
+        with pytest.raises(BadSample, match="300 x 200 is over 59999 pixels") as error:
+            use()
+        assert error.value.reason == "too_large_image"
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_decompression_bomb_is_too_large():
+    bomb = b"P5 40000 40000 255\n"
+    with pytest.raises(BadSample) as error:
+        image_ref(bomb, max_pixels=10**12).load()
+    assert error.value.reason == "too_large_image"
+    with pytest.raises(BadSample):
+        _ = image_ref(b"P5 12000 12000 255\n").size
+
+
+@pytest.fixture
+def stores(tmp_path):
+    """The same images as a folder, a zip and a tar."""
+    folder = tmp_path / "images"
+    (folder / "sub").mkdir(parents=True)
+    for number in range(8):
+        picture(6 + number, 4).save(folder / "sub" / f"{number}.png")
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        for path in sorted(folder.rglob("*.png")):
+            archive.write(path, path.relative_to(folder))
+    with tarfile.open(tmp_path / "images.tar", "w") as archive:
+        archive.add(folder, ".")
+    return {
+        kind: ImageStore(tmp_path / name)
+        for kind, name in {"folder": "images", "zip": "images.zip", "tar": "images.tar"}.items()
+    }
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip", "tar"])
+def test_stores(stores, kind):
+    store = stores[kind]
+    assert store.kind == kind
+    for number in range(8):
+        for ref in (store.ref(f"sub/{number}.png"), pickle.loads(pickle.dumps(store)).ref(f"./sub/{number}.png")):
+            assert ref.size == (6 + number, 4)
+            np.testing.assert_array_equal(pixels(ref), np.asarray(picture(6 + number, 4)))
+    with pytest.raises(BadSample) as error:
+        _ = store.ref("sub/9.png").size
+    assert error.value.reason == "missing_image"
+
+
+def sums(refs):
+    return [int(pixels(ref).astype(int).sum()) for ref in refs]
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("kind", ["folder", "zip", "tar"])
+@pytest.mark.filterwarnings("ignore:.*fork.*")
+def test_references_work_in_other_processes(stores, kind, method):
+    refs = [stores[kind].ref(f"sub/{number}.png") for number in range(8)]
+    expected = sums(refs)  # opened here first: a fork inherits the handle
+    with multiprocessing.get_context(method).Pool(2) as pool:
+        assert pool.map(sums, [refs] * 4) == [expected] * 4
+
+
+def archives_opened(ref):
+    before = images._zip.cache_info().misses
+    ref.load()
+    return images._zip.cache_info().misses - before
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*")
+def test_a_forked_process_opens_the_archive_itself(stores):
+    ref = stores["zip"].ref("sub/0.png")
+    ref.load()
+    assert archives_opened(ref) == 0
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        assert pool.apply(archives_opened, [ref]) == 1  # the parent's handle shares its file position
+
+
+def test_stores_that_cannot_be(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        ImageStore(tmp_path / "nowhere")
+    with tarfile.open(tmp_path / "images.tar.gz", "w:gz"):
+        pass
+    with pytest.raises(ValueError, match="images.tar.gz.*compressed tar"):
+        ImageStore(tmp_path / "images.tar.gz")
