@@ -54,12 +54,13 @@ class Stream:
 
 
 class AvgLlava:
-    """A model with its tokenizer. Made by `load`; `config`, `params` and `tokenizer` may be read."""
+    """A model with its tokenizer. Made by `load`; `config`, `params`, `tokenizer` and `step` may be read."""
 
-    def __init__(self, config: ModelConfig, params: Params, tokenizer: Tokenizer):
+    def __init__(self, config: ModelConfig, params: Params, tokenizer: Tokenizer, step: int = 0):
         self.config = config
         self.params = params
         self.tokenizer = tokenizer
+        self.step = step
         self.stop_ids = stop_ids(tokenizer, config.template)
         if tokenizer.vocab_size > config.language.vocab_size:
             raise ValueError(
@@ -81,7 +82,7 @@ class AvgLlava:
         mesh: spreads the parameters over devices. dtype: converts them; compute follows it.
         """
         loaded = checkpoint.load(path, vision_tower, mesh, dtype)
-        return cls(loaded.config, loaded.params, load_tokenizer(loaded.tokenizer_folder))
+        return cls(loaded.config, loaded.params, load_tokenizer(loaded.tokenizer_folder), loaded.meta["step"])
 
     def answer(self, images: ImageLike | Sequence[ImageLike], prompt: str | Sequence[Turn], **options: Any) -> Answer:
         """Answer one question about one image, several or none (`()`); `options` are the fields of `Request`."""
@@ -99,8 +100,12 @@ class AvgLlava:
                 prepared.append(self.prepare(request))
             except ValueError as error:
                 raise error if len(requests) == 1 else ValueError(f"request {number}: {error}") from None
-        answers: list[Answer | None] = [None] * len(requests)
-        for rows in groups(prepared, lambda p: (p.shape, bool(p.sample.sizes)), batch_size):
+        return self.answer_prepared(prepared, batch_size)
+
+    def answer_prepared(self, prepared: Sequence[Prepared], batch_size: int = 16) -> list[Answer]:
+        """`answer_batch` of requests that `prepare` has checked."""
+        answers: list[Answer | None] = [None] * len(prepared)
+        for rows in batching.groups(prepared, lambda p: (p.shape, bool(p.choice), None in p.choice), batch_size):
             group = [prepared[row] for row in rows]
             for _, done in self._run(group, streaming=False):
                 if done is not None:
@@ -150,7 +155,8 @@ class AvgLlava:
         """Answer requests of one shape; yields each one's new piece of text, and at the end the answers."""
         begin = time.perf_counter()
         samples = [prepared.sample for prepared in group]
-        seen = batching.see(self.config, self.params, samples, group[0].shape, batching.power(len(group)))
+        rows, routed = batching.power(len(group)), None in group[0].choice
+        seen = batching.see(self.config, self.params, samples, group[0].shape, rows, route=routed)
         jax.block_until_ready(seen.pyramid)
         timings = {"see": time.perf_counter() - begin}
 
@@ -165,7 +171,7 @@ class AvgLlava:
             return generate.length_bucket(length, limit), generate.room_bucket(group[row].request.max_new_tokens)
 
         answers: list[Answer | None] = [None] * len(group)
-        for rows in groups(range(len(group)), bucket, len(group)):
+        for rows in batching.groups(range(len(group)), bucket, len(group)):
             static, room = bucket(rows[0])
             part = Part(self, [group[row].request for row in rows], streaming, room, dict(timings), begin)
             index, lengths = batching.packed_index(
@@ -252,7 +258,7 @@ class Part:
         while True:
             tokens, count, done = jax.device_get((state.tokens, state.count, state.done))
             pieces = [
-                stream.feed(self._without_end(tokens[row, : count[row]]), bool(done[row]))
+                stream.feed(batching.without_end(tokens[row, : count[row]].tolist(), model.stop_ids), bool(done[row]))
                 for row, stream in enumerate(self._streams)
             ]
             done = done.copy()
@@ -272,10 +278,6 @@ class Part:
         for row, stream in enumerate(self._streams):
             ended = stream.stopped or len(stream.ids) < self._counts[row]
             yield stream, "stop" if ended else "length"
-
-    def _without_end(self, tokens: np.ndarray) -> list[int]:
-        ids = tokens.tolist()
-        return ids[:-1] if ids and ids[-1] in self.model.stop_ids else ids
 
     def _sampling(self, rows: int) -> generate.Sampling:
         spare = rows - len(self.requests)
@@ -338,16 +340,6 @@ class Chat:
             self.turns = [*request.prompt, {"from": "gpt", "value": answer.text}]
             self.images = list(request.images)
         return answer
-
-
-def groups(items: Sequence[Any], key: Any, size: int) -> Iterator[list[int]]:
-    """Row numbers of the items that share a key, in order of appearance, at most `size` together."""
-    found: dict[Any, list[int]] = {}
-    for row, item in enumerate(items):
-        found.setdefault(key(item), []).append(row)
-    for rows in found.values():
-        for at in range(0, len(rows), size):
-            yield rows[at : at + size]
 
 
 def _ref(image: ImageLike) -> ImageRef:

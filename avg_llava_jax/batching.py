@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ SMALLEST_TEXT = 64
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-    """Prompts whose images are encoded: text ids (B, L), pyramid (B, T, R, D), routing (None without images)."""
+    """Prompts whose images are encoded: text ids (B, L), pyramid (B, T, R, D), routing (None if not asked for)."""
 
     samples: Sequence[Sample]
     shape: Shape
@@ -30,9 +31,25 @@ class Seen:
     routing: Routing | None
 
     def logits(self, row: int) -> np.ndarray:
-        """Router scores (images, G) of one sample."""
-        images = len(self.samples[row].sizes)
-        return np.asarray(self.routing.logits[row, :images]) if images else np.zeros((0, 0), np.float32)
+        """Router scores (images, G) of one sample; no rows where there was no routing."""
+        if self.routing is None:
+            return np.zeros((0, 0), np.float32)
+        return np.asarray(self.routing.logits[row, : len(self.samples[row].sizes)])
+
+
+def by_key(items: Iterable[Any], key: Callable[[Any], Hashable]) -> dict[Any, list[int]]:
+    """Row numbers of the items by key, in order of appearance."""
+    found: dict[Any, list[int]] = {}
+    for row, item in enumerate(items):
+        found.setdefault(key(item), []).append(row)
+    return found
+
+
+def groups(items: Iterable[Any], key: Callable[[Any], Hashable], size: int) -> Iterator[list[int]]:
+    """Row numbers of the items that share a key, at most `size` together."""
+    for rows in by_key(items, key).values():
+        for at in range(0, len(rows), size):
+            yield rows[at : at + size]
 
 
 def power(count: int) -> int:
@@ -54,11 +71,12 @@ def see(
     shape: Shape,
     rows: int | None = None,
     tiles: Sequence[np.ndarray] | None = None,
+    route: bool = True,
 ) -> Seen:
     """Encode and route samples of one shape as a batch of `rows` (default: as many as there are).
 
-    `tiles` are their images' tiles, where they are loaded already. Text-only samples, of which a batch
-    consists wholly or not at all, skip the encoder.
+    `tiles` are their images' tiles, where they are loaded already. Without `route` the router does not
+    run. Text-only samples, of which a batch consists wholly or not at all, skip the encoder as well.
     """
     rows = len(samples) if rows is None else rows
     if not any(sample.sizes for sample in samples):
@@ -76,6 +94,8 @@ def see(
         key: np.pad(array, [(0, spare)] + [(0, 0)] * (array.ndim - 1), constant_values=fill.get(key, 0))
         for key, array in wanted.items()
     }
+    if not route:
+        return Seen(samples, shape, batch["text"], generate.see(config, params, batch["pixels"]), None)
     pyramid, routing = generate.see_and_route(config, params, batch)
     return Seen(samples, shape, batch["text"], pyramid, routing)
 
@@ -123,3 +143,44 @@ def check_length(config: ModelConfig, sample: Sample, choice: Sequence[int]) -> 
     advice = f"granularity={fitting[-1]} would fit" if fitting else "no granularity would fit: shorten the prompt"
     at = f" at granularity {', '.join(map(str, choice))}" if choice else ""
     raise ValueError(f"the prompt takes {need} tokens{at}, the model's limit is {limit}; {advice}")
+
+
+def greedy(
+    config: ModelConfig,
+    params: Params,
+    seen: Seen,
+    choices: Sequence[Sequence[int]],
+    stop_ids: Sequence[int],
+    max_new_tokens: int,
+    rows: int,
+) -> list[list[int] | None]:
+    """Greedy answers of a whole batch: token ids without the end token; None where a prompt does not fit."""
+    limit = config.language.max_length
+    lengths = [length_at(config, sample, choice) for sample, choice in zip(seen.samples, choices, strict=True)]
+    fitting = [row for row, length in enumerate(lengths) if length <= limit]
+    answers: list[list[int] | None] = [None] * len(choices)
+    if not fitting:
+        return answers
+    index, length = packed_index(
+        config, [seen.samples[row] for row in fitting], seen.shape, [choices[row] for row in fitting], rows
+    )
+    room = generate.room_bucket(max_new_tokens)
+    wanted = np.zeros(rows, np.int32)
+    wanted[: len(fitting)] = np.minimum(max_new_tokens, limit - length[: len(fitting)] + 1)
+    zero = np.zeros(rows, np.float32)
+    sampling = generate.Sampling(zero, zero + 1, zero.astype(np.int32), zero.astype(np.uint32), wanted)
+    take = np.arange(rows) if len(fitting) == len(choices) else np.resize(fitting, rows)
+    stops = np.array(stop_ids, np.int32)
+    embeds = generate.pack(config, params, seen.pyramid[take], seen.text[take], index)
+    logits, cache = generate.prefill(config, params, embeds, length, room)
+    state = generate.State(cache, *generate.start(logits, sampling, stops, length, room, True))
+    state = generate.decode(config, params, state, sampling, stops, np.int32(room), True)
+    tokens, count = jax.device_get((state.tokens, state.count))
+    for at, row in enumerate(fitting):
+        answers[row] = without_end(tokens[at, : count[at]].tolist(), stop_ids)
+    return answers
+
+
+def without_end(ids: list[int], stop_ids: Sequence[int]) -> list[int]:
+    """Generated ids less the end token, if that is what they end on."""
+    return ids[:-1] if ids and ids[-1] in stop_ids else ids

@@ -271,6 +271,7 @@ class Manager:
         self._lock = _lock(self.folder) if jax.process_index() == 0 else None
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
         self._manager = ocp.CheckpointManager(self.folder / STEPS, options=options)
+        self._last: int | None = None  # may still be on its way to the disk
 
     def __enter__(self) -> Self:
         return self
@@ -290,8 +291,9 @@ class Manager:
 
         `params` are all of them, frozen ones included. `meta` is JSON. Errors of an earlier save surface here.
         """
-        if step in steps(self.folder):
+        if step == self._last or step in steps(self.folder):
             return
+        self._last = step
         items: dict[str, Any] = {"params": ocp.args.StandardSave(params), "meta": ocp.args.JsonSave(meta or {})}
         if optimizer is not None:
             items["optimizer"] = ocp.args.StandardSave(optimizer)

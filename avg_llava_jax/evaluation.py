@@ -1,7 +1,8 @@
 """How well a model answers at every fixed granularity, and what its router makes of that.
 
-    Question ... --answer_all--> records, one a question: answers at each granularity, router scores
-    records --report--> accuracy, visual tokens and shares: fixed, random, adaptive, oracle
+    a source --read_questions--> questions --answer_all--> records: answers at each granularity, router scores
+    records --policies.report--> accuracy, visual tokens and shares: fixed, random, adaptive, oracle
+    a few questions --seconds_per_answer--> measured times, one answer after another
 
 A record is made once. Where all images of a question get one granularity, what the adaptive, random or
 oracle choice answers is the answer at that fixed granularity (answers do not depend on the batch), so it
@@ -11,31 +12,32 @@ same model needs `route_all` alone.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
 import random
 import time
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from tqdm import tqdm
 
 from avg_llava_jax import batching, generate
-from avg_llava_jax.api import AvgLlava, groups, softmax
+from avg_llava_jax.api import AvgLlava, softmax
+from avg_llava_jax.batching import by_key, groups
 from avg_llava_jax.config import ModelConfig
-from avg_llava_jax.data.conversation import PLACEHOLDER, encode_prompt
-from avg_llava_jax.data.images import ImageRef
+from avg_llava_jax.data.conversation import PLACEHOLDER, encode_conversation, encode_prompt
+from avg_llava_jax.data.errors import BadSample
 from avg_llava_jax.data.packing import Sample, Shape, load_tiles, make_sample
+from avg_llava_jax.data.sources import Source
 from avg_llava_jax.data.tokenizer import Tokenizer
-from avg_llava_jax.streaming import TextStream
-
-Record = dict[str, Any]
-Choice = tuple[int, ...]
+from avg_llava_jax.policies import Choice, Record, choices
+from avg_llava_jax.requests import Prepared, Request
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,17 +49,39 @@ class Question:
     reference: str
 
 
-def make_question(record: dict[str, Any], images: Sequence[ImageRef], tokenizer: Tokenizer, template: str) -> Question:
-    """A LLaVA record `{id, conversations, kind?}` as a question: its last answer is asked for.
+def make_question(record: dict[str, Any], tokenizer: Tokenizer, template: str) -> Question:
+    """A record of a source (`id, images, conversations, kind?`) as a question: its last answer is asked for.
 
-    Earlier turns stand in the prompt. Raises BadSample for a conversation that cannot be used.
+    Earlier turns stand in the prompt. Raises BadSample for a record that cannot be used.
     """
-    turns = record["conversations"]
-    prompt, answer = turns[:-1], turns[-1]
-    tokens = encode_prompt(prompt, tokenizer, template, len(images))
-    sample = make_sample(str(record.get("id", "")), tokens, images, record.get("kind"))
-    text = prompt[-1]["value"].replace(PLACEHOLDER, "").strip()
-    return Question(sample, text, answer["value"].strip())
+    turns, images = record.get("conversations"), record["images"]
+    encode_conversation(turns, tokenizer, template, len(images))  # checks all of it, the answer included
+    tokens = encode_prompt(turns[:-1], tokenizer, template, len(images))
+    sample = make_sample(record["id"], tokens, images, record.get("kind"))
+    return Question(sample, turns[-2]["value"].replace(PLACEHOLDER, "").strip(), turns[-1]["value"].strip())
+
+
+def read_questions(
+    source: Source, tokenizer: Tokenizer, config: ModelConfig
+) -> tuple[list[Question], list[dict[str, str]]]:
+    """All questions of a source, and what was skipped: `{"id", "reason", "detail"}`.
+
+    A second record of the same id becomes `id#2`, a third `id#3`.
+    """
+    questions, skipped, seen = [], [], collections.Counter[str]()
+    for index in range(len(source)):
+        try:
+            question = make_question(source[index], tokenizer, config.template)
+        except BadSample as error:
+            skipped.append({"id": str(index), "reason": error.reason, "detail": error.detail})
+            continue
+        sample = question.sample
+        seen[sample.id] += 1
+        if seen[sample.id] > 1:
+            unique = dataclasses.replace(sample, id=f"{sample.id}#{seen[sample.id]}")
+            question = dataclasses.replace(question, sample=unique)
+        questions.append(question)
+    return questions, skipped
 
 
 def normalise(text: str) -> str:
@@ -73,33 +97,34 @@ def answer_all(
     max_new_tokens: int = 16,
     batch_size: int = 32,
     progress: bool = True,
-) -> tuple[list[Record], dict[str, Any]]:
+    skipped: list[dict[str, str]] | None = None,
+) -> list[Record]:
     """Greedy answers of every question at every fixed granularity and at the router's choice.
 
     Each image is encoded once for all of them. With `file` (JSON lines) records are appended as they
     come, and those that are in it already are not computed again.
 
-    Returns:
-      the records in the order of the questions: `id, kind, question, reference, answers {g: text, or None
-        where the prompt does not fit}, right {g: bool}, visual_tokens {g: int}, scores (images, G),
-        probabilities (images, G), chosen (images,), adaptive {answer, right, visual_tokens}`;
-      seconds of an answer in this batch size, compilation left out: {"fixed": {g: ...}, "adaptive": ...},
-        None where nothing was computed.
+    A question whose image turns out to be damaged is left out and added to `skipped`; without that list it
+    raises BadSample.
+
+    Returns the records in the order of the questions: `id, kind, question, reference, answers {g: text, or
+    None where the prompt does not fit}, right {g: bool}, visual_tokens {g: int}, scores (images, G),
+    probabilities (images, G), chosen (images,), adaptive {answer, right, visual_tokens}`.
     """
-    _unique(questions)
+    if len({question.sample.id for question in questions}) < len(questions):
+        raise ValueError("two questions have the same id; `read_questions` makes ids unique")
     known = {} if file is None else read_records(file)
     todo = [question for question in questions if question.sample.id not in known]
-    clock = _Clock(model.config)
     bar = tqdm(total=len(questions), initial=len(questions) - len(todo), unit="question", disable=not progress)
     with bar, open(file, "a", encoding="utf-8") if file is not None else open(os.devnull, "w") as sink:
         for batch, shape in _batches(model.config, [question.sample for question in todo], batch_size):
-            group = [todo[row] for row in batch]
-            for record in _answer_batch(model, group, shape, batch_size, max_new_tokens, clock):
+            group, tiles = _with_tiles(model.config, [todo[row] for row in batch], skipped)
+            for record in _answer_batch(model, group, tiles, shape, batch_size, max_new_tokens):
                 known[record["id"]] = record
                 sink.write(json.dumps(record, ensure_ascii=False) + "\n")
             sink.flush()
-            bar.update(len(group))
-    return [known[question.sample.id] for question in questions], clock.seconds()
+            bar.update(len(batch))
+    return [known[question.sample.id] for question in questions if question.sample.id in known]
 
 
 def read_records(file: str | os.PathLike[str]) -> dict[str, Record]:
@@ -151,178 +176,137 @@ def shuffled(questions: Sequence[Question], what: str, seed: int = 0) -> list[Sa
     return mixed
 
 
-def choices(config: ModelConfig, scores: Sequence[np.ndarray]) -> list[Choice]:
-    """The router's argmax for each image of each question, the first of a tie."""
-    return [tuple(config.granularities[int(np.argmax(row))] for row in rows) for rows in scores]
-
-
-def random_choices(config: ModelConfig, records: Sequence[Record], seed: int = 0) -> list[Choice]:
-    """One seeded random granularity a question, for all of its images."""
-    rng = random.Random(seed)
-    drawn = [rng.choice(config.granularities) for _ in records]
-    return [(g,) * len(record["chosen"]) for g, record in zip(drawn, records, strict=True)]
-
-
-def oracle_choices(config: ModelConfig, records: Sequence[Record]) -> list[Choice]:
-    """The cheapest granularity whose answer is right, else the cheapest."""
-    picked = [next((g for g in config.granularities if r["right"][g]), config.granularities[0]) for r in records]
-    return [(g,) * len(record["chosen"]) for g, record in zip(picked, records, strict=True)]
-
-
-def outcome(config: ModelConfig, records: Sequence[Record], picked: Sequence[Choice]) -> dict[str, Any]:
-    """Accuracy, mean visual tokens (all, and by kind) and the share of each granularity by kind.
-
-    For `picked[i]`, the granularities of question i's images. Images that get different ones are known
-    only where the router of `answer_all` chose them: ValueError otherwise.
-    """
-    right, cost, chosen = [], [], []
-    for record, choice in zip(records, picked, strict=True):
-        if len(set(choice)) > 1:
-            if list(choice) != record["chosen"]:
-                raise ValueError(f"question {record['id']} was never answered at granularities {list(choice)}")
-            right.append(record["adaptive"]["right"])
-            cost.append(record["adaptive"]["visual_tokens"])
-        else:
-            granularity = choice[0] if choice else config.granularities[0]
-            right.append(record["right"][granularity])
-            cost.append(record["visual_tokens"][granularity])
-        chosen.append(choice)
-    kinds = _kinds(records)
-    shares = {}
-    for kind, rows in kinds.items():
-        of_kind = [g for row in rows for g in chosen[row]]
-        shares[kind] = {str(g): of_kind.count(g) / max(1, len(of_kind)) for g in config.granularities}
-    tokens = {kind: float(np.mean([cost[row] for row in rows])) for kind, rows in kinds.items()}
-    return {
-        "accuracy": {kind: float(np.mean([right[row] for row in rows])) for kind, rows in kinds.items()},
-        "visual_tokens": tokens["all"],
-        "visual_tokens_by_kind": tokens,
-        "chosen": shares,
-    }
-
-
-def report(
-    config: ModelConfig,
-    records: Sequence[Record],
-    seconds: dict[str, Any] | None = None,
-    adaptive: Sequence[Choice] | None = None,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """The comparison as report.json holds it; granularities are strings, shares and accuracies in [0, 1].
-
-    adaptive: the choices to call adaptive; default what the router chose in `answer_all`.
-    """
-    if not records:
-        raise ValueError("there is no question to report on")
-    adaptive = [tuple(record["chosen"]) for record in records] if adaptive is None else adaptive
-    fixed = {
-        str(g): outcome(config, records, [(g,) * len(record["chosen"]) for record in records])
-        for g in config.granularities
-    }
-    rest = {
-        "random": outcome(config, records, random_choices(config, records, seed)),
-        "adaptive": outcome(config, records, adaptive),
-        "oracle": outcome(config, records, oracle_choices(config, records)),
-    }
-
-    def both(key: str) -> dict[str, Any]:
-        return {"fixed": {g: part[key] for g, part in fixed.items()}} | {name: part[key] for name, part in rest.items()}
-
-    chosen = rest["adaptive"]["chosen"]
-    return {
-        "accuracy": both("accuracy"),
-        "visual_tokens": both("visual_tokens"),
-        "visual_tokens_by_kind": both("visual_tokens_by_kind"),
-        "chosen": chosen,
-        "seconds": {"answer": seconds},
-        "n": len(records),
-        "n_by_kind": {kind: len(rows) for kind, rows in _kinds(records).items()},
-    }
-
-
-def _kinds(records: Sequence[Record]) -> dict[str, list[int]]:
-    """Row numbers of each kind in order of appearance, and of all."""
-    kinds: dict[str, list[int]] = {}
-    for row, record in enumerate(records):
-        if record["kind"] is not None:
-            kinds.setdefault(record["kind"], []).append(row)
-    return kinds | {"all": list(range(len(records)))}
-
-
-def _unique(questions: Sequence[Question]) -> None:
-    ids = set()
-    for question in questions:
-        if question.sample.id in ids:
-            raise ValueError(f"two questions have the id {question.sample.id!r}; ids must be unique")
-        ids.add(question.sample.id)
-
-
 def _batches(config: ModelConfig, samples: Sequence[Sample], size: int) -> Iterator[tuple[list[int], Shape]]:
     """Row numbers and the shape they are encoded in: samples of as many tiles and images, one text length for all."""
     if not samples:
         return
     shapes = [batching.prompt_shape(sample, config) for sample in samples]
     text = max(shape.text for shape in shapes)
-    for rows in groups(samples, lambda sample: _tiles_of(config, sample), size):
+    finest = config.granularities[-1]
+    # By length, so that little is padding; stable, so that questions about one scene stay neighbours.
+    cost = [sum(batching.visual_tokens(config, s, (finest,) * len(s.sizes))) for s in samples]
+    order = sorted(range(len(samples)), key=cost.__getitem__)
+
+    def together(row: int) -> tuple[int, int, bool]:
+        return shapes[row].tiles, shapes[row].images, bool(samples[row].sizes)
+
+    for places in groups(order, together, size):
+        rows = [order[place] for place in places]
         yield rows, dataclasses.replace(shapes[rows[0]], text=text)
 
 
-def _tiles_of(config: ModelConfig, sample: Sample) -> tuple[int, int, bool]:
-    shape = batching.prompt_shape(sample, config)
-    return shape.tiles, shape.images, bool(sample.sizes)
+def _with_tiles(
+    config: ModelConfig, questions: Sequence[Question], skipped: list[dict[str, str]] | None
+) -> tuple[list[Question], list[np.ndarray]]:
+    """The questions whose images can be decoded, and their tiles."""
+    good: list[Question] = []
+    tiles: list[np.ndarray] = []
+    for question in questions:
+        if good and question.sample.images == good[-1].sample.images:  # two questions about one scene
+            tiles.append(tiles[-1])
+        else:
+            try:
+                tiles.append(load_tiles(question.sample, config))
+            except BadSample as error:
+                if skipped is None:
+                    raise
+                skipped.append({"id": question.sample.id, "reason": error.reason, "detail": error.detail})
+                continue
+        good.append(question)
+    return good, tiles
 
 
 def _answer_batch(
-    model: AvgLlava, questions: Sequence[Question], shape: Shape, rows: int, room: int, clock: _Clock
+    model: AvgLlava,
+    questions: Sequence[Question],
+    tiles: Sequence[np.ndarray],
+    shape: Shape,
+    rows: int,
+    max_new_tokens: int,
 ) -> Iterator[Record]:
     """Records of questions of one shape: encode once, then prefill and decode at each granularity."""
+    if not questions:
+        return
     config, samples = model.config, [question.sample for question in questions]
-    # One scene may be asked about twice; it is decoded and cut into tiles once.
-    tiles = {sample.images: load_tiles(sample, config) for sample in {s.images: s for s in samples}.values()}
-    begin = time.perf_counter()
-    seen = batching.see(config, model.params, samples, shape, rows, [tiles[sample.images] for sample in samples])
-    jax.block_until_ready(seen.pyramid)
-    clock.add("see", (shape, rows), time.perf_counter() - begin, len(samples))
+    seen = batching.see(config, model.params, samples, shape, rows, tiles)
     scores = [seen.logits(row) for row in range(len(samples))]
     chosen = choices(config, scores)
 
-    answers: dict[int, list[str | None]] = {}
-    for g in config.granularities:
-        if g != config.granularities[0] and seen.routing is None:
-            answers[g] = answers[config.granularities[0]]  # without images all granularities are one
-            continue
-        picked = [(g,) * len(sample.sizes) for sample in samples]
-        answers[g] = _greedy(model, seen, picked, rows, room, lambda *event, g=g: clock.add(g, *event))
-    mixed = [row for row, choice in enumerate(chosen) if len(set(choice)) > 1]
-    adaptive = [answers[choice[0] if choice else config.granularities[0]][row] for row, choice in enumerate(chosen)]
-    if mixed:
-        extra = _greedy(model, seen, chosen, rows, room, None)
-        adaptive = [extra[row] if row in mixed else answer for row, answer in enumerate(adaptive)]
+    def greedy(picked: Sequence[Choice]) -> list[str | None]:
+        ids = batching.greedy(config, model.params, seen, picked, model.stop_ids, max_new_tokens, rows)
+        return [None if row is None else model.tokenizer.decode(row).strip() for row in ids]
+
+    # Without images all granularities are one.
+    distinct = config.granularities if any(sample.sizes for sample in samples) else config.granularities[:1]
+    answers = {g: greedy([(g,) * len(sample.sizes) for sample in samples]) for g in distinct}
+    answers = {g: answers.get(g, answers[distinct[0]]) for g in config.granularities}
+    mixed = greedy(chosen) if any(len(set(choice)) > 1 for choice in chosen) else []
 
     for row, question in enumerate(questions):
-        sample, reference = question.sample, normalise(question.reference)
-        clock.chose(chosen[row])
-
-        def right(text: str | None, reference: str = reference) -> bool:
-            return text is not None and normalise(text) == reference
-
-        cost = {
-            g: sum(batching.visual_tokens(config, sample, (g,) * len(sample.sizes))) for g in config.granularities
-        }
+        sample, choice = question.sample, chosen[row]
+        texts = {g: answers[g][row] for g in config.granularities}
+        text = mixed[row] if len(set(choice)) > 1 else texts[choice[0] if choice else distinct[0]]
         yield {
             "id": sample.id,
             "kind": sample.kind,
             "question": question.text,
             "reference": question.reference,
-            "answers": {g: answers[g][row] for g in config.granularities},
-            "right": {g: right(answers[g][row]) for g in config.granularities},
-            "visual_tokens": cost,
+            "answers": texts,
+            "right": {g: _right(text, question) for g, text in texts.items()},
+            "visual_tokens": {
+                g: sum(batching.visual_tokens(config, sample, (g,) * len(sample.sizes))) for g in config.granularities
+            },
             "scores": scores[row].tolist(),
             "probabilities": [softmax(image) for image in scores[row]],
-            "chosen": list(chosen[row]),
+            "chosen": list(choice),
             "adaptive": {
-                "answer": adaptive[row],
-                "right": right(adaptive[row]),
-                "visual_tokens": sum(batching.visual_tokens(config, sample, chosen[row])),
+                "answer": text,
+                "right": _right(text, question),
+                "visual_tokens": sum(batching.visual_tokens(config, sample, choice)),
             },
         }
+
+
+def _right(text: str | None, question: Question) -> bool:
+    return text is not None and normalise(text) == normalise(question.reference)
+
+
+def seconds_per_answer(
+    model: AvgLlava, questions: Sequence[Question], count: int = 16, max_new_tokens: int = 16
+) -> dict[str, Any]:
+    """Measured seconds from a prompt to its greedy answer: {"fixed": {g: mean}, "adaptive": mean}.
+
+    One after another, compilation left out. Over `count` questions of the commonest static sizes, so that
+    few programs are needed, its kinds in equal parts as far as they go.
+    """
+    config = model.config
+
+    def prepare(question: Question, choice: tuple[int | None, ...]) -> Prepared:
+        sample, request = question.sample, Request("", max_new_tokens=max_new_tokens)
+        return Prepared(request, sample, batching.prompt_shape(sample, config), choice)
+
+    def sizes(question: Question) -> tuple[Any, ...]:
+        sample = question.sample
+        lengths = [batching.length_at(config, sample, (g,) * len(sample.sizes)) for g in config.granularities]
+        limit = config.language.max_length
+        rungs = tuple(generate.length_bucket(n, limit) for n in lengths) if max(lengths) <= limit else None
+        return batching.prompt_shape(sample, config), bool(sample.sizes), rungs
+
+    rows = max(
+        by_key(questions, sizes).values(), key=lambda rows: (sizes(questions[rows[0]])[2] is not None, len(rows))
+    )
+    of_kind = by_key([questions[row] for row in rows], lambda question: question.sample.kind).values()
+    turns = [rows[row] for turn in itertools.zip_longest(*of_kind) for row in turn if row is not None]
+    subset = [questions[row] for row in turns[:count]]
+
+    policies: dict[Any, list[Prepared]] = {
+        g: [prepare(question, (g,) * len(question.sample.sizes)) for question in subset] for g in config.granularities
+    }
+    policies["adaptive"] = [prepare(question, (None,) * len(question.sample.sizes)) for question in subset]
+    seconds = {}
+    for policy, prepared in policies.items():
+        model.answer_prepared(prepared[:1] if policy != "adaptive" else prepared, batch_size=1)
+        begin = time.perf_counter()
+        model.answer_prepared(prepared, batch_size=1)
+        seconds[policy] = (time.perf_counter() - begin) / len(prepared)
+    return {"fixed": {str(g): seconds[g] for g in config.granularities}, "adaptive": seconds["adaptive"]}

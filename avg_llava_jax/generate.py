@@ -20,7 +20,7 @@ from avg_llava_jax.models import avg_llava
 from avg_llava_jax.models.language import KeyValues, extend
 from avg_llava_jax.models.router import Routing
 
-SMALLEST_LENGTH = 64
+SMALLEST_LENGTH = 32
 SMALLEST_ROOM = 16
 
 
@@ -55,10 +55,10 @@ class State(NamedTuple):
 
 
 def length_bucket(length: int, limit: int) -> int:
-    """The static length S for a packed prompt: 64, 96, 128, 192, 256, ... but at most `limit`.
+    """The static length S for a packed prompt: 32, 48, 64, 96, 128, 192, ... but at most `limit`.
 
     >>> [length_bucket(n, 4096) for n in (1, 65, 97, 3000, 4000)]
-    [64, 96, 128, 3072, 4096]
+    [32, 96, 128, 3072, 4096]
     """
     rung = SMALLEST_LENGTH
     while rung < length:
@@ -72,6 +72,12 @@ def room_bucket(new_tokens: int) -> int:
     while rung < new_tokens:
         rung *= 4
     return rung
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def see(config: ModelConfig, params: avg_llava.Params, pixels: jax.Array) -> jax.Array:
+    """Encode every tile once, where nothing is left to route: uint8 (B, T, H, W, 3) -> pyramid (B, T, R, D)."""
+    return avg_llava.pyramid_of(config, params, pixels)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -106,6 +106,7 @@ class Row:
 CLIP = "model.vision_tower.vision_tower.vision_model"
 ROUTER = "model.router"
 LAYER = "model.layers.{n}"
+EMBED = CLIP + ".embeddings"
 CLIP_LAYER = CLIP + ".encoder.layers.{n}"
 
 
@@ -133,9 +134,9 @@ def _norm(path: str, torch: str) -> tuple[Row, ...]:
 
 def _table() -> dict[str, Row]:
     rows: list[Row] = [
-        Row("encoder/patch_embed/kernel", (None, "width"), "encoder", f"{CLIP}.embeddings.patch_embedding.weight", "patches"),
-        Row("encoder/class_token", (None,), "encoder", f"{CLIP}.embeddings.class_embedding", "same"),
-        Row("encoder/position", (None, None), "encoder", f"{CLIP}.embeddings.position_embedding.weight", "same"),
+        Row("encoder/patch_embed/kernel", (None, "width"), "encoder", f"{EMBED}.patch_embedding.weight", "patches"),
+        Row("encoder/class_token", (None,), "encoder", f"{EMBED}.class_embedding", "same"),
+        Row("encoder/position", (None, None), "encoder", f"{EMBED}.position_embedding.weight", "same"),
         *_norm("encoder/pre_norm", f"{CLIP}.pre_layrnorm"),
         *_norm("encoder/layers/norm1", f"{CLIP_LAYER}.layer_norm1"),
         *_linear("encoder/layers/q", f"{CLIP_LAYER}.self_attn.q_proj", "width", "heads"),

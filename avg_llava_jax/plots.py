@@ -53,4 +53,5 @@ def _named(rows: list[dict], prefix: str) -> list[str]:
 def _smooth(values: tuple[float, ...]) -> list[float]:
     """Mean of the last few values, about a fortieth of the curve."""
     width = max(1, len(values) // 40)
-    return [sum(values[max(0, at - width + 1) : at + 1]) / (at + 1 - max(0, at - width + 1)) for at in range(len(values))]
+    parts = (values[max(0, at - width + 1) : at + 1] for at in range(len(values)))
+    return [sum(part) / len(part) for part in parts]

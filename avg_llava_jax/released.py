@@ -180,7 +180,8 @@ def _tower_tensors(folder: pathlib.Path, tensors: "Tensors", vision_tower: Folde
         return tensors
     if vision_tower is None:
         raise FileNotFoundError(
-            f"{folder} does not hold its vision encoder {values.get('mm_vision_tower')!r}: give that CLIP folder as vision_tower"
+            f"{folder} does not hold its vision encoder {values.get('mm_vision_tower')!r}:"
+            " give that CLIP folder as vision_tower"
         )
     return Tensors(pathlib.Path(vision_tower))
 

@@ -70,8 +70,8 @@ class Answer:
 
     granularity: tokens per tile; a tuple with one entry an image where there are several, None without images.
     visual_tokens: packed tokens of all images, newlines included.
-    probabilities: {granularity: probability} by the router, whoever chose; a tuple of these for several
-        images, None without.
+    probabilities: {granularity: probability} by the router; a tuple of these for several images; None
+        where the router did not run, because there is no image or every granularity was given.
     timings: seconds of `see` (load, encode, route), `prefill`, `decode` and `total`, of the whole batch
         that the request was part of. The first use of a new size includes its compilation.
     token_ids: generated ids, without the one that ended the answer.

@@ -57,7 +57,7 @@ def fitting(mesh: Mesh, spec: PartitionSpec, shape: tuple[int, ...]) -> Partitio
 
 
 def state_shardings(mesh: Mesh, params: parameters.Params, state: Any) -> Any:
-    """Shardings of an optimizer state: what has a parameter's path and shape lies as that parameter, the rest everywhere.
+    """Shardings of an optimizer state: what has a parameter's path and shape lies as it does, the rest everywhere.
 
     `state` is any tree that holds subtrees shaped like (part of) `params`, as Optax's moments.
     """

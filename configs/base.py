@@ -1,6 +1,12 @@
 """What every config has; the others change values and the model, and add no keys elsewhere."""
 
+import pathlib
+
 from ml_collections import ConfigDict, config_dict
+
+import avg_llava_jax
+
+ASSETS = pathlib.Path(avg_llava_jax.__file__).parent / "assets"
 
 
 def get_config() -> ConfigDict:
@@ -18,10 +24,10 @@ def get_config() -> ConfigDict:
             "compute_dtype": "float32",  # float32 | bfloat16; parameters stay float32
             "remat": False,  # recompute activations in the backward pass: less memory, a third more work
             "data": {
-                # LLaVA JSON or JSONL; `jersey`, with settings as `jersey?split=router&turns=4`;
-                # or several: (("a.json", "photos.zip", 0.8), ("jersey", "", 0.2)), path, images, weight.
+                # LLaVA JSON or JSONL; or `jersey`, with settings as `jersey?split=router&turns=4`;
+                # or several by weight: `0.8*a.json, 0.2*jersey`.
                 "path": "",
-                "images": "",  # folder, zip or tar
+                "images": "",  # folder, zip or tar; one for all paths, or one for each, comma-separated
                 "max_pixels": 89_478_485,  # an image with more counts as bad
                 "max_skipped_share": 0.05,  # stop where more of the samples cannot be used
                 "shapes": 6,  # batch shapes; each is compiled once, fewer of them mean more padding
@@ -29,7 +35,7 @@ def get_config() -> ConfigDict:
             },
             "optimizer": {
                 "learning_rate": 1e-5,
-                "encoder_learning_rate": 2e-6,  # 0 = the vision encoder is frozen
+                "encoder_learning_rate": 2e-5,  # 0 = the vision encoder is frozen
                 "warmup": 0.03,  # share of the steps, then a cosine to 0
                 "weight_decay": 0.0,
                 "b1": 0.9,
@@ -53,13 +59,13 @@ def get_config() -> ConfigDict:
 
 def as_in_checkpoint() -> ConfigDict:
     """`model` of a config that starts from a checkpoint: None = as there; `--config.model.unpad=released` overrides."""
-    text, number = config_dict.placeholder(str), config_dict.placeholder(int)
+    unset = config_dict.placeholder  # a new one for each: placeholders that are shared change together
     return ConfigDict(
         {
-            "unpad": text,
-            "template": text,
-            "pinpoints": config_dict.placeholder(tuple),
-            "router": {"attention": text, "dropout": config_dict.placeholder(float)},
-            "language": {"max_length": number},
+            "unpad": unset(str),
+            "template": unset(str),
+            "pinpoints": unset(tuple),
+            "router": {"attention": unset(str), "dropout": unset(float)},
+            "language": {"max_length": unset(int)},
         }
     )

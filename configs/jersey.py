@@ -17,7 +17,7 @@ def get_config(size: str = "full") -> ConfigDict:
     config.steps = 3000
     config.batch_size = 48
     config.checkpoint_every = 200
-    config.tokenizer = "avg_llava_jax/assets/tokenizer"
+    config.tokenizer = str(base.ASSETS / "tokenizer")
     config.data.path = "jersey?turns=10&near=0.5"
     config.data.shapes = 4
     config.data.workers = 1
@@ -62,5 +62,6 @@ def get_config(size: str = "full") -> ConfigDict:
         config.model.vision.update({"patch_size": 24, "width": 32, "layers": 2, "heads": 2, "mlp_width": 64})
         config.model.scaler.halvings = 2  # a 4 x 4 grid: 16, 8, 4
         config.model.router.heads = 2
-        config.model.language.update({"width": 32, "layers": 2, "heads": 2, "kv_heads": 2, "head_dim": 16, "mlp_width": 64})
+        config.model.language.update({"width": 32, "layers": 2, "heads": 2, "kv_heads": 2})
+        config.model.language.update({"head_dim": 16, "mlp_width": 64})
     return config

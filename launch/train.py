@@ -5,7 +5,7 @@ Every field of the config can be overridden: --config.optimizer.learning_rate=1e
 
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from avg_llava_jax.training.loop import train
@@ -17,6 +17,8 @@ TRACEBACK = flags.DEFINE_bool("traceback", False, "Where an error happened, not 
 
 
 def main(_: list[str]) -> None:
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # Orbax reports each file as information
     try:
         train(CONFIG.value, WORKDIR.value)
     except (FileNotFoundError, ValueError, RuntimeError, FloatingPointError) as error:
@@ -26,6 +28,5 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.FLAGS.set_default("verbosity", -1)  # warnings; at 0 Orbax reports each file
     flags.mark_flags_as_required(["config", "workdir"])
     app.run(main)

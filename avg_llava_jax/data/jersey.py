@@ -55,6 +55,7 @@ PHRASES = {
     "left": ("Who stands left of {}?", "Which number is left of {}?", "Left of number {} is who?"),
     "right": ("Who stands right of {}?", "Which number is right of {}?", "Right of number {} is who?"),
 }
+SKY, FANS = 0.16, 0.30  # shares of the height at which the sky and the stand end
 COARSE = ("team", "field", "weather")
 SPLITS = ("train", "router", "validation", "test")
 
@@ -151,6 +152,22 @@ def make_scene(rng: random.Random, near: bool) -> Scene:
     )
 
 
+def words(scene: Scene) -> list[dict[str, Any]]:
+    """What stands where, for phase `grounding`: boxes (x0, y0, x1, y1) in pixels, later ones in front."""
+    width, height = scene.size
+    sky, fans = SKY * height, FANS * height
+    named = [
+        {"box": [0, 0, width, sky], "text": scene.weather},
+        {"box": [0, sky, width, fans], "text": scene.team},
+        {"box": [0, fans, width, height], "text": scene.field},
+    ]
+    for player in scene.players:
+        unit = player.height
+        box = [player.x - 0.3 * unit, player.y - 0.76 * unit, player.x + 0.3 * unit, player.y - 0.24 * unit]
+        named.append({"box": box, "text": f"{player.shirt} {player.number}"})
+    return named
+
+
 @functools.cache
 def _font(pixels: int) -> ImageFont.FreeTypeFont:
     return ImageFont.load_default(size=pixels)
@@ -162,7 +179,7 @@ def draw(scene: Scene) -> Image.Image:
     rng = random.Random(scene.grain)
     image = Image.new("RGB", (width, height), FIELDS[scene.field])
     pen = ImageDraw.Draw(image)
-    sky, fans = int(height * 0.16), int(height * 0.30)
+    sky, fans = int(height * SKY), int(height * FANS)
     pen.rectangle((0, 0, width, sky), fill=SKIES[scene.weather])
     _weather(pen, rng, scene.weather, width, sky)
     pen.rectangle((0, sky, width, fans), fill=COLOURS[scene.team])
@@ -296,6 +313,7 @@ class Jersey:
             "images": [SceneImage(scene, name)],
             "conversations": turns,
             "kind": asked[0].kind,
+            "words": words(scene),
         }
 
     def _turns(self, scene: Scene, rng: random.Random) -> list[Question]:

@@ -18,10 +18,11 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import itertools
 import math
 import random
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -32,7 +33,7 @@ from avg_llava_jax.data.conversation import Tokens
 from avg_llava_jax.data.errors import BadSample
 from avg_llava_jax.data.geometry import visual_count
 from avg_llava_jax.data.packing import Sample, Shape, collate, load_tiles, merge, shape_of
-from avg_llava_jax.data.sources import Source, read_sample, record_name
+from avg_llava_jax.data.sources import Part, read_sample
 from avg_llava_jax.data.tokenizer import Tokenizer
 
 WINDOW = 16
@@ -45,15 +46,29 @@ EMPTY = Sample("", Tokens([], []))
 """Fills a row that has no sample: no image, no text, no label; it adds nothing to any loss."""
 
 Batch = dict[str, Any]
-Skipped = tuple[str, str, str]
-"""Id, reason, detail of a sample that could not be used."""
+
+
+class Skipped(NamedTuple):
+    """A record that could not be used. record: `path#number`; the id in it need not be unique."""
+
+    record: str
+    id: str
+    reason: str
+    detail: str
+
+
+class _Member(NamedTuple):
+    """A sample, and the record it is made from."""
+
+    record: str
+    sample: Sample
 
 
 @dataclasses.dataclass(frozen=True)
 class _Window:
     """Members of each batch, in the order in which the batches come; and who was left out."""
 
-    batches: list[list[Sample]]
+    batches: list[list[_Member]]
     skipped: list[Skipped]
 
 
@@ -61,13 +76,13 @@ class _Window:
 class PlannedBatches:
     """The batches of this process, by number; a random-access source for Grain.
 
-    sources: with their weights.
+    parts: the sources and their weights.
     batch_size: B, over all processes.
     shapes: at most so many batch shapes, as far as the survey saw them; each is compiled once.
     process, processes: whose rows.
     """
 
-    sources: Sequence[tuple[Source, float]]
+    parts: Sequence[Part]
     tokenizer: Tokenizer
     config: ModelConfig
     granularities: tuple[int, ...]
@@ -89,27 +104,22 @@ class PlannedBatches:
 
         visual   int32 (rows, I, G)  visual tokens of each image at each of `granularities`, 0 = no such image
         ids      the samples' ids, "" for an empty row
-        skipped  [(id, reason, detail)]: those that planning left out (of a window, in its first batch,
-                 on process 0 alone) and those of these rows whose images turned out to be unreadable
+        skipped  list of Skipped: what planning left out (of a window, with its first batch, on process 0
+                 alone), and what of these rows turned out to be unreadable
         """
         window = self._window(number // WINDOW)
         members = window.batches[number % WINDOW]
         skipped = list(window.skipped) if number % WINDOW == 0 and self.process == 0 else []
-        shape = self._fit(merge(self._shape(sample) for sample in members or [EMPTY]))
+        shape = self._fit(merge([self._shape(member.sample) for member in members] or [self._shape(EMPTY)]))
 
         each = self.batch_size // self.processes
-        rows = members[self.process * each : (self.process + 1) * each]
-        samples, tiles = [], []
-        for sample in rows:
+        nothing = load_tiles(EMPTY, self.config)
+        samples, tiles = [EMPTY] * each, [nothing] * each
+        for row, (record, sample) in enumerate(members[self.process * each : (self.process + 1) * each]):
             try:
-                loaded = load_tiles(sample, self.config)
+                samples[row], tiles[row] = sample, load_tiles(sample, self.config)
             except BadSample as bad:
-                skipped.append((sample.id, bad.reason, bad.detail))
-                sample, loaded = EMPTY, load_tiles(EMPTY, self.config)
-            samples.append(sample)
-            tiles.append(loaded)
-        samples += [EMPTY] * (each - len(samples))
-        tiles += [load_tiles(EMPTY, self.config)] * (each - len(tiles))
+                skipped.append(Skipped(record, sample.id, bad.reason, bad.detail))
         batch = collate(samples, shape, self.config, self.granularities, tiles)
         visual = np.zeros((each, shape.images, len(self.granularities)), np.int32)
         for row, sample in enumerate(samples):
@@ -119,12 +129,12 @@ class PlannedBatches:
 
     @functools.cached_property
     def ladder(self) -> tuple[Shape, ...]:
-        """The batch shapes of this run, cheapest first, chosen on the first SURVEY records; the last holds all of those."""
+        """The batch shapes of this run, cheapest first, by the first SURVEY records. The last holds all of those."""
         found: collections.Counter[Shape] = collections.Counter()
         for at in range(SURVEY):
-            sample, _ = self._read(at)
-            if sample is not None:
-                found[self._shape(sample)] += 1
+            member = self._read(at)
+            if isinstance(member, _Member):
+                found[self._shape(member.sample)] += 1
         return choose_shapes(found, self.shapes, self.config, self.granularities)
 
     def _fit(self, shape: Shape) -> Shape:
@@ -137,26 +147,25 @@ class PlannedBatches:
     @functools.cached_property
     def _order(self) -> grain.MapDataset:
         """(source, record) pairs without end."""
-        parts = []
-        for at, (source, _) in enumerate(self.sources):
-            indices = grain.MapDataset.range(len(source)).seed(self.seed + at).shuffle().repeat()
-            parts.append(indices.map(functools.partial(_pair, at)))
-        if len(parts) == 1:
-            return parts[0]
-        return grain.MapDataset.mix(parts, [weight for _, weight in self.sources])
+        orders = []
+        for which, part in enumerate(self.parts):
+            indices = grain.MapDataset.range(len(part.source)).seed(self.seed + which).shuffle().repeat()
+            orders.append(indices.map(functools.partial(_pair, which)))
+        return orders[0] if len(orders) == 1 else grain.MapDataset.mix(orders, [part.weight for part in self.parts])
 
     @functools.cached_property
     def _windows(self) -> collections.OrderedDict[int, _Window]:
         return collections.OrderedDict()
 
-    def _read(self, at: int) -> tuple[Sample | None, Skipped | None]:
-        """The sample at a place of Grain's order, or why there is none."""
-        which, index = self._order[at]
-        source = self.sources[which][0]
+    def _read(self, at: int) -> _Member | Skipped:
+        """The record at a place of Grain's order."""
+        which, index = (int(number) for number in self._order[at])
+        part = self.parts[which]
+        record = f"{part.path}#{index}"
         try:
-            return read_sample(source, int(index), self.tokenizer, self.config, self.granularities), None
+            return _Member(record, read_sample(part.source, index, self.tokenizer, self.config, self.granularities))
         except BadSample as bad:
-            return None, (record_name(source, int(index)), bad.reason, bad.detail)
+            return Skipped(record, part.id(index), bad.reason, bad.detail)
 
     def _window(self, window: int) -> _Window:
         if window not in self._windows:
@@ -168,14 +177,14 @@ class PlannedBatches:
     def _plan(self, window: int) -> _Window:
         count = WINDOW * self.batch_size
         read = [self._read(at) for at in range(window * count, (window + 1) * count)]
-        samples = [sample for sample, _ in read if sample is not None]
+        members = [one for one in read if isinstance(one, _Member)]
         # Stable: samples of like shape stay in Grain's order.
-        samples.sort(key=lambda sample: _cost(self._fit(self._shape(sample)), self.config, self.granularities))
-        # Where samples were left out every batch is a little short, rather than one of them empty.
-        ends = [len(samples) * number // WINDOW for number in range(WINDOW + 1)]
-        batches = [samples[start:end] for start, end in zip(ends, ends[1:], strict=False)]
+        members.sort(key=lambda member: _cost(self._fit(self._shape(member.sample)), self.config, self.granularities))
+        # Where some were left out every batch is a little short, rather than one of them empty.
+        ends = [len(members) * number // WINDOW for number in range(WINDOW + 1)]
+        batches = [members[start:end] for start, end in itertools.pairwise(ends)]
         random.Random(f"{self.seed}/{window}").shuffle(batches)
-        return _Window(batches, [skipped for _, skipped in read if skipped is not None])
+        return _Window(batches, [one for one in read if isinstance(one, Skipped)])
 
 
 def _pair(source: int, index: int) -> tuple[int, int]:

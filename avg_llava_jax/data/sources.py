@@ -6,9 +6,9 @@ of a file only the places of its records are held, so a million of them cost 16 
 
 A data set is one source, or several with weights:
 
-    path="train.json", images="photos.zip"
+    path="train.json"                         images="photos.zip"
     path="jersey?split=router&turns=4"
-    path=(("train.json", "photos/", 0.8), ("jersey", "", 0.2))
+    path="0.7*a.json, 0.2*b.jsonl, 0.1*jersey"   images="photos.zip, /data/b, "
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import urllib.parse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -42,6 +43,18 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Record: ...
 
 
+class Part(NamedTuple):
+    """A source of a mixture: what it was opened by, and its weight."""
+
+    path: str
+    source: Source
+    weight: float
+
+    def id(self, index: int) -> str:
+        """The id of a record that may not be usable; its number where it has none."""
+        return self.source.id(index) if isinstance(self.source, LlavaJson) else str(index)
+
+
 class LlavaJson:
     """A LLaVA JSON (one list) or JSONL file (one object a line), by its ending.
 
@@ -62,6 +75,17 @@ class LlavaJson:
         return len(self._places)
 
     def __getitem__(self, index: int) -> Record:
+        record = self._parse(index)
+        return {**record, "id": str(record.get("id", index)), "images": self._references(record)}
+
+    def id(self, index: int) -> str:
+        """The record's id, its number where it has none."""
+        try:
+            return str(self._parse(index).get("id", index))
+        except BadSample:
+            return str(index)
+
+    def _parse(self, index: int) -> Record:
         start, end = self._places[index].tolist()
         with open(self.path, "rb") as file:
             file.seek(start)
@@ -69,14 +93,10 @@ class LlavaJson:
         try:
             record = json.loads(text)
         except ValueError as error:
-            raise BadSample("malformed_record", f"{self.path}, record {index}: {error}") from None
+            raise BadSample("malformed_record", f"record {index}: {error}") from None
         if not isinstance(record, dict):
-            raise BadSample("malformed_record", f"{self.path}, record {index} is no object")
-        return {**record, "id": str(record.get("id", index)), "images": self._references(record)}
-
-    def name(self, index: int) -> str:
-        """What a record is called when it cannot be read."""
-        return f"{self.path.name}#{index}"
+            raise BadSample("malformed_record", f"record {index} is no object")
+        return record
 
     def _references(self, record: Record) -> list[Any]:
         names = record.get("images", record.get("image"))
@@ -130,6 +150,9 @@ def _blank(text: str, at: int) -> int:
     return at
 
 
+_WEIGHTED = re.compile(r"(?:(?P<weight>\d+\.?\d*|\.\d+)\*)?(?P<path>\S.*)")
+
+
 def open_source(path: str, images: str = "", max_pixels: int = MAX_PIXELS) -> Source:
     """One source by its path: `jersey`, `jersey?field=value&...` (fields of `Jersey`), or a file."""
     scheme, _, query = path.partition("?")
@@ -148,19 +171,25 @@ def open_source(path: str, images: str = "", max_pixels: int = MAX_PIXELS) -> So
     return Jersey(**given)
 
 
-def open_sources(
-    path: str | Sequence[Sequence[Any]], images: str = "", max_pixels: int = MAX_PIXELS
-) -> list[tuple[Source, float]]:
-    """Sources and their weights: of one path, or of several (path, images, weight)."""
-    rows = [(path, images, 1.0)] if isinstance(path, str) else [tuple(row) for row in path]
-    if not rows or any(len(row) != 3 or float(row[2]) <= 0 for row in rows):
-        raise ValueError(f"data.path must be a path or a list of (path, images, weight > 0), not {path!r}")
-    return [(open_source(str(at), str(where), max_pixels), float(weight)) for at, where, weight in rows]
+def open_sources(path: str, images: str = "", max_pixels: int = MAX_PIXELS) -> list[Part]:
+    """Sources and their weights, from comma-separated paths `[weight*]path` (weight 1 where none is given).
 
-
-def record_name(source: Source, index: int) -> str:
-    """What to call a record before, or without, reading it."""
-    return source.name(index) if isinstance(source, LlavaJson) else f"jersey#{index}"
+    images: where their images lie; one place for all, or as many as there are paths, in their order.
+    """
+    entries = [_WEIGHTED.fullmatch(entry.strip()) for entry in path.split(",")]
+    places = [place.strip() for place in images.split(",")]
+    if not path or not all(entries):
+        raise ValueError(f"data.path={path!r}: give a path, or several as '0.8*a.json, 0.2*jersey'")
+    if len(places) == 1:
+        places *= len(entries)
+    if len(places) != len(entries):
+        raise ValueError(f"data.images names {len(places)} places for the {len(entries)} paths of data.path")
+    if any(entry["weight"] and float(entry["weight"]) == 0 for entry in entries):
+        raise ValueError(f"data.path={path!r}: weights must be greater than 0")
+    return [
+        Part(entry["path"], open_source(entry["path"], place, max_pixels), float(entry["weight"] or 1))
+        for entry, place in zip(entries, places, strict=True)
+    ]
 
 
 def read_sample(

@@ -51,8 +51,9 @@ class Encoder(nn.Module):
             normalise(config, pixels), "m (r a) (c b) rgb -> m (r c) (a b rgb)", a=config.patch_size, b=config.patch_size
         )
         embed = nn.Dense(config.width, use_bias=False, name="patch_embed")
-        class_token = self.param("class_token", nn.initializers.normal(0.02), (config.width,))
-        position = self.param("position", nn.initializers.normal(0.02), (1 + config.grid**2, config.width))
+        init = nn.initializers.normal(config.width**-0.5)
+        class_token = self.param("class_token", init, (config.width,))
+        position = self.param("position", init, (1 + config.grid**2, config.width))
 
         x = embed(patches.astype(position.dtype))
         x = jnp.concatenate([jnp.broadcast_to(class_token, (len(x), 1, config.width)), x], axis=1) + position

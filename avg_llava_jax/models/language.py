@@ -111,7 +111,7 @@ class LanguageModel(nn.Module):
 
     def setup(self) -> None:
         config = self.config
-        init = nn.initializers.normal(0.02)
+        init = nn.initializers.normal(config.width**-0.5)
         self.embedding = self.param("embed", init, (config.vocab_size, config.width))
         layer = nn.remat(DecoderLayer, prevent_cse=False) if self.remat else DecoderLayer
         self.layers = nn.scan(

@@ -10,9 +10,8 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,27 +19,14 @@ import ml_collections
 import optax
 
 from avg_llava_jax import checkpoint, parameters, plots, sharding
-from avg_llava_jax.config import ModelConfig, from_dict, to_dict
-from avg_llava_jax.data.pipeline import Batch, Batches, PlannedBatches
-from avg_llava_jax.data.sources import open_sources
-from avg_llava_jax.data.tokenizer import load_tokenizer
-from avg_llava_jax.models import avg_llava
-from avg_llava_jax.training import phases
+from avg_llava_jax.config import ModelConfig
+from avg_llava_jax.data.pipeline import Batch, Batches
+from avg_llava_jax.training import phases, setup
 from avg_llava_jax.training.metrics import MetricsLog, Progress, SkippedLog
 from avg_llava_jax.training.optimizer import OptimizerConfig, gradients, make_optimizer, rate_shape, trainable
 
 TERMINATED = 128 + signal.SIGTERM
 """Exit code after SIGTERM, 143: what a shell reports for it, so that a scheduler sees who ended the run."""
-
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-
-
-class Start(NamedTuple):
-    """The model that a run begins with. `params` is None where a checkpoint of the run itself takes its place."""
-
-    model: ModelConfig
-    params: parameters.Params | None
-    granularities_trained: list[int] | None
 
 
 def train(config: ml_collections.ConfigDict, workdir: str | Path) -> None:
@@ -56,17 +42,16 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> None:
       SystemExit: with TERMINATED after SIGTERM, once a checkpoint is written.
     """
     workdir = Path(workdir)
-    optimizer_config = OptimizerConfig(**config.optimizer)
-    names = trainable(config.phase, optimizer_config)
+    optimizer = OptimizerConfig(**config.optimizer)
+    names = trainable(config.phase, optimizer)
     mesh = sharding.make_mesh(config.mesh)
-    _check(config, optimizer_config, mesh)
+    setup.check(config, optimizer, mesh)
     with checkpoint.Manager(workdir) as manager, jax.set_mesh(mesh), _Termination() as termination:
-        start = _start(config, workdir, mesh)
-        granularities = _granularities(config, start.model)
-        with contextlib.closing(_batches(config, workdir, start.model, granularities)) as batches:
-            run = _Run(config, start.model, granularities, names, optimizer_config, mesh)
-            run.begin(manager, start.params, batches)
-            start = start._replace(params=None)  # the state holds them, or donated them already
+        model, params = setup.begin(config, workdir, mesh)
+        with contextlib.closing(setup.open_batches(config, workdir, model)) as batches:
+            run = _Run(config, model, names, optimizer, mesh)
+            run.begin(manager, params, batches)
+            del params  # the run has them, and gives their memory to its first step
             if run.step < config.steps:
                 _loop(config, workdir, run, manager, batches, termination)
     plots.training_curves(workdir)
@@ -113,17 +98,16 @@ class _Run:
         self,
         config: ml_collections.ConfigDict,
         model: ModelConfig,
-        granularities: tuple[int, ...],
         names: tuple[str, ...],
-        optimizer_config: OptimizerConfig,
+        settings: OptimizerConfig,
         mesh: jax.sharding.Mesh,
     ):
-        self._names, self._mesh = names, mesh
+        self._names = names
         self.step = 0
-        self._optimizer = make_optimizer(optimizer_config, config.steps)
+        self._optimizer = make_optimizer(settings, config.steps)
         feedback = phases.FeedbackConfig(**config.rglf)
-        loss = phases.make_loss(config.phase, model, granularities, feedback, config.remat)
-        dtype, seed = DTYPES[config.compute_dtype], config.seed
+        loss = phases.make_loss(config.phase, model, setup.granularities(config, model), feedback, config.remat)
+        dtype, seed = setup.DTYPES[config.compute_dtype], config.seed
 
         def update(ours: Any, state: Any, frozen: Any, batch: Any, step: jax.Array) -> tuple[Any, Any, Any]:
             cast = functools.partial(jax.tree.map, lambda x: x.astype(dtype))
@@ -133,7 +117,7 @@ class _Run:
             def of_ours(ours: Any, batch: Any, rng: jax.Array) -> Any:
                 return loss(parameters.merge(cast(ours), still), batch, rng)
 
-            grads, value, metrics = gradients(of_ours, ours, batch, rng, optimizer_config.accumulate)
+            grads, value, metrics = gradients(of_ours, ours, batch, rng, settings.accumulate)
             metrics |= {"loss": value, "grad_norm": optax.global_norm(grads)}
             updates, state = self._optimizer.update(grads, state, ours)
             return optax.apply_updates(ours, updates), state, metrics
@@ -184,8 +168,9 @@ class _Reporter:
     """Writes the metrics of a step once the next one has been handed to the device."""
 
     def __init__(self, config: ml_collections.ConfigDict, run: _Run, log: MetricsLog, progress: Progress):
-        self._phase, self._log, self._progress, self._run = config.phase, log, progress, run
-        self._peak, self._rate = config.optimizer.learning_rate, rate_shape(OptimizerConfig(**config.optimizer), config.steps)
+        self._phase, self._run, self._log, self._progress = config.phase, run, log, progress
+        self._peak = config.optimizer.learning_rate
+        self._rate = rate_shape(OptimizerConfig(**config.optimizer), config.steps)
         self._pending: tuple[int, dict[str, jax.Array], list[str], int] | None = None
         self._shapes: set[tuple[int, ...]] = set()
         self._since = time.monotonic()
@@ -214,7 +199,8 @@ class _Reporter:
         seconds, self._since = now - self._since, now
         for name in ("loss", "grad_norm"):
             if not math.isfinite(values[name]):
-                raise FloatingPointError(f"{name} is {values[name]} at step {step}, samples {', '.join(filter(None, ids))}")
+                known = ", ".join(filter(None, ids))
+                raise FloatingPointError(f"{name} is {values[name]} at step {step}; its samples are {known}")
         row = {
             "step": step,
             "phase": self._phase,
@@ -246,96 +232,3 @@ class _Termination:
     def __exit__(self, *_: object) -> None:
         if self._main:
             signal.signal(signal.SIGTERM, self._before)
-
-
-def _start(config: ml_collections.ConfigDict, workdir: Path, mesh: jax.sharding.Mesh) -> Start:
-    """The run's own checkpoint, else `init_from`, else a fresh model; writes config.json and tokenizer/."""
-    if checkpoint.steps(workdir):
-        model, values = checkpoint.read_config(workdir)
-        before = (values["training"] or {}).get("phase")
-        if before != config.phase:
-            raise ValueError(f"{workdir} holds phase {before}: give phase {config.phase} a workdir of its own")
-        return Start(model, None, values["granularities_trained"])
-    if config.init_from:
-        loaded = checkpoint.load(config.init_from, config.vision_tower or None, mesh, jnp.float32)
-        model = _overridden(loaded.config, config.model)
-        params, tokenizer, trained = loaded.params, loaded.tokenizer_folder, loaded.meta["granularities_trained"]
-        _same_shapes(params, parameters.abstract(model), config.init_from)
-    else:
-        model = _overridden(ModelConfig(), config.model)
-        init = functools.partial(avg_llava.init, model)
-        shardings = sharding.shardings(mesh, parameters.abstract(model))
-        params = jax.jit(init, out_shardings=shardings)(jax.random.key(config.seed))
-        tokenizer, trained = config.tokenizer, None
-    if config.phase != "rglf":
-        trained = list(_granularities(config, model))
-    checkpoint.copy_tokenizer(tokenizer, workdir)
-    checkpoint.save_config(workdir, model, config.to_dict(), trained)
-    return Start(model, params, trained)
-
-
-def _overridden(model: ModelConfig, overrides: ml_collections.ConfigDict) -> ModelConfig:
-    """`config.model` over a model's config; what is None there stays as it is."""
-
-    def over(values: dict[str, Any], by: dict[str, Any]) -> dict[str, Any]:
-        for key, value in by.items():
-            if isinstance(value, dict):
-                values[key] = over(dict(values.get(key) or {}), value)
-            elif value is not None:
-                values[key] = value
-        return values
-
-    return from_dict(over(to_dict(model), overrides.to_dict()))
-
-
-def _same_shapes(params: parameters.Params, wanted: parameters.Params, where: str) -> None:
-    ours, theirs = parameters.flat(wanted), parameters.flat(params)
-    for path in sorted(ours.keys() | theirs.keys()):
-        shapes = [tree[path].shape if path in tree else None for tree in (theirs, ours)]
-        if shapes[0] != shapes[1]:
-            raise ValueError(f"config.model does not fit {where}: {path} is {shapes[0]} there, {shapes[1]} is asked for")
-
-
-def _granularities(config: ml_collections.ConfigDict, model: ModelConfig) -> tuple[int, ...]:
-    """Those that the phase trains, ascending; unset means all."""
-    chosen = tuple(sorted(config.granularities)) or model.granularities
-    if not set(chosen) <= set(model.granularities):
-        raise ValueError(f"granularities={chosen}: this model has {model.granularities}")
-    return chosen
-
-
-def _check(config: ml_collections.ConfigDict, optimizer: OptimizerConfig, mesh: jax.sharding.Mesh) -> None:
-    """Settings that would only fail later, or worse, would not."""
-    if config.compute_dtype not in DTYPES:
-        raise ValueError(f"compute_dtype={config.compute_dtype!r}: choose {' or '.join(DTYPES)}")
-    for name in ("steps", "batch_size", "checkpoint_every"):
-        if config[name] < 1:
-            raise ValueError(f"{name}={config[name]} must be at least 1")
-    parts = optimizer.accumulate * mesh.shape["data"] * mesh.shape["fsdp"]
-    if config.batch_size % parts:
-        raise ValueError(
-            f"batch_size={config.batch_size} must be a multiple of {parts}: "
-            f"optimizer.accumulate={optimizer.accumulate} times mesh data x fsdp={parts // optimizer.accumulate}"
-        )
-
-
-def _batches(
-    config: ml_collections.ConfigDict, workdir: Path, model: ModelConfig, granularities: tuple[int, ...]
-) -> Batches:
-    tokenizer = load_tokenizer(workdir / checkpoint.TOKENIZER)
-    if tokenizer.vocab_size > model.language.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, model.language.vocab_size={model.language.vocab_size}"
-        )
-    planned = PlannedBatches(
-        sources=open_sources(config.data.path, config.data.images, config.data.max_pixels),
-        tokenizer=tokenizer,
-        config=model,
-        granularities=granularities,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        shapes=config.data.shapes,
-        process=jax.process_index(),
-        processes=jax.process_count(),
-    )
-    return Batches(planned, config.data.workers)

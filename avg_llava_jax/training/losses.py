@@ -95,6 +95,19 @@ def language_loss(
     return jnp.mean(per_granularity), metrics
 
 
+def grounding_loss(config: ModelConfig, params: avg_llava.Params, batch: Batch, remat: bool = False):
+    """Each patch names what it shows: cross-entropy of its words, read straight through the unembedding.
+
+    batch["patch_words"]: int (B, T, P, words) token ids, -1 = none; a patch's words share its probability.
+    """
+    features = avg_llava.see(config, params, batch["pixels"], remat)
+    log_probs = jax.nn.log_softmax(avg_llava.unembed(config, params, features))
+    words = batch["patch_words"]
+    nll = -jnp.take_along_axis(log_probs, jnp.maximum(words, 0), axis=-1)
+    loss = jnp.sum(jnp.where(words >= 0, nll, 0.0)) / jnp.maximum(jnp.sum(words >= 0), 1)
+    return loss, {"nll/patch": loss}
+
+
 def rank_loss(scores: jax.Array, nll: jax.Array, margin: float) -> jax.Array:
     """Ranking loss of one decision with an adaptive margin (paper, equations 8 and 9).
 

@@ -5,10 +5,13 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 import tensorboardX
+
+from avg_llava_jax.data.pipeline import Skipped
 
 METRICS, SKIPPED, TENSORBOARD = "metrics.jsonl", "skipped.jsonl", "tensorboard"
 FEW = 100
@@ -56,29 +59,29 @@ class MetricsLog:
 
 
 class SkippedLog:
-    """skipped.jsonl, one row a sample however often it comes, and the bound on how many may be skipped."""
+    """skipped.jsonl, one row a record however often it comes, and the bound on how many may be skipped."""
 
     def __init__(self, workdir: Path, max_share: float):
         self._max_share = max_share
         rows = read_rows(workdir / SKIPPED)
-        self._known = {row["id"] for row in rows}
+        self._known = {row["record"] for row in rows}
         self.reasons = collections.Counter(row["reason"] for row in rows)
         self._file = _rewrite(workdir / SKIPPED, rows)
         self._seen = self._skipped = 0
 
-    def add(self, seen: int, skipped: list[tuple[str, str, str]]) -> None:
-        """Note `seen` usable samples and the `skipped` (id, reason, detail) of a batch.
+    def add(self, used: int, skipped: Sequence[Skipped]) -> None:
+        """Note how many samples of a batch were used, and which records were not.
 
         Raises:
-          RuntimeError: more than the allowed share of the samples were skipped.
+          RuntimeError: more than the allowed share was skipped.
         """
-        self._seen += seen + len(skipped)
+        self._seen += used + len(skipped)
         self._skipped += len(skipped)
-        for name, reason, detail in skipped:
-            if name not in self._known:
-                self._known.add(name)
-                self.reasons[reason] += 1
-                self._file.write(json.dumps({"id": name, "reason": reason, "detail": detail}, ensure_ascii=False) + "\n")
+        for one in map(Skipped._make, skipped):
+            if one.record not in self._known:
+                self._known.add(one.record)
+                self.reasons[one.reason] += 1
+                self._file.write(json.dumps(one._asdict(), ensure_ascii=False) + "\n")
         if self._seen >= FEW and self._skipped > self._max_share * self._seen:
             raise RuntimeError(
                 f"{self._skipped} of {self._seen} samples could not be used, more than data.max_skipped_share="

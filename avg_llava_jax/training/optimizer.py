@@ -80,7 +80,8 @@ def _decayed(params: parameters.Params) -> parameters.Params:
     return parameters.unflat({path: len(row.axes) - row.layered >= 2 for path, row in rows.items()})
 
 
-Loss = Callable[[parameters.Params, Mapping[str, Any], jax.Array], tuple[jax.Array, tuple[jax.Array, dict[str, jax.Array]]]]
+Aux = tuple[jax.Array, dict[str, jax.Array]]
+Loss = Callable[[parameters.Params, Mapping[str, Any], jax.Array], tuple[jax.Array, Aux]]
 """(params, batch, rng) -> mean loss, (weight, metrics): over how many things the loss and the metrics are means."""
 
 

@@ -1,8 +1,8 @@
 """The phases: which loss, and which components learn (`parameters.TRAINED_IN`). Nothing else differs.
 
-    connector          next-token loss of the answers; the connector learns
-    multi_granularity  the same; encoder, connector and language model learn
-    rglf               feedback of the frozen model to the router; the router learns
+connector          next-token loss of the answers; the connector learns
+multi_granularity  the same; encoder, connector and language model learn
+rglf               feedback of the frozen model to the router; the router learns
 """
 
 import dataclasses
@@ -53,7 +53,9 @@ def make_loss(
         return language
 
     if granularities != config.granularities:
-        raise ValueError(f"phase rglf compares all of the model's granularities {config.granularities}: leave them unset")
+        raise ValueError(
+            f"phase rglf compares all granularities of the model, {config.granularities}: leave them unset"
+        )
 
     def rglf(params: Any, batch: Mapping[str, Any], rng: jax.Array) -> Any:
         return feedback_loss(config, params, batch, rng, feedback)

@@ -1,0 +1,56 @@
+"""Words to patches: what a tower that starts from nothing learns to see by.
+
+A record may say which words belong to which box of its picture (`words: [{"box": [x0, y0, x1, y1], "text":
+"orange 7"}]`, pixels, later boxes in front). Phase `grounding` teaches each patch to name the words of
+the box that its centre lies in. Real models start from a pre-trained CLIP and need none of this.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from avg_llava_jax.config import ModelConfig
+from avg_llava_jax.data.tiles import best_resolution, grid_of, placement
+
+WORDS = 2
+"""Tokens a patch may have to name: a shirt's colour and its number."""
+
+
+def patch_centres(size: tuple[int, int], config: ModelConfig) -> np.ndarray:
+    """Where the patches of all tiles look: (T, P, 2) x, y in pixels of a (width, height) picture.
+
+    Tile 0 is the whole picture, so with a 2 x 2 grid and a 40 x 20 picture its centres are
+    (10, 5) (30, 5) (10, 15) (30, 15). Patches in the padding of the mosaic lie outside the picture.
+    """
+    width, height = size
+    grid, side = config.vision.grid, config.vision.image_size
+    steps = (np.arange(grid) + 0.5) / grid
+    cell_x, cell_y = np.meshgrid(steps, steps)
+    whole = np.stack([cell_x * width, cell_y * height], axis=-1)
+    tiles = [whole.reshape(-1, 2)]
+    left, top, inner_width, inner_height = placement(size, best_resolution(size, config.pinpoints))
+    rows, columns = grid_of(size, config)
+    for row in range(rows):
+        for column in range(columns):
+            x = ((column + cell_x) * side - left) * width / inner_width
+            y = ((row + cell_y) * side - top) * height / inner_height
+            tiles.append(np.stack([x, y], axis=-1).reshape(-1, 2))
+    return np.stack(tiles)
+
+
+def patch_words(
+    boxes: Sequence[tuple[float, float, float, float]],
+    tokens: Sequence[Sequence[int]],
+    size: tuple[int, int],
+    config: ModelConfig,
+) -> np.ndarray:
+    """The words that each patch should name: int32 (T, P, WORDS) token ids, -1 = none.
+
+    tokens: for each box at most WORDS ids; of overlapping boxes the last counts.
+    """
+    x, y = np.moveaxis(patch_centres(size, config), -1, 0)
+    named = np.full((*x.shape, WORDS), -1, np.int32)
+    for (x0, y0, x1, y1), ids in zip(boxes, tokens, strict=True):
+        inside = (x0 <= x) & (x < x1) & (y0 <= y) & (y < y1)
+        named[inside] = [*ids[:WORDS], *[-1] * (WORDS - len(ids))]
+    return named

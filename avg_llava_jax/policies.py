@@ -1,0 +1,114 @@
+"""What the answers at fixed granularities say of a way to choose: fixed, random, adaptive, oracle.
+
+Records come from `evaluation.answer_all`. A choice is a tuple of granularities, one an image of a question.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from avg_llava_jax.batching import by_key
+from avg_llava_jax.config import ModelConfig
+
+Record = dict[str, Any]
+Choice = tuple[int, ...]
+
+
+def choices(config: ModelConfig, scores: Sequence[np.ndarray]) -> list[Choice]:
+    """The router's argmax for each image of each question, the first of a tie."""
+    return [tuple(config.granularities[int(np.argmax(row))] for row in rows) for rows in scores]
+
+
+def random_choices(config: ModelConfig, records: Sequence[Record], seed: int = 0) -> list[Choice]:
+    """One seeded random granularity a question, for all of its images."""
+    rng = random.Random(seed)
+    drawn = [rng.choice(config.granularities) for _ in records]
+    return [(g,) * len(record["chosen"]) for g, record in zip(drawn, records, strict=True)]
+
+
+def oracle_choices(config: ModelConfig, records: Sequence[Record]) -> list[Choice]:
+    """The cheapest granularity whose answer is right, else the cheapest."""
+    picked = [next((g for g in config.granularities if r["right"][g]), config.granularities[0]) for r in records]
+    return [(g,) * len(record["chosen"]) for g, record in zip(picked, records, strict=True)]
+
+
+def outcome(config: ModelConfig, records: Sequence[Record], picked: Sequence[Choice]) -> dict[str, Any]:
+    """Accuracy, mean visual tokens (all, and by kind) and the share of each granularity by kind.
+
+    For `picked[i]`, the granularities of question i's images. Images that get different ones are known
+    only where the router of `answer_all` chose them: ValueError otherwise.
+    """
+    right, cost, chosen = [], [], []
+    for record, choice in zip(records, picked, strict=True):
+        if len(set(choice)) > 1:
+            if list(choice) != record["chosen"]:
+                raise ValueError(f"question {record['id']} was never answered at granularities {list(choice)}")
+            right.append(record["adaptive"]["right"])
+            cost.append(record["adaptive"]["visual_tokens"])
+        else:
+            granularity = choice[0] if choice else config.granularities[0]
+            right.append(record["right"][granularity])
+            cost.append(record["visual_tokens"][granularity])
+        chosen.append(choice)
+    kinds = _kinds(records)
+    shares = {}
+    for kind, rows in kinds.items():
+        of_kind = [g for row in rows for g in chosen[row]]
+        shares[kind] = {str(g): of_kind.count(g) / max(1, len(of_kind)) for g in config.granularities}
+    tokens = {kind: float(np.mean([cost[row] for row in rows])) for kind, rows in kinds.items()}
+    return {
+        "accuracy": {kind: float(np.mean([right[row] for row in rows])) for kind, rows in kinds.items()},
+        "visual_tokens": tokens["all"],
+        "visual_tokens_by_kind": tokens,
+        "chosen": shares,
+    }
+
+
+def report(
+    config: ModelConfig,
+    records: Sequence[Record],
+    seconds: dict[str, Any] | None = None,
+    adaptive: Sequence[Choice] | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """The comparison as report.json holds it; granularities are strings, shares and accuracies in [0, 1].
+
+    adaptive: the choices to call adaptive; default what the router chose in `answer_all`.
+    """
+    if not records:
+        raise ValueError("there is no question to report on")
+    adaptive = [tuple(record["chosen"]) for record in records] if adaptive is None else adaptive
+    fixed = {
+        str(g): outcome(config, records, [(g,) * len(record["chosen"]) for record in records])
+        for g in config.granularities
+    }
+    rest = {
+        "random": outcome(config, records, random_choices(config, records, seed)),
+        "adaptive": outcome(config, records, adaptive),
+        "oracle": outcome(config, records, oracle_choices(config, records)),
+    }
+
+    def both(key: str) -> dict[str, Any]:
+        return {"fixed": {g: part[key] for g, part in fixed.items()}} | {name: part[key] for name, part in rest.items()}
+
+    chosen = rest["adaptive"]["chosen"]
+    return {
+        "accuracy": both("accuracy"),
+        "visual_tokens": both("visual_tokens"),
+        "visual_tokens_by_kind": both("visual_tokens_by_kind"),
+        "chosen": chosen,
+        "seconds": {"answer": seconds},
+        "n": len(records),
+        "n_by_kind": {kind: len(rows) for kind, rows in _kinds(records).items()},
+    }
+
+
+def _kinds(records: Sequence[Record]) -> dict[str, list[int]]:
+    """Row numbers of each kind in order of appearance, and of all."""
+    kinds = by_key(records, lambda record: record["kind"])
+    kinds.pop(None, None)
+    return kinds | {"all": list(range(len(records)))}

@@ -1,0 +1,156 @@
+"""What a run begins with: its settings checked, its model, its data."""
+
+import functools
+import json
+import logging
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from avg_llava_jax import checkpoint, parameters, sharding
+from avg_llava_jax.config import ModelConfig, from_dict, to_dict
+from avg_llava_jax.data.pipeline import Batches, PlannedBatches
+from avg_llava_jax.data.sources import open_sources
+from avg_llava_jax.data.tokenizer import load_tokenizer
+from avg_llava_jax.models import avg_llava
+from avg_llava_jax.training.optimizer import OptimizerConfig
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+MAY_CHANGE = ("checkpoint_every", "data.workers", "data.max_skipped_share", "mesh", "rglf.execution", "remat")
+"""Settings that a run may be gone on with in another form: they do not change what it computes."""
+
+
+class Start(NamedTuple):
+    """A model to train; `params` is None where the newest checkpoint of the run itself is to be taken."""
+
+    model: ModelConfig
+    params: parameters.Params | None
+
+
+def begin(config: ml_collections.ConfigDict, workdir: Path, mesh: jax.sharding.Mesh) -> Start:
+    """The run's own checkpoint, else `init_from`, else a fresh model; writes config.json and tokenizer/.
+
+    Raises:
+      FileNotFoundError, ValueError: there is no such checkpoint, or it does not fit the config.
+    """
+    if checkpoint.steps(workdir):
+        model, values = checkpoint.read_config(workdir)
+        _compare(workdir, values["training"] or {}, config.to_dict())
+        return Start(model, None)
+    if config.init_from:
+        loaded = checkpoint.load(config.init_from, config.vision_tower or None, mesh, jnp.float32)
+        model = override(loaded.config, config.model)
+        params, tokenizer, trained = loaded.params, loaded.tokenizer_folder, loaded.meta["granularities_trained"]
+        _same_shapes(params, parameters.abstract(model), config.init_from)
+    else:
+        model = override(ModelConfig(), config.model)
+        init = functools.partial(avg_llava.init, model)
+        shardings = sharding.shardings(mesh, parameters.abstract(model))
+        params = jax.jit(init, out_shardings=shardings)(jax.random.key(config.seed))
+        tokenizer, trained = config.tokenizer, None
+    if config.phase != "rglf":
+        trained = list(granularities(config, model))
+    if jax.process_index() == 0:
+        checkpoint.copy_tokenizer(tokenizer, workdir)
+        checkpoint.save_config(workdir, model, config.to_dict(), trained)
+    return Start(model, params)
+
+
+def override(model: ModelConfig, overrides: ml_collections.ConfigDict) -> ModelConfig:
+    """`config.model` over a model's config; what is None there stays as it is."""
+
+    def over(values: dict[str, Any], by: dict[str, Any]) -> dict[str, Any]:
+        for key, value in by.items():
+            if isinstance(value, dict):
+                values[key] = over(dict(values.get(key) or {}), value)
+            elif value is not None:
+                values[key] = value
+        return values
+
+    return from_dict(over(to_dict(model), overrides.to_dict()))
+
+
+def granularities(config: ml_collections.ConfigDict, model: ModelConfig) -> tuple[int, ...]:
+    """Those that the phase trains, ascending; unset means all."""
+    chosen = tuple(sorted(config.granularities)) or model.granularities
+    if not set(chosen) <= set(model.granularities):
+        raise ValueError(f"granularities={chosen}: this model has {model.granularities}")
+    return chosen
+
+
+def check(config: ml_collections.ConfigDict, optimizer: OptimizerConfig, mesh: jax.sharding.Mesh) -> None:
+    """Settings that would only fail later.
+
+    Raises:
+      ValueError: names the setting.
+    """
+    if config.compute_dtype not in DTYPES:
+        raise ValueError(f"compute_dtype={config.compute_dtype!r}: choose {' or '.join(DTYPES)}")
+    for name in ("steps", "batch_size", "checkpoint_every"):
+        if config[name] < 1:
+            raise ValueError(f"{name}={config[name]} must be at least 1")
+    if not config.data.path:
+        raise ValueError("data.path is not set: give a LLaVA JSON or JSONL, or `jersey`")
+    if not config.init_from and not config.get("tokenizer"):
+        raise ValueError("init_from is not set: give a checkpoint, or a `tokenizer` to begin with fresh parameters")
+    parts = optimizer.accumulate * mesh.shape["data"] * mesh.shape["fsdp"]
+    if config.batch_size % parts:
+        raise ValueError(
+            f"batch_size={config.batch_size} must be a multiple of {parts}: "
+            f"optimizer.accumulate={optimizer.accumulate} times mesh data x fsdp={parts // optimizer.accumulate}"
+        )
+
+
+def open_batches(config: ml_collections.ConfigDict, workdir: Path, model: ModelConfig) -> Batches:
+    """This process's batches, from the first on."""
+    tokenizer = load_tokenizer(workdir / checkpoint.TOKENIZER)
+    if tokenizer.vocab_size > model.language.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, model.language.vocab_size={model.language.vocab_size}"
+        )
+    planned = PlannedBatches(
+        parts=open_sources(config.data.path, config.data.images, config.data.max_pixels),
+        tokenizer=tokenizer,
+        config=model,
+        granularities=granularities(config, model),
+        batch_size=config.batch_size,
+        seed=config.seed,
+        shapes=config.data.shapes,
+        process=jax.process_index(),
+        processes=jax.process_count(),
+    )
+    return Batches(planned, config.data.workers)
+
+
+def _same_shapes(params: parameters.Params, wanted: parameters.Params, where: str) -> None:
+    theirs, ours = parameters.flat(params), parameters.flat(wanted)
+    for path in sorted(ours.keys() | theirs.keys()):
+        there, here = (tree[path].shape if path in tree else None for tree in (theirs, ours))
+        if there != here:
+            raise ValueError(f"config.model does not fit {where}: {path} is {there} there, {here} is asked for")
+
+
+def _compare(workdir: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Another phase is an error; another setting that matters is worth a warning, once the run has begun."""
+    if before.get("phase") != now["phase"]:
+        raise ValueError(f"{workdir} holds phase {before.get('phase')}: give phase {now['phase']} a workdir of its own")
+    before, now = _leaves(before), _leaves(now)
+    for name in sorted(before.keys() & now.keys()):
+        if before[name] != now[name] and not name.startswith(MAY_CHANGE):
+            logger.warning("%s goes on with %s=%s, it began with %s", workdir, name, now[name], before[name])
+
+
+def _leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"data.path": ...} of nested settings, with tuples as JSON has them."""
+    leaves: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            leaves |= _leaves(value, f"{prefix}{key}.")
+        else:
+            leaves[prefix + key] = json.loads(json.dumps(value))
+    return leaves

@@ -1,0 +1,23 @@
+"""Stage 1 at 7B, connector pre-training as LLaVA-NeXT: image and caption, the finest granularity, one epoch of 558 k.
+
+`--config.init_from` is a released-layout folder; its encoder and language model stay as they are.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+
+def get_config() -> ConfigDict:
+    config = base.get_config()
+    config.phase = "connector"
+    config.granularities = (576,)
+    config.model = base.as_in_checkpoint()
+    config.model.template = "plain"
+    config.steps = 2180
+    config.batch_size = 256
+    config.compute_dtype = "bfloat16"
+    config.remat = True
+    config.data.workers = 8
+    config.optimizer.learning_rate = 1e-3
+    return config

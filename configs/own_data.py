@@ -1,0 +1,28 @@
+"""The jersey-sized model on your own LLaVA JSON, in two phases:
+
+    python -m launch.train --config=configs/own_data.py --workdir=W1 \\
+        --config.data.path=train.json --config.data.images=DIR
+    python -m launch.train --config=configs/own_data.py --workdir=W2 \\
+        --config.data.path=train.json --config.data.images=DIR --config.phase=rglf --config.init_from=W1
+
+The first tunes the model at all granularities, the second the router that chooses among them.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+
+def get_config() -> ConfigDict:
+    config = base.get_config()
+    config.init_from = str(base.ASSETS / "jersey")  # what the project ships
+    config.model = base.as_in_checkpoint()
+    config.steps = 500
+    config.batch_size = 16
+    config.checkpoint_every = 100
+    config.data.shapes = 4
+    config.data.workers = 1
+    config.optimizer.learning_rate = 5e-4
+    config.optimizer.encoder_learning_rate = 5e-4
+    config.rglf.tie_nats = 0.1
+    return config

@@ -1,0 +1,53 @@
+"""What the commands share: flags for a model, and errors as one line."""
+
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from absl import app, flags, logging
+
+from avg_llava_jax.api import SHIPPED, AvgLlava
+
+CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", str(SHIPPED), "Checkpoint folder of ours, or one in the released layout."
+)
+VISION_TOWER = flags.DEFINE_string("vision_tower", None, "The CLIP folder that a released checkpoint names.")
+DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Converts the parameters; default: as stored.")
+TRACEBACK = flags.DEFINE_bool("traceback", False, "Where an error happened, not only what it is.")
+
+
+def load_model() -> AvgLlava:
+    """The model that the flags name."""
+    return AvgLlava.load(CHECKPOINT.value, VISION_TOWER.value, dtype=DTYPE.value)
+
+
+def run(main: Callable[[], None], required: list[str]) -> None:
+    """Run a command. Bad flags and bad input end it with one line and exit code 2."""
+
+    def parse(argv: list[str]) -> list[str]:
+        try:
+            rest = app.parse_flags_with_usage(argv) if {"--help", "--helpfull"} & set(argv) else flags.FLAGS(argv)
+        except flags.Error as error:
+            _fail(error)
+        if len(rest) > 1:
+            _fail(f"unexpected argument {rest[1]!r}; flags are written --name=value")
+        for name in required:
+            if not flags.FLAGS[name].value:
+                _fail(f"--{name} is missing; --help lists all flags")
+        return rest
+
+    def guarded(_: list[str]) -> None:
+        logging.set_verbosity(logging.WARNING)  # JAX and Orbax report much at INFO
+        try:
+            main()
+        except (OSError, ValueError) as error:
+            if TRACEBACK.value:
+                raise
+            _fail(f"{error} (--traceback shows where)")
+
+    app.run(guarded, flags_parser=parse)
+
+
+def _fail(message: object) -> NoReturn:
+    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,89 @@
+"""How well a checkpoint answers, at every granularity and with its router's choice:
+
+    python -m launch.evaluate --checkpoint=W --data=test.json --images=DIR --workdir=OUT
+
+writes OUT/report.json, OUT/answers.jsonl (a run that was interrupted goes on) and OUT/skipped.jsonl.
+"""
+
+import json
+import pathlib
+from typing import Any
+
+from absl import flags
+
+from avg_llava_jax import evaluation, policies
+from avg_llava_jax.data.sources import open_source
+from launch import cli
+
+DATA = flags.DEFINE_string("data", None, "A LLaVA JSON or JSONL; `kind` of a record is the kind of its question.")
+IMAGES = flags.DEFINE_string("images", "", "Where its images lie: a folder, a .zip or a .tar.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Where the report goes.")
+MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 16, "Longest answer.", lower_bound=1)
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Questions that are answered at once.", lower_bound=1)
+SEED = flags.DEFINE_integer("seed", 0, "Of the random choice.")
+MAX_SKIPPED_SHARE = flags.DEFINE_float("max_skipped_share", 0.05, "Stop where more records cannot be used.", 0.0, 1.0)
+
+
+def same_run(workdir: pathlib.Path, settings: dict[str, Any]) -> None:
+    """Answers in a workdir are gone on with only by the run that they come from."""
+    path = workdir / "evaluation.json"
+    if path.is_file():
+        before = json.loads(path.read_text())
+        for key, value in settings.items():
+            if before.get(key) != value:
+                raise ValueError(
+                    f"{workdir} holds answers for {key}={before.get(key)!r}, not {value!r}: use another --workdir"
+                )
+    workdir.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(settings, indent=1) + "\n")
+
+
+def table(report: dict[str, Any]) -> str:
+    """Accuracy by kind, visual tokens and seconds, a line for each policy."""
+    accuracy, tokens = report["accuracy"], report["visual_tokens"]
+    kinds = list(accuracy["adaptive"])
+    lines = [f"{'granularity':<12}" + "".join(f"{kind:>10}" for kind in kinds) + f"{'tokens':>10}{'seconds':>10}"]
+    seconds = report["seconds"]["answer"]
+    rows = [(g, accuracy["fixed"][g], tokens["fixed"][g], seconds["fixed"][g]) for g in accuracy["fixed"]]
+    rows += [(name, accuracy[name], tokens[name], seconds.get(name)) for name in ("random", "adaptive", "oracle")]
+    for name, right, cost, took in rows:
+        shares = "".join(f"{right[kind]:>10.3f}" for kind in kinds)
+        lines.append(f"{name:<12}{shares}{cost:>10.1f}" + ("" if took is None else f"{took:>10.4f}"))
+    return "\n".join(lines)
+
+
+def main() -> None:
+    workdir = pathlib.Path(WORKDIR.value)
+    source = open_source(DATA.value, IMAGES.value)
+    model = cli.load_model()
+    same_run(
+        workdir,
+        {
+            "checkpoint": str(pathlib.Path(cli.CHECKPOINT.value).resolve()),
+            "step": model.step,
+            "data": DATA.value if DATA.value.startswith("jersey") else str(pathlib.Path(DATA.value).resolve()),
+            "max_new_tokens": MAX_NEW_TOKENS.value,
+        },
+    )
+    questions, skipped = evaluation.read_questions(source, model.tokenizer, model.config)
+    records = evaluation.answer_all(
+        model, questions, workdir / "answers.jsonl", MAX_NEW_TOKENS.value, BATCH_SIZE.value, skipped=skipped
+    )
+    lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in skipped]
+    (workdir / "skipped.jsonl").write_text("".join(lines), encoding="utf-8")
+    if len(skipped) > MAX_SKIPPED_SHARE.value * len(source):
+        raise ValueError(
+            f"{len(skipped)} of {len(source)} records cannot be used, the first for {skipped[0]['reason']}: "
+            f"see {workdir / 'skipped.jsonl'}, or raise --max_skipped_share"
+        )
+    answered = {record["id"] for record in records}
+    timed = [question for question in questions if question.sample.id in answered]
+    seconds = evaluation.seconds_per_answer(model, timed, max_new_tokens=MAX_NEW_TOKENS.value)
+    report = policies.report(model.config, records, seconds, seed=SEED.value)
+    (workdir / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    print(table(report))
+    print(f"{report['n']} questions, {len(skipped)} skipped; {workdir / 'report.json'}")
+
+
+if __name__ == "__main__":
+    cli.run(main, required=["data", "workdir"])

@@ -1,0 +1,63 @@
+"""What several tests share: a model small enough to compile in seconds, and the shipped tokenizer."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from avg_llava_jax.config import LanguageConfig, ModelConfig, RouterConfig, ScalerConfig, VisionConfig
+from avg_llava_jax.data.tokenizer import Tokenizer, load_tokenizer
+from configs import base
+
+TOKENIZER = base.ASSETS / "tokenizer"
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    return load_tokenizer(TOKENIZER)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> ModelConfig:
+    """Tiles of 4 x 4 patches, two halvings: granularities 4, 8, 16."""
+    return ModelConfig(
+        vision=VisionConfig(
+            image_size=16, patch_size=4, width=16, layers=2, heads=2, mlp_width=32, activation="gelu"
+        ),
+        scaler=ScalerConfig(halvings=2),
+        router=RouterConfig(text_tokens=4, heads=2),
+        language=LanguageConfig(
+            vocab_size=600, width=16, layers=1, heads=2, kv_heads=1, head_dim=8, mlp_width=32, tied_embeddings=True,
+            max_length=256,
+        ),
+        pinpoints=((16, 32), (32, 16), (32, 32)),
+        template="mistral_instruct",
+    )  # fmt: skip
+
+
+@pytest.fixture
+def llava_folder(tmp_path: Path) -> Path:
+    """`train.json` with 24 records and their images: text alone, one image, two images, several turns."""
+    colours = ("red", "green", "blue")
+    (tmp_path / "images").mkdir()
+    records = []
+    for number in range(24):
+        names = [f"{number}-{image}.png" for image in range(number % 3)]
+        for image, name in enumerate(names):
+            size = ((40, 20), (20, 40), (30, 30))[(number + image) % 3]
+            Image.new("RGB", size, colours[(number + image) % 3]).save(tmp_path / "images" / name)
+        turns = [
+            {"from": "human", "value": "<image>\n" * len(names) + "What colour is it? é日"},
+            {"from": "gpt", "value": colours[number % 3]},
+        ]
+        if number % 4 == 0:
+            turns += [{"from": "human", "value": "Is it large?"}, {"from": "gpt", "value": "No, it is small."}]
+        record = {"id": f"r{number}", "conversations": turns, "kind": "colour"}
+        if len(names) == 1:
+            record["image"] = names[0]
+        elif names:
+            record["images"] = names
+        records.append(record)
+    (tmp_path / "train.json").write_text(json.dumps(records, ensure_ascii=False, indent=1), encoding="utf-8")
+    return tmp_path

@@ -1,0 +1,174 @@
+"""The Python face: batches, streams, chats, stop strings, seeds and errors."""
+
+import dataclasses
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from avg_llava_jax import checkpoint
+from avg_llava_jax.api import AvgLlava, Request
+from tests.conftest import TOKENIZER
+from tests.random_model import random_model
+
+SIZES = ((32, 16), (16, 40), (30, 30), (50, 31))
+
+
+@pytest.fixture(scope="module")
+def model(tiny, tokenizer):
+    return random_model(tiny, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def photos():
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)) for width, height in SIZES]
+
+
+def result(answer):
+    """An answer less its timings and the last bits of its probabilities."""
+    shares = answer.probabilities
+    rows = () if shares is None else shares if isinstance(shares, tuple) else (shares,)
+    rounded = tuple(tuple((g, round(p, 4)) for g, p in row.items()) for row in rows)
+    return dataclasses.replace(answer, timings={}, probabilities=rounded)
+
+
+def test_a_batch_gives_what_each_gives_alone(model, photos):
+    requests = [
+        Request("Who stands left of 4?", photos[0], max_new_tokens=12),
+        Request("What is the weather?", (), max_new_tokens=12),
+        Request("What is the team's colour?", photos[1], max_new_tokens=5),
+        Request("Compare <image> with <image>: which is larger?", photos[1:3], max_new_tokens=12),
+        Request("Compare these.", photos[1:3], granularity=[16, "auto"], max_new_tokens=12),
+        Request("Who stands left of 4?", photos[0], granularity=4, max_new_tokens=12),
+        Request("Who stands left of 5?", photos[0], temperature=1.0, seed=3, max_new_tokens=12),
+        Request("Who stands left of 4?", photos[0], temperature=1.3, seed=4, top_p=0.9, top_k=50, max_new_tokens=12),
+        Request("Tell me more of it, " * 20, photos[0], max_new_tokens=12),
+    ]
+    together = [result(answer) for answer in model.answer_batch(requests)]
+    alone = [result(model.answer_batch([request])[0]) for request in requests]
+    assert together == alone
+    reversed_pairs = model.answer_batch(requests[::-1], batch_size=2)[::-1]
+    assert [result(answer) for answer in reversed_pairs] == alone
+
+    assert len({answer.text for answer in alone}) > 5
+    assert alone[1].granularity is None and alone[1].visual_tokens == 0
+    assert isinstance(alone[3].granularity, tuple) and alone[4].granularity[0] == 16
+    assert alone[5].granularity == 4 and alone[5].probabilities == ()
+    assert alone[2].finish == "stop" or len(alone[2].token_ids) == 5
+
+
+def test_seeds_repeat_and_differ(model, photos):
+    texts = [model.answer(photos[0], "Who?", temperature=1.0, seed=seed, max_new_tokens=12).text for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_a_stream_joins_to_the_answer(model, photos):
+    for options in ({}, {"temperature": 1.5, "seed": 5}):
+        answer = model.answer(photos[0], "Who stands left of 4?", max_new_tokens=12, **options)
+        stream = model.stream(photos[0], "Who stands left of 4?", max_new_tokens=12, **options)
+        pieces = list(stream)
+        assert "".join(pieces) == answer.text == stream.answer.text
+        assert len(pieces) > 1
+        assert result(stream.answer) == result(answer)
+
+
+def test_stop_strings_and_limits(model, photos):
+    whole = model.answer(photos[0], "Who stands left of 4?", max_new_tokens=12)
+    assert whole.finish == "length" and len(whole.token_ids) == 12
+    stop = whole.text[len(whole.text) // 2 :][:2]
+    before = whole.text[: whole.text.index(stop)].strip()
+    cut = model.answer(photos[0], "Who stands left of 4?", max_new_tokens=12, stop=[stop, "never"])
+    assert (cut.text, cut.finish) == (before, "stop")
+    assert cut.token_ids == whole.token_ids[: len(cut.token_ids)]
+    stream = model.stream(photos[0], "Who stands left of 4?", max_new_tokens=12, stop=stop)
+    assert "".join(stream) == before and result(stream.answer) == result(cut)
+
+
+def test_an_end_token_ends_the_answer(tiny, tokenizer, photos):
+    whole = random_model(tiny, tokenizer).answer(photos[0], "Who?", max_new_tokens=12)
+    model = random_model(tiny, tokenizer)
+    last = whole.token_ids[4]
+    model.stop_ids = (last,)
+    answer = model.answer(photos[0], "Who?", max_new_tokens=12)
+    assert answer.token_ids == whole.token_ids[: whole.token_ids.index(last)]
+    assert answer.finish == "stop"
+
+
+def test_a_chat_is_the_conversation_asked_anew(model, photos):
+    chat = model.chat(max_new_tokens=6)
+    first = chat.ask("Hello, who are you?")
+    second = chat.ask("What is this?", photos[0])
+    third = chat.ask("And this?", photos[1], granularity=8)
+    turns = [
+        {"from": "human", "value": "Hello, who are you?"},
+        {"from": "gpt", "value": first.text},
+        {"from": "human", "value": "<image>\nWhat is this?"},
+    ]
+    assert result(model.answer(photos[0], turns, max_new_tokens=6)) == result(second)
+    turns += [{"from": "gpt", "value": second.text}, {"from": "human", "value": "<image>\nAnd this?"}]
+    assert result(model.answer(photos[:2], turns, max_new_tokens=6, granularity=8)) == result(third)
+    assert third.granularity == (8, 8)
+    streamed = "".join(chat.stream("Sure?"))
+    assert chat.turns[-1] == {"from": "gpt", "value": streamed} and len(chat.turns) == 8
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"granularity": 5}, "granularity=5 is none of this model's: auto, 4, 8, 16"),
+        ({"granularity": "36"}, "granularity='36' is none of this model's: auto, 4, 8, 16"),
+        ({"granularity": [4, 8]}, "names 2 for 1 images"),
+        ({"prompt": "<image> <image>?"}, "image_count: 1 images for 2 <image>"),
+        ({"prompt": ""}, "empty_question"),
+        ({"prompt": "no image", "raw": True}, "1 images for 0 <image> in the prompt"),
+        ({"prompt": "long " * 300}, "the model's limit is 256; no granularity would fit: shorten the prompt"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
+        ({"temperature": -1.0}, "temperature=-1.0 must be 0"),
+        ({"top_p": 0.0}, "top_p=0.0 must be over 0"),
+        ({"stop": [""]}, "stop strings must be texts that are not empty"),
+        ({"images": "nowhere.png"}, "missing_image: nowhere.png: no such file"),
+        ({"images": b"no image"}, "corrupt_image"),
+        ({"images": [3]}, "an image is a path, bytes or a Pillow image, not int"),
+    ],
+)
+def test_bad_requests_say_what_is_wrong(model, photos, options, message):
+    request = {"images": photos[0], "prompt": "Who?"} | options
+    with pytest.raises(ValueError) as error:
+        model.answer(request.pop("images"), request.pop("prompt"), **request)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_too_many_tokens_names_a_granularity_that_fits(model, photos):
+    with pytest.raises(ValueError, match=r"takes \d+ tokens at granularity 16, 16, 16, .* granularity=8 would fit"):
+        model.answer(photos[2:] + photos[2:3], "Who?", granularity=16)
+    with pytest.raises(ValueError, match="request 1: top_k|request 1: granularity"):
+        model.answer_batch([Request("Who?"), Request("Who?", photos[0], granularity=7)])
+
+
+def test_an_answer_ends_where_the_model_ends(model, photos):
+    """At most `max_length` positions are ever read: 256 here, the prompt included."""
+    answer = model.answer((), "a " * 100, max_new_tokens=400)
+    prompt = model.prepare(Request("a " * 100)).sample.tokens.ids
+    assert answer.finish == "stop" or len(prompt) + len(answer.token_ids) == 256 + 1
+
+
+def test_a_saved_checkpoint_answers_as_the_model_did(model, photos, tmp_path):
+    checkpoint.save_config(tmp_path, model.config)
+    checkpoint.copy_tokenizer(TOKENIZER, tmp_path)
+    with checkpoint.Manager(tmp_path) as manager:
+        manager.save(7, model.params)
+    loaded = AvgLlava.load(tmp_path)
+    assert loaded.step == 7
+    options = {"prompt": "Who stands left of 4?", "max_new_tokens": 12}
+    assert result(loaded.answer(photos[0], **options)) == result(model.answer(photos[0], **options))
+
+
+def test_names_load_late():
+    code = (
+        "import sys, avg_llava_jax, avg_llava_jax.data; assert 'jax' not in sys.modules;"
+        "from avg_llava_jax import AvgLlava; assert 'jax' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -1,0 +1,167 @@
+"""Evaluation on a random model: the answers are the model's own, the figures follow from them."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from avg_llava_jax import evaluation, policies
+from avg_llava_jax.data.images import image_ref
+from avg_llava_jax.data.jersey import Jersey
+from avg_llava_jax.data.sources import open_source
+from avg_llava_jax.requests import Request
+from tests.random_model import random_model
+
+OPTIONS = {"max_new_tokens": 4, "batch_size": 8, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def model(tiny, tokenizer):
+    return random_model(tiny, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def questions(model):
+    source = Jersey("test", 24, paired=True)
+    questions, skipped = evaluation.read_questions(source, model.tokenizer, model.config)
+    assert len(questions) == 24 and not skipped
+    return questions
+
+
+@pytest.fixture(scope="module")
+def records(model, questions):
+    return evaluation.answer_all(model, questions, **OPTIONS)
+
+
+def test_answers_are_the_models_own(model, questions, records):
+    for question, record in list(zip(questions, records, strict=True))[::5]:
+        assert record["id"] == question.sample.id and record["kind"] == question.sample.kind
+        (image,) = question.sample.images
+        auto = model.answer(image, question.text, max_new_tokens=4)
+        assert record["chosen"] == [auto.granularity]
+        assert record["adaptive"] == {"answer": auto.text, "right": False, "visual_tokens": auto.visual_tokens}
+        np.testing.assert_allclose(record["probabilities"][0], list(auto.probabilities.values()), atol=1e-4)
+        for g in model.config.granularities:
+            fixed = model.answer(image, question.text, granularity=g, max_new_tokens=4)
+            assert (record["answers"][g], record["visual_tokens"][g]) == (fixed.text, fixed.visual_tokens)
+
+
+def test_an_interrupted_run_goes_on(model, questions, records, tmp_path, monkeypatch):
+    file = tmp_path / "answers.jsonl"
+    lines = [json.dumps(record) for record in records[:20]]
+    file.write_text("\n".join(lines) + '\n{"id": "cut of')
+    answered = []
+    original = evaluation._answer_batch
+    monkeypatch.setattr(
+        evaluation, "_answer_batch", lambda model, group, *rest: answered.extend(group) or original(model, group, *rest)
+    )
+    again = evaluation.answer_all(model, questions, file, **OPTIONS)
+    assert {question.sample.id for question in answered} == {question.sample.id for question in questions[20:]}
+    assert [record["answers"] for record in again] == [record["answers"] for record in records]
+    assert len(file.read_text().splitlines()) == 24
+    file.write_text("nonsense\n")
+    with pytest.raises(ValueError, match="is not a file of answers"):
+        evaluation.answer_all(model, questions, file, **OPTIONS)
+
+
+def test_mixed_questions(model, llava_folder):
+    """Text alone, one image and two, and an image that is damaged behind its header."""
+    broken = llava_folder / "images" / "1-0.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    source = open_source(str(llava_folder / "train.json"), str(llava_folder / "images"))
+    questions, skipped = evaluation.read_questions(source, model.tokenizer, model.config)
+    records = evaluation.answer_all(model, questions, skipped=skipped, **OPTIONS)
+    assert [entry["reason"] for entry in skipped] == ["corrupt_image"]
+    assert len(records) == 23
+    by_id = {record["id"]: record for record in records}
+    assert by_id["r0"]["chosen"] == [] and by_id["r0"]["visual_tokens"] == {4: 0, 8: 0, 16: 0}
+    assert len(set(by_id["r0"]["answers"].values())) == 1
+    two = next(question for question in questions if question.sample.id == "r2")
+    answer = model.answer(two.sample.images, two.text, max_new_tokens=4)
+    assert by_id["r2"]["chosen"] == list(answer.granularity)
+    assert by_id["r2"]["adaptive"]["answer"] == answer.text
+    report = policies.report(model.config, records)
+    assert report["n"] == 23 and set(report["accuracy"]["adaptive"]) == {"colour", "all"}
+    scores = evaluation.route_all(model, [question.sample for question in questions if question.sample.id in by_id], 8)
+    assert policies.choices(model.config, scores) == [tuple(record["chosen"]) for record in records]
+
+
+def test_a_prompt_that_does_not_fit_is_wrong_at_that_granularity(model):
+    image = image_ref(Image.new("RGB", (30, 30)))
+    turns = [{"from": "human", "value": "<image>\n" + "long " * 60}, {"from": "gpt", "value": "yes"}]
+    record = {"id": "a", "images": [image], "conversations": turns}
+    question = evaluation.make_question(record, model.tokenizer, model.config.template)
+    (record,) = evaluation.answer_all(model, [question], **OPTIONS)
+    assert record["answers"][16] is None and record["answers"][4] is not None
+    assert record["right"][16] is False
+
+
+def test_controls(model, questions):
+    for what in ("instruction", "image"):
+        mixed = evaluation.shuffled(questions, what)
+        same = [a.images == b.sample.images for a, b in zip(mixed, questions, strict=True)]
+        text = [a.tokens == b.sample.tokens for a, b in zip(mixed, questions, strict=True)]
+        assert all(same if what == "instruction" else text)
+        assert sorted(a.sizes for a in mixed) == sorted(b.sample.sizes for b in questions)
+        assert sum(text if what == "instruction" else same) < 12
+    scores = evaluation.route_all(model, evaluation.shuffled(questions, "image"), 8)
+    assert len(scores) == 24 and scores[0].shape == (1, 3)
+    with pytest.raises(ValueError, match="choose instruction or image"):
+        evaluation.shuffled(questions, "text")
+
+
+def record(name, kind, right, chosen):
+    """A hand-made record; visual tokens are the granularity, twice."""
+    return {
+        "id": name,
+        "kind": kind,
+        "right": dict(zip((4, 8, 16), right, strict=True)),
+        "visual_tokens": {4: 8, 8: 16, 16: 32},
+        "chosen": [chosen],
+    }
+
+
+def test_the_figures(tiny):
+    records = [
+        record("a", "coarse", (True, True, True), 4),
+        record("b", "coarse", (True, True, False), 8),
+        record("c", "fine", (False, False, True), 16),
+        record("d", "fine", (False, False, False), 16),
+    ]
+    report = policies.report(tiny, records, {"fixed": {}, "adaptive": 1.0})
+    accuracy = report["accuracy"]
+    assert accuracy["fixed"]["4"] == {"coarse": 1.0, "fine": 0.0, "all": 0.5}
+    assert accuracy["fixed"]["16"] == {"coarse": 0.5, "fine": 0.5, "all": 0.5}
+    assert accuracy["adaptive"] == accuracy["oracle"] == {"coarse": 1.0, "fine": 0.5, "all": 0.75}
+    assert report["visual_tokens"]["adaptive"] == (8 + 16 + 32 + 32) / 4
+    assert report["visual_tokens"]["oracle"] == (8 + 8 + 32 + 8) / 4
+    assert report["visual_tokens_by_kind"]["adaptive"] == {"coarse": 12.0, "fine": 32.0, "all": 22.0}
+    assert report["chosen"]["coarse"] == {"4": 0.5, "8": 0.5, "16": 0.0}
+    assert report["n_by_kind"] == {"coarse": 2, "fine": 2, "all": 4}
+    assert policies.random_choices(tiny, records, 1) == policies.random_choices(tiny, records, 1)
+    many = policies.random_choices(tiny, records * 100)
+    assert {choice[0] for choice in many} == {4, 8, 16}
+    with pytest.raises(ValueError, match="was never answered"):
+        policies.outcome(tiny, records[:1], [(4, 8)])
+    with pytest.raises(ValueError, match="no question"):
+        policies.report(tiny, [])
+
+
+@pytest.mark.parametrize(
+    "one, other", [("Seven!", "seven"), (" The  team. ", "the team"), ("«Ünï»", "ünï"), ("No. 7", "no 7")]
+)
+def test_normalised_answers(one, other):
+    assert evaluation.normalise(one) == evaluation.normalise(other)
+    assert evaluation.normalise("7") != evaluation.normalise("8")
+
+
+def test_seconds(model, questions):
+    seconds = evaluation.seconds_per_answer(model, questions, count=2, max_new_tokens=4)
+    assert set(seconds["fixed"]) == {"4", "8", "16"}
+    assert all(value > 0 for value in (*seconds["fixed"].values(), seconds["adaptive"]))
+
+
+def test_requests_say_what_they_cannot_do():
+    with pytest.raises(ValueError, match="raw=True takes the prompt as one text"):
+        Request([{"from": "human", "value": "a"}], raw=True)
