@@ -8,6 +8,11 @@
 These names are loaded when they are first asked for: data workers import the package without jax.
 """
 
+from pathlib import Path
+
+SHIPPED = Path(__file__).parent / "assets" / "jersey"
+"""The checkpoint that comes with the package."""
+
 _API = ("Answer", "AvgLlava", "Chat", "Request")
 
 

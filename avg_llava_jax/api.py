@@ -10,7 +10,6 @@ What runs on the device stands in `generate`, what brings it there in `batching`
 from __future__ import annotations
 
 import os
-import pathlib
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
@@ -21,7 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
-from avg_llava_jax import batching, checkpoint, generate
+from avg_llava_jax import SHIPPED, batching, checkpoint, generate
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.data.conversation import PLACEHOLDER, Turn, encode_prompt, encode_raw, stop_ids
 from avg_llava_jax.data.images import ImageRef, image_ref
@@ -30,9 +29,6 @@ from avg_llava_jax.data.tokenizer import Tokenizer, load_tokenizer
 from avg_llava_jax.models.avg_llava import Params
 from avg_llava_jax.requests import Answer, Granularity, ImageLike, Prepared, Request
 from avg_llava_jax.streaming import TextStream
-
-SHIPPED = pathlib.Path(__file__).parent / "assets" / "jersey"
-"""The checkpoint that comes with the package."""
 
 STEPS_BETWEEN_STOPS = 8
 """Tokens that are generated between two looks for a stop string."""

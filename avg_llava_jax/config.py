@@ -139,7 +139,8 @@ class ModelConfig:
         need = 2 ** ((self.scaler.halvings + 1) // 2)
         if grid % need:
             raise ValueError(
-                f"scaler.halvings={self.scaler.halvings} needs a grid side divisible by {need}; the vision grid is {grid}"
+                f"scaler.halvings={self.scaler.halvings} needs a grid side divisible by {need}; "
+                f"the vision grid is {grid}"
             )
         for width, height in self.pinpoints:
             if width % side or height % side:

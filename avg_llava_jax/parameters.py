@@ -21,6 +21,7 @@ COMPONENTS = ("encoder", "connector", "router", "language")
 """The learning-rate groups; `connector` includes the image newline."""
 
 TRAINED_IN = {
+    "grounding": ("encoder", "connector", "language"),
     "connector": ("connector",),
     "multi_granularity": ("encoder", "connector", "language"),
     "rglf": ("router",),

@@ -1,57 +1,96 @@
-"""Pictures of a run, as PNG."""
+"""Pictures of what a router does, as PNG; each function writes one and returns its path."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")  # no display is needed
+import numpy as np
 from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+from PIL import Image
 
-from avg_llava_jax.training.metrics import METRICS, read_rows
+from avg_llava_jax.config import ModelConfig
+from avg_llava_jax.explain import draw_grid
+from avg_llava_jax.requests import Answer
 
 PLOTS = "plots"
+KINDS = {"coarse": "tab:green", "near": "tab:blue", "fine": "tab:red", "all": "black"}
 
 
-def training_curves(workdir: str | Path) -> Path | None:
-    """Draw metrics.jsonl: the loss, the NLL at each granularity, and what the router does where one was trained.
+def accuracy_against_tokens(report: dict[str, Any], path: Path) -> Path:
+    """The fixed granularities as a curve, and where the router, chance and the oracle stand beside it."""
+    accuracy, tokens = report["accuracy"], report["visual_tokens"]
+    figure, axis = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+    ladder = list(accuracy["fixed"])
+    for kind in accuracy["adaptive"]:
+        values = [accuracy["fixed"][g][kind] for g in ladder]
+        axis.plot(
+            [tokens["fixed"][g] for g in ladder], values, "o-", color=KINDS.get(kind), label=f"fixed, {kind}", alpha=0.6
+        )
+    markers = {"adaptive": "*", "adaptive_paper": "P", "random": "X", "oracle": "D"}
+    for name, marker in markers.items():
+        if name in tokens:
+            axis.plot(tokens[name], accuracy[name]["all"], marker, color="black", markersize=11, label=f"{name}, all")
+    axis.set(xlabel="visual tokens a question", ylabel="accuracy", ylim=(0, 1.02))
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7)
+    return _save(figure, path)
 
-    Returns the path of `plots/training.png` in the workdir, None where nothing was logged.
-    """
-    rows = read_rows(Path(workdir) / METRICS)
-    if not rows:
-        return None
-    panels = [("loss (nats)", ["loss", "rank_loss", "ce_loss"]), ("answer NLL (nats/token)", _named(rows, "nll/"))]
-    if "best_chosen" in rows[-1]:
-        panels += [
-            ("share of images", ["best_chosen", *_named(rows, "chosen/")]),
-            ("regret (nats)", ["regret"]),
-            ("visual tokens", ["visual_tokens"]),
-        ]
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.4), layout="constrained", squeeze=False)
-    for axis, (title, names) in zip(axes[0], panels, strict=True):
-        for name in names:
-            points = [(row["step"], row[name]) for row in rows if name in row]
-            if points:
-                steps, values = zip(*points, strict=True)
-                axis.plot(steps, _smooth(values), label=name, linewidth=1.2)
-        axis.set(title=title, xlabel="step")
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
-    figure.suptitle(f"{rows[-1]['phase']}, {rows[-1]['step']} steps")
-    path = Path(workdir) / PLOTS / "training.png"
+
+def choices(report: dict[str, Any], path: Path) -> Path:
+    """What the router chose for each kind of question, and in the two controls."""
+    shown = [("the router", report["chosen"])]
+    shown += [(name.replace("_", " "), report[name]["chosen"]) for name in report if name.startswith("shuffled")]
+    figure, axes = plt.subplots(1, len(shown), figsize=(3.6 * len(shown), 3.4), layout="constrained", squeeze=False)
+    for axis, (title, shares) in zip(axes[0], shown, strict=True):
+        kinds = [kind for kind in shares if kind != "all"]
+        bottom = np.zeros(len(kinds))
+        for place, granularity in enumerate(shares["all"]):
+            height = np.array([shares[kind][granularity] for kind in kinds])
+            colour = plt.get_cmap("viridis")(place / max(1, len(shares["all"]) - 1))
+            axis.bar(kinds, height, bottom=bottom, color=colour, label=f"{granularity} a tile")
+            bottom += height
+        axis.set(title=title, ylim=(0, 1))
+    axes[0, 0].set_ylabel("share of questions")
+    axes[0, -1].legend(fontsize=7)
+    return _save(figure, path)
+
+
+def voter(config: ModelConfig, weights: np.ndarray, path: Path) -> Path:
+    """The voter's weight (R + K,) for each place of the pyramid, and for the instruction's tokens."""
+    limit = float(np.abs(weights).max()) or 1.0
+    figure, axes = plt.subplots(
+        1, len(config.grids) + 1, figsize=(2.3 * (len(config.grids) + 1), 2.6), layout="constrained"
+    )
+    for axis, granularity, grid in zip(axes, config.granularities, config.grids, strict=False):
+        start = config.pyramid_offsets[granularity]
+        image = weights[start : start + granularity].reshape(grid)
+        drawn = axis.imshow(image, cmap="RdBu_r", vmin=-limit, vmax=limit, extent=(0, 1, 1, 0))
+        axis.set(title=f"{granularity} a tile", xticks=[], yticks=[])
+    axes[-1].bar(np.arange(config.router.text_tokens), weights[config.pyramid_rows :])
+    axes[-1].set(title="instruction", ylim=(-limit, limit), xlabel="by similarity")
+    figure.colorbar(drawn, ax=axes[:-1], shrink=0.7)
+    return _save(figure, path)
+
+
+def one_scene(
+    config: ModelConfig, image: Image.Image, asked: Sequence[str], answers: Sequence[Answer], path: Path
+) -> Path:
+    """One picture, seen as closely as each question wanted."""
+    figure, axes = plt.subplots(1, len(asked), figsize=(4.6 * len(asked), 3.4), layout="constrained", squeeze=False)
+    for axis, question, answer in zip(axes[0], asked, answers, strict=True):
+        draw_grid(axis, config, image, answer.granularity)
+        axis.set_title(f"{question}\n{answer.text}   ({answer.visual_tokens} visual tokens)", fontsize=10)
+    return _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)
     return path
-
-
-def _named(rows: list[dict], prefix: str) -> list[str]:
-    """The metrics `prefix/<granularity>`, ascending."""
-    return sorted((name for name in rows[-1] if name.startswith(prefix)), key=lambda name: int(name.rpartition("/")[2]))
-
-
-def _smooth(values: tuple[float, ...]) -> list[float]:
-    """Mean of the last few values, about a fortieth of the curve."""
-    width = max(1, len(values) // 40)
-    parts = (values[max(0, at - width + 1) : at + 1] for at in range(len(values)))
-    return [sum(part) / len(part) for part in parts]

@@ -12,7 +12,7 @@ ASSETS = pathlib.Path(avg_llava_jax.__file__).parent / "assets"
 def get_config() -> ConfigDict:
     return ConfigDict(
         {
-            "phase": "multi_granularity",  # connector | multi_granularity | rglf
+            "phase": "multi_granularity",  # grounding | connector | multi_granularity | rglf
             "granularities": (),  # those that the phase trains, as (64,); () = all of the model's
             "seed": 0,
             "steps": 1000,
@@ -49,6 +49,7 @@ def get_config() -> ConfigDict:
                 "rank_weight": 1.0,
                 "ce_weight": 0.1,
                 "tie_nats": 0.0,  # this close to the best is as good, and the cheapest of those wins; 0 = paper
+                "feedback": "",  # answers of the frozen model, stored; "" = measured on the way
                 "execution": "per_length",  # per_length | vmap
             },
             # Sizes of the device mesh; -1 = all that is left.

@@ -1,67 +1,100 @@
-"""The small model on `jersey`, the data set that draws itself.
+"""The small model on `jersey`, the data set that draws itself, one stage at a time:
 
-    python -m launch.train --config=configs/jersey.py --workdir=W        (`configs/jersey.py:tiny` for a trial)
+    configs/jersey.py:grounding         from nothing: patches learn to name what they show
+    configs/jersey.py:finest            the language model learns to answer at the finest granularity
+    configs/jersey.py                   multi-granularity tuning, the paper's first phase
+    configs/jersey.py:router            RGLF, its second phase, from the shipped checkpoint
+    configs/jersey.py:tiny              seconds instead of minutes, from nothing: to see it run
 
-trains from scratch at the finest granularity; then, from there, multi-granularity and RGLF: see README.
+`bash launch/make_jersey.sh` runs the first three, each from the last one's workdir.
 """
 
 from ml_collections import ConfigDict
 
 from configs import base
 
+STAGES = {
+    "grounding": {
+        "phase": "grounding",
+        "granularities": (64,),
+        "steps": 1500,
+        "data.path": "jersey?turns=1&near=0.34",
+        "optimizer.learning_rate": 2e-3,
+        "optimizer.encoder_learning_rate": 2e-3,
+    },
+    "finest": {
+        "granularities": (64,),
+        "steps": 1000,
+        "optimizer.learning_rate": 1.5e-3,
+        "optimizer.encoder_learning_rate": 0.0,  # it can read already, and this is half the work
+    },
+    "full": {"steps": 1000, "optimizer.learning_rate": 1e-3, "optimizer.encoder_learning_rate": 5e-4},
+    "router": {
+        "phase": "rglf",
+        "init_from": str(base.ASSETS / "jersey"),
+        "steps": 300,
+        "batch_size": 32,
+        "data.path": "jersey?split=router&turns=1&coarse=0.34&near=0.5&size=4096",
+        "optimizer.weight_decay": 0.0,
+    },
+    "tiny": {"steps": 20, "batch_size": 8, "checkpoint_every": 10, "data.shapes": 1, "data.workers": 0},
+}
 
-def get_config(size: str = "full") -> ConfigDict:
-    if size not in ("full", "tiny"):
-        raise ValueError(f"configs/jersey.py:{size}: choose full or tiny")
+
+def get_config(stage: str = "full") -> ConfigDict:
+    if stage not in STAGES:
+        raise ValueError(f"configs/jersey.py:{stage}: choose {', '.join(STAGES)}")
     config = base.get_config()
-    config.steps = 3000
-    config.batch_size = 48
-    config.checkpoint_every = 200
+    config.batch_size = 16
+    config.checkpoint_every = 100
     config.tokenizer = str(base.ASSETS / "tokenizer")
-    config.data.path = "jersey?turns=10&near=0.5"
-    config.data.shapes = 4
+    config.data.path = "jersey?turns=10&near=0.4"
+    config.data.shapes = 3
     config.data.workers = 1
     config.optimizer.learning_rate = 1e-3
-    config.optimizer.encoder_learning_rate = 1e-3
     config.optimizer.warmup = 0.05
     config.optimizer.b2 = 0.98
     config.optimizer.weight_decay = 0.01
     config.rglf.tie_nats = 0.1
-    config.model = ConfigDict(
+    config.model = model()
+    if stage == "tiny":
+        config.model.vision.update({"patch_size": 16, "width": 32, "layers": 2, "heads": 2, "mlp_width": 64})
+        config.model.scaler.halvings = 2  # a 4 x 4 grid: 16, 8, 4
+        config.model.router.heads = 2
+        config.model.language.update({"width": 32, "layers": 2, "heads": 2, "kv_heads": 2})
+        config.model.language.update({"head_dim": 16, "mlp_width": 64})
+    config.update_from_flattened_dict(STAGES[stage])
+    return config
+
+
+def model() -> ConfigDict:
+    """1.3 million parameters."""
+    return ConfigDict(
         {
             "vision": {
-                "image_size": 96,  # pixels of a tile: an 8 x 8 grid of patches
-                "patch_size": 12,
+                "image_size": 64,  # pixels of a tile: an 8 x 8 grid of patches
+                "patch_size": 8,
                 "width": 128,
                 "layers": 5,  # the last is not used
                 "heads": 4,
                 "mlp_width": 512,
-                "activation": "gelu",
+                "activation": "quick_gelu",
             },
             "scaler": {"halvings": 4},  # 64, 32, 16, 8, 4 tokens a tile
             "router": {"attention": "tokens", "text_tokens": 16, "heads": 4, "dropout": 0.1},
             "language": {
                 "vocab_size": 600,
-                "width": 128,
+                "width": 96,
                 "layers": 4,
-                "heads": 4,
-                "kv_heads": 4,
+                "heads": 3,
+                "kv_heads": 3,
                 "head_dim": 32,
-                "mlp_width": 320,
+                "mlp_width": 256,
                 "tied_embeddings": True,
                 "max_length": 1024,
             },
-            "pinpoints": ((96, 192), (192, 96), (192, 192), (288, 96), (96, 288)),
+            "pinpoints": ((64, 128), (128, 64), (128, 128), (192, 64), (64, 192)),
             "unpad": "exact",
             "template": "mistral_instruct",
         }
     )
-    if size == "tiny":  # seconds instead of hours: to see it run
-        config.steps, config.batch_size, config.checkpoint_every = 20, 8, 10
-        config.data.shapes, config.data.workers = 1, 0
-        config.model.vision.update({"patch_size": 24, "width": 32, "layers": 2, "heads": 2, "mlp_width": 64})
-        config.model.scaler.halvings = 2  # a 4 x 4 grid: 16, 8, 4
-        config.model.router.heads = 2
-        config.model.language.update({"width": 32, "layers": 2, "heads": 2, "kv_heads": 2})
-        config.model.language.update({"head_dim": 16, "mlp_width": 64})
-    return config

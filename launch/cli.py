@@ -1,12 +1,20 @@
-"""What the commands share: flags for a model, and errors as one line."""
+"""What the commands share: flags for a model, and errors as one line.
+
+Commands import what needs JAX late, so that --help and a mistyped flag are answered at once.
+"""
+
+from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from absl import app, flags, logging
 
-from avg_llava_jax.api import SHIPPED, AvgLlava
+from avg_llava_jax import SHIPPED
+
+if TYPE_CHECKING:
+    from avg_llava_jax.api import AvgLlava
 
 CHECKPOINT = flags.DEFINE_string(
     "checkpoint", str(SHIPPED), "Checkpoint folder of ours, or one in the released layout."
@@ -18,6 +26,8 @@ TRACEBACK = flags.DEFINE_bool("traceback", False, "Where an error happened, not 
 
 def load_model() -> AvgLlava:
     """The model that the flags name."""
+    from avg_llava_jax.api import AvgLlava
+
     return AvgLlava.load(CHECKPOINT.value, VISION_TOWER.value, dtype=DTYPE.value)
 
 

@@ -11,8 +11,6 @@ from typing import Any
 
 from absl import flags
 
-from avg_llava_jax import evaluation, policies
-from avg_llava_jax.data.sources import open_source
 from launch import cli
 
 DATA = flags.DEFINE_string("data", None, "A LLaVA JSON or JSONL; `kind` of a record is the kind of its question.")
@@ -53,6 +51,9 @@ def table(report: dict[str, Any]) -> str:
 
 
 def main() -> None:
+    from avg_llava_jax import evaluation, policies
+    from avg_llava_jax.data.sources import open_source
+
     workdir = pathlib.Path(WORKDIR.value)
     source = open_source(DATA.value, IMAGES.value)
     model = cli.load_model()

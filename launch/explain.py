@@ -4,8 +4,6 @@ import pathlib
 
 from absl import flags
 
-from avg_llava_jax import explain
-from avg_llava_jax.requests import Request
 from launch import cli
 
 IMAGE = flags.DEFINE_multi_string("image", None, "An image file; once for each image.")
@@ -21,6 +19,9 @@ def main() -> None:
             raise FileNotFoundError(f"--{flag.name}={flag.value}: its folder does not exist")
     if FIGURE.value and pathlib.Path(FIGURE.value).suffix not in (".png", ".pdf", ".svg"):
         raise ValueError(f"--figure={FIGURE.value}: must end in .png, .pdf or .svg")
+    from avg_llava_jax import explain
+    from avg_llava_jax.requests import Request
+
     found = explain.explain(cli.load_model(), Request(PROMPT.value, IMAGE.value, raw=RAW.value))
     for i, (path, scores, shares) in enumerate(zip(IMAGE.value, found.router_logits, found.probabilities, strict=True)):
         print(f"{path}: {found.router_choice_granularity[i]} tokens a tile")

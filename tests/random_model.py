@@ -1,5 +1,7 @@
 """A model with random weights that says something else to every picture and prompt."""
 
+import functools
+
 import jax
 
 from avg_llava_jax.api import AvgLlava
@@ -8,8 +10,9 @@ from avg_llava_jax.data.tokenizer import Tokenizer
 from avg_llava_jax.models import avg_llava
 
 
-def random_model(config: ModelConfig, tokenizer: Tokenizer, seed: int = 0) -> AvgLlava:
-    params = jax.jit(lambda: avg_llava.init(config, jax.random.key(seed)))()
+@functools.cache
+def random_model(config: ModelConfig, tokenizer: Tokenizer) -> AvgLlava:
+    params = jax.jit(lambda: avg_llava.init(config, jax.random.key(0)))()
     # As initialised, a model of this size repeats its last token: let the layers outweigh the embedding.
     params["language"] = jax.tree.map(lambda leaf: leaf * 3 if leaf.ndim > 2 else leaf, params["language"])
     params["language"]["embed"] *= 30

@@ -45,13 +45,11 @@ def test_a_batch_gives_what_each_gives_alone(model, photos):
         Request("Who stands left of 4?", photos[0], granularity=4, max_new_tokens=12),
         Request("Who stands left of 5?", photos[0], temperature=1.0, seed=3, max_new_tokens=12),
         Request("Who stands left of 4?", photos[0], temperature=1.3, seed=4, top_p=0.9, top_k=50, max_new_tokens=12),
-        Request("Tell me more of it, " * 20, photos[0], max_new_tokens=12),
+        Request("Tell me more of it, " * 10, photos[0], max_new_tokens=12),
     ]
     together = [result(answer) for answer in model.answer_batch(requests)]
     alone = [result(model.answer_batch([request])[0]) for request in requests]
     assert together == alone
-    reversed_pairs = model.answer_batch(requests[::-1], batch_size=2)[::-1]
-    assert [result(answer) for answer in reversed_pairs] == alone
 
     assert len({answer.text for answer in alone}) > 5
     assert alone[1].granularity is None and alone[1].visual_tokens == 0
@@ -87,12 +85,12 @@ def test_stop_strings_and_limits(model, photos):
     assert "".join(stream) == before and result(stream.answer) == result(cut)
 
 
-def test_an_end_token_ends_the_answer(tiny, tokenizer, photos):
-    whole = random_model(tiny, tokenizer).answer(photos[0], "Who?", max_new_tokens=12)
-    model = random_model(tiny, tokenizer)
+def test_an_end_token_ends_the_answer(model, photos):
+    whole = model.answer(photos[0], "Who?", max_new_tokens=12)
     last = whole.token_ids[4]
-    model.stop_ids = (last,)
-    answer = model.answer(photos[0], "Who?", max_new_tokens=12)
+    other = AvgLlava(model.config, model.params, model.tokenizer)
+    other.stop_ids = (last,)
+    answer = other.answer(photos[0], "Who?", max_new_tokens=12)
     assert answer.token_ids == whole.token_ids[: whole.token_ids.index(last)]
     assert answer.finish == "stop"
 
@@ -122,7 +120,7 @@ def test_a_chat_is_the_conversation_asked_anew(model, photos):
         ({"granularity": "36"}, "granularity='36' is none of this model's: auto, 4, 8, 16"),
         ({"granularity": [4, 8]}, "names 2 for 1 images"),
         ({"prompt": "<image> <image>?"}, "image_count: 1 images for 2 <image>"),
-        ({"prompt": ""}, "empty_question"),
+        ({"prompt": "", "images": ()}, "empty_question"),
         ({"prompt": "no image", "raw": True}, "1 images for 0 <image> in the prompt"),
         ({"prompt": "long " * 300}, "the model's limit is 256; no granularity would fit: shorten the prompt"),
         ({"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
@@ -143,8 +141,8 @@ def test_bad_requests_say_what_is_wrong(model, photos, options, message):
 
 def test_too_many_tokens_names_a_granularity_that_fits(model, photos):
     with pytest.raises(ValueError, match=r"takes \d+ tokens at granularity 16, 16, 16, .* granularity=8 would fit"):
-        model.answer(photos[2:] + photos[2:3], "Who?", granularity=16)
-    with pytest.raises(ValueError, match="request 1: top_k|request 1: granularity"):
+        model.answer(photos[2:3] * 3, "Who?", granularity=16)
+    with pytest.raises(ValueError, match="request 1: granularity=7"):
         model.answer_batch([Request("Who?"), Request("Who?", photos[0], granularity=7)])
 
 

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_parameters import TINY
 
 from avg_llava_jax import checkpoint, parameters, sharding
 from avg_llava_jax.config import ModelConfig, to_dict
+from tests.test_parameters import TINY
 
 TOKENIZER = pathlib.Path(__file__).parent / "data" / "golden" / "avg-llava-tiny"
 

@@ -35,7 +35,7 @@ def records(model, questions):
 
 
 def test_answers_are_the_models_own(model, questions, records):
-    for question, record in list(zip(questions, records, strict=True))[::5]:
+    for question, record in list(zip(questions, records, strict=True))[::11]:
         assert record["id"] == question.sample.id and record["kind"] == question.sample.kind
         (image,) = question.sample.images
         auto = model.answer(image, question.text, max_new_tokens=4)
@@ -89,7 +89,7 @@ def test_mixed_questions(model, llava_folder):
 
 def test_a_prompt_that_does_not_fit_is_wrong_at_that_granularity(model):
     image = image_ref(Image.new("RGB", (30, 30)))
-    turns = [{"from": "human", "value": "<image>\n" + "long " * 60}, {"from": "gpt", "value": "yes"}]
+    turns = [{"from": "human", "value": "<image>\n" + "red " * 180}, {"from": "gpt", "value": "yes"}]
     record = {"id": "a", "images": [image], "conversations": turns}
     question = evaluation.make_question(record, model.tokenizer, model.config.template)
     (record,) = evaluation.answer_all(model, [question], **OPTIONS)

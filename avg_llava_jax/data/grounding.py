@@ -5,15 +5,41 @@ A record may say which words belong to which box of its picture (`words: [{"box"
 the box that its centre lies in. Real models start from a pre-trained CLIP and need none of this.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from avg_llava_jax.config import ModelConfig
-from avg_llava_jax.data.tiles import best_resolution, grid_of, placement
+from avg_llava_jax.data.errors import BadSample
+from avg_llava_jax.data.tiles import best_resolution, grid_of, placement, tile_count
+from avg_llava_jax.data.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from avg_llava_jax.data.packing import Sample
 
 WORDS = 2
 """Tokens a patch may have to name: a shirt's colour and its number."""
+
+
+class Words(NamedTuple):
+    """A box (x0, y0, x1, y1) in pixels of the picture, and the token ids that name what it shows."""
+
+    box: tuple[float, float, float, float]
+    ids: tuple[int, ...]
+
+
+def read_words(entries: Sequence[dict[str, Any]], tokenizer: Tokenizer) -> tuple[Words, ...]:
+    """The `words` of a record, tokenized as they stand inside a sentence, cut to WORDS tokens."""
+    try:
+        return tuple(
+            Words(tuple(map(float, entry["box"])), tuple(tokenizer.encode(" " + entry["text"])[:WORDS]))
+            for entry in entries
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadSample("malformed_words", f"words want a box of 4 numbers and a text: {error!r}") from None
 
 
 def patch_centres(size: tuple[int, int], config: ModelConfig) -> np.ndarray:
@@ -38,19 +64,21 @@ def patch_centres(size: tuple[int, int], config: ModelConfig) -> np.ndarray:
     return np.stack(tiles)
 
 
-def patch_words(
-    boxes: Sequence[tuple[float, float, float, float]],
-    tokens: Sequence[Sequence[int]],
-    size: tuple[int, int],
-    config: ModelConfig,
-) -> np.ndarray:
-    """The words that each patch should name: int32 (T, P, WORDS) token ids, -1 = none.
-
-    tokens: for each box at most WORDS ids; of overlapping boxes the last counts.
-    """
+def patch_words(words: Sequence[Words], size: tuple[int, int], config: ModelConfig) -> np.ndarray:
+    """What each patch of a picture should name: int32 (T, P, WORDS) token ids, -1 = none; the last box counts."""
     x, y = np.moveaxis(patch_centres(size, config), -1, 0)
     named = np.full((*x.shape, WORDS), -1, np.int32)
-    for (x0, y0, x1, y1), ids in zip(boxes, tokens, strict=True):
+    for (x0, y0, x1, y1), ids in words:
         inside = (x0 <= x) & (x < x1) & (y0 <= y) & (y < y1)
-        named[inside] = [*ids[:WORDS], *[-1] * (WORDS - len(ids))]
+        named[inside] = [*ids, *[-1] * (WORDS - len(ids))]
     return named
+
+
+def collate_words(samples: Sequence[Sample], tiles: int, config: ModelConfig) -> np.ndarray:
+    """`patch_words` of the first image of each sample: int32 (B, T, P, WORDS); T = `tiles` slots."""
+    batch = np.full((len(samples), tiles, config.vision.grid**2, WORDS), -1, np.int32)
+    for row, sample in enumerate(samples):
+        if sample.words and sample.sizes:
+            size = sample.sizes[0]
+            batch[row, : tile_count(size, config)] = patch_words(sample.words, size, config)
+    return batch

@@ -39,9 +39,9 @@ FIELDS = {"grass": (96, 172, 84), "clay": (190, 110, 72), "sand": (224, 204, 150
 SKIES = {"sunny": (126, 190, 245), "cloudy": (168, 176, 186), "rainy": (104, 116, 134), "night": (18, 22, 52)}
 SKINS = ((255, 219, 184), (224, 172, 128), (160, 108, 72), (96, 62, 44))
 
-# Sizes in pixels (width, height): mosaics of 96-pixel tiles of every shape; exact, enlarged, reduced and padded.
+# Sizes in pixels (width, height): every shape of mosaic, filled exactly, with padding, enlarged and reduced.
 SIZES = (
-    (192, 96), (192, 96), (96, 192), (96, 192), (180, 88), (92, 186), (224, 112),
+    (192, 96), (192, 96), (96, 192), (96, 192), (180, 90), (90, 180), (224, 112),
     (288, 96), (100, 300),
     (192, 192), (200, 150), (130, 180),
 )  # fmt: skip
@@ -55,6 +55,8 @@ PHRASES = {
     "left": ("Who stands left of {}?", "Which number is left of {}?", "Left of number {} is who?"),
     "right": ("Who stands right of {}?", "Which number is right of {}?", "Right of number {} is who?"),
 }
+ROW_STEP = 0.74  # a row stands so far, in heights of a player, behind the next: shirts stay visible, legs do not
+INK = (12, 12, 12)
 SKY, FANS = 0.16, 0.30  # shares of the height at which the sky and the stand end
 COARSE = ("team", "field", "weather")
 SPLITS = ("train", "router", "validation", "test")
@@ -109,17 +111,17 @@ def make_scene(rng: random.Random, near: bool) -> Scene:
         tall = min(tall, 1.45 * width / count)
         step, rows = (width / count) * rng.uniform(0.8, 0.95), [count]
     else:
-        tall = rng.uniform(33, 38)
-        step = tall * rng.uniform(0.68, 0.78)
+        tall = rng.uniform(42, min(60, 0.33 * height, 0.33 * width) if min(width, height) > 120 else 46)
+        step = tall * rng.uniform(0.62, 0.68)
         across = max(2, min(int((width - 4) / step), 5))
-        deep = max(2, min(int((height * 0.92) / (tall * 0.95)), 5))
+        deep = max(2, min(1 + int((height * 0.96 - tall) / (tall * ROW_STEP)), 5))
         count = min(rng.randint(7, 10), across * deep)
         rows = []
         while sum(rows) < count:
             rows.append(min(across, count - sum(rows)))
         if len(rows) > 1 and rows[-1] == 1 and across > 2:  # nobody stands alone
             rows[-2:] = [rows[-2] - 1, 2]
-    block = tall + (len(rows) - 1) * tall * 0.95
+    block = tall + (len(rows) - 1) * tall * ROW_STEP
     bottom = height - rng.uniform(0.02, 1) * max(2.0, height * 0.96 - block) * (0.3 if near else 1)
     bottom = min(height - 1.0, max(bottom, block + 1))
 
@@ -136,7 +138,7 @@ def make_scene(rng: random.Random, near: bool) -> Scene:
                     number=numbers[len(players)],
                     row=row,
                     x=start + (column + 0.5) * step + rng.uniform(-0.03, 0.03) * step,
-                    y=bottom - (len(rows) - 1 - row) * tall * 0.95 + rng.uniform(-0.02, 0.02) * tall,
+                    y=bottom - (len(rows) - 1 - row) * tall * ROW_STEP + rng.uniform(-0.02, 0.02) * tall,
                     height=tall,
                     skin=rng.randrange(len(SKINS)),
                 )
@@ -219,16 +221,15 @@ def _player(pen: ImageDraw.ImageDraw, player: Player, team: tuple[int, int, int]
 
     shirt, skin = COLOURS[player.shirt], SKINS[player.skin]
     edge = max(1, round(unit / 50))
-    ink = (250, 250, 250) if sum(c * w for c, w in zip(shirt, (0.3, 0.59, 0.11), strict=True)) < 125 else (12, 12, 12)
     pen.rectangle(box(-0.12, 0.12, -0.03, 0.0), fill=skin)
     pen.rectangle(box(0.03, 0.12, 0.12, 0.0), fill=skin)
     pen.rectangle(box(-0.17, 0.25, 0.17, 0.11), fill=team, outline=(40, 40, 40), width=edge)
-    pen.rounded_rectangle(
-        box(-0.3, 0.76, 0.3, 0.24), radius=0.06 * unit, fill=shirt, outline=(40, 40, 40), width=edge
-    )
+    pen.rounded_rectangle(box(-0.3, 0.76, 0.3, 0.24), radius=0.06 * unit, fill=shirt, outline=(40, 40, 40), width=edge)
     pen.ellipse(box(-0.1, 0.98, 0.1, 0.77), fill=skin, outline=(40, 40, 40), width=edge)
-    font = _font(max(6, round(0.54 * unit)))
-    pen.text((x, foot - 0.5 * unit), str(player.number), font=font, fill=ink, anchor="mm", stroke_width=edge, stroke_fill=ink)
+    pen.rectangle(box(-0.19, 0.72, 0.19, 0.28), fill=(255, 255, 255))  # the number stands on a white bib
+    font = _font(max(6, round(0.56 * unit)))
+    place = (x, foot - 0.5 * unit)
+    pen.text(place, str(player.number), font=font, fill=INK, anchor="mm", stroke_width=edge, stroke_fill=INK)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,7 +276,7 @@ class Jersey:
     split    train (the model), router (phase two), validation, test: disjoint scenes
     turns    questions about one picture in a conversation; 1 in the test split
     near     share of pictures with one or two players
-    paired   records 2i and 2i + 1 ask a coarse question and another one of the same picture
+    paired   single questions in threes, coarse, fine and near, two of them about the same picture
     """
 
     split: str = "train"
@@ -296,25 +297,36 @@ class Jersey:
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not 0 <= index < self.size:
             raise IndexError(f"jersey/{self.split} has {self.size} records, asked for {index}")
-        picture = index // 2 if self.paired else index
-        rng = random.Random(f"{self.seed}/{self.split}/{picture}")
-        scene = make_scene(rng, near=rng.random() < self.near)
         if self.paired:
-            asked = questions(scene, random.Random(f"{self.seed}/{self.split}/{index}"), coarse=index % 2 == 0)[:1]
+            name, asked, scene = self._paired(index)
         else:
+            name = f"{self.split}-{self.seed}-{index}"
+            rng = random.Random(name)
+            scene = make_scene(rng, near=rng.random() < self.near)
             asked = self._turns(scene, rng)
         turns = []
         for number, question in enumerate(asked):
             turns.append({"from": "human", "value": ("<image>\n" if number == 0 else "") + question.text})
             turns.append({"from": "gpt", "value": question.answer})
-        name = f"{self.split}-{self.seed}-{picture}"
         return {
-            "id": name if not self.paired else f"{name}-{index % 2}",
+            "id": f"{name}-{asked[0].kind}" if self.paired else name,
             "images": [SceneImage(scene, name)],
             "conversations": turns,
             "kind": asked[0].kind,
             "words": words(scene),
         }
+
+    def _paired(self, index: int) -> tuple[str, list[Question], Scene]:
+        """The picture's name, one question, and the scene.
+
+        Three records have two pictures, a team and a near one; the coarse question goes to the team in
+        even threes and to the near one in odd threes.
+        """
+        three, kind = divmod(index, 3)
+        near = (three % 2 == 1, False, True)[kind]
+        name = f"{self.split}-{self.seed}-{three}-{'near' if near else 'team'}"
+        scene = make_scene(random.Random(name), near)
+        return name, questions(scene, random.Random(f"{name}/{kind}"), coarse=kind == 0)[:1], scene
 
     def _turns(self, scene: Scene, rng: random.Random) -> list[Question]:
         pools = {True: questions(scene, rng, coarse=True), False: questions(scene, rng, coarse=False)}

@@ -39,6 +39,7 @@ from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.data.conversation import IGNORE, IMAGE, Tokens
 from avg_llava_jax.data.errors import BadSample
 from avg_llava_jax.data.geometry import visual_count, visual_index
+from avg_llava_jax.data.grounding import Words
 from avg_llava_jax.data.images import ImageRef
 from avg_llava_jax.data.tiles import Size, make_tiles, tile_count
 
@@ -53,6 +54,7 @@ class Sample:
 
     sizes: (width, height) of each image after EXIF rotation, in the order of the placeholders.
     kind: what sort of question it is, for evaluation; free text.
+    words: boxes of the first image and the tokens they are named by, see `grounding`.
     """
 
     id: str
@@ -60,6 +62,7 @@ class Sample:
     sizes: tuple[Size, ...] = ()
     images: tuple[ImageRef, ...] = ()
     kind: str | None = None
+    words: tuple[Words, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.tokens.images == len(self.sizes) == len(self.images):

@@ -21,7 +21,7 @@ import functools
 import itertools
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import grain
@@ -32,6 +32,7 @@ from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.data.conversation import Tokens
 from avg_llava_jax.data.errors import BadSample
 from avg_llava_jax.data.geometry import visual_count
+from avg_llava_jax.data.grounding import collate_words
 from avg_llava_jax.data.packing import Sample, Shape, collate, load_tiles, merge, shape_of
 from avg_llava_jax.data.sources import Part, read_sample
 from avg_llava_jax.data.tokenizer import Tokenizer
@@ -79,6 +80,8 @@ class PlannedBatches:
     parts: the sources and their weights.
     batch_size: B, over all processes.
     shapes: at most so many batch shapes, as far as the survey saw them; each is compiled once.
+    words: add `patch_words` for phase `grounding`.
+    feedback: answer NLL (G,) by sample id; adds `nll` float32 (rows, G) to the batch, NaN where there is none.
     process, processes: whose rows.
     """
 
@@ -89,6 +92,8 @@ class PlannedBatches:
     batch_size: int
     seed: int = 0
     shapes: int = 6
+    words: bool = False
+    feedback: Mapping[str, np.ndarray] | None = None
     process: int = 0
     processes: int = 1
 
@@ -125,6 +130,11 @@ class PlannedBatches:
         for row, sample in enumerate(samples):
             for image, size in enumerate(sample.sizes):
                 visual[row, image] = [visual_count(size, self.config, g) for g in self.granularities]
+        if self.words:
+            batch["patch_words"] = collate_words(samples, shape.tiles, self.config)
+        if self.feedback is not None:
+            unknown = np.full(len(self.config.granularities), np.nan, np.float32)
+            batch["nll"] = np.stack([self.feedback.get(sample.id, unknown) for sample in samples])
         return {**batch, "visual": visual, "ids": [sample.id for sample in samples], "skipped": skipped}
 
     @functools.cached_property

@@ -27,6 +27,7 @@ import numpy as np
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.data.conversation import encode_conversation
 from avg_llava_jax.data.errors import BadSample
+from avg_llava_jax.data.grounding import read_words
 from avg_llava_jax.data.images import MAX_PIXELS, ImageStore
 from avg_llava_jax.data.jersey import Jersey
 from avg_llava_jax.data.packing import Sample, check_labels, make_sample
@@ -204,5 +205,7 @@ def read_sample(
     images = record["images"]
     tokens = encode_conversation(record.get("conversations"), tokenizer, config.template, len(images))
     sample = make_sample(record["id"], tokens, images, record.get("kind"))
+    if record.get("words"):
+        sample = dataclasses.replace(sample, words=read_words(record["words"], tokenizer))
     check_labels(sample, config, granularities)
     return sample

@@ -47,9 +47,8 @@ class Encoder(nn.Module):
     def __call__(self, pixels: jax.Array) -> jax.Array:
         """uint8 (M, H, W, 3) -> (M, P, V), patches row-major."""
         config = self.config
-        patches = rearrange(
-            normalise(config, pixels), "m (r a) (c b) rgb -> m (r c) (a b rgb)", a=config.patch_size, b=config.patch_size
-        )
+        pixels, side = normalise(config, pixels), config.patch_size
+        patches = rearrange(pixels, "m (r a) (c b) rgb -> m (r c) (a b rgb)", a=side, b=side)
         embed = nn.Dense(config.width, use_bias=False, name="patch_embed")
         init = nn.initializers.normal(config.width**-0.5)
         class_token = self.param("class_token", init, (config.width,))

@@ -87,10 +87,7 @@ class DecoderLayer(nn.Module):
 
         q, k = rotate(heads("q", config.heads), *rope), rotate(heads("k", config.kv_heads), *rope)
         v = heads("v", config.kv_heads)
-        if cache is None:
-            y = attention(q, k, v, causal=True)
-        else:
-            y = attend_cached(q, (k, v), cache, cached)
+        y = attention(q, k, v, causal=True) if cache is None else attend_cached(q, (k, v), cache, cached)
         x = x + nn.Dense(config.width, use_bias=False, name="out")(rearrange(y, "b s h d -> b s (h d)"))
 
         y = nn.RMSNorm(config.norm_eps, name="norm2")(x)

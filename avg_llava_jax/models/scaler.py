@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from einops import reduce
+from einops import rearrange, reduce
 
 from avg_llava_jax.config import ModelConfig
 
@@ -20,12 +20,7 @@ def scale(config: ModelConfig, features: jax.Array) -> jax.Array:
     levels = [features]
     grids = config.grids[::-1]
     for (rows, columns), (next_rows, next_columns) in zip(grids, grids[1:], strict=False):
-        levels.append(
-            reduce(
-                levels[-1],
-                "... (r a c b) d -> ... (r c) d" if columns == next_columns else "... (r c b) d -> ... (r c) d",
-                "mean",
-                **({"a": rows // next_rows, "b": 1, "c": columns} if columns == next_columns else {"c": next_columns, "b": 2}),
-            )
-        )
+        pooled = rearrange(levels[-1], "... (r c) d -> ... r c d", r=rows, c=columns)
+        pooled = reduce(pooled, "... (r a) (c b) d -> ... (r c) d", "mean", r=next_rows, c=next_columns)
+        levels.append(pooled)
     return jnp.concatenate(levels[::-1], axis=-2)

@@ -18,10 +18,10 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
-from avg_llava_jax import checkpoint, parameters, plots, sharding
+from avg_llava_jax import checkpoint, parameters, sharding
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.data.pipeline import Batch, Batches
-from avg_llava_jax.training import phases, setup
+from avg_llava_jax.training import curves, phases, setup
 from avg_llava_jax.training.metrics import MetricsLog, Progress, SkippedLog
 from avg_llava_jax.training.optimizer import OptimizerConfig, gradients, make_optimizer, rate_shape, trainable
 
@@ -54,7 +54,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> None:
             del params  # the run has them, and gives their memory to its first step
             if run.step < config.steps:
                 _loop(config, workdir, run, manager, batches, termination)
-    plots.training_curves(workdir)
+    curves.training_curves(workdir)
 
 
 def _loop(
@@ -201,6 +201,8 @@ class _Reporter:
             if not math.isfinite(values[name]):
                 known = ", ".join(filter(None, ids))
                 raise FloatingPointError(f"{name} is {values[name]} at step {step}; its samples are {known}")
+        if values.get("visual_tokens") == 0:  # text alone: there was nothing to choose, and zeros would mislead
+            values = {name: values[name] for name in ("loss", "grad_norm")}
         row = {
             "step": step,
             "phase": self._phase,

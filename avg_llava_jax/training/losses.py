@@ -157,12 +157,13 @@ def feedback_loss(
     nll = jax.lax.stop_gradient(jnp.where(valid[:, None], nll, 0.0))
     level, order = jax.vmap(lambda row: rank_by_feedback(row, tie_nats))(nll)
     scores = jax.nn.log_softmax(logits)
-    take = lambda rows: jnp.take_along_axis(rows, order, axis=1)  # noqa: E731
-    ranks = jax.vmap(lambda s, n: rank_loss(s, n, margin))(take(scores), take(level))
-    ce = -take(scores)[:, 0]
+    scores, level = (jnp.take_along_axis(rows, order, axis=1) for rows in (scores, level))
+    ranks = jax.vmap(lambda s, n: rank_loss(s, n, margin))(scores, level)
+    ce = -scores[:, 0]
 
-    count = jnp.maximum(jnp.sum(valid), 1)
-    mean = lambda rows: jnp.sum(jnp.where(valid, rows, 0.0)) / count  # noqa: E731
+    def mean(rows: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(valid, rows, 0.0)) / jnp.maximum(jnp.sum(valid), 1)
+
     chosen = jnp.argmax(logits, axis=1)
     regret = jnp.take_along_axis(nll, chosen[:, None], axis=1)[:, 0] - jnp.min(nll, axis=1)
     metrics = {

@@ -1,5 +1,6 @@
 """The phases: which loss, and which components learn (`parameters.TRAINED_IN`). Nothing else differs.
 
+grounding          patches name what they show; encoder, connector and embeddings learn
 connector          next-token loss of the answers; the connector learns
 multi_granularity  the same; encoder, connector and language model learn
 rglf               feedback of the frozen model to the router; the router learns
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.models import avg_llava
 from avg_llava_jax.training import losses
+from avg_llava_jax.training.feedback import answer_feedback
 from avg_llava_jax.training.optimizer import Loss
 
 
@@ -23,6 +25,7 @@ class FeedbackConfig:
     """RGLF (paper, section 3.5): weights of the two parts, and how the frozen model is run.
 
     tie_nats: granularities within so many nats of the best count as equally good and rank cheapest first; 0 = paper.
+    feedback: a file of the frozen model's answers to the data (see `feedback`); "" = they are measured on the way.
     execution: `per_length` runs each granularity at its own length, `vmap` pads all to the longest.
     """
 
@@ -30,6 +33,7 @@ class FeedbackConfig:
     rank_weight: float = 1.0
     ce_weight: float = 0.1
     tie_nats: float = 0.0
+    feedback: str = ""
     execution: losses.Execution = "per_length"
 
     def __post_init__(self) -> None:
@@ -43,6 +47,15 @@ def make_loss(
     phase: str, config: ModelConfig, granularities: tuple[int, ...], feedback: FeedbackConfig, remat: bool
 ) -> Loss:
     """The loss of a phase, (params, batch, rng) -> loss, (weight, metrics)."""
+    if phase == "grounding":
+
+        def grounding(params: Any, batch: Mapping[str, Any], rng: jax.Array) -> Any:
+            del rng
+            loss, metrics = losses.grounding_loss(config, params, batch, remat)
+            return loss, (jnp.sum(batch["patch_words"] >= 0).astype(jnp.float32), metrics)
+
+        return grounding
+
     if phase != "rglf":
 
         def language(params: Any, batch: Mapping[str, Any], rng: jax.Array) -> Any:
@@ -81,11 +94,9 @@ def feedback_loss(
     pyramid = avg_llava.pyramid_of(config, params, batch["pixels"])
     text = avg_llava.embed(config, params, batch["text"])
     shared = (config, params, pyramid, text, batch)
-    sums, counts = losses.granularity_nll(*shared, config.granularities, feedback.execution)
-    nll = jax.lax.stop_gradient(sums / jnp.maximum(counts, 1.0)).T  # (B, G)
+    nll, answered = answer_feedback(*shared, feedback.execution)  # (B, G), (B,)
     logits = avg_llava.route(*shared, dropout=rng).logits  # (B, I, G)
 
-    answered = jnp.all(counts > 0, axis=0)
     valid = ((batch["first_tile"] >= 0) & answered[:, None]).reshape(-1)
     nll = jnp.broadcast_to(nll[:, None], logits.shape).reshape(len(valid), -1)
     logits = logits.reshape(len(valid), -1)

@@ -14,8 +14,9 @@ from avg_llava_jax import checkpoint, parameters, sharding
 from avg_llava_jax.config import ModelConfig, from_dict, to_dict
 from avg_llava_jax.data.pipeline import Batches, PlannedBatches
 from avg_llava_jax.data.sources import open_sources
-from avg_llava_jax.data.tokenizer import load_tokenizer
+from avg_llava_jax.data.tokenizer import Tokenizer, load_tokenizer
 from avg_llava_jax.models import avg_llava
+from avg_llava_jax.training import feedback
 from avg_llava_jax.training.optimizer import OptimizerConfig
 
 logger = logging.getLogger(__name__)
@@ -109,11 +110,16 @@ def check(config: ml_collections.ConfigDict, optimizer: OptimizerConfig, mesh: j
 def open_batches(config: ml_collections.ConfigDict, workdir: Path, model: ModelConfig) -> Batches:
     """This process's batches, from the first on."""
     tokenizer = load_tokenizer(workdir / checkpoint.TOKENIZER)
+    return Batches(plan_batches(config, model, tokenizer), config.data.workers)
+
+
+def plan_batches(config: ml_collections.ConfigDict, model: ModelConfig, tokenizer: Tokenizer) -> PlannedBatches:
+    """This process's batches by number."""
     if tokenizer.vocab_size > model.language.vocab_size:
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, model.language.vocab_size={model.language.vocab_size}"
         )
-    planned = PlannedBatches(
+    return PlannedBatches(
         parts=open_sources(config.data.path, config.data.images, config.data.max_pixels),
         tokenizer=tokenizer,
         config=model,
@@ -121,10 +127,11 @@ def open_batches(config: ml_collections.ConfigDict, workdir: Path, model: ModelC
         batch_size=config.batch_size,
         seed=config.seed,
         shapes=config.data.shapes,
+        words=config.phase == "grounding",
+        feedback=feedback.read(config.rglf.feedback, model) if config.rglf.feedback else None,
         process=jax.process_index(),
         processes=jax.process_count(),
     )
-    return Batches(planned, config.data.workers)
 
 
 def _same_shapes(params: parameters.Params, wanted: parameters.Params, where: str) -> None:

@@ -1,0 +1,58 @@
+"""A run's metrics as a picture."""
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # no display is needed
+from matplotlib import pyplot as plt
+
+from avg_llava_jax.training.metrics import METRICS, read_rows
+
+PLOTS = "plots"
+
+
+def training_curves(workdir: str | Path) -> Path | None:
+    """Draw metrics.jsonl: the loss, the NLL at each granularity, and what the router does where one was trained.
+
+    Returns the path of `plots/training.png` in the workdir, None where nothing was logged.
+    """
+    rows = read_rows(Path(workdir) / METRICS)
+    if not rows:
+        return None
+    panels = [("loss (nats)", ["loss", "rank_loss", "ce_loss"]), ("answer NLL (nats/token)", _named(rows, "nll/"))]
+    if any("best_chosen" in row for row in rows):
+        panels += [
+            ("share of images", ["best_chosen", *_named(rows, "chosen/")]),
+            ("regret (nats)", ["regret"]),
+            ("visual tokens", ["visual_tokens"]),
+        ]
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.4), layout="constrained", squeeze=False)
+    for axis, (title, names) in zip(axes[0], panels, strict=True):
+        for name in names:
+            points = [(row["step"], row[name]) for row in rows if name in row]
+            if points:
+                steps, values = zip(*points, strict=True)
+                axis.plot(steps, _smooth(values), label=name, linewidth=1.2)
+        axis.set(title=title, xlabel="step")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
+    figure.suptitle(f"{rows[-1]['phase']}, {rows[-1]['step']} steps")
+    path = Path(workdir) / PLOTS / "training.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path
+
+
+def _named(rows: list[dict], prefix: str) -> list[str]:
+    """The metrics `prefix/<granularity>`, ascending."""
+    names = {name for row in rows for name in row if name.startswith(prefix)}
+    return sorted(names, key=lambda name: int(name.removeprefix(prefix)))
+
+
+def _smooth(values: tuple[float, ...]) -> list[float]:
+    """Mean of the last few values, about a fortieth of the curve."""
+    width = max(1, len(values) // 40)
+    parts = (values[max(0, at - width + 1) : at + 1] for at in range(len(values)))
+    return [sum(part) / len(part) for part in parts]

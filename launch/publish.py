@@ -1,0 +1,38 @@
+"""A training workdir as a checkpoint to hand on: config, tokenizer and newest parameters, without optimizer and logs.
+
+python -m launch.publish --checkpoint=WORKDIR --output=FOLDER
+"""
+
+import pathlib
+import shutil
+import tempfile
+
+from absl import flags
+
+from avg_llava_jax import checkpoint
+from launch import cli
+
+OUTPUT = flags.DEFINE_string("output", None, "The folder to write; one that is there is replaced once all is written.")
+
+
+def main() -> None:
+    source, output = pathlib.Path(cli.CHECKPOINT.value), pathlib.Path(OUTPUT.value)
+    loaded = checkpoint.load(source)
+    _, values = checkpoint.read_config(source)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent) as beside:
+        folder = pathlib.Path(beside) / output.name
+        checkpoint.save_config(folder, loaded.config, values["training"], values["granularities_trained"])
+        checkpoint.copy_tokenizer(loaded.tokenizer_folder, folder)
+        with checkpoint.Manager(folder) as manager:
+            manager.save(loaded.meta["step"], loaded.params)
+            manager.wait()
+        if output.exists():
+            shutil.rmtree(output)
+        folder.rename(output)
+    size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
+    print(f"{output}: step {loaded.meta['step']}, {size / 2**20:.1f} MiB")
+
+
+if __name__ == "__main__":
+    cli.run(main, required=["output"])

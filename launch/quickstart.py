@@ -1,0 +1,173 @@
+"""Train a router live and see what it chooses: python -m launch.quickstart --workdir=DIR
+
+The shipped model has learnt every granularity; its router has not learnt anything. Here it does, from nothing but
+how well the frozen model answers at each granularity, and is then tested on scenes that nobody was trained on.
+"""
+
+import json
+import pathlib
+import time
+from typing import Any
+
+import numpy as np
+from absl import flags
+
+from avg_llava_jax import evaluation, plots, policies
+from avg_llava_jax.api import SHIPPED, AvgLlava
+from avg_llava_jax.data.jersey import Jersey
+from avg_llava_jax.training import feedback, loop, setup
+from configs import jersey
+from launch import cli
+
+TEST = Jersey(split="test", paired=True)
+QUESTIONS = 1008  # a third of them coarse, fine and near each
+ANSWER_TOKENS = 4  # the longest answer of jersey has one and the end of the text
+
+
+def router_config(checkpoint: str, tie_nats: float | None = None, stored: str = "") -> Any:
+    """`configs/jersey.py:router` from a checkpoint, with feedback that is stored already."""
+    config = jersey.get_config("router")
+    config.init_from = str(checkpoint)
+    config.rglf.feedback = stored
+    if tie_nats is not None:
+        config.rglf.tie_nats = tie_nats
+    return config
+
+
+def collect_feedback(model: AvgLlava, config: Any, workdir: pathlib.Path) -> pathlib.Path:
+    """Ask the frozen model every question of the router's split at every granularity; kept in `feedback.npz`."""
+    path = workdir / "feedback.npz"
+    if not path.exists():
+        records = len(setup.open_sources(config.data.path)[0].source)
+        batches = setup.plan_batches(config, model.config, model.tokenizer)
+        found = feedback.measure_all(model.config, model.params, batches, records)
+        feedback.write(path, model.config, found)
+    return path
+
+
+def train_router(config: Any, workdir: pathlib.Path) -> tuple[AvgLlava, float]:
+    """RGLF; returns the model with its new router, and the seconds it took."""
+    begin = time.perf_counter()
+    loop.train(config, workdir)
+    return AvgLlava.load(workdir), time.perf_counter() - begin
+
+
+def test_questions(model: AvgLlava, count: int = QUESTIONS) -> list[evaluation.Question]:
+    """Test questions: coarse, fine and near in turn, two of each three about the same picture."""
+    return [evaluation.make_question(TEST[at], model.tokenizer, model.config.template) for at in range(count)]
+
+
+def compare(
+    adaptive: AvgLlava, paper: AvgLlava, questions: list[evaluation.Question], workdir: pathlib.Path
+) -> tuple[dict[str, Any], list[policies.Record]]:
+    """The report of report.json, and the answers it stands on.
+
+    Both models are the same but for the router, so `paper` has only to route. In the controls the router of
+    `adaptive` is shown another question's instruction, or another one's picture.
+    """
+    config = adaptive.config
+    records = evaluation.answer_all(adaptive, questions, workdir / "answers.jsonl", ANSWER_TOKENS)
+    seconds = evaluation.seconds_per_answer(adaptive, questions, max_new_tokens=ANSWER_TOKENS)
+    report = policies.report(config, records, seconds)
+    samples = [question.sample for question in questions]
+    others = {
+        "adaptive_paper": policies.choices(config, evaluation.route_all(paper, samples)),
+        "shuffled_instruction": policies.choices(
+            config, evaluation.route_all(adaptive, evaluation.shuffled(questions, "instruction"))
+        ),
+        "shuffled_image": policies.choices(
+            config, evaluation.route_all(adaptive, evaluation.shuffled(questions, "image"))
+        ),
+    }
+    outcomes = {name: policies.outcome(config, records, picked) for name, picked in others.items()}
+    paper_outcome = outcomes.pop("adaptive_paper")
+    for key in ("accuracy", "visual_tokens", "visual_tokens_by_kind"):
+        report[key]["adaptive_paper"] = paper_outcome[key]
+    report["chosen_paper"] = paper_outcome["chosen"]
+    return report | outcomes, records
+
+
+def table(report: dict[str, Any]) -> str:
+    """Accuracy by kind, and visual tokens, a line for each way to choose."""
+    kinds = list(report["accuracy"]["adaptive"])
+    rows = [
+        (f"always {g}", right, report["visual_tokens"]["fixed"][g]) for g, right in report["accuracy"]["fixed"].items()
+    ]
+    named = {"random": "random", "adaptive": "the router", "adaptive_paper": "the router, no ties", "oracle": "oracle"}
+    rows += [(title, report["accuracy"][name], report["visual_tokens"][name]) for name, title in named.items()]
+    for name in ("shuffled_instruction", "shuffled_image"):
+        rows.append((name.replace("_", " "), report[name]["accuracy"], report[name]["visual_tokens"]))
+    lines = [f"{'tokens a tile':<22}" + "".join(f"{kind:>9}" for kind in kinds) + f"{'visual tokens':>16}"]
+    for title, right, cost in rows:
+        lines.append(f"{title:<22}" + "".join(f"{right[kind]:>9.3f}" for kind in kinds) + f"{cost:>16.1f}")
+    by_kind = report["visual_tokens_by_kind"]["adaptive"]
+    lines.append("the router spends " + ", ".join(f"{by_kind[kind]:.0f} on {kind}" for kind in kinds))
+    return "\n".join(lines)
+
+
+def one_scene(model: AvgLlava, workdir: pathlib.Path) -> pathlib.Path:
+    """Ask three questions about one team photo, and draw what the model looked at for each."""
+    for at in range(0, 600, 6):
+        scene = TEST[at]["images"][0]
+        if scene.size[0] / scene.size[1] == 2 and len(scene.scene.players) >= 8:
+            break
+    players = scene.scene.players
+    asked = [
+        "What is the team's colour?",
+        f"What number is the player in {players[1].shirt}?",
+        f"Which shirt has the number {players[-2].number}?",
+    ]
+    image = scene.load()
+    answers = [model.answer(image, question, max_new_tokens=ANSWER_TOKENS) for question in asked]
+    for question, answer in zip(asked, answers, strict=True):
+        print(f"  {question:<44} {answer.text:<8} with {answer.visual_tokens} visual tokens")
+    return plots.one_scene(model.config, image, asked, answers, workdir / plots.PLOTS / "one_scene.png")
+
+
+def run(workdir: pathlib.Path, checkpoint: str = str(SHIPPED), questions: int = QUESTIONS) -> dict[str, Any]:
+    """All of it; returns the report. Killed, it goes on where it was."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    model = AvgLlava.load(checkpoint)
+    config = router_config(checkpoint)
+    print(f"1. asking the frozen model at every granularity {model.config.granularities}", flush=True)
+    begin = time.perf_counter()
+    stored = str(collect_feedback(model, config, workdir))
+    asked = time.perf_counter() - begin
+
+    print(f"2. training the router (ties within {config.rglf.tie_nats} nats rank cheapest first)", flush=True)
+    adaptive, seconds = train_router(router_config(checkpoint, stored=stored), workdir / "adaptive")
+    print("3. training it again as in the paper (no ties)", flush=True)
+    paper, _ = train_router(router_config(checkpoint, tie_nats=0.0, stored=stored), workdir / "adaptive_paper")
+
+    print("4. answering test questions", flush=True)
+    report, records = compare(adaptive, paper, test_questions(adaptive, questions), workdir)
+    report["seconds"]["feedback"], report["seconds"]["router_training"] = asked, seconds
+    (workdir / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+
+    print(table(report))
+    print("5. one scene, three questions", flush=True)
+    drawn = [
+        plots.accuracy_against_tokens(report, workdir / plots.PLOTS / "accuracy_against_tokens.png"),
+        plots.choices(report, workdir / plots.PLOTS / "choices.png"),
+        plots.voter(
+            adaptive.config, np.asarray(adaptive.params["router"]["voter"]), workdir / plots.PLOTS / "voter.png"
+        ),
+        one_scene(adaptive, workdir),
+    ]
+    for path in drawn:
+        print(f"  {path}")
+    return report
+
+
+WORKDIR = flags.DEFINE_string("workdir", "workdirs/quickstart", "Where checkpoints, report.json and plots go.")
+COUNT = flags.DEFINE_integer("questions", QUESTIONS, "Test questions.", lower_bound=6)
+
+
+def main() -> None:
+    begin = time.perf_counter()
+    run(pathlib.Path(WORKDIR.value), cli.CHECKPOINT.value, COUNT.value)
+    print(f"{WORKDIR.value}/report.json, after {time.perf_counter() - begin:.0f} s")
+
+
+if __name__ == "__main__":
+    cli.run(main, required=["workdir"])

@@ -1,0 +1,108 @@
+"""The commands as a user runs them."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from avg_llava_jax import checkpoint
+from tests.conftest import TOKENIZER
+from tests.random_model import random_model
+
+ROOT = pathlib.Path(__file__).parents[1]
+GOLDEN = ROOT / "tests" / "data" / "golden"
+
+
+def run(module, *flags):
+    """(exit code, standard output, standard error) of `python -m launch.<module>`."""
+    command = [sys.executable, "-m", f"launch.{module}", *map(str, flags)]
+    env = {**os.environ, "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture(scope="module")
+def folder(tiny, tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    checkpoint.save_config(folder, tiny)
+    checkpoint.copy_tokenizer(TOKENIZER, folder)
+    with checkpoint.Manager(folder) as manager:
+        manager.save(1, random_model(tiny, tokenizer).params)
+    return folder
+
+
+def test_explain_equals_the_golden_tensors(tmp_path):
+    case = next(case for case in json.loads((GOLDEN / "index.json").read_text()) if "500x375_short" in case["file"])
+    golden = np.load(GOLDEN / case["file"])
+    code, out, error = run(
+        "explain",
+        f"--checkpoint={GOLDEN / 'avg-llava-tiny'}",
+        f"--vision_tower={GOLDEN / 'vision_tower'}",
+        f"--image={GOLDEN / case['image']}",
+        f"--prompt={case['prompt']}",
+        "--raw",
+        f"--output={tmp_path / 'x.npz'}",
+        f"--figure={tmp_path / 'x.png'}",
+    )
+    assert code == 0, error
+    assert f"{golden['router_choice_granularity'][0]} tokens a tile" in out
+    ours = np.load(tmp_path / "x.npz")
+    for name in ("input_ids", "seq_len", "router_choice", "router_choice_granularity"):
+        np.testing.assert_array_equal(ours[name], golden[name], name)
+    np.testing.assert_allclose(ours["router_logits"], golden["router_logits.0"], atol=1e-4, rtol=1e-4)
+    np.testing.assert_allclose(ours["router_pre_norm"], golden["router_pre_norm.0"], atol=1e-4, rtol=1e-4)
+    for g in (36, 72, 144, 288, 576, "router"):
+        np.testing.assert_allclose(ours[f"logits.{g}"], golden[f"logits.{g}[-1]"], atol=1e-4, rtol=1e-4)
+    np.testing.assert_allclose(ours["votes.0"].sum(1).mean(0), ours["router_pre_norm"][0], atol=1e-3)
+    assert Image.open(tmp_path / "x.png").width > 1000
+
+
+def test_answer(tiny, tokenizer, folder, tmp_path):
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "a.png")
+    common = (f"--checkpoint={folder}", f"--image={tmp_path / 'a.png'}", "--prompt=Who?", "--max_new_tokens=6")
+    code, out, error = run("answer", *common, "--stream")
+    assert code == 0, error
+    text, choice, times = out.rsplit("\n", 3)[:3]
+    assert text == random_model(tiny, tokenizer).answer(tmp_path / "a.png", "Who?", max_new_tokens=6).text
+    assert choice.startswith("image 0: ") and "visual tokens, 6 new tokens" in times
+
+
+def test_evaluate(folder, tmp_path):
+    flags = (
+        f"--checkpoint={folder}",
+        "--data=jersey?split=test&size=12&paired=true",
+        f"--workdir={tmp_path}",
+        "--max_new_tokens=2",
+        "--batch_size=8",
+    )
+    code, out, error = run("evaluate", *flags)
+    assert code == 0, error
+    assert "adaptive" in out and "12 questions, 0 skipped" in out
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["n"] == 12
+    assert set(report["seconds"]["answer"]["fixed"]) == set(report["accuracy"]["fixed"]) == {"4", "8", "16"}
+    lines = (tmp_path / "answers.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len({json.loads(line)["id"] for line in lines}) == 12
+    code, _, error = run("evaluate", *flags, "--max_new_tokens=3")
+    assert code == 2 and "holds answers for max_new_tokens=2, not 3: use another --workdir" in error
+
+
+@pytest.mark.parametrize(
+    "module, flags, message",
+    [
+        ("answer", ["--prompt=a", "--checkpoint=nowhere"], "checkpoint folder nowhere does not exist"),
+        ("answer", ["--prompt=a", "--top_p=x"], "--top_p=x"),
+        ("explain", ["--prompt=a", "--image=a.png", "--output=nowhere/x.npz"], "its folder does not exist"),
+        ("explain", ["--prompt=a"], "--image is missing"),
+        ("evaluate", ["--data=nowhere.json", "--workdir=w"], "nowhere.json does not exist"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(module, flags, message):
+    code, _, error = run(module, *flags)
+    assert code == 2
+    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
