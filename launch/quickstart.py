@@ -59,8 +59,8 @@ def test_questions(model: AvgLlava, count: int = QUESTIONS) -> list[evaluation.Q
 
 def compare(
     adaptive: AvgLlava, paper: AvgLlava, questions: list[evaluation.Question], workdir: pathlib.Path
-) -> tuple[dict[str, Any], list[policies.Record]]:
-    """The report of report.json, and the answers it stands on.
+) -> dict[str, Any]:
+    """The report of report.json.
 
     Both models are the same but for the router, so `paper` has only to route. In the controls the router of
     `adaptive` is shown another question's instruction, or another one's picture.
@@ -84,15 +84,14 @@ def compare(
     for key in ("accuracy", "visual_tokens", "visual_tokens_by_kind"):
         report[key]["adaptive_paper"] = paper_outcome[key]
     report["chosen_paper"] = paper_outcome["chosen"]
-    return report | outcomes, records
+    return report | outcomes
 
 
 def table(report: dict[str, Any]) -> str:
     """Accuracy by kind, and visual tokens, a line for each way to choose."""
     kinds = list(report["accuracy"]["adaptive"])
-    rows = [
-        (f"always {g}", right, report["visual_tokens"]["fixed"][g]) for g, right in report["accuracy"]["fixed"].items()
-    ]
+    fixed = report["accuracy"]["fixed"]
+    rows = [(f"always {g}", fixed[g], report["visual_tokens"]["fixed"][g]) for g in fixed]
     named = {"random": "random", "adaptive": "the router", "adaptive_paper": "the router, no ties", "oracle": "oracle"}
     rows += [(title, report["accuracy"][name], report["visual_tokens"][name]) for name, title in named.items()]
     for name in ("shuffled_instruction", "shuffled_image"):
@@ -105,7 +104,7 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def one_scene(model: AvgLlava, workdir: pathlib.Path) -> pathlib.Path:
+def one_scene(model: AvgLlava, path: pathlib.Path) -> pathlib.Path:
     """Ask three questions about one team photo, and draw what the model looked at for each."""
     for at in range(0, 600, 6):
         scene = TEST[at]["images"][0]
@@ -121,7 +120,7 @@ def one_scene(model: AvgLlava, workdir: pathlib.Path) -> pathlib.Path:
     answers = [model.answer(image, question, max_new_tokens=ANSWER_TOKENS) for question in asked]
     for question, answer in zip(asked, answers, strict=True):
         print(f"  {question:<44} {answer.text:<8} with {answer.visual_tokens} visual tokens")
-    return plots.one_scene(model.config, image, asked, answers, workdir / plots.PLOTS / "one_scene.png")
+    return plots.one_scene(model.config, image, asked, answers, path)
 
 
 def run(workdir: pathlib.Path, checkpoint: str = str(SHIPPED), questions: int = QUESTIONS) -> dict[str, Any]:
@@ -140,19 +139,18 @@ def run(workdir: pathlib.Path, checkpoint: str = str(SHIPPED), questions: int = 
     paper, _ = train_router(router_config(checkpoint, tie_nats=0.0, stored=stored), workdir / "adaptive_paper")
 
     print("4. answering test questions", flush=True)
-    report, records = compare(adaptive, paper, test_questions(adaptive, questions), workdir)
+    report = compare(adaptive, paper, test_questions(adaptive, questions), workdir)
     report["seconds"]["feedback"], report["seconds"]["router_training"] = asked, seconds
     (workdir / "report.json").write_text(json.dumps(report, indent=1) + "\n")
 
     print(table(report))
     print("5. one scene, three questions", flush=True)
+    pictures = workdir / plots.PLOTS
     drawn = [
-        plots.accuracy_against_tokens(report, workdir / plots.PLOTS / "accuracy_against_tokens.png"),
-        plots.choices(report, workdir / plots.PLOTS / "choices.png"),
-        plots.voter(
-            adaptive.config, np.asarray(adaptive.params["router"]["voter"]), workdir / plots.PLOTS / "voter.png"
-        ),
-        one_scene(adaptive, workdir),
+        plots.accuracy_against_tokens(report, pictures / "accuracy_against_tokens.png"),
+        plots.choices(report, pictures / "choices.png"),
+        plots.voter(adaptive.config, np.asarray(adaptive.params["router"]["voter"]), pictures / "voter.png"),
+        one_scene(adaptive, pictures / "one_scene.png"),
     ]
     for path in drawn:
         print(f"  {path}")

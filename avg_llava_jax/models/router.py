@@ -1,4 +1,4 @@
-"""The visual granularity router: image pyramid and instruction in, one score per granularity out (paper, section 3.3)."""
+"""The visual granularity router: pyramid and instruction in, a score per granularity out (paper, section 3.3)."""
 
 from typing import NamedTuple
 

@@ -1,5 +1,7 @@
 """The visual granularity scaler: no weights, only average pooling (paper, section 3.2)."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 from einops import rearrange, reduce
@@ -19,7 +21,7 @@ def scale(config: ModelConfig, features: jax.Array) -> jax.Array:
     """
     levels = [features]
     grids = config.grids[::-1]
-    for (rows, columns), (next_rows, next_columns) in zip(grids, grids[1:], strict=False):
+    for (rows, columns), (next_rows, next_columns) in itertools.pairwise(grids):
         pooled = rearrange(levels[-1], "... (r c) d -> ... r c d", r=rows, c=columns)
         pooled = reduce(pooled, "... (r a) (c b) d -> ... (r c) d", "mean", r=next_rows, c=next_columns)
         levels.append(pooled)
