@@ -1,12 +1,13 @@
 """The small model on `jersey`, the data set that draws itself, one stage at a time:
 
     configs/jersey.py:grounding         from nothing: patches learn to name what they show
+    configs/jersey.py:reading           the same, mostly of small players, whose numbers are hard to read
     configs/jersey.py:finest            the language model learns to answer at the finest granularity
     configs/jersey.py                   multi-granularity tuning, the paper's first phase
     configs/jersey.py:router            RGLF, its second phase, from the shipped checkpoint
     configs/jersey.py:tiny              seconds instead of minutes, from nothing: to see it run
 
-`bash launch/make_jersey.sh` runs the first three, each from the last one's workdir.
+`bash launch/make_jersey.sh` runs the first four, each from the last one's workdir.
 """
 
 from ml_collections import ConfigDict
@@ -21,6 +22,14 @@ STAGES = {
         "data.path": "jersey?turns=1&near=0.34",
         "optimizer.learning_rate": 2e-3,
         "optimizer.encoder_learning_rate": 2e-3,
+    },
+    "reading": {
+        "phase": "grounding",
+        "granularities": (64,),
+        "steps": 1200,
+        "data.path": "jersey?turns=1&near=0.2&seed=1",
+        "optimizer.learning_rate": 1.5e-3,
+        "optimizer.encoder_learning_rate": 1.5e-3,
     },
     "finest": {
         "granularities": (64,),

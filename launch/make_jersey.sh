@@ -5,7 +5,9 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 work="${1:-workdirs/jersey}"
 python=.venv/bin/python
-"$python" -m launch.train --config=configs/jersey.py:grounding --workdir="$work/1-grounding"
-"$python" -m launch.train --config=configs/jersey.py:finest --config.init_from="$work/1-grounding" --workdir="$work/2-finest"
-"$python" -m launch.train --config=configs/jersey.py --config.init_from="$work/2-finest" --workdir="$work/3-granularities"
-"$python" -m launch.publish --checkpoint="$work/3-granularities" --output=avg_llava_jax/assets/jersey
+train() { "$python" -m launch.train --config="configs/jersey.py:$1" --workdir="$work/$1" "${@:2}"; }
+train grounding
+train reading --config.init_from="$work/grounding"
+train finest --config.init_from="$work/reading"
+train full --config.init_from="$work/finest"
+"$python" -m launch.publish --checkpoint="$work/full" --output=avg_llava_jax/assets/jersey

@@ -254,7 +254,7 @@ STEPS, EVERY = 24, 6
 def start(workdir: Path, cache: Path) -> subprocess.Popen:
     command = [sys.executable, "-m", "launch.train", "--config=configs/jersey.py:tiny", f"--workdir={workdir}"]
     command += [f"--config.steps={STEPS}", f"--config.checkpoint_every={EVERY}", "--config.granularities=(4,)"]
-    command += ["--config.batch_size=4", "--config.model.vision.image_size=48", "--config.model.vision.patch_size=12"]
+    command += ["--config.batch_size=4"]
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PLATFORMS": "cpu"}
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

@@ -105,7 +105,7 @@ def grounding_loss(config: ModelConfig, params: avg_llava.Params, batch: Batch, 
     words = batch["patch_words"]
     nll = -jnp.take_along_axis(log_probs, jnp.maximum(words, 0), axis=-1)
     loss = jnp.sum(jnp.where(words >= 0, nll, 0.0)) / jnp.maximum(jnp.sum(words >= 0), 1)
-    return loss, {"nll/patch": loss}
+    return loss, {"patch_nll": loss}
 
 
 def rank_loss(scores: jax.Array, nll: jax.Array, margin: float) -> jax.Array:
