@@ -269,7 +269,11 @@ class Manager:
         self.folder = pathlib.Path(workdir).resolve()
         (self.folder / STEPS).mkdir(parents=True, exist_ok=True)
         self._lock = _lock(self.folder) if jax.process_index() == 0 else None
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        if jax.process_index() == 0:
+            # Saves that were cut short. Orbax would do this in a thread, which complains where a run ends early.
+            for unfinished in (self.folder / STEPS).glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(unfinished, ignore_errors=True)
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep)
         self._manager = ocp.CheckpointManager(self.folder / STEPS, options=options)
         self._last: int | None = None  # may still be on its way to the disk
 

@@ -24,13 +24,13 @@ QUESTIONS = 1008  # a third of them coarse, fine and near each
 ANSWER_TOKENS = 4  # the longest answer of jersey has one and the end of the text
 
 
-def router_config(checkpoint: str, tie_nats: float | None = None, stored: str = "") -> Any:
-    """`configs/jersey.py:router` from a checkpoint, with feedback that is stored already."""
+def router_config(checkpoint: str = str(SHIPPED), steps: int | None = None, pictures: int | None = None) -> Any:
+    """`configs/jersey.py:router` from a checkpoint; fewer steps, or fewer pictures, for a shorter run."""
     config = jersey.get_config("router")
     config.init_from = str(checkpoint)
-    config.rglf.feedback = stored
-    if tie_nats is not None:
-        config.rglf.tie_nats = tie_nats
+    config.steps = steps or config.steps
+    if pictures:
+        config.data.path += f"&size={pictures}"
     return config
 
 
@@ -45,8 +45,14 @@ def collect_feedback(model: AvgLlava, config: Any, workdir: pathlib.Path) -> pat
     return path
 
 
-def train_router(config: Any, workdir: pathlib.Path) -> tuple[AvgLlava, float]:
-    """RGLF; returns the model with its new router, and the seconds it took."""
+def train_router(
+    config: Any, stored: pathlib.Path, workdir: pathlib.Path, tie_nats: float | None = None
+) -> tuple[AvgLlava, float]:
+    """RGLF on stored feedback; returns the model with its new router, and the seconds it took."""
+    config = config.copy_and_resolve_references()
+    config.rglf.feedback = str(stored)
+    if tie_nats is not None:
+        config.rglf.tie_nats = tie_nats
     begin = time.perf_counter()
     loop.train(config, workdir)
     return AvgLlava.load(workdir), time.perf_counter() - begin
@@ -123,20 +129,19 @@ def one_scene(model: AvgLlava, path: pathlib.Path) -> pathlib.Path:
     return plots.one_scene(model.config, image, asked, answers, path)
 
 
-def run(workdir: pathlib.Path, checkpoint: str = str(SHIPPED), questions: int = QUESTIONS) -> dict[str, Any]:
-    """All of it; returns the report. Killed, it goes on where it was."""
+def run(workdir: pathlib.Path, config: Any, questions: int = QUESTIONS) -> dict[str, Any]:
+    """All of it, with a router trained as `config` says; returns the report. Killed, it goes on where it was."""
     workdir.mkdir(parents=True, exist_ok=True)
-    model = AvgLlava.load(checkpoint)
-    config = router_config(checkpoint)
+    model = AvgLlava.load(config.init_from)
     print(f"1. asking the frozen model at every granularity {model.config.granularities}", flush=True)
     begin = time.perf_counter()
-    stored = str(collect_feedback(model, config, workdir))
+    stored = collect_feedback(model, config, workdir)
     asked = time.perf_counter() - begin
 
     print(f"2. training the router (ties within {config.rglf.tie_nats} nats rank cheapest first)", flush=True)
-    adaptive, seconds = train_router(router_config(checkpoint, stored=stored), workdir / "adaptive")
+    adaptive, seconds = train_router(config, stored, workdir / "adaptive")
     print("3. training it again as in the paper (no ties)", flush=True)
-    paper, _ = train_router(router_config(checkpoint, tie_nats=0.0, stored=stored), workdir / "adaptive_paper")
+    paper, _ = train_router(config, stored, workdir / "adaptive_paper", tie_nats=0.0)
 
     print("4. answering test questions", flush=True)
     report = compare(adaptive, paper, test_questions(adaptive, questions), workdir)
@@ -158,12 +163,15 @@ def run(workdir: pathlib.Path, checkpoint: str = str(SHIPPED), questions: int = 
 
 
 WORKDIR = flags.DEFINE_string("workdir", "workdirs/quickstart", "Where checkpoints, report.json and plots go.")
+STEPS = flags.DEFINE_integer("steps", None, "Router training steps; default: as in configs/jersey.py:router.")
+PICTURES = flags.DEFINE_integer("pictures", None, "Pictures the router learns from; default: likewise.")
 COUNT = flags.DEFINE_integer("questions", QUESTIONS, "Test questions.", lower_bound=6)
 
 
 def main() -> None:
     begin = time.perf_counter()
-    run(pathlib.Path(WORKDIR.value), cli.CHECKPOINT.value, COUNT.value)
+    config = router_config(cli.CHECKPOINT.value, STEPS.value, PICTURES.value)
+    run(pathlib.Path(WORKDIR.value), config, COUNT.value)
     print(f"{WORKDIR.value}/report.json, after {time.perf_counter() - begin:.0f} s")
 
 
