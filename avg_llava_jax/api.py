@@ -233,7 +233,7 @@ class Part:
         self._streams = [TextStream(model.tokenizer.decode, request.stop) for request in requests]
         watched = any(request.stop for request in requests)
         self._steps = 1 if streaming else STEPS_BETWEEN_STOPS if watched else room
-        self._limits = np.zeros(0, np.int32)
+        self._limits = self._counts = np.zeros(0, np.int32)
 
     def generate(
         self, pyramid: jax.Array, text: np.ndarray, index: np.ndarray, lengths: np.ndarray

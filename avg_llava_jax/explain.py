@@ -92,7 +92,8 @@ def explain(model: AvgLlava, request: Request) -> Explanation:
 
     ways: dict[int | str, tuple[int, ...]] = {g: (g,) * images for g in config.granularities} | {"router": choice}
     lengths = [batching.length_at(config, sample, way) for way in ways.values()]
-    fitting = {name: way for name, way in ways.items() if batching.length_at(config, sample, way) <= _limit(config)}
+    limit = config.language.max_length
+    fitting = {name: way for (name, way), need in zip(ways.items(), lengths, strict=True) if need <= limit}
     if not fitting:
         batching.check_length(config, sample, ways[config.granularities[0]])
     logits: dict[int | str, np.ndarray] = {}
@@ -121,10 +122,6 @@ def explain(model: AvgLlava, request: Request) -> Explanation:
         words=[["" if p < 0 else model.tokenizer.decode([text[p]]) for p in row] for row in selected],
         images=[ref.load() for ref in sample.images],
     )
-
-
-def _limit(config: ModelConfig) -> int:
-    return config.language.max_length
 
 
 def draw(explanation: Explanation, path: str | os.PathLike[str]) -> None:
