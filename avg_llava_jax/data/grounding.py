@@ -8,17 +8,14 @@ the box that its centre lies in. Real models start from a pre-trained CLIP and n
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.data.errors import BadSample
-from avg_llava_jax.data.tiles import best_resolution, grid_of, placement, tile_count
+from avg_llava_jax.data.tiles import best_resolution, grid_of, placement
 from avg_llava_jax.data.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from avg_llava_jax.data.packing import Sample
 
 WORDS = 2
 """Tokens a patch may have to name: a shirt's colour and its number."""
@@ -72,13 +69,3 @@ def patch_words(words: Sequence[Words], size: tuple[int, int], config: ModelConf
         inside = (x0 <= x) & (x < x1) & (y0 <= y) & (y < y1)
         named[inside] = [*ids, *[-1] * (WORDS - len(ids))]
     return named
-
-
-def collate_words(samples: Sequence[Sample], tiles: int, config: ModelConfig) -> np.ndarray:
-    """`patch_words` of the first image of each sample: int32 (B, T, P, WORDS); T = `tiles` slots."""
-    batch = np.full((len(samples), tiles, config.vision.grid**2, WORDS), -1, np.int32)
-    for row, sample in enumerate(samples):
-        if sample.words and sample.sizes:
-            size = sample.sizes[0]
-            batch[row, : tile_count(size, config)] = patch_words(sample.words, size, config)
-    return batch

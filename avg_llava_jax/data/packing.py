@@ -39,7 +39,7 @@ from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.data.conversation import IGNORE, IMAGE, Tokens
 from avg_llava_jax.data.errors import BadSample
 from avg_llava_jax.data.geometry import visual_count, visual_index
-from avg_llava_jax.data.grounding import Words
+from avg_llava_jax.data.grounding import WORDS, Words, patch_words
 from avg_llava_jax.data.images import ImageRef
 from avg_llava_jax.data.tiles import Size, make_tiles, tile_count
 
@@ -227,6 +227,16 @@ def collate(
             _fill(row, placed, first, shape, config)
             batch["length"][g][b] = placed.length
             batch["target_at"][g][b, : len(targets)] = _target_at(layout, placed)[: len(targets)]
+    return batch
+
+
+def collate_words(samples: Sequence[Sample], tiles: int, config: ModelConfig) -> np.ndarray:
+    """What the patches of each sample's first image should name: int32 (B, T, P, WORDS), T = `tiles`, -1 = nothing."""
+    batch = np.full((len(samples), tiles, config.vision.grid**2, WORDS), -1, np.int32)
+    for row, sample in enumerate(samples):
+        if sample.words and sample.sizes:
+            named = patch_words(sample.words, sample.sizes[0], config)
+            batch[row, : len(named)] = named
     return batch
 
 

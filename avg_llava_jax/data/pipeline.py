@@ -32,8 +32,7 @@ from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.data.conversation import Tokens
 from avg_llava_jax.data.errors import BadSample
 from avg_llava_jax.data.geometry import visual_count
-from avg_llava_jax.data.grounding import collate_words
-from avg_llava_jax.data.packing import Sample, Shape, collate, load_tiles, merge, shape_of
+from avg_llava_jax.data.packing import Sample, Shape, collate, collate_words, load_tiles, merge, shape_of
 from avg_llava_jax.data.sources import Part, read_sample
 from avg_llava_jax.data.tokenizer import Tokenizer
 
