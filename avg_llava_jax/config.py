@@ -88,6 +88,10 @@ class RopeScaling:
     high_freq_factor: float = 4.0
     original_max_length: int = 8192
 
+    def __post_init__(self) -> None:
+        if self.kind not in ("linear", "llama3"):
+            raise ValueError(f"language.rope_scaling.kind={self.kind!r}: choose linear or llama3")
+
 
 @dataclasses.dataclass(frozen=True)
 class LanguageConfig:
@@ -133,6 +137,23 @@ class ModelConfig:
     template: str = "vicuna_v1"
 
     def __post_init__(self) -> None:
+        for name, value, known in (
+            ("vision.activation", self.vision.activation, ("quick_gelu", "gelu")),
+            ("scaler.first_axis", self.scaler.first_axis, ("width", "height")),
+            ("router.attention", self.router.attention, ("tokens", "tiles")),
+            ("unpad", self.unpad, ("exact", "released")),
+        ):
+            if value not in known:
+                raise ValueError(f"model.{name}={value!r}: choose {' or '.join(known)}")
+        for whole, size, part, count in (
+            ("vision.width", self.vision.width, "vision.heads", self.vision.heads),
+            ("language.width", self.language.width, "router.heads", self.router.heads),
+            ("language.heads", self.language.heads, "language.kv_heads", self.language.kv_heads),
+        ):
+            if count < 1 or size % count:
+                raise ValueError(f"model.{whole}={size} is no multiple of {part}={count}")
+        if not 1 <= self.vision.used_layers <= self.vision.layers:
+            raise ValueError(f"model.vision.select_layer={self.vision.select_layer} of {self.vision.layers} layers")
         grid, side = self.vision.grid, self.vision.image_size
         if side % self.vision.patch_size:
             raise ValueError(f"vision.image_size={side} is no multiple of vision.patch_size={self.vision.patch_size}")

@@ -132,10 +132,10 @@ def read_records(file: str | os.PathLike[str]) -> dict[str, Record]:
     path = pathlib.Path(file)
     if not path.is_file():
         return {}
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
-        lines = lines[:-1]
-        path.write_text("".join(lines), encoding="utf-8")
+    # As bytes: a cut may go through a character, and a text's `splitlines` knows more line ends than JSON escapes.
+    lines = path.read_bytes().splitlines(keepends=True)
+    if lines and not lines[-1].endswith(b"\n"):
+        os.truncate(path, path.stat().st_size - len(lines.pop()))
     try:
         records = [json.loads(line) for line in lines]
     except ValueError as error:

@@ -1,7 +1,4 @@
-"""One mesh for everything: axes `data` (copies), `fsdp` (shards of parameters and batch), `tensor` (shards of layers).
-
-Run jitted functions under `jax.set_mesh(mesh)`: outside of it `constrain` has no mesh to go by and does nothing.
-"""
+"""One mesh for everything: axes `data` (copies), `fsdp` (parts of parameters and batch), `tensor` (parts of layers)."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -83,10 +80,3 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
     """The same array on every device."""
     return NamedSharding(mesh, PartitionSpec())
-
-
-def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
-    """Pin an intermediate array to mesh axes, one entry an array axis; nothing happens where no mesh is set."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))

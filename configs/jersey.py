@@ -2,12 +2,13 @@
 
     configs/jersey.py:grounding         from nothing: patches learn to name what they show
     configs/jersey.py:reading           the same, mostly of small players, whose numbers are hard to read
+    configs/jersey.py:roster            the language model learns to look shirts and numbers up, in lists of players
     configs/jersey.py:finest            the language model learns to answer at the finest granularity
     configs/jersey.py                   multi-granularity tuning, the paper's first phase
     configs/jersey.py:router            RGLF, its second phase, from the shipped checkpoint
     configs/jersey.py:tiny              seconds instead of minutes, from nothing: to see it run
 
-`bash launch/make_jersey.sh` runs the first four, each from the last one's workdir.
+`bash launch/make_jersey.sh` runs the first five, each from the last one's workdir.
 """
 
 from ml_collections import ConfigDict
@@ -31,13 +32,21 @@ STAGES = {
         "optimizer.learning_rate": 1.5e-3,
         "optimizer.encoder_learning_rate": 1.5e-3,
     },
-    "finest": {
+    "roster": {
         "granularities": (64,),
-        "steps": 1000,
-        "optimizer.learning_rate": 1.5e-3,
+        "steps": 800,
+        "data.path": "jersey?roster=0.9&turns=3&near=0.3&seed=2",
+        "optimizer.learning_rate": 2e-3,
         "optimizer.encoder_learning_rate": 0.0,  # it can read already, and this is half the work
     },
-    "full": {"steps": 1000, "optimizer.learning_rate": 1e-3, "optimizer.encoder_learning_rate": 5e-4},
+    "finest": {
+        "granularities": (64,),
+        "steps": 500,
+        "data.path": "jersey?roster=0.2&turns=5&near=0.4&seed=3",
+        "optimizer.learning_rate": 1.5e-3,
+        "optimizer.encoder_learning_rate": 0.0,
+    },
+    "full": {"steps": 750, "optimizer.learning_rate": 1e-3, "optimizer.encoder_learning_rate": 5e-4},
     "router": {
         "phase": "rglf",
         "init_from": str(base.ASSETS / "jersey"),
@@ -57,7 +66,7 @@ def get_config(stage: str = "full") -> ConfigDict:
     config.batch_size = 16
     config.checkpoint_every = 100
     config.tokenizer = str(base.ASSETS / "tokenizer")
-    config.data.path = "jersey?turns=10&near=0.4"
+    config.data.path = "jersey?roster=0.1&turns=5&near=0.4"
     config.data.shapes = 3
     config.data.workers = 1
     config.optimizer.learning_rate = 1e-3
@@ -99,6 +108,7 @@ def model() -> ConfigDict:
                 "kv_heads": 3,
                 "head_dim": 32,
                 "mlp_width": 256,
+                "rope_theta": 1e6,  # looking a shirt up must not depend on how far away it stands
                 "tied_embeddings": True,
                 "max_length": 1024,
             },

@@ -50,7 +50,7 @@ def run(main: Callable[[], None], required: list[str]) -> None:
         logging.set_verbosity(logging.WARNING)  # JAX and Orbax report much at INFO
         try:
             main()
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError, FloatingPointError) as error:
             if TRACEBACK.value:
                 raise
             _fail(f"{error} (--traceback shows where)")

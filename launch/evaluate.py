@@ -26,7 +26,10 @@ def same_run(workdir: pathlib.Path, settings: dict[str, Any]) -> None:
     """Answers in a workdir are gone on with only by the run that they come from."""
     path = workdir / "evaluation.json"
     if path.is_file():
-        before = json.loads(path.read_text())
+        try:
+            before = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{path} is not valid JSON ({error}): use another --workdir") from None
         for key, value in settings.items():
             if before.get(key) != value:
                 raise ValueError(

@@ -21,7 +21,7 @@ def main(_: list[str]) -> None:
         logging.set_verbosity(logging.WARNING)  # Orbax reports each file as information
     try:
         train(CONFIG.value, WORKDIR.value)
-    except (FileNotFoundError, ValueError, RuntimeError, FloatingPointError) as error:
+    except (OSError, ValueError, RuntimeError, FloatingPointError) as error:
         if TRACEBACK.value:
             raise
         sys.exit(f"error: {error} (--traceback shows where)")

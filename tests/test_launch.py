@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -60,6 +61,19 @@ def test_explain_equals_the_golden_tensors(tmp_path):
         np.testing.assert_allclose(ours[f"logits.{g}"], golden[f"logits.{g}[-1]"], atol=1e-4, rtol=1e-4)
     np.testing.assert_allclose(ours["votes.0"].sum(1).mean(0), ours["router_pre_norm"][0], atol=1e-3)
     assert Image.open(tmp_path / "x.png").width > 1000
+
+
+def test_a_published_checkpoint_tells_no_paths(tiny, tokenizer, folder, tmp_path):
+    training = {"phase": "rglf", "init_from": str(tmp_path / "one"), "data": {"path": "jersey?turns=1"}}
+    source = tmp_path / "run"
+    checkpoint.save_config(source, tiny, training, [4, 8, 16])
+    checkpoint.copy_tokenizer(TOKENIZER, source)
+    shutil.copytree(folder / "checkpoints", source / "checkpoints")
+    code, _, error = run("publish", f"--checkpoint={source}", f"--output={tmp_path / 'out'}")
+    assert code == 0, error
+    loaded = checkpoint.load(tmp_path / "out")
+    assert loaded.meta["training"] == training | {"init_from": "one"}
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["checkpoints", "config.json", "tokenizer"]
 
 
 def test_answer(tiny, tokenizer, folder, tmp_path):

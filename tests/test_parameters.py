@@ -115,7 +115,6 @@ SHARDED = """
         text = avg_llava.embed(config, params, batch["text"])
         routing = avg_llava.route(config, params, pyramid, text, batch)
         hidden, _ = avg_llava.language(config, params, avg_llava.assemble(params, pyramid, text, batch["index"]))
-        hidden = sharding.constrain(hidden, ("data", "fsdp"))
         return routing.logits, avg_llava.unembed(config, params, hidden)
 
     def loss(params, pixels, batch):

@@ -230,6 +230,20 @@ def test_too_many_bad_records_stop_a_run(damaged_folder, tokenizer, tiny, tmp_pa
     log.close()
 
 
+def test_a_share_below_the_bound_stops_no_run(damaged_folder, tokenizer, tiny, tmp_path):
+    """What a window left out comes with all of its batches, not with the first; each process reports its part."""
+    (tmp_path / "run").mkdir()
+    log = SkippedLog(tmp_path / "run", max_share=0.5)
+    whole = planned(damaged_folder, tokenizer, tiny, batch_size=16)
+    for number in range(8):  # of a window of 16
+        batch = whole[number]
+        log.add(sum(map(bool, batch["ids"])), batch["skipped"])
+    log.close()
+    halves = [dataclasses.replace(whole, process=process, processes=2) for process in (0, 1)]
+    reported = [one for half in halves for one in half[0]["skipped"]]
+    assert collections.Counter(reported) == collections.Counter(whole[0]["skipped"])
+
+
 def test_large_images_are_bad(llava_folder, tokenizer, tiny):
     (part,) = open_sources(str(llava_folder / "train.json"), str(llava_folder / "images"), max_pixels=500)
     with pytest.raises(BadSample, match="too_large_image"):

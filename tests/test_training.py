@@ -236,6 +236,12 @@ def test_metrics_after_a_checkpoint_are_dropped_on_resume(tmp_path):
     assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1, 2]
 
 
+def test_rows_end_only_where_a_line_does(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes('{"id": "a\u2028b\u0085c"}\n{"id": "é'.encode()[:-1])  # killed inside a character
+    assert read_rows(path) == [{"id": "a\u2028b\u0085c"}]
+
+
 def test_progress_reads_well_in_a_file(tmp_path):
     with open(tmp_path / "log", "w") as file:
         progress = Progress(100, file)

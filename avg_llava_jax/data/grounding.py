@@ -14,7 +14,7 @@ import numpy as np
 
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.data.errors import BadSample
-from avg_llava_jax.data.tiles import best_resolution, grid_of, placement
+from avg_llava_jax.data.tiles import grid_of, placement
 from avg_llava_jax.data.tokenizer import Tokenizer
 
 WORDS = 2
@@ -51,8 +51,8 @@ def patch_centres(size: tuple[int, int], config: ModelConfig) -> np.ndarray:
     cell_x, cell_y = np.meshgrid(steps, steps)
     whole = np.stack([cell_x * width, cell_y * height], axis=-1)
     tiles = [whole.reshape(-1, 2)]
-    left, top, inner_width, inner_height = placement(size, best_resolution(size, config.pinpoints))
     rows, columns = grid_of(size, config)
+    left, top, inner_width, inner_height = placement(size, (columns * side, rows * side)) if rows else (0, 0, 1, 1)
     for row in range(rows):
         for column in range(columns):
             x = ((column + cell_x) * side - left) * width / inner_width

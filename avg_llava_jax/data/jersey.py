@@ -52,6 +52,7 @@ PHRASES = {
     "weather": ("What is the weather?", "How is the sky?", "What is the weather like?"),
     "number": ("What number is the player in {}?", "Which number wears the {} shirt?", "Read the number on {}."),
     "shirt": ("What colour does number {} wear?", "Which shirt has the number {}?", "The shirt of number {}?"),
+    "roster": ("List the players.", "Who is there?", "Name everyone."),
     "left": ("Who stands left of {}?", "Which number is left of {}?", "Left of number {} is who?"),
     "right": ("Who stands right of {}?", "Which number is right of {}?", "Right of number {} is who?"),
 }
@@ -269,12 +270,22 @@ def questions(scene: Scene, rng: random.Random, coarse: bool) -> list[Question]:
     return found
 
 
+def roster(scene: Scene, rng: random.Random) -> Question:
+    """Every player, shirt first or number first: "red 7 blue 3". Teaches to look one up by the other."""
+    pairs = [(player.shirt, str(player.number)) for player in rng.sample(scene.players, len(scene.players))]
+    if rng.random() < 0.5:
+        pairs = [(number, shirt) for shirt, number in pairs]
+    answer = " ".join(word for pair in pairs for word in pair)
+    return Question("near" if scene.near else "fine", rng.choice(PHRASES["roster"]), answer, ("roster",))
+
+
 @dataclasses.dataclass(frozen=True)
 class Jersey:
     """A random-access source of records in the LLaVA form (`id, images, conversations, kind`).
 
     split    train (the model), router (phase two), validation, test: disjoint scenes
-    turns    questions about one picture in a conversation; 1 in the test split
+    turns    questions about one picture in a conversation
+    roster   share of the conversations that instead list the players, shirt and number, in no order
     near     share of pictures with one or two players
     paired   single questions in threes, coarse, fine and near, two of them about the same picture
     """
@@ -285,6 +296,7 @@ class Jersey:
     turns: int = 6
     near: float = 1 / 3
     coarse: float = 0.25
+    roster: float = 0.0
     paired: bool = False
 
     def __post_init__(self) -> None:
@@ -303,7 +315,7 @@ class Jersey:
             name = f"{self.split}-{self.seed}-{index}"
             rng = random.Random(name)
             scene = make_scene(rng, near=rng.random() < self.near)
-            asked = self._turns(scene, rng)
+            asked = [roster(scene, rng)] if rng.random() < self.roster else self._turns(scene, rng)
         turns = []
         for number, question in enumerate(asked):
             turns.append({"from": "human", "value": ("<image>\n" if number == 0 else "") + question.text})

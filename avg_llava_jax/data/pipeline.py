@@ -108,12 +108,12 @@ class PlannedBatches:
 
         visual   int32 (rows, I, G)  visual tokens of each image at each of `granularities`, 0 = no such image
         ids      the samples' ids, "" for an empty row
-        skipped  list of Skipped: what planning left out (of a window, with its first batch, on process 0
-                 alone), and what of these rows turned out to be unreadable
+        skipped  list of Skipped: this process's share of what planning left out, spread evenly over the
+                 batches of a window, and what of these rows turned out to be unreadable
         """
         window = self._window(number // WINDOW)
         members = window.batches[number % WINDOW]
-        skipped = list(window.skipped) if number % WINDOW == 0 and self.process == 0 else []
+        skipped = window.skipped[number % WINDOW :: WINDOW][self.process :: self.processes]
         shape = self._fit(merge([self._shape(member.sample) for member in members] or [self._shape(EMPTY)]))
 
         each = self.batch_size // self.processes

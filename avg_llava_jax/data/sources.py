@@ -166,8 +166,8 @@ def open_source(path: str, images: str = "", max_pixels: int = MAX_PIXELS) -> So
             raise ValueError(f"data.path {path!r}: jersey has no field {key!r}; it has {', '.join(defaults)}")
         kind = type(defaults[key])
         try:
-            given[key] = value == "true" if kind is bool else kind(value)
-        except ValueError:
+            given[key] = {"true": True, "false": False}[value] if kind is bool else kind(value)
+        except (KeyError, ValueError):
             raise ValueError(f"data.path {path!r}: {key}={value!r} is no {kind.__name__}") from None
     return Jersey(**given)
 

@@ -5,7 +5,6 @@ A feedback file is an npz: `ids` (N,), `nll` (N, G) mean nats per answer token, 
 """
 
 import functools
-import math
 import os
 import pathlib
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from avg_llava_jax.config import ModelConfig
-from avg_llava_jax.data.pipeline import PlannedBatches
+from avg_llava_jax.data.pipeline import WINDOW, PlannedBatches
 from avg_llava_jax.models import avg_llava
 from avg_llava_jax.training import losses
 
@@ -55,10 +54,18 @@ def _measure(config: ModelConfig, params: avg_llava.Params, batch: Mapping[str, 
 def measure_all(
     config: ModelConfig, params: avg_llava.Params, batches: PlannedBatches, records: int
 ) -> dict[str, np.ndarray]:
-    """Feedback on the first epoch of `records` records of a pipeline: its answered samples' ids -> nll (G,)."""
+    """Feedback on the first epoch of `records` records of a pipeline: its answered samples' ids -> nll (G,).
+
+    An epoch is surely over at the end of a window of batches; batches that bring nothing new are passed over.
+    """
     found: dict[str, np.ndarray] = {}
-    for number in tqdm(range(math.ceil(records / batches.batch_size)), unit="batch"):
+    windows = -(-records // (WINDOW * batches.batch_size))
+    for number in tqdm(range(windows * WINDOW), unit="batch"):
+        if len(found) == records:
+            break
         batch = batches[number]
+        if found.keys() >= set(filter(None, batch["ids"])):
+            continue
         nll, answered = jax.device_get(
             _measure(config, params, {key: value for key, value in batch.items() if key not in NOT_ARRAYS})
         )

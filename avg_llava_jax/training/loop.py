@@ -33,7 +33,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> None:
     """Run a phase to its end, or on from where it was stopped.
 
     `configs/` says what there is to set. `workdir` becomes a checkpoint folder, with metrics.jsonl,
-    skipped.jsonl, tensorboard/ and plots/.
+    skipped.jsonl, tensorboard/ and plots/; processes after the first log into process_<n>/ below it.
 
     Raises:
       FileNotFoundError, ValueError: a setting or a file is wrong; one line that says which.
@@ -54,7 +54,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> None:
             del params  # the run has them, and gives their memory to its first step
             if run.step < config.steps:
                 _loop(config, workdir, run, manager, batches, termination)
-    curves.training_curves(workdir)
+    if jax.process_index() == 0:
+        curves.training_curves(workdir)
 
 
 def _loop(
@@ -65,9 +66,12 @@ def _loop(
     batches: Batches,
     termination: "_Termination",
 ) -> None:
+    number = jax.process_index()
+    logs = workdir if number == 0 else workdir / f"process_{number}"  # two processes must not write one file
+    logs.mkdir(exist_ok=True)
     with contextlib.ExitStack() as stack:
-        log = stack.enter_context(contextlib.closing(MetricsLog(workdir, run.step)))
-        skipped = stack.enter_context(contextlib.closing(SkippedLog(workdir, config.data.max_skipped_share)))
+        log = stack.enter_context(contextlib.closing(MetricsLog(logs, run.step)))
+        skipped = stack.enter_context(contextlib.closing(SkippedLog(logs, config.data.max_skipped_share)))
         progress = stack.enter_context(contextlib.closing(Progress(config.steps)))
         reporter = _Reporter(config, run, log, progress)
         while run.step < config.steps:
@@ -76,17 +80,17 @@ def _loop(
             skipped.add(sum(map(bool, ids)), batch.pop("skipped"))
             # The device works on this step while the last one is reported.
             reporter.hand_over(run.advance(batch), ids, batch)
-            last = run.step == config.steps or termination.asked
-            if last or run.step % config.checkpoint_every == 0:
+            asked = termination.asked  # read once: the signal may come between saving and leaving
+            if asked or run.step == config.steps or run.step % config.checkpoint_every == 0:
                 reporter.report()  # never save a state whose loss was not looked at
                 run.save(manager, batches)
-            if termination.asked:
+            if asked:
                 break
         reporter.report()
         manager.wait()
         if skipped.reasons:
             progress.say(f"skipped samples: {skipped.summary()}")
-        if termination.asked and run.step < config.steps:
+        if run.step < config.steps:
             progress.say(f"terminated: step {run.step} is saved, the same command goes on from there")
             raise SystemExit(TERMINATED)
 

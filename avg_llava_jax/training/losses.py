@@ -128,7 +128,7 @@ def rank_by_feedback(nll: jax.Array, tie_nats: float) -> tuple[jax.Array, jax.Ar
 
     Within `tie_nats` of the best counts as tied, and ties rank cheapest first. With tie_nats = 0.1:
 
-        nll [0.30, 0.24, 0.25, 0.90, 0.20]  ->  [0.20, 0.20, 0.20, 0.90, 0.20], order [0, 1, 2, 4, 3]
+        nll [0.29, 0.24, 0.25, 0.90, 0.20]  ->  [0.20, 0.20, 0.20, 0.90, 0.20], order [0, 1, 2, 4, 3]
     """
     best = jnp.min(nll)
     level = jnp.where(nll - best <= tie_nats, best, nll)

@@ -22,7 +22,8 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a JSONL file; none where there is no file. A last line that was cut short is left out."""
     rows = []
     if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        # As bytes: a cut may go through a character, and a text's `splitlines` knows more line ends than JSON escapes.
+        for line in path.read_bytes().splitlines():
             try:
                 rows.append(json.loads(line))
             except ValueError:

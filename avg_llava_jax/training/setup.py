@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import ml_collections
+from jax.experimental import multihost_utils
 
 from avg_llava_jax import checkpoint, parameters, sharding
 from avg_llava_jax.config import ModelConfig, from_dict, to_dict
@@ -59,6 +60,7 @@ def begin(config: ml_collections.ConfigDict, workdir: Path, mesh: jax.sharding.M
     if jax.process_index() == 0:
         checkpoint.copy_tokenizer(tokenizer, workdir)
         checkpoint.save_config(workdir, model, config.to_dict(), trained)
+    multihost_utils.sync_global_devices("config.json and tokenizer are written")
     return Start(model, params)
 
 

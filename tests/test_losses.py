@@ -1,0 +1,84 @@
+"""Ranking by feedback against loops over its formulas."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from avg_llava_jax.training import losses
+
+WEIGHTS = {"margin": 0.7, "rank_weight": 1.0, "ce_weight": 0.1}
+
+
+def by_loops(logits: np.ndarray, nll: np.ndarray, margin: float) -> tuple[float, float]:
+    """Rank and cross-entropy parts of a batch, as reference code has them: pairs at distance j, mean over pairs."""
+    rank = ce = 0.0
+    scores = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    for row, cost in zip(scores, nll, strict=True):
+        order = np.argsort(cost, kind="stable")
+        row, cost = row[order], cost[order]
+        for j in range(1, len(row)):
+            pairs = [max(0.0, row[i + j] - row[i] + margin * j * (cost[i + j] - cost[i])) for i in range(len(row) - j)]
+            rank += sum(pairs) / len(pairs) / len(logits)
+        ce -= row[0] / len(logits)
+    return rank, ce
+
+
+@pytest.fixture
+def case():
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(6, 5)).astype(np.float32), rng.uniform(0, 2, (6, 5)).astype(np.float32)
+
+
+def test_rank_loss_is_the_sum_over_pairs(case):
+    logits, nll = case
+    rank, ce = by_loops(logits, nll, WEIGHTS["margin"])
+    loss, metrics = losses.feedback_loss(logits, nll, jnp.ones(6, bool), **WEIGHTS)
+    np.testing.assert_allclose(metrics["rank_loss"], rank, rtol=1e-5)
+    np.testing.assert_allclose(metrics["ce_loss"], ce, rtol=1e-5)
+    np.testing.assert_allclose(loss, rank + 0.1 * ce, rtol=1e-5)
+    chosen, rows = logits.argmax(axis=1), np.arange(6)
+    np.testing.assert_allclose(metrics["regret"], (nll[rows, chosen] - nll.min(axis=1)).mean(), rtol=1e-5)
+    np.testing.assert_allclose(metrics["best_chosen"], (chosen == nll.argmin(axis=1)).mean(), rtol=1e-5)
+
+
+def test_rows_that_do_not_count_may_hold_anything(case):
+    """Neither the loss nor a gradient sees them, be they NaN."""
+    logits, nll = case
+    alone = losses.feedback_loss(logits[:2], nll[:2], jnp.ones(2, bool), **WEIGHTS)
+    spoilt = logits.copy(), nll.copy()
+    for array in spoilt:
+        array[2:] = np.nan
+    valid = jnp.arange(6) < 2
+    loss, metrics = losses.feedback_loss(*spoilt, valid, **WEIGHTS)
+    np.testing.assert_allclose(loss, alone[0], rtol=1e-6)
+    for name, value in metrics.items():
+        np.testing.assert_allclose(value, alone[1][name], rtol=1e-6, err_msg=name)
+    grad = jax.grad(lambda x: losses.feedback_loss(x, spoilt[1], valid, **WEIGHTS)[0])(jnp.asarray(spoilt[0]))
+    assert np.isfinite(grad).all() and not np.asarray(grad[2:]).any() and np.asarray(grad[:2]).any()
+
+    loss, metrics = losses.feedback_loss(*spoilt, jnp.zeros(6, bool), **WEIGHTS)
+    assert loss == 0 and not any(metrics.values())
+
+
+def test_ties_rank_cheapest_first():
+    nll = jnp.array([0.29, 0.24, 0.25, 0.90, 0.20])
+    level, order = losses.rank_by_feedback(nll, 0.1)
+    np.testing.assert_allclose(level, [0.2, 0.2, 0.2, 0.9, 0.2])
+    assert order.tolist() == [0, 1, 2, 4, 3]
+    level, order = losses.rank_by_feedback(nll, 0.0)
+    np.testing.assert_array_equal(level, nll)
+    assert order.tolist() == [4, 1, 2, 0, 3]
+    _, order = losses.rank_by_feedback(jnp.full(5, 0.5), 0.0)
+    assert order.tolist() == [0, 1, 2, 3, 4]  # exactly equal: the cheapest as well
+
+
+def test_within_a_tie_the_router_is_pushed_to_the_cheapest():
+    nll = jnp.array([[0.21, 0.20, 0.22]])
+
+    def best(tie_nats: float) -> int:
+        loss = jax.grad(lambda x: losses.feedback_loss(x, nll, jnp.ones(1, bool), **WEIGHTS, tie_nats=tie_nats)[0])
+        return int(jnp.argmin(loss(jnp.zeros((1, 3)))))
+
+    assert best(0.1) == 0
+    assert best(0.0) == 1
