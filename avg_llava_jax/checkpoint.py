@@ -26,6 +26,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from avg_llava_jax import parameters, released, sharding
 from avg_llava_jax.config import ModelConfig, from_dict, to_dict
 from avg_llava_jax.data.tokenizer import load_tokenizer
+from avg_llava_jax.files import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -79,9 +80,7 @@ def save_config(
         "training": training,
         "granularities_trained": granularities_trained,
     }
-    beside = path.with_suffix(".json.part")
-    beside.write_text(json.dumps(values, indent=2) + "\n")
-    os.replace(beside, path)
+    write_whole(path, json.dumps(values, indent=2) + "\n")
 
 
 def _difference(old: Any, new: Any, where: str) -> str | None:

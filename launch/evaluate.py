@@ -22,23 +22,6 @@ SEED = flags.DEFINE_integer("seed", 0, "Of the random choice.")
 MAX_SKIPPED_SHARE = flags.DEFINE_float("max_skipped_share", 0.05, "Stop where more records cannot be used.", 0.0, 1.0)
 
 
-def same_run(workdir: pathlib.Path, settings: dict[str, Any]) -> None:
-    """Answers in a workdir are gone on with only by the run that they come from."""
-    path = workdir / "evaluation.json"
-    if path.is_file():
-        try:
-            before = json.loads(path.read_text())
-        except ValueError as error:
-            raise ValueError(f"{path} is not valid JSON ({error}): use another --workdir") from None
-        for key, value in settings.items():
-            if before.get(key) != value:
-                raise ValueError(
-                    f"{workdir} holds answers for {key}={before.get(key)!r}, not {value!r}: use another --workdir"
-                )
-    workdir.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(settings, indent=1) + "\n")
-
-
 def table(report: dict[str, Any]) -> str:
     """Accuracy by kind, visual tokens and seconds, a line for each policy."""
     accuracy, tokens = report["accuracy"], report["visual_tokens"]
@@ -56,12 +39,14 @@ def table(report: dict[str, Any]) -> str:
 def main() -> None:
     from avg_llava_jax import evaluation, policies
     from avg_llava_jax.data.sources import open_source
+    from avg_llava_jax.files import same_run, write_whole
 
     workdir = pathlib.Path(WORKDIR.value)
     source = open_source(DATA.value, IMAGES.value)
     model = cli.load_model()
     same_run(
         workdir,
+        "evaluation.json",
         {
             "checkpoint": str(pathlib.Path(cli.CHECKPOINT.value).resolve()),
             "step": model.step,
@@ -74,7 +59,7 @@ def main() -> None:
         model, questions, workdir / "answers.jsonl", MAX_NEW_TOKENS.value, BATCH_SIZE.value, skipped=skipped
     )
     lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in skipped]
-    (workdir / "skipped.jsonl").write_text("".join(lines), encoding="utf-8")
+    write_whole(workdir / "skipped.jsonl", "".join(lines))
     if len(skipped) > MAX_SKIPPED_SHARE.value * len(source):
         raise ValueError(
             f"{len(skipped)} of {len(source)} records cannot be used, the first for {skipped[0]['reason']}: "
@@ -84,7 +69,7 @@ def main() -> None:
     timed = [question for question in questions if question.sample.id in answered]
     seconds = evaluation.seconds_per_answer(model, timed, max_new_tokens=MAX_NEW_TOKENS.value)
     report = policies.report(model.config, records, seconds, seed=SEED.value)
-    (workdir / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    write_whole(workdir / "report.json", json.dumps(report, indent=1) + "\n")
     print(table(report))
     print(f"{report['n']} questions, {len(skipped)} skipped; {workdir / 'report.json'}")
 

@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from avg_llava_jax import evaluation, plots, policies
+from avg_llava_jax import checkpoint, evaluation, plots, policies
 from avg_llava_jax.api import SHIPPED, AvgLlava
 from avg_llava_jax.data.jersey import Jersey
+from avg_llava_jax.data.sources import open_sources
+from avg_llava_jax.files import same_run, write_whole
 from avg_llava_jax.training import feedback, loop, setup
 from configs import jersey
 from launch import cli
@@ -38,24 +40,38 @@ def collect_feedback(model: AvgLlava, config: Any, workdir: pathlib.Path) -> pat
     """Ask the frozen model every question of the router's split at every granularity; kept in `feedback.npz`."""
     path = workdir / "feedback.npz"
     if not path.exists():
-        records = len(setup.open_sources(config.data.path)[0].source)
+        begin = time.perf_counter()
+        records = len(open_sources(config.data.path)[0].source)
         batches = setup.plan_batches(config, model.config, model.tokenizer)
         found = feedback.measure_all(model.config, model.params, batches, records)
         feedback.write(path, model.config, found)
+        _note_seconds(workdir, "feedback", begin)
     return path
 
 
-def train_router(
-    config: Any, stored: pathlib.Path, workdir: pathlib.Path, tie_nats: float | None = None
-) -> tuple[AvgLlava, float]:
-    """RGLF on stored feedback; returns the model with its new router, and the seconds it took."""
+def train_router(config: Any, stored: pathlib.Path, workdir: pathlib.Path, tie_nats: float | None = None) -> AvgLlava:
+    """RGLF on stored feedback; returns the model with its new router."""
     config = config.copy_and_resolve_references()
     config.rglf.feedback = str(stored)
     if tie_nats is not None:
         config.rglf.tie_nats = tie_nats
     begin = time.perf_counter()
+    trained = bool(checkpoint.steps(workdir))
     loop.train(config, workdir)
-    return AvgLlava.load(workdir), time.perf_counter() - begin
+    if not trained:
+        _note_seconds(workdir.parent, workdir.name, begin)
+    return AvgLlava.load(workdir)
+
+
+def _note_seconds(workdir: pathlib.Path, what: str, begin: float) -> None:
+    """Keep how long a part took, for a run that is gone on with."""
+    write_whole(workdir / f"{what}.seconds", f"{time.perf_counter() - begin:.1f}\n")
+
+
+def _seconds(workdir: pathlib.Path, what: str) -> float | None:
+    """None where a part was interrupted."""
+    path = workdir / f"{what}.seconds"
+    return float(path.read_text()) if path.exists() else None
 
 
 def test_questions(model: AvgLlava, count: int = QUESTIONS) -> list[evaluation.Question]:
@@ -131,22 +147,20 @@ def one_scene(model: AvgLlava, path: pathlib.Path) -> pathlib.Path:
 
 def run(workdir: pathlib.Path, config: Any, questions: int = QUESTIONS) -> dict[str, Any]:
     """All of it, with a router trained as `config` says; returns the report. Killed, it goes on where it was."""
-    workdir.mkdir(parents=True, exist_ok=True)
+    same_run(workdir, "quickstart.json", {"config": json.loads(config.to_json_best_effort()), "questions": questions})
     model = AvgLlava.load(config.init_from)
     print(f"1. asking the frozen model at every granularity {model.config.granularities}", flush=True)
-    begin = time.perf_counter()
     stored = collect_feedback(model, config, workdir)
-    asked = time.perf_counter() - begin
-
     print(f"2. training the router (ties within {config.rglf.tie_nats} nats rank cheapest first)", flush=True)
-    adaptive, seconds = train_router(config, stored, workdir / "adaptive")
+    adaptive = train_router(config, stored, workdir / "adaptive")
     print("3. training it again as in the paper (no ties)", flush=True)
-    paper, _ = train_router(config, stored, workdir / "adaptive_paper", tie_nats=0.0)
+    paper = train_router(config, stored, workdir / "adaptive_paper", tie_nats=0.0)
 
     print("4. answering test questions", flush=True)
     report = compare(adaptive, paper, test_questions(adaptive, questions), workdir)
-    report["seconds"]["feedback"], report["seconds"]["router_training"] = asked, seconds
-    (workdir / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    report["seconds"]["feedback"] = _seconds(workdir, "feedback")
+    report["seconds"]["router_training"] = _seconds(workdir, "adaptive")
+    write_whole(workdir / "report.json", json.dumps(report, indent=1) + "\n")
 
     print(table(report))
     print("5. one scene, three questions", flush=True)
