@@ -66,7 +66,7 @@ def get_config(stage: str = "full") -> ConfigDict:
     config.batch_size = 16
     config.checkpoint_every = 100
     config.tokenizer = str(base.ASSETS / "tokenizer")
-    config.data.path = "jersey?roster=0.1&turns=5&near=0.4"
+    config.data.path = "jersey?roster=0.1&turns=5&near=0.4&neighbours=3"
     config.data.shapes = 3
     config.data.workers = 1
     config.optimizer.learning_rate = 1e-3

@@ -6,7 +6,7 @@ Commands import what needs JAX late, so that --help and a mistyped flag are answ
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from absl import app, flags, logging
@@ -21,6 +21,7 @@ CHECKPOINT = flags.DEFINE_string(
 )
 VISION_TOWER = flags.DEFINE_string("vision_tower", None, "The CLIP folder that a released checkpoint names.")
 DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Converts the parameters; default: as stored.")
+MODEL_FLAGS = (CHECKPOINT, VISION_TOWER, DTYPE)
 TRACEBACK = flags.DEFINE_bool("traceback", False, "Where an error happened, not only what it is.")
 
 
@@ -31,23 +32,37 @@ def load_model() -> AvgLlava:
     return AvgLlava.load(CHECKPOINT.value, VISION_TOWER.value, dtype=DTYPE.value)
 
 
-def run(main: Callable[[], None], required: list[str]) -> None:
-    """Run a command. Bad flags and bad input end it with one line and exit code 2."""
+def run(
+    main: Callable[[], None], required: Sequence[str], model_flags: Sequence[flags.FlagHolder] = MODEL_FLAGS
+) -> None:
+    """Run a command. Bad flags and bad input end it with one line and exit code 2.
+
+    required: flags that must be given. model_flags: those of `MODEL_FLAGS` that the command reads; it has no others.
+    """
+    for flag in MODEL_FLAGS:
+        if flag not in model_flags:
+            delattr(flags.FLAGS, flag.name)
+    for flag in (*model_flags, TRACEBACK):  # so that --help shows them beside the command's own
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[flag.name])
 
     def parse(argv: list[str]) -> list[str]:
         try:
             rest = app.parse_flags_with_usage(argv) if {"--help", "--helpfull"} & set(argv) else flags.FLAGS(argv)
-        except flags.Error as error:
-            _fail(error)
+            missing = [name for name in required if not flags.FLAGS[name].value]
+        except AttributeError as error:  # from --config.x=1, where the config has no x
+            _fail(f"the config has no setting {error}")
+        except (flags.Error, OSError) as error:
+            message, _, trace = str(error).partition("Traceback (most recent call last):\n")
+            _fail(message + trace.strip().rpartition("\n")[2])
         if len(rest) > 1:
             _fail(f"unexpected argument {rest[1]!r}; flags are written --name=value")
-        for name in required:
-            if not flags.FLAGS[name].value:
-                _fail(f"--{name} is missing; --help lists all flags")
+        if missing:
+            _fail(f"--{missing[0]} is missing; --help lists all flags")
         return rest
 
     def guarded(_: list[str]) -> None:
-        logging.set_verbosity(logging.WARNING)  # JAX and Orbax report much at INFO
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)  # JAX and Orbax report much at INFO
         try:
             main()
         except (OSError, ValueError, RuntimeError, FloatingPointError) as error:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import random
 from pathlib import Path
@@ -243,8 +244,11 @@ class Question:
     fact: tuple
 
 
-def questions(scene: Scene, rng: random.Random, coarse: bool) -> list[Question]:
-    """Every question of one sort that the scene can answer, shuffled, one phrasing each."""
+def questions(scene: Scene, rng: random.Random, coarse: bool, neighbours: int = 1) -> list[Question]:
+    """The questions of one sort that the scene can answer, shuffled, one phrasing each.
+
+    neighbours: how many of them ask who stands beside somebody, at most.
+    """
     found = []
 
     def add(sort: str, about: object, answer: object, fact: tuple) -> None:
@@ -260,12 +264,12 @@ def questions(scene: Scene, rng: random.Random, coarse: bool) -> list[Question]:
             sort = rng.choice(("number", "shirt"))
             about, answer = (player.shirt, player.number) if sort == "number" else (player.number, player.shirt)
             add(sort, about, answer, fact)
-        for at, (left, right) in enumerate(zip(scene.players, scene.players[1:], strict=False)):
-            if left.row == right.row:
-                if rng.random() < 0.5:
-                    add("left", right.number, left.number, ("pair", at))
-                else:
-                    add("right", left.number, right.number, ("pair", at))
+        pairs = [pair for pair in itertools.pairwise(scene.players) if pair[0].row == pair[1].row]
+        for left, right in rng.sample(pairs, min(neighbours, len(pairs))):
+            if rng.random() < 0.5:
+                add("left", right.number, left.number, ("pair", left))
+            else:
+                add("right", left.number, right.number, ("pair", left))
     rng.shuffle(found)
     return found
 
@@ -285,6 +289,7 @@ class Jersey:
 
     split    train (the model), router (phase two), validation, test: disjoint scenes
     turns    questions about one picture in a conversation
+    neighbours  questions about who stands beside whom, of one picture at most
     roster   share of the conversations that instead list the players, shirt and number, in no order
     near     share of pictures with one or two players
     paired   single questions in threes, coarse, fine and near, two of them about the same picture
@@ -297,6 +302,7 @@ class Jersey:
     near: float = 1 / 3
     coarse: float = 0.25
     roster: float = 0.0
+    neighbours: int = 1
     paired: bool = False
 
     def __post_init__(self) -> None:
@@ -338,10 +344,10 @@ class Jersey:
         near = (three % 2 == 1, False, True)[kind]
         name = f"{self.split}-{self.seed}-{three}-{'near' if near else 'team'}"
         scene = make_scene(random.Random(name), near)
-        return name, questions(scene, random.Random(f"{name}/{kind}"), coarse=kind == 0)[:1], scene
+        return name, questions(scene, random.Random(f"{name}/{kind}"), kind == 0, self.neighbours)[:1], scene
 
     def _turns(self, scene: Scene, rng: random.Random) -> list[Question]:
-        pools = {True: questions(scene, rng, coarse=True), False: questions(scene, rng, coarse=False)}
+        pools = {True: questions(scene, rng, True), False: questions(scene, rng, False, self.neighbours)}
         asked: list[Question] = []
         while len(asked) < self.turns and (pools[True] or pools[False]):
             coarse = bool(pools[True]) and (rng.random() < self.coarse or not pools[False])
