@@ -20,7 +20,6 @@ from typing import Any, NamedTuple, Protocol, Self
 import grain.checkpoint
 import jax
 import orbax.checkpoint as ocp
-from etils import epath
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from avg_llava_jax import parameters, released, sharding
@@ -196,7 +195,7 @@ def _placed(tree: Any) -> Any:
 def _stored(folder: pathlib.Path) -> dict[str, jax.ShapeDtypeStruct] | None:
     """Shapes and dtypes of a saved tree by path, None where they cannot be read."""
     try:
-        tree = ocp.StandardCheckpointHandler().metadata(epath.Path(folder)).tree
+        tree = ocp.StandardCheckpointHandler().metadata(folder).tree
     except (ValueError, OSError, KeyError, AttributeError):
         return None
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: hasattr(node, "shape"))
@@ -209,7 +208,7 @@ def _stored(folder: pathlib.Path) -> dict[str, jax.ShapeDtypeStruct] | None:
 def _read(folder: pathlib.Path, targets: Any) -> Any | None:
     """A saved tree, None where its files are damaged."""
     try:
-        return ocp.StandardCheckpointHandler().restore(epath.Path(folder), args=ocp.args.StandardRestore(targets))
+        return ocp.StandardCheckpointHandler().restore(folder, args=ocp.args.StandardRestore(targets))
     except Exception as error:
         # Orbax raises an unreadable chunk as a bare Exception; others (out of memory, ...) are no damage.
         if type(error) is not Exception and not isinstance(error, (ValueError, OSError, KeyError)):

@@ -26,7 +26,11 @@ TRAINED_IN = {
     "multi_granularity": ("encoder", "connector", "language"),
     "rglf": ("router",),
 }
-"""The components that learn in each phase; a config may freeze more of them."""
+"""The components that learn in each phase; a config may freeze more of them.
+
+Of `language`, grounding gives a gradient to the embeddings alone (the unembedding, where that is not tied to
+them); the layers are merely decayed.
+"""
 
 MESH_AXES: dict[str | None, str | None] = {
     "width": "fsdp",

@@ -1,6 +1,7 @@
 """Stage 1 at 7B, connector pre-training as LLaVA-NeXT: image and caption, the finest granularity, one epoch of 558 k.
 
 `--config.init_from` is a released-layout folder; its encoder and language model stay as they are.
+The checkpoint keeps the `plain` template: give the next stage --config.model.template=vicuna_v1.
 """
 
 from ml_collections import ConfigDict

@@ -50,9 +50,10 @@ STAGES = {
     "router": {
         "phase": "rglf",
         "init_from": str(base.ASSETS / "jersey"),
-        "steps": 300,
+        "steps": 200,
         "batch_size": 32,
-        "data.path": "jersey?split=router&turns=1&coarse=0.34&near=0.5&size=4096",
+        "data.path": "jersey?split=router&turns=1&coarse=0.34&near=0.5&size=2048",
+        "data.shapes": 2,
         "optimizer.weight_decay": 0.0,
     },
     "tiny": {"steps": 20, "batch_size": 8, "checkpoint_every": 10, "data.shapes": 1, "data.workers": 0},

@@ -21,7 +21,7 @@ CHECKPOINT = flags.DEFINE_string(
 )
 VISION_TOWER = flags.DEFINE_string("vision_tower", None, "The CLIP folder that a released checkpoint names.")
 DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Converts the parameters; default: as stored.")
-MODEL_FLAGS = (CHECKPOINT, VISION_TOWER, DTYPE)
+MODEL_FLAGS = tuple(flag.name for flag in (CHECKPOINT, VISION_TOWER, DTYPE))
 TRACEBACK = flags.DEFINE_bool("traceback", False, "Where an error happened, not only what it is.")
 
 
@@ -32,25 +32,23 @@ def load_model() -> AvgLlava:
     return AvgLlava.load(CHECKPOINT.value, VISION_TOWER.value, dtype=DTYPE.value)
 
 
-def run(
-    main: Callable[[], None], required: Sequence[str], model_flags: Sequence[flags.FlagHolder] = MODEL_FLAGS
-) -> None:
+def run(main: Callable[[], None], required: Sequence[str], model_flags: Sequence[str] = MODEL_FLAGS) -> None:
     """Run a command. Bad flags and bad input end it with one line and exit code 2.
 
     required: flags that must be given. model_flags: those of `MODEL_FLAGS` that the command reads; it has no others.
     """
-    for flag in MODEL_FLAGS:
-        if flag not in model_flags:
-            delattr(flags.FLAGS, flag.name)
-    for flag in (*model_flags, TRACEBACK):  # so that --help shows them beside the command's own
-        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[flag.name])
+    for name in set(MODEL_FLAGS) - set(model_flags):
+        delattr(flags.FLAGS, name)
+    for name in (*model_flags, TRACEBACK.name):  # so that --help shows them beside the command's own
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
 
     def parse(argv: list[str]) -> list[str]:
         try:
             rest = app.parse_flags_with_usage(argv) if {"--help", "--helpfull"} & set(argv) else flags.FLAGS(argv)
             missing = [name for name in required if not flags.FLAGS[name].value]
         except AttributeError as error:  # from --config.x=1, where the config has no x
-            _fail(f"the config has no setting {error}")
+            name = str(error).strip("'\"")
+            _fail(f"the config has no setting {name!r}")
         except (flags.Error, OSError) as error:
             message, _, trace = str(error).partition("Traceback (most recent call last):\n")
             _fail(message + trace.strip().rpartition("\n")[2])

@@ -48,4 +48,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, required=["output"], model_flags=[cli.CHECKPOINT])
+    cli.run(main, required=["output"], model_flags=["checkpoint"])

@@ -3,11 +3,13 @@
 import json
 from pathlib import Path
 
+import jax
 import pytest
 from PIL import Image
 
 from avg_llava_jax.config import LanguageConfig, ModelConfig, RouterConfig, ScalerConfig, VisionConfig
 from avg_llava_jax.data.tokenizer import Tokenizer, load_tokenizer
+from avg_llava_jax.models import avg_llava
 from configs import base
 
 TOKENIZER = base.ASSETS / "tokenizer"
@@ -34,6 +36,12 @@ def tiny() -> ModelConfig:
         pinpoints=((16, 32), (32, 16), (32, 32)),
         template="mistral_instruct",
     )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def params(tiny):
+    """Fresh parameters of `tiny`."""
+    return jax.jit(lambda key: avg_llava.init(tiny, key))(jax.random.key(1))
 
 
 @pytest.fixture

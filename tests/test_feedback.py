@@ -1,19 +1,23 @@
-"""Stored feedback: every picture of an epoch is asked about, and what is read is what was written."""
+"""Stored feedback: every picture of an epoch is asked about, what is read is what was written, and it trains alike."""
 
+import dataclasses
+
+import jax
 import numpy as np
 import pytest
 
 from avg_llava_jax.data.pipeline import PlannedBatches
 from avg_llava_jax.data.sources import open_sources
-from avg_llava_jax.training import feedback
+from avg_llava_jax.training import feedback, phases
 from tests.random_model import random_model
 
 
-def test_an_epoch_is_asked_whole(tiny, tokenizer, llava_folder, tmp_path):
+def test_stored_feedback_trains_as_live_does(tiny, tokenizer, llava_folder, tmp_path):
     """24 records are no multiple of a window of batches: later epochs begin before it ends."""
+    model = random_model(tiny, tokenizer)
     parts = open_sources(str(llava_folder / "train.json"), str(llava_folder / "images"))
     batches = PlannedBatches(parts, tokenizer, tiny, tiny.granularities, batch_size=5, shapes=1)
-    found = feedback.measure_all(tiny, random_model(tiny, tokenizer).params, batches, 24)
+    found = feedback.measure_all(tiny, model.params, batches, 24)
     assert set(found) == {f"r{number}" for number in range(24)}
     assert all(row.shape == (3,) and np.isfinite(row).all() for row in found.values())
     feedback.write(tmp_path / "feedback.npz", tiny, found)
@@ -21,6 +25,31 @@ def test_an_epoch_is_asked_whole(tiny, tokenizer, llava_folder, tmp_path):
     assert found.keys() == again.keys()
     assert all((again[name] == row).all() for name, row in found.items())
     assert [path.name for path in tmp_path.glob("feedback*")] == ["feedback.npz"]
+
+    mixed = next(number for number in range(16) if tile_counts(batches[number]) == {0, 3, 8})
+    live = batches[mixed]
+    loss = phases.make_loss("rglf", tiny, tiny.granularities, phases.FeedbackConfig(), remat=False)
+    compiled = jax.jit(lambda batch: loss(model.params, batch, jax.random.key(0)))
+
+    def rglf(batch):
+        return compiled({key: value for key, value in batch.items() if key not in feedback.NOT_ARRAYS})
+
+    value, (count, metrics) = rglf(live)
+    stored, (as_many, others) = rglf(dataclasses.replace(batches, feedback=again)[mixed])
+    np.testing.assert_allclose(stored, value, rtol=1e-5, atol=1e-5)
+    assert count == as_many == (live["first_tile"] >= 0).sum()
+    for name in metrics:
+        np.testing.assert_allclose(others[name], metrics[name], rtol=1e-5, atol=1e-5, err_msg=name)
+
+    unknown = next(row for row in range(5) if (live["first_tile"][row] >= 0).any())
+    del again[live["ids"][unknown]]
+    value, (count, _) = rglf(dataclasses.replace(batches, feedback=again)[mixed])
+    assert np.isfinite(value) and count == as_many - (live["first_tile"][unknown] >= 0).sum()
+
+
+def tile_counts(batch):
+    """How many tiles samples of a batch have; 0 is text alone."""
+    return set((batch["tile_image"] >= 0).sum(axis=1).tolist())
 
 
 def test_feedback_on_another_ladder_is_refused(tiny, tmp_path):

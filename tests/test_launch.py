@@ -114,6 +114,9 @@ def test_evaluate(folder, tmp_path):
         ("explain", ["--prompt=a", "--image=a.png", "--output=nowhere/x.npz"], "its folder does not exist"),
         ("explain", ["--prompt=a"], "--image is missing"),
         ("evaluate", ["--data=nowhere.json", "--workdir=w"], "nowhere.json does not exist"),
+        ("train", ["--config=configs/base.py", "--workdir=w", "--config.depth=3"], "the config has no setting 'depth'"),
+        ("train", ["--config=configs/jersey.py:nope", "--workdir=w"], "configs/jersey.py:nope: choose grounding"),
+        ("train", ["--config=configs/base.py", "--workdir=w", "--checkpoint=x"], "Unknown command line flag"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(module, flags, message):

@@ -1,11 +1,12 @@
-"""Ranking by feedback against loops over its formulas."""
+"""The losses against loops over their formulas."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from avg_llava_jax.training import losses
+from avg_llava_jax.models import avg_llava
+from avg_llava_jax.training import losses, phases
 
 WEIGHTS = {"margin": 0.7, "rank_weight": 1.0, "ce_weight": 0.1}
 
@@ -82,3 +83,35 @@ def test_within_a_tie_the_router_is_pushed_to_the_cheapest():
 
     assert best(0.1) == 0
     assert best(0.0) == 1
+
+
+def test_grounding_is_the_mean_over_words(tiny, params):
+    """Against a loop over the words; where all tokens are equally likely, against log V."""
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (2, 2, 16, 16, 3), dtype=np.uint8)
+    words = np.full((2, 2, 16, 2), -1, np.int32)
+    words[0, 0, 3] = 5, 7  # a patch of two words, one of a single word, and nothing anywhere else
+    words[1, 1, 9, 0] = 11
+    batch = {"pixels": pixels, "patch_words": words}
+    loss = phases.make_loss("grounding", tiny, (16,), phases.FeedbackConfig(), remat=False)
+    both = jax.jit(jax.value_and_grad(lambda p, b: loss(p, b, jax.random.key(0)), has_aux=True))
+
+    (value, (weight, metrics)), grad = both(params, batch)
+    logits = np.asarray(avg_llava.unembed(tiny, params, avg_llava.see(tiny, params, pixels)), np.float64)
+    log_probs = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    by_hand = -(log_probs[0, 0, 3, 5] + log_probs[0, 0, 3, 7] + log_probs[1, 1, 9, 11]) / 3
+    np.testing.assert_allclose(value, by_hand, rtol=1e-5)
+    assert weight == 3 and metrics["patch_nll"] == value == losses.grounding_loss(tiny, params, batch)[0]
+    language = grad["language"]
+    assert language["embed"].any() and not any(leaf.any() for leaf in jax.tree.leaves(language["layers"]))
+    assert all(any(leaf.any() for leaf in jax.tree.leaves(grad[name])) for name in ("encoder", "connector"))
+
+    other = pixels.copy()
+    other[0, 1], other[1, 0] = 255 - other[0, 1], 255 - other[1, 0]  # tiles of which no patch has a word
+    assert both(params, batch | {"pixels": other})[0][0] == value
+
+    blank = params | {"language": params["language"] | {"embed": jnp.zeros_like(language["embed"])}}
+    np.testing.assert_allclose(both(blank, batch)[0][0], np.log(600), rtol=1e-6)
+
+    (value, (weight, _)), grad = both(params, batch | {"patch_words": np.full_like(words, -1)})
+    assert value == weight == 0 and not any(leaf.any() for leaf in jax.tree.leaves(grad))

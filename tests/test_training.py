@@ -71,11 +71,6 @@ def batch(tokenizer, tiny, tmp_path_factory):
     return taken
 
 
-@pytest.fixture(scope="module")
-def params(tiny):
-    return jax.jit(lambda key: avg_llava.init(tiny, key))(jax.random.key(1))
-
-
 def test_train_then_route(tiny, llava_folder, tmp_path):
     """Both phases, from fresh parameters: the loss falls, and only what a phase trains changes."""
     config, one = settings(tiny, llava_folder), tmp_path / "one"
@@ -286,7 +281,7 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_losses(tmp_path):
     second = start(stopped, cache)
     process.send_signal(signal.SIGSTOP)  # so that the first is still there when the second comes
     output, _ = second.communicate()
-    assert second.returncode == 1 and f"is in use by process {process.pid}" in output
+    assert second.returncode == 2 and f"is in use by process {process.pid}" in output
     process.send_signal(signal.SIGCONT)
     process.terminate()
     output, _ = process.communicate()

@@ -287,12 +287,13 @@ def roster(scene: Scene, rng: random.Random) -> Question:
 class Jersey:
     """A random-access source of records in the LLaVA form (`id, images, conversations, kind`).
 
-    split    train (the model), router (phase two), validation, test: disjoint scenes
-    turns    questions about one picture in a conversation
+    split       train (the model), router (phase two), validation, test: disjoint scenes
+    turns       questions about one picture in a conversation
+    near        share of pictures with one or two players
+    coarse      share of coarse questions, as long as there are any
+    roster      share of the conversations that instead list the players, shirt and number, in no order
     neighbours  questions about who stands beside whom, of one picture at most
-    roster   share of the conversations that instead list the players, shirt and number, in no order
-    near     share of pictures with one or two players
-    paired   single questions in threes, coarse, fine and near, two of them about the same picture
+    paired      single questions in threes, coarse, fine and near, two of them about the same picture
     """
 
     split: str = "train"

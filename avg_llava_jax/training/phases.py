@@ -1,6 +1,7 @@
 """The phases: which loss, and which components learn (`parameters.TRAINED_IN`). Nothing else differs.
 
-grounding          patches name what they show; encoder, connector and embeddings learn
+grounding          patches name what they show; encoder, connector and (un)embeddings learn: the layers of the
+                   language model belong to what is trained, but get no gradient, only weight decay
 connector          next-token loss of the answers; the connector learns
 multi_granularity  the same; encoder, connector and language model learn
 rglf               feedback of the frozen model to the router; the router learns
