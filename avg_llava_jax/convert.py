@@ -1,6 +1,6 @@
 """PyTorch folders in, PyTorch folders out: tensor by tensor, and the target appears only when it is whole.
 
-    PyTorch folder --import_folder--> checkpoint of ours --export_released--> PyTorch folder
+    PyTorch folder --import_folder--> checkpoint of ours --export_released, export_transformers--> PyTorch folder
 
 Names, layouts and shapes in both directions are those of the one table in `parameters`.
 """
@@ -10,13 +10,13 @@ import json
 import os
 import pathlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from avg_llava_jax import checkpoint, foreign, layouts, parameters, tensors
+from avg_llava_jax import checkpoint, foreign, layouts, llava_next, parameters, tensors
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.data.tokenizer import load_tokenizer
 
@@ -24,6 +24,7 @@ Folder = str | os.PathLike[str]
 
 GIB = 2**30
 SHARD_SIZE = 5 * GIB
+VOCABULARIES = ("model.embed_tokens.weight", "lm_head.weight")
 
 
 @contextlib.contextmanager
@@ -79,7 +80,9 @@ def import_folder(source: Folder, output: Folder, vision_tower: Folder | None = 
     """
     source = local_folder(source)
     if not foreign.is_foreign(source):
-        raise ValueError(f"{source} is no PyTorch folder that is known here: its model_type is not 'llava_llama'")
+        raise ValueError(
+            f"{source} is no PyTorch folder that is known here: its model_type is none of {foreign.MODEL_TYPES}"
+        )
     with whole(output) as folder:
         loaded = checkpoint.load(source, vision_tower, dtype=dtype)
         checkpoint.save_config(folder, loaded.config, None, loaded.meta["granularities_trained"])
@@ -152,6 +155,32 @@ def export_released(
             exported.save(inside, shard_size, foreign.TOWER)
 
 
+def export_transformers(source: Folder, output: Folder, dtype: Any = None, shard_size: int = SHARD_SIZE) -> None:
+    """Write a checkpoint for `LlavaNextForConditionalGeneration`: the finest granularity, always; no router.
+
+    Needs a token `<image>`. Where the tokenizer has none it becomes the next id, and where the embedding
+    has no row for it, row 0 is there once more: its logit then never exceeds that of token 0.
+    """
+    source = pathlib.Path(source)
+    config, _ = checkpoint.read_config(source)
+    origin = _origin(source)
+    loaded = checkpoint.load(source)
+    tokenizer = load_tokenizer(loaded.tokenizer_folder)
+    image_token = tokenizer.special_tokens.get(llava_next.IMAGE, tokenizer.vocab_size)
+    rows = max(config.language.vocab_size, image_token + 1)
+    exported = Exported(config, loaded.params, source / foreign.UNUSED, dtype, False, rows, llava_next.stored_name)
+    values = llava_next.to_config(config, origin.get("config", {}), image_token, rows)
+    with whole(output) as folder:
+        exported.save(folder, shard_size)
+        tokenizer.save(folder)
+        llava_next.name_image_token(folder, image_token)
+        write_json(folder / "config.json", values | {"dtype": exported.dtype_name})
+        special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+        write_json(folder / "generation_config.json", {key: it for key, it in special.items() if it is not None})
+        write_json(folder / "preprocessor_config.json", llava_next.preprocessor(config))
+        write_json(folder / "processor_config.json", llava_next.processor(config))
+
+
 def write_json(path: pathlib.Path, values: dict[str, Any]) -> None:
     """One JSON object, readable."""
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -166,23 +195,38 @@ def _origin(source: pathlib.Path) -> dict[str, dict[str, Any]]:
 class Exported:
     """A model's tensors as PyTorch names and lays them out, made one at a time."""
 
-    def __init__(self, config: ModelConfig, params: parameters.Params, unused: pathlib.Path, dtype: Any, router: bool):
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: parameters.Params,
+        unused: pathlib.Path,
+        dtype: Any,
+        router: bool,
+        vocabulary: int | None = None,
+        rename: Callable[[str], str] = str,
+    ):
+        """`vocabulary`: rows of the embeddings, None = as they are; `rename`: released name -> name to write."""
         self._patch = config.vision.patch_size
         self._leaves = parameters.flat(params)
         self._parts = parameters.torch_parts(params)
         self._unused = tensors.Tensors(unused.parent, [unused.name]) if unused.is_file() else None
         dtype = np.dtype(dtype) if dtype else None
-        self.tensors: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
-        for name, shape in foreign.torch_shapes(config, router).items():
-            self.tensors[name] = shape, dtype or np.dtype(self._leaves[self._parts[name][0].row.path].dtype)
         model_dtype = dtype or np.dtype(self._leaves["language/embed"].dtype)
         self.dtype_name = str(model_dtype)
+        found: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
+        for name, shape in foreign.torch_shapes(config, router).items():
+            if name in VOCABULARIES:
+                shape = (vocabulary or shape[0], *shape[1:])
+            found[name] = shape, dtype or np.dtype(self._leaves[self._parts[name][0].row.path].dtype)
         for name in self._unused.names if self._unused else ():
             stored = self._unused.dtype(name, counters=True)
             counter = stored in tensors.COUNTERS.values()
-            self.tensors[name] = self._unused.shape(name), stored if counter else dtype or stored
+            found[name] = self._unused.shape(name), stored if counter else dtype or stored
         for name, shape in foreign.idle_shapes(config).items():
-            self.tensors.setdefault(name, (shape, model_dtype))
+            found.setdefault(name, (shape, model_dtype))
+        self._found = found
+        self.tensors = {rename(name): announced for name, announced in found.items()}
+        self._released = {rename(name): name for name in found}
 
     def save(self, folder: pathlib.Path, shard_size: int, prefix: str = "") -> None:
         """Write the tensors whose names begin with `prefix`, without it."""
@@ -191,17 +235,19 @@ class Exported:
 
             def read(name: str) -> np.ndarray:
                 progress.update()
-                return self._read(prefix + name)
+                return self._read(self._released[prefix + name])
 
             tensors.save(folder, chosen, read, shard_size)
 
     def _read(self, name: str) -> np.ndarray:
-        shape, dtype = self.tensors[name]
+        shape, dtype = self._found[name]
         if name in self._parts:
             pieces = []
             for row, layer in self._parts[name]:
                 leaf = self._leaves[row.path] if layer is None else self._leaves[row.path][layer]
                 pieces.append(row.to_torch(np.asarray(leaf), self._patch))
+            if name in VOCABULARIES:
+                pieces += [pieces[0][:1]] * (shape[0] - len(pieces[0]))
             return (pieces[0] if len(pieces) == 1 else np.concatenate(pieces)).astype(dtype, copy=False)
         if self._unused and name in self._unused.names:
             return self._unused.read(name).astype(dtype, copy=False)

@@ -1,4 +1,4 @@
-"""Reads PyTorch checkpoint folders: AVG-LLaVA as released, and LLaVA-NeXT, which has no router.
+"""Reads PyTorch checkpoint folders: AVG-LLaVA as released, and LLaVA-NeXT in its own and in transformers' layout.
 
 Strict: a tensor that the model does not know, one that is missing, a wrong shape, and a config value
 that this model does not have are errors that name it. Tensors are read one at a time, straight to
@@ -10,7 +10,7 @@ import logging
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from tqdm import tqdm
 
-from avg_llava_jax import layouts, parameters, sharding, tensors
+from avg_llava_jax import layouts, llava_next, parameters, sharding, tensors
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.models import avg_llava
 from avg_llava_jax.tensors import Catalog, Tensors, read_json
@@ -30,6 +30,8 @@ Folder = str | os.PathLike[str]
 TOWER = "model.vision_tower.vision_tower."
 TOWER_LAYERS = TOWER + "vision_model.encoder.layers."
 ROUTER = "model.router."
+
+MODEL_TYPES = ("llava_llama", llava_next.MODEL_TYPE)
 
 UNUSED = "unused.safetensors"
 """In a checkpoint folder of ours: the tensors of its source that the model does not run, for export."""
@@ -55,9 +57,19 @@ class Opened(NamedTuple):
 
 
 def is_foreign(folder: Folder) -> bool:
-    """Whether the folder's config.json says `model_type: llava_llama`."""
+    """Whether the folder's config.json names a model type of `MODEL_TYPES`."""
     path = pathlib.Path(folder) / "config.json"
-    return path.is_file() and read_json(path).get("model_type") == "llava_llama"
+    return path.is_file() and read_json(path).get("model_type") in MODEL_TYPES
+
+
+def _is_llava_next(folder: pathlib.Path) -> bool:
+    return read_json(folder / "config.json").get("model_type") == llava_next.MODEL_TYPE
+
+
+def _read_config(folder: pathlib.Path, vision_tower: Folder | None, has_router: bool) -> ModelConfig:
+    if _is_llava_next(folder):
+        return llava_next.read_config(folder)
+    return layouts.read_config(folder, vision_tower, has_router)
 
 
 def inspect(folder: Folder, vision_tower: Folder | None = None) -> Opened:
@@ -66,7 +78,7 @@ def inspect(folder: Folder, vision_tower: Folder | None = None) -> Opened:
     vision_tower = layouts.tower_folder(folder, vision_tower)
     catalog = _catalog(folder, vision_tower)
     has_router = catalog.has(ROUTER)
-    config = layouts.read_config(folder, vision_tower, has_router)
+    config = _read_config(folder, vision_tower, has_router)
     shapes = parameters.abstract(config)
     rows = parameters.describe(shapes)
     if not has_router:
@@ -137,10 +149,12 @@ def match_names(folder: Folder, vision_tower: Folder | None = None) -> tuple[Mod
     vision_tower = layouts.tower_folder(folder, vision_tower)
     index = folder / "model.safetensors.index.json"
     listed = read_json(index).get("weight_map", {}) if index.is_file() else {}
+    if _is_llava_next(folder):
+        listed = {llava_next.released_name(name): file for name, file in listed.items()}
     has_router = any(name.startswith(ROUTER) for name in listed)
     if not listed:
         has_router = "vis_token_granularity" in read_json(folder / "config.json")
-    config = layouts.read_config(folder, vision_tower, has_router)
+    config = _read_config(folder, vision_tower, has_router)
     wanted = torch_shapes(config, has_router)
     if listed:
         inside = any(name.startswith(TOWER) for name in listed)
@@ -220,7 +234,8 @@ def _match(
     """Every tensor of the model is there in its shape, and every tensor that is there is known; those of no use."""
     for name, shape in wanted.items():
         if name not in catalog.names:
-            raise ValueError(f"{folder}: tensor {name!r} is missing")
+            spelled = llava_next.stored_name(name) if _is_llava_next(folder) else name
+            raise ValueError(f"{folder}: tensor {spelled!r} is missing")
         if catalog.shape(name) != shape:
             raise ValueError(f"{catalog.where(name)} has shape {catalog.shape(name)}, its config says {shape}")
         catalog.dtype(name)
@@ -251,6 +266,8 @@ def _ignored(config: ModelConfig) -> Iterator[str]:
 def _catalog(folder: pathlib.Path, vision_tower: Folder | None) -> Catalog:
     """The folder's tensors, and the vision encoder's: those in the checkpoint itself, or in the CLIP folder."""
     own = Tensors(folder)
+    if _is_llava_next(folder):
+        return Catalog({llava_next.released_name(name): (own, name) for name in own.names})
     values = read_json(folder / "config.json")
     inside = own.has(TOWER)
     if inside and (values.get("unfreeze_mm_vision_tower") or vision_tower is None):
@@ -263,5 +280,11 @@ def _catalog(folder: pathlib.Path, vision_tower: Folder | None) -> Catalog:
     tower = Tensors(pathlib.Path(vision_tower))
     return Catalog(
         {name: (own, name) for name in own.names if not name.startswith(TOWER)}
-        | {TOWER + name: (tower, name) for name in tower.names if name.startswith("vision_model.")}
+        | {TOWER + inner: (tower, name) for inner, name in _vision_model(tower.names).items()}
     )
+
+
+def _vision_model(names: Collection[str]) -> dict[str, str]:
+    """A CLIP folder's vision tensors by their full name; files of newer versions lack the `vision_model.` prefix."""
+    prefixed = {name: name for name in names if name.startswith("vision_model.")}
+    return prefixed or {f"vision_model.{name}": name for name in names}

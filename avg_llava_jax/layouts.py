@@ -55,7 +55,7 @@ def read_config(folder: Folder, vision_tower: Folder | None, has_router: bool) -
         )
     ladder = values.get("vis_token_granularity")
     scaler = ScalerConfig() if ladder is None else ScalerConfig(halvings=len(ladder) - 1)
-    language = _language(folder, values)
+    language = llama(folder, values)
     try:
         config = ModelConfig(
             vision=vision,
@@ -107,7 +107,11 @@ def _vision(folder: pathlib.Path, values: dict[str, Any], vision_tower: Folder |
     clip = read_json(path)
     clip = clip.get("vision_config", clip)
     preprocessor = pathlib.Path(vision_tower) / "preprocessor_config.json"
-    colours = read_json(preprocessor) if preprocessor.is_file() else {}
+    return clip_vision(path, clip, read_json(preprocessor) if preprocessor.is_file() else {}, select)
+
+
+def clip_vision(path: pathlib.Path, clip: dict[str, Any], colours: dict[str, Any], select: int) -> VisionConfig:
+    """The encoder behind a CLIPVisionConfig and the colours of its preprocessor; `path` is for errors."""
     default = VisionConfig()
     # The defaults are those of CLIPVisionConfig, whose config.json may leave them out.
     vision = VisionConfig(
@@ -128,7 +132,8 @@ def _vision(folder: pathlib.Path, values: dict[str, Any], vision_tower: Folder |
     return vision
 
 
-def _language(folder: pathlib.Path, values: dict[str, Any]) -> LanguageConfig:
+def llama(folder: pathlib.Path, values: dict[str, Any]) -> LanguageConfig:
+    """The decoder behind a LlamaConfig; `folder` is for errors."""
     # The defaults are those of LlamaConfig, whose config.json may leave them out.
     heads, width = values.get("num_attention_heads", 32), values.get("hidden_size", 4096)
     rope = values.get("rope_parameters") or values.get("rope_scaling")

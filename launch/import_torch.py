@@ -9,7 +9,9 @@ from absl import flags
 
 from launch import cli
 
-SOURCE = flags.DEFINE_string("source", None, "A folder in the released AVG-LLaVA or LLaVA-NeXT layout, or its hub id.")
+SOURCE = flags.DEFINE_string(
+    "source", None, "A folder or hub id: AVG-LLaVA or LLaVA-NeXT as released, or `llava_next`."
+)
 OUTPUT = flags.DEFINE_string("output", None, "The checkpoint folder to make.")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Only match config, keys and shapes.")
 
