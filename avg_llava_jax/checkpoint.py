@@ -22,7 +22,7 @@ import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from avg_llava_jax import parameters, released, sharding
+from avg_llava_jax import foreign, parameters, sharding
 from avg_llava_jax.config import ModelConfig, from_dict, to_dict
 from avg_llava_jax.data.tokenizer import load_tokenizer
 from avg_llava_jax.files import write_whole
@@ -145,8 +145,8 @@ def load(path: Folder, vision_tower: Folder | None = None, mesh: Mesh | None = N
     folder = pathlib.Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(f"checkpoint folder {folder} does not exist")
-    if released.is_released(folder):
-        config, params = released.load(folder, vision_tower, mesh, dtype)
+    if foreign.is_foreign(folder):
+        config, params = foreign.load(folder, vision_tower, mesh, dtype)
         meta = {"step": 0, "training": None, "granularities_trained": list(config.granularities)}
         return Loaded(config, params, folder, meta)
     if vision_tower is not None:

@@ -1,12 +1,12 @@
 """The one table of parameters: for each its sharding, its component, and its name in released checkpoints.
 
-Sharding, learning rates and weight import all read this table, and it is strict: a parameter
+Sharding, learning rates, weight import and export all read this table, and it is strict: a parameter
 that no row covers, or that has another number of axes than its row says, is an error that names it.
 """
 
 import dataclasses
 from collections.abc import Callable, Collection
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -106,6 +106,17 @@ class Row:
             case ["column"]:
                 return tensor[:, 0]
         return tensor
+
+    def to_torch(self, array: Any, patch_size: int) -> Any:
+        """The inverse of `from_torch`; of a `third`, the rows that are its own."""
+        match self.form.split():
+            case ["transposed"] | ["third", _]:
+                return array.T
+            case ["patches"]:
+                return array.reshape(patch_size, patch_size, 3, -1).transpose(3, 2, 0, 1)
+            case ["column"]:
+                return array[:, None]
+        return array
 
 
 CLIP = "model.vision_tower.vision_tower.vision_model"
@@ -218,6 +229,23 @@ def describe(params: Params) -> dict[str, Row]:
             raise ValueError(f"parameter {path!r} has shape {leaf.shape}, its row in the table has axes {row.axes}")
         described[path] = row
     return described
+
+
+class Part(NamedTuple):
+    """A parameter, or one layer of a stack (None = it is no stack), as (part of) a PyTorch tensor."""
+
+    row: Row
+    layer: int | None
+
+
+def torch_parts(params: Params) -> dict[str, list[Part]]:
+    """The parameters behind each PyTorch tensor, by its name; more than one where query, key and value are stacked."""
+    parts: dict[str, list[Part]] = {}
+    leaves = flat(params)
+    for path, row in describe(params).items():
+        for layer in range(leaves[path].shape[0]) if row.layered else (None,):
+            parts.setdefault(row.torch.format(n=layer), []).append(Part(row, layer))
+    return {name: sorted(group, key=lambda part: part.row.form) for name, group in parts.items()}
 
 
 def partition_specs(params: Params) -> Params:

@@ -12,7 +12,7 @@ from typing import Any
 
 from absl import flags
 
-from avg_llava_jax import checkpoint
+from avg_llava_jax import checkpoint, foreign
 from launch import cli
 
 OUTPUT = flags.DEFINE_string("output", None, "The folder to write; one that is there is replaced once all is written.")
@@ -36,6 +36,7 @@ def main() -> None:
         folder = pathlib.Path(beside) / output.name
         checkpoint.save_config(folder, loaded.config, portable(values["training"]), values["granularities_trained"])
         checkpoint.copy_tokenizer(loaded.tokenizer_folder, folder)
+        foreign.keep_unused(source, folder)
         with checkpoint.Manager(folder) as manager:
             manager.save(loaded.meta["step"], loaded.params)
             manager.wait()

@@ -88,7 +88,7 @@ class DecoderLayer(nn.Module):
         q, k = rotate(heads("q", config.heads), *rope), rotate(heads("k", config.kv_heads), *rope)
         v = heads("v", config.kv_heads)
         y = attention(q, k, v, causal=True) if cache is None else attend_cached(q, (k, v), cache, cached)
-        x = x + nn.Dense(config.width, use_bias=False, name="out")(rearrange(y, "b s h d -> b s (h d)"))
+        x = x + nn.Dense(config.width, use_bias=config.attention_bias, name="out")(rearrange(y, "b s h d -> b s (h d)"))
 
         y = nn.RMSNorm(config.norm_eps, name="norm2")(x)
         gate = nn.Dense(config.mlp_width, use_bias=False, name="gate")(y)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import ml_collections
 from jax.experimental import multihost_utils
 
-from avg_llava_jax import checkpoint, parameters, sharding
+from avg_llava_jax import checkpoint, foreign, parameters, sharding
 from avg_llava_jax.config import ModelConfig, from_dict, to_dict
 from avg_llava_jax.data.pipeline import Batches, PlannedBatches
 from avg_llava_jax.data.sources import open_sources
@@ -59,6 +59,8 @@ def begin(config: ml_collections.ConfigDict, workdir: Path, mesh: jax.sharding.M
         trained = list(granularities(config, model))
     if jax.process_index() == 0:
         checkpoint.copy_tokenizer(tokenizer, workdir)
+        if config.init_from:
+            foreign.keep_unused(config.init_from, workdir, config.vision_tower or None)
         checkpoint.save_config(workdir, model, config.to_dict(), trained)
     multihost_utils.sync_global_devices("config.json and tokenizer are written")
     return Start(model, params)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from avg_llava_jax import checkpoint, parameters, released, sharding
+from avg_llava_jax import checkpoint, foreign, parameters, sharding
 from avg_llava_jax.config import ModelConfig
 
 GOLDEN = pathlib.Path(__file__).parent / "data" / "golden"
@@ -47,7 +47,7 @@ def stacked(tensors, name):
 
 def test_every_tensor_arrives(tensors):
     """Spelled out name by name, apart from the table that the reader uses."""
-    config, params = released.load(SOURCE, TOWER)
+    config, params = foreign.load(SOURCE, TOWER)
     t = tensors
     language, router, encoder = params["language"], params["router"], params["encoder"]
     pairs = [
@@ -113,7 +113,7 @@ def test_every_tensor_arrives(tensors):
 
 
 def test_config():
-    config, _ = released.load(SOURCE, TOWER)
+    config, _ = foreign.load(SOURCE, TOWER)
     assert (config.router.attention, config.unpad, config.template) == ("tiles", "released", "vicuna_v1")
     assert config.granularities == (36, 72, 144, 288, 576)
     assert config.pinpoints == ModelConfig().pinpoints
@@ -130,7 +130,7 @@ def test_checkpoint_load_reads_it_too():
 
 def test_onto_a_mesh():
     mesh = sharding.make_mesh({"data": 1, "fsdp": -1, "tensor": 1})
-    _, params = released.load(SOURCE, TOWER, mesh)
+    _, params = foreign.load(SOURCE, TOWER, mesh)
     assert jax.tree.map(lambda leaf: leaf.sharding, params) == sharding.shardings(mesh, params)
 
 
@@ -144,32 +144,32 @@ def test_shards_and_half_precision(folder, tensors):
         save_file({name: np.ascontiguousarray(tensors[name].astype(dtype)) for name in part}, folder / file)
         index |= dict.fromkeys(part, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-    _, params = released.load(folder, TOWER)
+    _, params = foreign.load(folder, TOWER)
     assert params["image_newline"].dtype == jnp.bfloat16
     np.testing.assert_array_equal(params["image_newline"], tensors["model.image_newline"].astype(ml_dtypes.bfloat16))
     (folder / "b.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"b\.safetensors is missing"):
-        released.load(folder, TOWER)
+        foreign.load(folder, TOWER)
 
 
 def test_the_tower_folder_counts_where_the_checkpoint_did_not_train_it(folder, tensors):
     tower = load_file(TOWER / "model.safetensors")["vision_model.embeddings.class_embedding"]
     edit(folder, unfreeze_mm_vision_tower=False)
-    _, params = released.load(folder, TOWER)
+    _, params = foreign.load(folder, TOWER)
     np.testing.assert_array_equal(params["encoder"]["class_token"], tower)
     write(folder, {name: tensor for name, tensor in tensors.items() if not name.startswith(CLIP)})
-    _, params = released.load(folder, TOWER)
+    _, params = foreign.load(folder, TOWER)
     np.testing.assert_array_equal(params["encoder"]["class_token"], tower)
     edit(folder, mm_hidden_size=None)
     with pytest.raises(FileNotFoundError, match="give that CLIP folder as vision_tower"):
-        released.load(folder, None)
+        foreign.load(folder, None)
 
 
 def test_without_a_router_a_fresh_one_is_made(folder, tensors, caplog):
     write(folder, {name: tensor for name, tensor in tensors.items() if not name.startswith("model.router.")})
     edit(folder, vis_token_granularity=None, filtered_text_num=None)
     with caplog.at_level("INFO"):
-        config, params = released.load(folder, TOWER)
+        config, params = foreign.load(folder, TOWER)
     assert "no router" in caplog.text
     assert (config.router.attention, config.unpad) == ("tokens", "exact")
     assert params["router"]["voter"].shape == (1148,)
@@ -185,7 +185,7 @@ def test_tensors_of_no_use_are_known(folder, tensors):
             CLIP + "embeddings.position_ids": np.arange(577),
         },
     )
-    released.load(folder, TOWER)
+    foreign.load(folder, TOWER)
 
 
 def missing(folder, tensors):

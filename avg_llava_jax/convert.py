@@ -1,0 +1,254 @@
+"""PyTorch folders in, PyTorch folders out: tensor by tensor, and the target appears only when it is whole.
+
+    PyTorch folder --import_folder--> checkpoint of ours --export_released, export_transformers--> PyTorch folder
+
+Names, layouts and shapes in both directions are those of the one table in `parameters`.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from avg_llava_jax import checkpoint, foreign, layouts, llava_next, parameters, tensors
+from avg_llava_jax.config import ModelConfig
+from avg_llava_jax.data.tokenizer import load_tokenizer
+
+Folder = str | os.PathLike[str]
+
+GIB = 2**30
+SHARD_SIZE = 5 * GIB
+VOCABULARIES = ("model.embed_tokens.weight", "lm_head.weight")
+
+
+@contextlib.contextmanager
+def whole(output: Folder) -> Iterator[pathlib.Path]:
+    """A folder to fill, which becomes `output` when the block ends well and is gone when it does not.
+
+    Raises:
+      ValueError: there is something at `output` already.
+    """
+    output = pathlib.Path(output).absolute()
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise ValueError(f"{output} is there already: remove it or give another --output")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as beside:
+        folder = pathlib.Path(beside) / output.name
+        folder.mkdir()
+        yield folder
+        folder.replace(output)
+
+
+def local_folder(source: Folder) -> pathlib.Path:
+    """The folder itself, or the download of a hub id such as `liuhaotian/llava-v1.6-vicuna-7b`.
+
+    Raises:
+      FileNotFoundError: neither.
+    """
+    folder = pathlib.Path(source)
+    if folder.is_dir():
+        return folder
+    if len(folder.parts) != 2 or folder.is_absolute():
+        raise FileNotFoundError(f"{source} is no folder, and no hub id (OWNER/NAME)")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        found = snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors", "tokenizer.model", "*.jinja"])
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise FileNotFoundError(f"{source} is no folder here, and the hub says: {error}") from None
+    return pathlib.Path(found)
+
+
+def import_folder(source: Folder, output: Folder, vision_tower: Folder | None = None, dtype: Any = None) -> ModelConfig:
+    """Write a PyTorch folder (or hub id) as a checkpoint folder of ours; returns its config.
+
+    What the model does not run is kept beside the parameters (`foreign.keep_unused`), so that nothing
+    is lost on the way back.
+
+    Args:
+      vision_tower, dtype: as for `checkpoint.load`.
+
+    Raises:
+      FileNotFoundError, ValueError: one line that names the file, key or field.
+    """
+    source = local_folder(source)
+    if not foreign.is_foreign(source):
+        raise ValueError(
+            f"{source} is no PyTorch folder that is known here: its model_type is none of {foreign.MODEL_TYPES}"
+        )
+    with whole(output) as folder:
+        loaded = checkpoint.load(source, vision_tower, dtype=dtype)
+        checkpoint.save_config(folder, loaded.config, None, loaded.meta["granularities_trained"])
+        checkpoint.copy_tokenizer(loaded.tokenizer_folder, folder)
+        foreign.keep_unused(source, folder, vision_tower)
+        with checkpoint.Manager(folder) as manager:
+            manager.save(0, loaded.params)
+            manager.wait()
+        (folder / checkpoint.LOCK).unlink()
+    return loaded.config
+
+
+def dry_run(source: Folder, vision_tower: Folder | None = None) -> str:
+    """Match a PyTorch folder's config and keys, and its shapes as far as weights are there, without reading one."""
+    folder = local_folder(source)
+    if list(folder.glob("*.safetensors")):
+        opened = foreign.inspect(folder, vision_tower)
+        config, count = opened.config, len(opened.catalog.names) - len(opened.unused)
+        found = f"{count} tensors match in name, shape and dtype, {len(opened.unused)} more are kept unread"
+    else:
+        config, count = foreign.match_names(folder, vision_tower)
+        index = (folder / "model.safetensors.index.json").is_file()
+        found = f"{count} tensors " + ("match in name" if index else "are what its config asks for") + ", no weights"
+    sizes = sum(leaf.size for leaf in parameters.flat(parameters.abstract(config)).values())
+    return f"{folder}: {found}; {sizes / 1e9:.3f} G parameters, granularities {list(config.granularities)}"
+
+
+def export_released(
+    source: Folder, output: Folder, dtype: Any = None, shard_size: int = SHARD_SIZE, router: bool = True
+) -> None:
+    """Write a checkpoint as a folder in the released layout, with every file that the released loader reads.
+
+    Its tower is inside (`unfreeze_mm_vision_tower`), and in `vision_tower/` where its config is none of a
+    published CLIP. Layers that the model does not run come from the folder that was imported;
+    where there was none, they are layers that change nothing.
+
+    Args:
+      dtype: of every floating-point tensor; None = as stored.
+      shard_size: largest file, in bytes.
+      router: False leaves it out: a LLaVA-NeXT.
+
+    Raises:
+      ValueError: the released code cannot compute this model; names the field.
+    """
+    source = pathlib.Path(source)
+    config, _ = checkpoint.read_config(source)
+    origin = _origin(source)
+    tower = pathlib.Path(output).absolute() / "vision_tower"
+    values = layouts.released_config(config, origin.get("config", {}), router, str(tower))
+    loaded = checkpoint.load(source)
+    tokenizer = load_tokenizer(loaded.tokenizer_folder)
+    exported = Exported(config, loaded.params, source / foreign.UNUSED, dtype, router)
+    with whole(output) as folder:
+        exported.save(folder, shard_size)
+        tokenizer.save(folder)
+        special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+        special = {key: value for key, value in special.items() if value is not None}
+        values = special | values | {"torch_dtype": exported.dtype_name}
+        write_json(folder / "config.json", values)
+        write_json(
+            folder / "generation_config.json", origin.get("generation_config", {"_from_model_config": True} | special)
+        )
+        preprocessor = origin.get("preprocessor_config", layouts.clip_preprocessor(config.vision))
+        write_json(folder / "preprocessor_config.json", preprocessor)
+        if values["mm_vision_tower"] == str(tower):
+            inside = folder / "vision_tower"
+            inside.mkdir()
+            write_json(inside / "config.json", layouts.clip_config(config.vision))
+            write_json(inside / "preprocessor_config.json", layouts.clip_preprocessor(config.vision))
+            exported.save(inside, shard_size, foreign.TOWER)
+
+
+def export_transformers(source: Folder, output: Folder, dtype: Any = None, shard_size: int = SHARD_SIZE) -> None:
+    """Write a checkpoint for `LlavaNextForConditionalGeneration`: the finest granularity, always; no router.
+
+    Needs a token `<image>`. Where the tokenizer has none it becomes the next id, and where the embedding
+    has no row for it, row 0 is there once more: its logit then never exceeds that of token 0.
+    """
+    source = pathlib.Path(source)
+    config, _ = checkpoint.read_config(source)
+    origin = _origin(source)
+    loaded = checkpoint.load(source)
+    tokenizer = load_tokenizer(loaded.tokenizer_folder)
+    image_token = tokenizer.special_tokens.get(llava_next.IMAGE, tokenizer.vocab_size)
+    rows = max(config.language.vocab_size, image_token + 1)
+    exported = Exported(config, loaded.params, source / foreign.UNUSED, dtype, False, rows, llava_next.stored_name)
+    values = llava_next.to_config(config, origin.get("config", {}), image_token, rows)
+    with whole(output) as folder:
+        exported.save(folder, shard_size)
+        tokenizer.save(folder)
+        llava_next.name_image_token(folder, image_token)
+        write_json(folder / "config.json", values | {"dtype": exported.dtype_name})
+        special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+        write_json(folder / "generation_config.json", {key: it for key, it in special.items() if it is not None})
+        write_json(folder / "preprocessor_config.json", llava_next.preprocessor(config))
+        write_json(folder / "processor_config.json", llava_next.processor(config))
+
+
+def write_json(path: pathlib.Path, values: dict[str, Any]) -> None:
+    """One JSON object, readable."""
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _origin(source: pathlib.Path) -> dict[str, dict[str, Any]]:
+    """The config files that came with the weights, by name; {} for a model that began here."""
+    path = source / foreign.ORIGIN
+    return tensors.read_json(path) if path.is_file() else {}
+
+
+class Exported:
+    """A model's tensors as PyTorch names and lays them out, made one at a time."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: parameters.Params,
+        unused: pathlib.Path,
+        dtype: Any,
+        router: bool,
+        vocabulary: int | None = None,
+        rename: Callable[[str], str] = str,
+    ):
+        """`vocabulary`: rows of the embeddings, None = as they are; `rename`: released name -> name to write."""
+        self._patch = config.vision.patch_size
+        self._leaves = parameters.flat(params)
+        self._parts = parameters.torch_parts(params)
+        self._unused = tensors.Tensors(unused.parent, [unused.name]) if unused.is_file() else None
+        dtype = np.dtype(dtype) if dtype else None
+        model_dtype = dtype or np.dtype(self._leaves["language/embed"].dtype)
+        self.dtype_name = str(model_dtype)
+        found: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
+        for name, shape in foreign.torch_shapes(config, router).items():
+            if name in VOCABULARIES:
+                shape = (vocabulary or shape[0], *shape[1:])
+            found[name] = shape, dtype or np.dtype(self._leaves[self._parts[name][0].row.path].dtype)
+        for name in self._unused.names if self._unused else ():
+            stored = self._unused.dtype(name, counters=True)
+            counter = stored in tensors.COUNTERS.values()
+            found[name] = self._unused.shape(name), stored if counter else dtype or stored
+        for name, shape in foreign.idle_shapes(config).items():
+            found.setdefault(name, (shape, model_dtype))
+        self._found = found
+        self.tensors = {rename(name): announced for name, announced in found.items()}
+        self._released = {rename(name): name for name in found}
+
+    def save(self, folder: pathlib.Path, shard_size: int, prefix: str = "") -> None:
+        """Write the tensors whose names begin with `prefix`, without it."""
+        chosen = {name.removeprefix(prefix): it for name, it in self.tensors.items() if name.startswith(prefix)}
+        with tqdm(total=len(chosen), desc="writing", unit="tensor", leave=False, disable=None) as progress:
+
+            def read(name: str) -> np.ndarray:
+                progress.update()
+                return self._read(self._released[prefix + name])
+
+            tensors.save(folder, chosen, read, shard_size)
+
+    def _read(self, name: str) -> np.ndarray:
+        shape, dtype = self._found[name]
+        if name in self._parts:
+            pieces = []
+            for row, layer in self._parts[name]:
+                leaf = self._leaves[row.path] if layer is None else self._leaves[row.path][layer]
+                pieces.append(row.to_torch(np.asarray(leaf), self._patch))
+            if name in VOCABULARIES:
+                pieces += [pieces[0][:1]] * (shape[0] - len(pieces[0]))
+            return (pieces[0] if len(pieces) == 1 else np.concatenate(pieces)).astype(dtype, copy=False)
+        if self._unused and name in self._unused.names:
+            return self._unused.read(name).astype(dtype, copy=False)
+        return np.full(shape, float("norm" in name and name.endswith(".weight")), dtype)

@@ -1,0 +1,223 @@
+"""The transformers library's `llava_next` layout: its names, its config.json, and its processor's files.
+
+Two kinds of names are read, those of the hub's older files and those of newer versions, and mixtures:
+
+    language_model.model.layers.0...     model.language_model.layers.0...      model.layers.0...
+    language_model.lm_head.weight        lm_head.weight                        lm_head.weight
+    vision_tower.vision_model.X          model.vision_tower.X                  (CLIP).vision_model.X
+    multi_modal_projector.linear_1.bias  model.multi_modal_projector...        model.mm_projector.0.bias
+    image_newline                        model.image_newline                   model.image_newline
+
+The right column is the released layout's, which the parameter table has; (CLIP) stands for
+model.vision_tower.vision_tower. The left one is written: every
+version reads it.
+"""
+
+import json
+import os
+import pathlib
+import re
+from typing import Any
+
+from avg_llava_jax import layouts
+from avg_llava_jax.config import LanguageConfig, ModelConfig
+from avg_llava_jax.tensors import read_json
+
+MODEL_TYPE = "llava_next"
+IMAGE = "<image>"
+
+INWARD = (
+    (r"^model\.(?=language_model\.|vision_tower\.|multi_modal_projector\.|image_newline$)", ""),
+    (r"^language_model\.lm_head\.", "lm_head."),
+    (r"^language_model\.(model\.)?", "model."),
+    (r"^vision_tower\.(vision_model\.)?", "model.vision_tower.vision_tower.vision_model."),
+    (r"^multi_modal_projector\.linear_1\.", "model.mm_projector.0."),
+    (r"^multi_modal_projector\.linear_2\.", "model.mm_projector.2."),
+    (r"^image_newline$", "model.image_newline"),
+)
+OUTWARD = (
+    (r"^lm_head\.", "language_model.lm_head."),
+    (r"^model\.vision_tower\.vision_tower\.", "vision_tower."),
+    (r"^model\.mm_projector\.0\.", "multi_modal_projector.linear_1."),
+    (r"^model\.mm_projector\.2\.", "multi_modal_projector.linear_2."),
+    (r"^model\.image_newline$", "image_newline"),
+    (r"^model\.(?=layers\.|norm\.|embed_tokens\.)", "language_model.model."),
+)
+
+FIXED = {
+    "vision_feature_select_strategy": "default",
+    "projector_hidden_act": "gelu",
+    "multimodal_projector_bias": True,
+}
+TEXT_FIXED = {"hidden_act": "silu", "mlp_bias": False}
+
+# What a text_config may leave out: MistralConfig's defaults, where they are not LlamaConfig's.
+MISTRAL = {
+    "intermediate_size": 14336,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "sliding_window": 4096,
+}
+TEMPLATES = {"llama": "vicuna_v1", "mistral": "mistral_instruct"}
+
+
+def released_name(name: str) -> str:
+    """A tensor's name in the released layout; names of neither layout stay as they are."""
+    for pattern, by in INWARD:
+        name = re.sub(pattern, by, name)
+    return name
+
+
+def stored_name(name: str) -> str:
+    """A released-layout name in this layout."""
+    for pattern, by in OUTWARD:
+        name, changed = re.subn(pattern, by, name)
+        if changed:
+            return name
+    return name
+
+
+def read_config(folder: str | os.PathLike[str]) -> ModelConfig:
+    """The model config behind a llava_next config.json. There is no router yet: this project's defaults hold.
+
+    A Mistral's sliding window is a limit of `max_length`: up to it, attention is the same without it.
+
+    Raises:
+      ValueError: one line that names the field.
+    """
+    folder = pathlib.Path(folder)
+    path = folder / "config.json"
+    values = read_json(path)
+    text, clip = values.get("text_config") or {}, values.get("vision_config") or {}
+    for where, given, fixed in (("", values, FIXED), ("text_config.", text, TEXT_FIXED)):
+        for key, only in fixed.items():
+            if given.get(key, only) != only:
+                raise ValueError(f"{path}: {where}{key}={given[key]!r} is not supported, only {only!r}")
+    kind, tower = text.get("model_type", "llama"), clip.get("model_type", "clip_vision_model")
+    if kind not in TEMPLATES:
+        raise ValueError(f"{path}: text_config.model_type={kind!r} is not supported, only {', '.join(TEMPLATES)}")
+    if tower != "clip_vision_model":
+        raise ValueError(f"{path}: vision_config.model_type={tower!r} is not supported, only clip_vision_model")
+    select = values.get("vision_feature_layer", -2)
+    if not isinstance(select, int):
+        raise ValueError(f"{path}: vision_feature_layer={select!r} is not supported, only one layer")
+    if kind == "mistral":
+        text = MISTRAL | text
+    window = text.get("sliding_window") or text.get("max_position_embeddings", 2048)
+    text = text | {
+        "tie_word_embeddings": text.get("tie_word_embeddings", False) or values.get("tie_word_embeddings", False),
+        "tokenizer_model_max_length": min(window, text.get("max_position_embeddings", 2048)),
+    }
+    preprocessor = folder / "preprocessor_config.json"
+    colours = read_json(preprocessor) if preprocessor.is_file() else {}
+    known = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+    clip = known | {"image_size": 336, "patch_size": 14} | clip
+    pinpoints = values.get("image_grid_pinpoints") or DEFAULT_PINPOINTS
+    try:
+        return ModelConfig(
+            vision=layouts.clip_vision(path, clip, colours, select),
+            language=layouts.llama(folder, text),
+            pinpoints=tuple((int(width), int(height)) for height, width in pinpoints),
+            template=TEMPLATES[kind],
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
+
+
+DEFAULT_PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+"""(height, width), as LlavaNextConfig has them; the other way round than in the released layout and in ours."""
+
+
+def to_config(config: ModelConfig, original: dict[str, Any], image_token: int, vocabulary: int) -> dict[str, Any]:
+    """config.json for the library, the inverse of `read_config`.
+
+    original: the config.json that the weights came with; only one of this layout is used.
+    """
+    if original.get("model_type") != MODEL_TYPE:
+        original = {}
+    language = config.language
+    text = {"model_type": "llama", "bos_token_id": 1, "eos_token_id": 2} | original.get("text_config", {})
+    text |= {
+        "attention_bias": language.attention_bias,
+        "head_dim": language.head_dim,
+        "hidden_size": language.width,
+        "intermediate_size": language.mlp_width,
+        "max_position_embeddings": max(text.get("max_position_embeddings", 0), language.max_length),
+        "num_attention_heads": language.heads,
+        "num_hidden_layers": language.layers,
+        "num_key_value_heads": language.kv_heads,
+        "rms_norm_eps": language.norm_eps,
+        "rope_parameters": _rope(language),
+        "tie_word_embeddings": language.tied_embeddings,
+        "vocab_size": vocabulary,
+    }
+    values = {
+        "architectures": ["LlavaNextForConditionalGeneration"],
+        "model_type": MODEL_TYPE,
+        "image_grid_pinpoints": [[height, width] for width, height in config.pinpoints],
+        "image_seq_length": config.granularities[-1],
+        "image_token_index": image_token,
+        "text_config": {key: value for key, value in text.items() if key not in ("rope_scaling", "rope_theta")},
+        "tie_word_embeddings": language.tied_embeddings,
+        "vision_config": original.get("vision_config", {}) | layouts.clip_config(config.vision),
+        "vision_feature_layer": config.vision.select_layer,
+    }
+    return original | values | FIXED
+
+
+def _rope(language: LanguageConfig) -> dict[str, Any]:
+    scaling = language.rope_scaling
+    values: dict[str, Any] = {"rope_type": "default", "rope_theta": language.rope_theta}
+    if scaling is not None:
+        values |= {"rope_type": scaling.kind, "factor": scaling.factor}
+    if scaling is not None and scaling.kind == "llama3":
+        values |= {
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_max_length,
+        }
+    return values
+
+
+def preprocessor(config: ModelConfig) -> dict[str, Any]:
+    """preprocessor_config.json of a LlavaNextImageProcessor."""
+    return layouts.clip_preprocessor(config.vision) | {
+        "image_processor_type": "LlavaNextImageProcessor",
+        "processor_class": "LlavaNextProcessor",
+        "do_pad": True,
+        "image_grid_pinpoints": [[height, width] for width, height in config.pinpoints],
+    }
+
+
+def processor(config: ModelConfig) -> dict[str, Any]:
+    """processor_config.json of a LlavaNextProcessor."""
+    return {
+        "processor_class": "LlavaNextProcessor",
+        "image_token": IMAGE,
+        "num_additional_image_tokens": 1,
+        "patch_size": config.vision.patch_size,
+        "vision_feature_select_strategy": "default",
+    }
+
+
+def name_image_token(folder: pathlib.Path, token: int) -> None:
+    """Give the tokenizer files in `folder` the special token `<image>` under that id, where they have none."""
+    entry = {
+        "content": IMAGE,
+        "lstrip": False,
+        "normalized": False,
+        "rstrip": False,
+        "single_word": False,
+        "special": True,
+    }
+    path = folder / "tokenizer_config.json"
+    values = read_json(path) if path.is_file() else {}
+    values["added_tokens_decoder"] = values.get("added_tokens_decoder", {}) | {str(token): entry}
+    values |= {"extra_special_tokens": {"image_token": IMAGE}, "processor_class": "LlavaNextProcessor"}
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path = folder / "tokenizer.json"
+    if path.is_file():
+        spec = read_json(path)
+        if all(added["content"] != IMAGE for added in spec["added_tokens"]):
+            spec["added_tokens"].append({"id": token, **entry})
+            path.write_text(json.dumps(spec, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,253 @@
+"""PyTorch folders in and out again: no bit is lost, and what is not whole is not there."""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+
+from avg_llava_jax import checkpoint, convert, foreign, parameters, tensors
+from avg_llava_jax.api import AvgLlava
+from avg_llava_jax.config import LanguageConfig, ModelConfig, RouterConfig
+from avg_llava_jax.training.loop import train
+from tests.conftest import TOKENIZER
+from tests.random_model import random_model
+from tests.test_training import settings
+
+GOLDEN = pathlib.Path(__file__).parent / "data" / "golden"
+SOURCE, TOWER = GOLDEN / "avg-llava-tiny", GOLDEN / "vision_tower"
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("imported") / "checkpoint"
+    convert.import_folder(SOURCE, folder, TOWER)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def as_released(tiny, tokenizer, tmp_path_factory):
+    """A checkpoint that began here, of a model that the released code could run."""
+    config = dataclasses.replace(
+        tiny, router=RouterConfig("tiles", text_tokens=4), unpad="released", template="vicuna_v1"
+    )
+    folder = tmp_path_factory.mktemp("fresh")
+    checkpoint.save_config(folder, config)
+    checkpoint.copy_tokenizer(TOKENIZER, folder)
+    with checkpoint.Manager(folder) as manager:
+        manager.save(1, random_model(config, tokenizer).params)
+    return folder
+
+
+def same_bits(one, other):
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert (tensor.dtype, tensor.shape) == (other[name].dtype, other[name].shape), name
+        assert tensor.tobytes() == other[name].tobytes(), name
+
+
+def read_all(folder):
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def test_table_is_its_own_inverse():
+    config = ModelConfig(language=LanguageConfig(width=64, layers=2, heads=8, kv_heads=4, head_dim=8, mlp_width=32))
+    rng = np.random.default_rng(0)
+    for path, leaf in parameters.flat(parameters.abstract(config)).items():
+        row = parameters.TABLE[path]
+        if leaf.size > 2**22:
+            continue
+        ours = rng.normal(size=leaf.shape[1:] if row.layered else leaf.shape)
+        theirs = row.to_torch(ours, config.vision.patch_size)
+        whole = np.concatenate([theirs] * 3) if row.form.startswith("third") else theirs
+        assert whole.shape == row.torch_shape(leaf.shape, config.vision.patch_size), path
+        np.testing.assert_array_equal(row.from_torch(whole), ours, err_msg=path)
+
+
+def test_released_folder_comes_back_byte_by_byte(imported, tmp_path):
+    convert.export_released(imported, tmp_path / "one")
+    same_bits(load_file(SOURCE / "model.safetensors"), read_all(tmp_path / "one"))
+    before, after = (json.loads((folder / "config.json").read_text()) for folder in (SOURCE, tmp_path / "one"))
+    assert {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)} == {"mm_vision_tower"}
+    for name in ("generation_config.json", "preprocessor_config.json"):
+        assert json.loads((tmp_path / "one" / name).read_text()) == json.loads((SOURCE / name).read_text())
+    for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):
+        assert (tmp_path / "one" / name).read_bytes() == (SOURCE / name).read_bytes()
+    tower = read_all(tmp_path / "one" / "vision_tower")
+    assert tower.keys() == load_file(TOWER / "model.safetensors").keys()
+
+    convert.export_released(imported, tmp_path / "many", shard_size=200_000)
+    same_bits(load_file(SOURCE / "model.safetensors"), read_all(tmp_path / "many"))
+    index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
+    files = sorted(tmp_path.glob("many/model-*.safetensors"))
+    assert set(index["weight_map"].values()) == {file.name for file in files} and len(files) > 2
+    assert all(file.stat().st_size < 300_000 for file in files)
+
+
+def test_half_precision_and_tensors_of_no_use(tmp_path):
+    """bf16, inv_freq and position_ids survive; a tower that lies elsewhere comes inside."""
+    folder = shutil.copytree(SOURCE, tmp_path / "source")
+    weights = {
+        name: tensor.astype(ml_dtypes.bfloat16) for name, tensor in load_file(SOURCE / "model.safetensors").items()
+    }
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.arange(4, dtype=np.float32)
+    weights[foreign.TOWER + "vision_model.embeddings.position_ids"] = np.arange(577)[None]
+    save_file(weights, folder / "model.safetensors")
+    convert.import_folder(folder, tmp_path / "ours", TOWER)
+    convert.export_released(tmp_path / "ours", tmp_path / "back")
+    same_bits(weights, read_all(tmp_path / "back"))
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+    bare = {name: tensor for name, tensor in weights.items() if not name.startswith(foreign.TOWER)}
+    save_file(bare, folder / "model.safetensors")
+    convert.import_folder(folder, tmp_path / "joined", TOWER)
+    convert.export_released(tmp_path / "joined", tmp_path / "whole", dtype="float32")
+    back = read_all(tmp_path / "whole")
+    tower = load_file(TOWER / "model.safetensors")
+    same_bits(tower, {name: back[foreign.TOWER + name] for name in tower})
+    assert back["lm_head.weight"].dtype == np.float32
+    config, _ = foreign.load(tmp_path / "whole")  # finds the tower's config in it
+    assert config.vision.width == 32
+
+
+def test_llava_next_keeps_no_router(tmp_path):
+    folder = shutil.copytree(SOURCE, tmp_path / "source")
+    weights = {k: v for k, v in load_file(SOURCE / "model.safetensors").items() if not k.startswith(foreign.ROUTER)}
+    save_file(weights, folder / "model.safetensors")
+    values = json.loads((folder / "config.json").read_text())
+    kept = {key: value for key, value in values.items() if key not in ("vis_token_granularity", "filtered_text_num")}
+    (folder / "config.json").write_text(json.dumps(kept))
+    convert.import_folder(folder, tmp_path / "ours", TOWER)
+    with pytest.raises(ValueError, match="only router.attention='tiles', this model has 'tokens'; --norouter"):
+        convert.export_released(tmp_path / "ours", tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+    convert.export_released(tmp_path / "ours", tmp_path / "back", router=False)
+    same_bits(weights, read_all(tmp_path / "back"))
+    assert "vis_token_granularity" not in json.loads((tmp_path / "back" / "config.json").read_text())
+
+
+def test_ten_steps_out_and_in(as_released, llava_folder, tiny, tmp_path):
+    """A model of ours, out, in, ten RGLF steps, out, in: the same weights and the same answers."""
+    convert.export_released(as_released, tmp_path / "out")
+    convert.import_folder(tmp_path / "out", tmp_path / "in")
+    config = settings(tiny, llava_folder)
+    config.model.template, config.model.unpad = "vicuna_v1", "released"
+    config.model.router.attention, config.model.router.heads = "tiles", 8
+    config.phase, config.init_from, config.steps = "rglf", str(tmp_path / "in"), 10
+    train(config, tmp_path / "run")
+    convert.export_released(tmp_path / "run", tmp_path / "trained")
+    convert.import_folder(tmp_path / "trained", tmp_path / "again")
+
+    run, again, before = (AvgLlava.load(path) for path in (tmp_path / "run", tmp_path / "again", as_released))
+    assert run.config == again.config == before.config
+    jax.tree.map(np.testing.assert_array_equal, run.params, again.params)
+    assert not np.array_equal(run.params["router"]["voter"], before.params["router"]["voter"])
+    for size in ((40, 20), (20, 40)):
+        image = Image.new("RGB", size, "red")
+        one, other = (model.answer(image, "What?", max_new_tokens=8) for model in (run, again))
+        assert (one.text, one.granularity) == (other.text, other.granularity)
+
+
+def theirs(language, layers, width, mlp):
+    """Names and shapes of a released AVG-LLaVA as PyTorch sees them: models on the meta device, the rest by hand."""
+    import torch
+    from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+
+    clip = CLIPVisionConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        image_size=336,
+        patch_size=14,
+    )
+    llama = LlamaConfig(hidden_size=width, intermediate_size=mlp, num_hidden_layers=layers, **language)
+    with torch.device("meta"):
+        found = {k: tuple(v.shape) for k, v in LlamaForCausalLM(llama).state_dict().items()}
+        for name, tensor in CLIPVisionModel(clip).state_dict().items():
+            found[foreign.TOWER + "vision_model." + name.removeprefix("vision_model.")] = tuple(tensor.shape)
+    merger = "model.router.merger."
+    found |= {"model.image_newline": (width,), "model.router.voter": (1148, 1)}
+    found |= {merger + "self_attn.in_proj_weight": (3 * width, width), merger + "self_attn.in_proj_bias": (3 * width,)}
+    for name, shape in {
+        **dict.fromkeys((merger + "self_attn.out_proj", merger + "linear1", merger + "linear2"), (width, width)),
+        **{"model.router.router.0": (width, width), "model.router.router.2": (5, width)},
+        **{"model.mm_projector.0": (width, 1024), "model.mm_projector.2": (width, width)},
+        **{merger + "norm1": (width,), merger + "norm2": (width,), "model.router.norm": (5,)},
+    }.items():
+        found |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    return {name: shape for name, shape in found.items() if not name.endswith("position_ids")}
+
+
+@pytest.mark.parametrize(("layers", "width", "heads", "mlp"), [(32, 4096, 32, 11008), (40, 5120, 40, 13824)])
+def test_dry_run_at_true_sizes(tmp_path, layers, width, heads, mlp):
+    """7B and 13B: files with headers and holes; then no files but the index; then the config alone."""
+    found = theirs({"num_attention_heads": heads, "vocab_size": 32000}, layers, width, mlp)
+    values = json.loads((SOURCE / "config.json").read_text()) | {
+        "hidden_size": width,
+        "intermediate_size": mlp,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "vocab_size": 32000,
+        "mm_hidden_size": 1024,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    used = len(found) - 16 - 2  # less CLIP's last layer and last norm
+    assert f"{used} tensors are what its config asks for" in convert.dry_run(tmp_path)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(found, "model-00001-of-00001.safetensors")}))
+    assert f"{used} tensors match in name" in convert.dry_run(tmp_path)
+    index.write_text(json.dumps({"weight_map": dict.fromkeys([*found, "model.extra"], "x")}))
+    with pytest.raises(ValueError, match="'model.extra' is unknown"):
+        convert.dry_run(tmp_path)
+    index.unlink()
+
+    half = np.dtype(ml_dtypes.bfloat16)
+    header, at = {}, 0
+    for name, shape in found.items():
+        size = int(np.prod(shape)) * half.itemsize
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header).encode()
+    with open(tmp_path / "model.safetensors", "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + at)
+    assert f"{used} tensors match in name, shape and dtype, 18 more" in convert.dry_run(tmp_path)
+
+
+def test_what_is_not_whole_is_not_there(imported, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tensors, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        convert.export_released(imported, tmp_path / "out")
+    with pytest.raises(OSError, match="No space left"):
+        convert.import_folder(SOURCE, tmp_path / "in", TOWER)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").touch()
+    with pytest.raises(ValueError, match="is there already"):
+        convert.export_released(imported, tmp_path / "out")
+
+
+def test_sources_that_are_none(tmp_path, imported):
+    with pytest.raises(FileNotFoundError, match="is no folder, and no hub id"):
+        convert.import_folder(tmp_path / "nowhere", tmp_path / "out")
+    with pytest.raises(ValueError, match="its model_type is none of"):
+        convert.import_folder(imported, tmp_path / "out")
+
+
+def test_published_and_trained_checkpoints_keep_the_way_back(imported, tmp_path):
+    foreign.keep_unused(imported, tmp_path)
+    same_bits(load_file(imported / foreign.UNUSED), load_file(tmp_path / foreign.UNUSED))
+    assert (tmp_path / foreign.ORIGIN).read_bytes() == (imported / foreign.ORIGIN).read_bytes()
+    assert jnp.float32 == checkpoint.load(imported).params["image_newline"].dtype
