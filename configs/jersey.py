@@ -50,7 +50,7 @@ STAGES = {
     "router": {
         "phase": "rglf",
         "init_from": str(base.ASSETS / "jersey"),
-        "steps": 120,
+        "steps": 200,
         "batch_size": 32,
         "data.path": "jersey?split=router&turns=1&coarse=0.34&near=0.5&size=2048",
         "data.shapes": 2,
