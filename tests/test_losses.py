@@ -101,7 +101,9 @@ def test_grounding_is_the_mean_over_words(tiny, params):
     log_probs = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
     by_hand = -(log_probs[0, 0, 3, 5] + log_probs[0, 0, 3, 7] + log_probs[1, 1, 9, 11]) / 3
     np.testing.assert_allclose(value, by_hand, rtol=1e-5)
-    assert weight == 3 and metrics["patch_nll"] == value == losses.grounding_loss(tiny, params, batch)[0]
+    assert weight == 3 and metrics["patch_nll"] == value
+    direct, _ = losses.grounding_loss(tiny, params, batch)  # not compiled, so equal but for the last bit
+    np.testing.assert_allclose(value, direct, rtol=1e-6)
     language = grad["language"]
     assert language["embed"].any() and not any(leaf.any() for leaf in jax.tree.leaves(language["layers"]))
     assert all(any(leaf.any() for leaf in jax.tree.leaves(grad[name])) for name in ("encoder", "connector"))
