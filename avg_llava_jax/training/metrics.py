@@ -2,7 +2,6 @@
 
 import collections
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from typing import Any, TextIO
 import tensorboardX
 
 from avg_llava_jax.data.pipeline import Skipped
+from avg_llava_jax.files import write_whole
 
 METRICS, SKIPPED, TENSORBOARD = "metrics.jsonl", "skipped.jsonl", "tensorboard"
 FEW = 100
@@ -33,9 +33,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 def _rewrite(path: Path, rows: list[dict[str, Any]]) -> TextIO:
     """Replace a JSONL file by these rows, whole or not at all, and open it to append."""
-    beside = path.with_suffix(".part")
-    beside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    os.replace(beside, path)
+    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return open(path, "a", encoding="utf-8", buffering=1)
 
 
