@@ -98,10 +98,14 @@ def language_loss(
 def grounding_loss(config: ModelConfig, params: avg_llava.Params, batch: Batch, remat: bool = False):
     """Each patch names what it shows: cross-entropy of its words, read straight through the unembedding.
 
+    Scores are sharpened by sqrt(D), so that features come out about as long as the embeddings that they are
+    read by: the router attends to both, and would not notice the shorter ones.
+
     batch["patch_words"]: int (B, T, P, words) token ids, -1 = none; a patch's words share its probability.
     """
     features = avg_llava.see(config, params, batch["pixels"], remat)
-    log_probs = jax.nn.log_softmax(avg_llava.unembed(config, params, features))
+    scores = avg_llava.unembed(config, params, features) * config.language.width**0.5
+    log_probs = jax.nn.log_softmax(scores)
     words = batch["patch_words"]
     nll = -jnp.take_along_axis(log_probs, jnp.maximum(words, 0), axis=-1)
     loss = jnp.sum(jnp.where(words >= 0, nll, 0.0)) / jnp.maximum(jnp.sum(words >= 0), 1)
