@@ -5,7 +5,7 @@
     checkpoints/<step>/      Orbax: params, optimizer, data (position of the data pipeline), meta (JSON)
 
 A training workdir is such a folder; one to ship holds only `params` and `meta`. Readers take the
-newest step. `load` reads folders in the released PyTorch layout as well.
+newest step. `load` reads PyTorch folders as well, see `foreign`.
 """
 
 import dataclasses
@@ -127,16 +127,19 @@ def steps(folder: Folder) -> list[int]:
     return sorted(int(entry.name) for entry in root.iterdir() if entry.name.isdecimal() and (entry / "params").is_dir())
 
 
-def load(path: Folder, vision_tower: Folder | None = None, mesh: Mesh | None = None, dtype: Any = None) -> Loaded:
-    """Load a model from a checkpoint folder of ours (its newest readable step) or from a released-layout folder.
+def load(
+    path: Folder, vision_tower: Folder | None = None, mesh: Mesh | None = None, dtype: Any = None, seed: int = 0
+) -> Loaded:
+    """Load a model from a checkpoint folder of ours (its newest readable step) or from a PyTorch folder.
 
     Shapes first, then shardings, then every device reads its own part.
 
     Args:
       path: the folder.
-      vision_tower: for a released-layout folder, the CLIP folder that its config names.
+      vision_tower: for a PyTorch folder, the CLIP folder that its config names, or that a Llama is to be joined with.
       mesh: where the parameters go; None = the first device.
       dtype: of the parameters; None = as stored.
+      seed: of the parameters that a PyTorch folder lacks.
 
     Raises:
       FileNotFoundError: no such folder, or no complete step in it.
@@ -146,8 +149,8 @@ def load(path: Folder, vision_tower: Folder | None = None, mesh: Mesh | None = N
     if not folder.is_dir():
         raise FileNotFoundError(f"checkpoint folder {folder} does not exist")
     if foreign.is_foreign(folder):
-        config, params = foreign.load(folder, vision_tower, mesh, dtype)
-        meta = {"step": 0, "training": None, "granularities_trained": list(config.granularities)}
+        config, params, trained = foreign.load(folder, vision_tower, mesh, dtype, seed)
+        meta = {"step": 0, "training": None, "granularities_trained": trained}
         return Loaded(config, params, folder, meta)
     if vision_tower is not None:
         raise ValueError(f"{folder} is a checkpoint of this project and holds its vision encoder: drop vision_tower")
