@@ -262,11 +262,14 @@ class Manager:
     Only one process (or one group of `jax.distributed` processes) may hold a workdir. Use it as a
     context manager: leaving it waits for the last save and lets the workdir go.
 
+    at_once: GB (10^9 bytes) of parameters that are encoded and written at the same time, which takes as much memory
+        besides; more than the largest parameter. None = all of them.
+
     Raises:
       RuntimeError: another process holds the workdir.
     """
 
-    def __init__(self, workdir: Folder, keep: int = 2):
+    def __init__(self, workdir: Folder, keep: int = 2, at_once: int | None = None):
         self.folder = pathlib.Path(workdir).resolve()
         (self.folder / STEPS).mkdir(parents=True, exist_ok=True)
         self._lock = _lock(self.folder) if jax.process_index() == 0 else None
@@ -275,7 +278,12 @@ class Manager:
             for unfinished in (self.folder / STEPS).glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(unfinished, ignore_errors=True)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep)
-        self._manager = ocp.CheckpointManager(self.folder / STEPS, options=options)
+        handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
+        if at_once is not None:
+            limited = ocp.StandardCheckpointHandler(save_concurrent_gb=at_once)
+            handlers.add("params", ocp.args.StandardSave, limited)
+            handlers.add("params", ocp.args.StandardRestore, limited)
+        self._manager = ocp.CheckpointManager(self.folder / STEPS, options=options, handler_registry=handlers)
         self._last: int | None = None  # may still be on its way to the disk
 
     def __enter__(self) -> Self:

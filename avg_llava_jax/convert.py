@@ -99,7 +99,8 @@ def import_folder(
         checkpoint.save_config(folder, loaded.config, None, loaded.meta["granularities_trained"])
         checkpoint.copy_tokenizer(loaded.tokenizer_folder, folder)
         foreign.keep_unused(source, folder, vision_tower)
-        with checkpoint.Manager(folder) as manager:
+        largest = max(leaf.nbytes for leaf in parameters.flat(loaded.params).values())
+        with checkpoint.Manager(folder, at_once=1 + largest // 10**9) as manager:
             manager.save(0, loaded.params)
             manager.wait()
         (folder / checkpoint.LOCK).unlink()

@@ -161,7 +161,8 @@ def load(
 
     leaves = {}
     for path, row in tqdm(rows.items(), desc="reading", unit="parameter", leave=False, disable=None):
-        leaves[path] = _place(catalog, row, shapes[path].shape, place(path), dtype)
+        # Waiting lets go of what the parameter was put together in before the next one is.
+        leaves[path] = _place(catalog, row, shapes[path].shape, place(path), dtype).block_until_ready()
     lacking = {path: place(path) for path in shapes.keys() - rows.keys()}
     if lacking:
         leaves |= _fresh(config, lacking, dtype or leaves["language/embed"].dtype, seed)
