@@ -37,6 +37,12 @@ FIXED = {
 }
 """The same of a released config.json."""
 
+COUNTS = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "vocab_size", "image_size", "patch_size"),
+)
+"""Config fields of encoder and decoder that are positive integers."""
+
 # What a MistralConfig may leave out, where its defaults are not LlamaConfig's.
 MISTRAL = {
     "intermediate_size": 14336,
@@ -93,6 +99,13 @@ def check_fixed(path: pathlib.Path, values: dict[str, Any], fixed: dict[str, Any
             raise ValueError(f"{path}: {inside}{key}={values[key]!r} is not supported, only {only!r}")
 
 
+def _check_counts(path: pathlib.Path, values: dict[str, Any]) -> None:
+    for key in COUNTS:
+        value = values.get(key)
+        if value is not None and (type(value) is not int or value < 1):
+            raise ValueError(f"{path}: {key}={value!r} is no positive number")
+
+
 def _pinpoints(folder: pathlib.Path, values: dict[str, Any]) -> tuple[tuple[int, int], ...]:
     """`image_grid_pinpoints`, a string that holds a list of [width, height]."""
     given = values.get("image_grid_pinpoints")
@@ -133,6 +146,7 @@ def read_tower(vision_tower: Folder, select: int) -> VisionConfig:
 def clip_vision(path: pathlib.Path, clip: dict[str, Any], colours: dict[str, Any], select: int) -> VisionConfig:
     """The encoder behind a CLIPVisionConfig and the colours of its preprocessor; `path` is for errors."""
     default = VisionConfig()
+    _check_counts(path, clip)
     # The defaults are those of CLIPVisionConfig, whose config.json may leave them out.
     vision = VisionConfig(
         image_size=clip.get("image_size", 224),
@@ -157,6 +171,7 @@ def llama(folder: pathlib.Path, values: dict[str, Any]) -> LanguageConfig:
 
     A Mistral's sliding window is a limit of `max_length`: up to it, attention is the same without it.
     """
+    _check_counts(pathlib.Path(folder) / "config.json", values)
     if values.get("model_type", "").endswith("mistral"):
         values = MISTRAL | values
     limit = values.get("tokenizer_model_max_length") or values.get("max_position_embeddings", 2048)

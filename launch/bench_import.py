@@ -52,12 +52,6 @@ def write_source(folder: pathlib.Path) -> None:
         (folder / path.name).write_bytes(path.read_bytes())
 
 
-def peak_of(*command: str) -> float:
-    """Run `python -m ...`; the peak of resident memory, in bytes, of the largest process run so."""
-    subprocess.run([sys.executable, "-m", *command], check=True)
-    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024  # Linux counts in KiB
-
-
 def main() -> None:
     with tempfile.TemporaryDirectory(dir=FOLDER.value) as beside:
         source, output = pathlib.Path(beside) / "source", pathlib.Path(beside) / "output"
@@ -65,14 +59,14 @@ def main() -> None:
         write_source(source)
         shards = [path.stat().st_size for path in source.glob("*.safetensors")]
         print(f"{len(shards)} shards, {sum(shards) / 1e9:.2f} GB, the largest {max(shards) / 1e9:.2f} GB", flush=True)
-        command = ("launch.import_torch", f"--source={source}", f"--output={output}")
-        without = peak_of(*command, "--dry_run")
         begin = time.perf_counter()
-        peak = peak_of(*command)
+        module = "launch.import_torch"
+        subprocess.run([sys.executable, "-m", module, f"--source={source}", f"--output={output}"], check=True)
         took = time.perf_counter() - begin
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024  # Linux counts in KiB
     limit = 1.3 * max(shards) + sum(shards)
-    print(f"imported in {took:.0f} s; without a weight read the process takes {without / 1e9:.2f} GB")
-    print(f"peak {peak / 1e9:.2f} GB, limit {limit / 1e9:.2f} GB: {'within' if peak <= limit else 'OVER'}")
+    verdict = "within" if peak <= limit else "over"
+    print(f"imported in {took:.0f} s; peak {peak / 1e9:.2f} GB, {verdict} the limit of {limit / 1e9:.2f} GB")
 
 
 if __name__ == "__main__":

@@ -264,6 +264,8 @@ def test_damaged_weights(folder, tensors, spoil, message):
         ({"image_grid_pinpoints": "[[336"}, "image_grid_pinpoints="),
         ({"image_grid_pinpoints": [[300, 672]]}, "no multiple of the tile side 336"),
         ({"vis_token_granularity": [36, 144, 576]}, "vis_token_granularity="),
+        ({"num_attention_heads": 0}, "config.json: num_attention_heads=0 is no positive number"),
+        ({"hidden_size": "64"}, "config.json: hidden_size='64' is no positive number"),
         ({"rope_scaling": {"type": "yarn", "factor": 2}}, "rope scaling 'yarn' is not supported"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2}}, "rope scaling 'llama3' lacks"),
         ({"intermediate_size": 99}, r"down_proj.weight' has shape \(64, 160\), its config says \(64, 99\)"),
