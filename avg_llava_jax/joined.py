@@ -30,7 +30,8 @@ def read_config(folder: layouts.Folder, vision_tower: layouts.Folder) -> ModelCo
     path = pathlib.Path(folder) / "config.json"
     values = read_json(path)
     layouts.check_fixed(path, values, layouts.LANGUAGE_FIXED)
-    vision = layouts.read_tower(vision_tower, SELECT_LAYER)
+    vision, language = layouts.read_tower(vision_tower, SELECT_LAYER), layouts.llama(folder, values)
+    template = _template(folder, values)
     most = ScalerConfig().halvings
     halvings = max(n for n in range(most + 1) if vision.grid % ScalerConfig(n).divisor == 0)
     if halvings == 0:
@@ -39,9 +40,9 @@ def read_config(folder: layouts.Folder, vision_tower: layouts.Folder) -> ModelCo
         return ModelConfig(
             vision=vision,
             scaler=ScalerConfig(halvings),
-            language=layouts.llama(folder, values),
+            language=language,
             pinpoints=tuple((columns * vision.image_size, rows * vision.image_size) for columns, rows in PINPOINTS),
-            template=_template(folder, values),
+            template=template,
         )
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from avg_llava_jax import checkpoint, foreign, parameters, sharding
+from avg_llava_jax import checkpoint, foreign, layouts, parameters, sharding
 from avg_llava_jax.config import ModelConfig
 
 GOLDEN = pathlib.Path(__file__).parent / "data" / "golden"
@@ -119,6 +119,12 @@ def test_config():
     assert config.pinpoints == ModelConfig().pinpoints
     assert (config.vision.heads, config.vision.mlp_width) == (4, 64)  # from the tower's config
     assert (config.language.layers, config.language.max_length) == (2, 4096)
+
+
+def test_released_mistral(folder):
+    edit(folder, model_type="llava_mistral", sliding_window=1024, num_key_value_heads=2)
+    config = layouts.read_config(folder, TOWER, has_router=True)
+    assert (config.template, config.language.max_length, config.language.kv_heads) == ("mistral_instruct", 1024, 2)
 
 
 def test_checkpoint_load_reads_it_too():

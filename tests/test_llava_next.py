@@ -22,7 +22,7 @@ from avg_llava_jax.data.tiles import grid_of, make_tiles
 from avg_llava_jax.models import avg_llava
 from avg_llava_jax.models.encoder import normalise
 from tests.conftest import TOKENIZER
-from tests.test_convert import SOURCE
+from tests.test_convert import SOURCE, TOWER
 
 IMAGE_TOKEN = 1000
 IDS = [1, 17, 300, -1, 45, 499, 2]  # -1: the image
@@ -198,3 +198,5 @@ def test_configs_that_do_not_fit(theirs, tmp_path):
         with pytest.raises(ValueError, match=message) as error:
             foreign.load(other)
         assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="is a llava_next and holds its vision encoder: drop vision_tower"):
+        foreign.load(folder, TOWER)
