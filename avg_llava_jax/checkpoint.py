@@ -5,7 +5,7 @@
     checkpoints/<step>/      Orbax: params, optimizer, data (position of the data pipeline), meta (JSON)
 
 A training workdir is such a folder; one to ship holds only `params` and `meta`. Readers take the
-newest step. `load` reads folders in the released PyTorch layout as well.
+newest step. `load` reads PyTorch folders as well, see `foreign`.
 """
 
 import dataclasses
@@ -127,16 +127,19 @@ def steps(folder: Folder) -> list[int]:
     return sorted(int(entry.name) for entry in root.iterdir() if entry.name.isdecimal() and (entry / "params").is_dir())
 
 
-def load(path: Folder, vision_tower: Folder | None = None, mesh: Mesh | None = None, dtype: Any = None) -> Loaded:
-    """Load a model from a checkpoint folder of ours (its newest readable step) or from a released-layout folder.
+def load(
+    path: Folder, vision_tower: Folder | None = None, mesh: Mesh | None = None, dtype: Any = None, seed: int = 0
+) -> Loaded:
+    """Load a model from a checkpoint folder of ours (its newest readable step) or from a PyTorch folder.
 
     Shapes first, then shardings, then every device reads its own part.
 
     Args:
       path: the folder.
-      vision_tower: for a released-layout folder, the CLIP folder that its config names.
+      vision_tower: for a PyTorch folder, the CLIP folder that its config names, or that a Llama is to be joined with.
       mesh: where the parameters go; None = the first device.
       dtype: of the parameters; None = as stored.
+      seed: of the parameters that a PyTorch folder lacks.
 
     Raises:
       FileNotFoundError: no such folder, or no complete step in it.
@@ -146,8 +149,8 @@ def load(path: Folder, vision_tower: Folder | None = None, mesh: Mesh | None = N
     if not folder.is_dir():
         raise FileNotFoundError(f"checkpoint folder {folder} does not exist")
     if foreign.is_foreign(folder):
-        config, params = foreign.load(folder, vision_tower, mesh, dtype)
-        meta = {"step": 0, "training": None, "granularities_trained": list(config.granularities)}
+        config, params, trained = foreign.load(folder, vision_tower, mesh, dtype, seed)
+        meta = {"step": 0, "training": None, "granularities_trained": trained}
         return Loaded(config, params, folder, meta)
     if vision_tower is not None:
         raise ValueError(f"{folder} is a checkpoint of this project and holds its vision encoder: drop vision_tower")
@@ -259,11 +262,14 @@ class Manager:
     Only one process (or one group of `jax.distributed` processes) may hold a workdir. Use it as a
     context manager: leaving it waits for the last save and lets the workdir go.
 
+    at_once: GB (10^9 bytes) of parameters that are encoded and written at the same time, which takes as much memory
+        besides; more than the largest parameter. None = all of them.
+
     Raises:
       RuntimeError: another process holds the workdir.
     """
 
-    def __init__(self, workdir: Folder, keep: int = 2):
+    def __init__(self, workdir: Folder, keep: int = 2, at_once: int | None = None):
         self.folder = pathlib.Path(workdir).resolve()
         (self.folder / STEPS).mkdir(parents=True, exist_ok=True)
         self._lock = _lock(self.folder) if jax.process_index() == 0 else None
@@ -272,7 +278,12 @@ class Manager:
             for unfinished in (self.folder / STEPS).glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(unfinished, ignore_errors=True)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep)
-        self._manager = ocp.CheckpointManager(self.folder / STEPS, options=options)
+        handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
+        if at_once is not None:
+            limited = ocp.StandardCheckpointHandler(save_concurrent_gb=at_once)
+            handlers.add("params", ocp.args.StandardSave, limited)
+            handlers.add("params", ocp.args.StandardRestore, limited)
+        self._manager = ocp.CheckpointManager(self.folder / STEPS, options=options, handler_registry=handlers)
         self._last: int | None = None  # may still be on its way to the disk
 
     def __enter__(self) -> Self:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from avg_llava_jax import checkpoint, foreign, layouts, llava_next, parameters, tensors
@@ -57,55 +58,78 @@ def local_folder(source: Folder) -> pathlib.Path:
     if len(folder.parts) != 2 or folder.is_absolute():
         raise FileNotFoundError(f"{source} is no folder, and no hub id (OWNER/NAME)")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    wanted = ["*.json", "tokenizer.model", "*.jinja"]
     try:
-        found = snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors", "tokenizer.model", "*.jinja"])
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise FileNotFoundError(f"{source} is no folder here, and the hub says: {error}") from None
-    return pathlib.Path(found)
+        for weights in ("*.safetensors", "pytorch_model*.bin"):  # the second only where there is none of the first
+            found = pathlib.Path(snapshot_download(str(source), allow_patterns=[*wanted, weights]))
+            if list(found.glob(weights)):
+                break
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        why = str(error).strip().partition("\n")[0]
+        raise FileNotFoundError(f"{source} is no folder here, and the hub's answer is: {why}") from None
+    return found
 
 
-def import_folder(source: Folder, output: Folder, vision_tower: Folder | None = None, dtype: Any = None) -> ModelConfig:
+def import_folder(
+    source: Folder,
+    output: Folder,
+    vision_tower: Folder | None = None,
+    dtype: Any = None,
+    mesh: Mesh | None = None,
+    seed: int = 0,
+) -> ModelConfig:
     """Write a PyTorch folder (or hub id) as a checkpoint folder of ours; returns its config.
 
     What the model does not run is kept beside the parameters (`foreign.keep_unused`), so that nothing
     is lost on the way back.
 
     Args:
-      vision_tower, dtype: as for `checkpoint.load`.
+      vision_tower: as for `checkpoint.load`, or a hub id.
+      dtype, mesh, seed: as for `checkpoint.load`.
 
     Raises:
       FileNotFoundError, ValueError: one line that names the file, key or field.
     """
-    source = local_folder(source)
-    if not foreign.is_foreign(source):
-        raise ValueError(
-            f"{source} is no PyTorch folder that is known here: its model_type is none of {foreign.MODEL_TYPES}"
-        )
+    source, vision_tower = local_folder(source), vision_tower and local_folder(vision_tower)
+    _check_known(source)
     with whole(output) as folder:
-        loaded = checkpoint.load(source, vision_tower, dtype=dtype)
+        loaded = checkpoint.load(source, vision_tower, mesh, dtype, seed)
         checkpoint.save_config(folder, loaded.config, None, loaded.meta["granularities_trained"])
         checkpoint.copy_tokenizer(loaded.tokenizer_folder, folder)
         foreign.keep_unused(source, folder, vision_tower)
-        with checkpoint.Manager(folder) as manager:
+        largest = max(leaf.nbytes for leaf in parameters.flat(loaded.params).values())
+        with checkpoint.Manager(folder, at_once=1 + largest // 10**9) as manager:
             manager.save(0, loaded.params)
             manager.wait()
         (folder / checkpoint.LOCK).unlink()
     return loaded.config
 
 
+def _check_known(source: pathlib.Path) -> None:
+    if foreign.is_foreign(source):
+        return
+    config = source / "config.json"
+    if not config.is_file():
+        raise FileNotFoundError(f"{source} has no config.json")
+    raise ValueError(
+        f"{config}: model_type={tensors.read_json(config).get('model_type')!r} is none of those that are known here:"
+        f" {', '.join(foreign.MODEL_TYPES)}"
+    )
+
+
 def dry_run(source: Folder, vision_tower: Folder | None = None) -> str:
     """Match a PyTorch folder's config and keys, and its shapes as far as weights are there, without reading one."""
-    folder = local_folder(source)
-    if list(folder.glob("*.safetensors")):
+    folder, vision_tower = local_folder(source), vision_tower and local_folder(vision_tower)
+    _check_known(folder)
+    if any((folder / name).is_file() for name in tensors.weight_files(folder)):
         opened = foreign.inspect(folder, vision_tower)
         config, count = opened.config, len(opened.catalog.names) - len(opened.unused)
         found = f"{count} tensors match in name, shape and dtype, {len(opened.unused)} more are kept unread"
     else:
-        config, count = foreign.match_names(folder, vision_tower)
-        index = (folder / "model.safetensors.index.json").is_file()
-        found = f"{count} tensors " + ("match in name" if index else "are what its config asks for") + ", no weights"
+        config, count, listed = foreign.match_names(folder, vision_tower)
+        found = f"{count} tensors " + ("match in name" if listed else "are what its config asks for") + ", no weights"
     sizes = sum(leaf.size for leaf in parameters.flat(parameters.abstract(config)).values())
     return f"{folder}: {found}; {sizes / 1e9:.3f} G parameters, granularities {list(config.granularities)}"
 

@@ -49,15 +49,6 @@ FIXED = {
     "projector_hidden_act": "gelu",
     "multimodal_projector_bias": True,
 }
-TEXT_FIXED = {"hidden_act": "silu", "mlp_bias": False}
-
-# What a text_config may leave out: MistralConfig's defaults, where they are not LlamaConfig's.
-MISTRAL = {
-    "intermediate_size": 14336,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131072,
-    "sliding_window": 4096,
-}
 TEMPLATES = {"llama": "vicuna_v1", "mistral": "mistral_instruct"}
 
 
@@ -80,8 +71,6 @@ def stored_name(name: str) -> str:
 def read_config(folder: str | os.PathLike[str]) -> ModelConfig:
     """The model config behind a llava_next config.json. There is no router yet: this project's defaults hold.
 
-    A Mistral's sliding window is a limit of `max_length`: up to it, attention is the same without it.
-
     Raises:
       ValueError: one line that names the field.
     """
@@ -89,10 +78,8 @@ def read_config(folder: str | os.PathLike[str]) -> ModelConfig:
     path = folder / "config.json"
     values = read_json(path)
     text, clip = values.get("text_config") or {}, values.get("vision_config") or {}
-    for where, given, fixed in (("", values, FIXED), ("text_config.", text, TEXT_FIXED)):
-        for key, only in fixed.items():
-            if given.get(key, only) != only:
-                raise ValueError(f"{path}: {where}{key}={given[key]!r} is not supported, only {only!r}")
+    layouts.check_fixed(path, values, FIXED)
+    layouts.check_fixed(path, text, layouts.LANGUAGE_FIXED, "text_config.")
     kind, tower = text.get("model_type", "llama"), clip.get("model_type", "clip_vision_model")
     if kind not in TEMPLATES:
         raise ValueError(f"{path}: text_config.model_type={kind!r} is not supported, only {', '.join(TEMPLATES)}")
@@ -101,13 +88,7 @@ def read_config(folder: str | os.PathLike[str]) -> ModelConfig:
     select = values.get("vision_feature_layer", -2)
     if not isinstance(select, int):
         raise ValueError(f"{path}: vision_feature_layer={select!r} is not supported, only one layer")
-    if kind == "mistral":
-        text = MISTRAL | text
-    window = text.get("sliding_window") or text.get("max_position_embeddings", 2048)
-    text = text | {
-        "tie_word_embeddings": text.get("tie_word_embeddings", False) or values.get("tie_word_embeddings", False),
-        "tokenizer_model_max_length": min(window, text.get("max_position_embeddings", 2048)),
-    }
+    tied = text.get("tie_word_embeddings", False) or values.get("tie_word_embeddings", False)
     preprocessor = folder / "preprocessor_config.json"
     colours = read_json(preprocessor) if preprocessor.is_file() else {}
     known = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
@@ -116,7 +97,7 @@ def read_config(folder: str | os.PathLike[str]) -> ModelConfig:
     try:
         return ModelConfig(
             vision=layouts.clip_vision(path, clip, colours, select),
-            language=layouts.llama(folder, text),
+            language=layouts.llama(folder, text | {"tie_word_embeddings": tied}),
             pinpoints=tuple((int(width), int(height)) for height, width in pinpoints),
             template=TEMPLATES[kind],
         )

@@ -5,6 +5,7 @@ that no row covers, or that has another number of axes than its row says, is an 
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Collection
 from typing import Any, Literal, NamedTuple
 
@@ -199,6 +200,7 @@ def _table() -> dict[str, Row]:
 TABLE = _table()
 
 
+@functools.cache  # tracing a 7B takes a second; the tree is shared, so nobody may change it
 def abstract(config: ModelConfig) -> Params:
     """The tree of shapes and (fp32) dtypes of a model's parameters; computes nothing."""
     return jax.eval_shape(lambda: avg_llava.init(config, jax.random.key(0)))

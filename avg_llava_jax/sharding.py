@@ -34,6 +34,23 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
+def read_sizes(text: str) -> dict[str, int]:
+    """Axis sizes as a command line writes them; an axis that is left out has size 1.
+
+    "fsdp=-1,tensor=2" is {"data": 1, "fsdp": -1, "tensor": 2}.
+
+    Raises:
+      ValueError: not of that form, or an axis that is none of `AXES`.
+    """
+    sizes = dict.fromkeys(AXES, 1)
+    for part in text.split(","):
+        axis, _, size = part.strip().partition("=")
+        if axis not in sizes or not size.removeprefix("-").isdecimal():
+            raise ValueError(f"mesh {text!r}: {part!r} is no AXIS=SIZE; the axes are {', '.join(AXES)}")
+        sizes[axis] = int(size)
+    return sizes
+
+
 def shardings(mesh: Mesh, params: parameters.Params) -> parameters.Params:
     """A NamedSharding for each parameter; an axis that its mesh axis does not divide stays whole."""
     return jax.tree.map(

@@ -18,8 +18,8 @@ def get_config() -> ConfigDict:
             "steps": 1000,
             "batch_size": 128,  # samples a step, over all devices
             "checkpoint_every": 500,  # steps
-            "init_from": "",  # a checkpoint of ours or a released-layout folder; "" = fresh parameters
-            "vision_tower": "",  # the CLIP folder that a released-layout init_from names
+            "init_from": "",  # a checkpoint of ours or a PyTorch folder; "" = fresh parameters
+            "vision_tower": "",  # the CLIP folder that init_from names, or that a Llama is joined with
             "tokenizer": "",  # folder for fresh parameters; init_from brings its own
             "compute_dtype": "float32",  # float32 | bfloat16; parameters stay float32
             "remat": False,  # recompute activations in the backward pass: less memory, a third more work

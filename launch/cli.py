@@ -16,10 +16,8 @@ from avg_llava_jax import SHIPPED
 if TYPE_CHECKING:
     from avg_llava_jax.api import AvgLlava
 
-CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", str(SHIPPED), "Checkpoint folder of ours, or one in the released layout."
-)
-VISION_TOWER = flags.DEFINE_string("vision_tower", None, "The CLIP folder that a released checkpoint names.")
+CHECKPOINT = flags.DEFINE_string("checkpoint", str(SHIPPED), "Checkpoint folder of ours, or a PyTorch folder.")
+VISION_TOWER = flags.DEFINE_string("vision_tower", None, "The CLIP folder that a PyTorch checkpoint names, or to join.")
 DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Converts the parameters; default: as stored.")
 MODEL_FLAGS = tuple(flag.name for flag in (CHECKPOINT, VISION_TOWER, DTYPE))
 TRACEBACK = flags.DEFINE_bool("traceback", False, "Where an error happened, not only what it is.")

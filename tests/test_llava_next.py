@@ -22,7 +22,7 @@ from avg_llava_jax.data.tiles import grid_of, make_tiles
 from avg_llava_jax.models import avg_llava
 from avg_llava_jax.models.encoder import normalise
 from tests.conftest import TOKENIZER
-from tests.test_convert import SOURCE
+from tests.test_convert import SOURCE, TOWER
 
 IMAGE_TOKEN = 1000
 IDS = [1, 17, 300, -1, 45, 499, 2]  # -1: the image
@@ -54,7 +54,7 @@ def theirs(request, tmp_path_factory):
     for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):
         shutil.copy(SOURCE / name, folder)
     llava_next.name_image_token(folder, IMAGE_TOKEN)
-    return model, folder, *foreign.load(folder)
+    return model, folder, *foreign.load(folder)[:2]
 
 
 def torch_logits(model, pixels, size, count, image_token=IMAGE_TOKEN):
@@ -125,7 +125,7 @@ def test_names_old_and_new(theirs, tmp_path, renamed):
             name = re.sub(pattern, by, name)
         tensors[name] = tensor
     save_file(tensors, other / "model.safetensors")
-    config, params = foreign.load(other)
+    config, params, _ = foreign.load(other)
     assert config == theirs[2]
     jax.tree.map(np.testing.assert_array_equal, params, theirs[3])
     del tensors[next(name for name in tensors if name.endswith("layers.1.mlp.up_proj.weight"))]
@@ -198,3 +198,5 @@ def test_configs_that_do_not_fit(theirs, tmp_path):
         with pytest.raises(ValueError, match=message) as error:
             foreign.load(other)
         assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="is a llava_next and holds its vision encoder: drop vision_tower"):
+        foreign.load(folder, TOWER)

@@ -45,7 +45,7 @@ def begin(config: ml_collections.ConfigDict, workdir: Path, mesh: jax.sharding.M
         _compare(workdir, values["training"] or {}, config.to_dict())
         return Start(model, None)
     if config.init_from:
-        loaded = checkpoint.load(config.init_from, config.vision_tower or None, mesh, jnp.float32)
+        loaded = checkpoint.load(config.init_from, config.vision_tower or None, mesh, jnp.float32, config.seed)
         model = override(loaded.config, config.model)
         params, tokenizer, trained = loaded.params, loaded.tokenizer_folder, loaded.meta["granularities_trained"]
         _same_shapes(params, parameters.abstract(model), config.init_from)
