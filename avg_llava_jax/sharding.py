@@ -77,6 +77,15 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, BATCH)
 
 
+def process_rows(mesh: Mesh, batch_size: int) -> tuple[int, ...]:
+    """The rows of a batch that lie on this process's devices, ascending: those it has to read.
+
+    Processes that share a layer (`tensor` over several hosts) have the same rows.
+    """
+    slices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return tuple(sorted({row for (part,) in slices for row in range(*part.indices(batch_size))}))
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The same array on every device."""
     return NamedSharding(mesh, PartitionSpec())

@@ -7,7 +7,7 @@ record is used once an epoch. Only then are the images decoded, by each process 
 
     window w      records w*K*B .. (w+1)*K*B - 1, in Grain's order
     batch b       the (b mod K)-th, in shuffled order, of window b // K
-    process p     rows p*B/n .. (p+1)*B/n - 1 of each batch
+    a process     the rows of each batch that lie on its devices
 
 The position of a pipeline is therefore one number, the next batch: it can be resumed with another
 number of workers, and on another number of processes.
@@ -81,7 +81,7 @@ class PlannedBatches:
     shapes: at most so many batch shapes, as far as the survey saw them; each is compiled once.
     words: add `patch_words` for phase `grounding`.
     feedback: answer NLL (G,) by sample id; adds `nll` float32 (rows, G) to the batch, NaN where there is none.
-    process, processes: whose rows.
+    rows: which rows of each batch are read, ascending; None = all of them.
     """
 
     parts: Sequence[Part]
@@ -93,12 +93,7 @@ class PlannedBatches:
     shapes: int = 6
     words: bool = False
     feedback: Mapping[str, np.ndarray] | None = None
-    process: int = 0
-    processes: int = 1
-
-    def __post_init__(self) -> None:
-        if self.batch_size % self.processes:
-            raise ValueError(f"batch_size={self.batch_size} is no multiple of the {self.processes} processes")
+    rows: tuple[int, ...] | None = None
 
     def __len__(self) -> int:
         return 2**40  # no end: epochs follow one another
@@ -108,24 +103,25 @@ class PlannedBatches:
 
         visual   int32 (rows, I, G)  visual tokens of each image at each of `granularities`, 0 = no such image
         ids      the samples' ids, "" for an empty row
-        skipped  list of Skipped: this process's share of what planning left out, spread evenly over the
-                 batches of a window, and what of these rows turned out to be unreadable
+        skipped  list of Skipped: what planning left out, spread evenly over the batches of a window and there
+                 over the rows, so that one process reports it; and which of these rows cannot be read
         """
         window = self._window(number // WINDOW)
         members = window.batches[number % WINDOW]
-        skipped = window.skipped[number % WINDOW :: WINDOW][self.process :: self.processes]
+        rows = range(self.batch_size) if self.rows is None else self.rows
+        left_out = window.skipped[number % WINDOW :: WINDOW]
+        skipped = [one for at, one in enumerate(left_out) if at % self.batch_size in rows]
         shape = self._fit(merge([self._shape(member.sample) for member in members] or [self._shape(EMPTY)]))
 
-        each = self.batch_size // self.processes
         nothing = load_tiles(EMPTY, self.config)
-        samples, tiles = [EMPTY] * each, [nothing] * each
-        for row, (record, sample) in enumerate(members[self.process * each : (self.process + 1) * each]):
+        samples, tiles = [EMPTY] * len(rows), [nothing] * len(rows)
+        for row, (record, sample) in enumerate(members[at] for at in rows if at < len(members)):
             try:
                 samples[row], tiles[row] = sample, load_tiles(sample, self.config)
             except BadSample as bad:
                 skipped.append(Skipped(record, sample.id, bad.reason, bad.detail))
         batch = collate(samples, shape, self.config, self.granularities, tiles)
-        visual = np.zeros((each, shape.images, len(self.granularities)), np.int32)
+        visual = np.zeros((len(rows), shape.images, len(self.granularities)), np.int32)
         for row, sample in enumerate(samples):
             for image, size in enumerate(sample.sizes):
                 visual[row, image] = [visual_count(size, self.config, g) for g in self.granularities]
