@@ -176,11 +176,7 @@ def _targets(stored: dict[str, jax.ShapeDtypeStruct], mesh: Mesh | None, dtype: 
     shapes = parameters.unflat({path: jax.ShapeDtypeStruct(s.shape, dtype or s.dtype) for path, s in stored.items()})
     if mesh is None:
         return _placed(shapes)
-    return jax.tree.map(
-        lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at),
-        shapes,
-        sharding.shardings(mesh, shapes),
-    )
+    return sharding.placed(shapes, sharding.shardings(mesh, shapes))
 
 
 def _placed(tree: Any) -> Any:
