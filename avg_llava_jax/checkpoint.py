@@ -182,12 +182,8 @@ def _targets(saved: dict[str, jax.ShapeDtypeStruct], mesh: Mesh | None, dtype: A
     """Shapes, dtypes and shardings to restore the stored parameters into."""
     shapes = parameters.unflat({path: jax.ShapeDtypeStruct(s.shape, dtype or s.dtype) for path, s in saved.items()})
     if mesh is None:
-        return stored.placed(shapes)
-    return jax.tree.map(
-        lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at),
-        shapes,
-        sharding.shardings(mesh, shapes),
-    )
+        return stored.targets(shapes)
+    return sharding.placed(shapes, sharding.shardings(mesh, shapes))
 
 
 class Restored(NamedTuple):
@@ -312,7 +308,7 @@ class Manager:
             raise ValueError(f"{self.folder}, step {step}: its optimizer state belongs to another optimizer or phase")
         trees = {"params": params, "optimizer": optimizer}
         for name, tree in trees.items():
-            trees[name] = stored.read(place / name, stored.placed(tree), sums.get(name, {}))
+            trees[name] = stored.read(place / name, stored.targets(tree), sums.get(name, {}))
             if trees[name] is None:
                 return None
         if data is not None:

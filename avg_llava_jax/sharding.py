@@ -72,6 +72,11 @@ def state_shardings(mesh: Mesh, params: parameters.Params, state: Any) -> Any:
     return jax.tree_util.tree_map_with_path(of, state)
 
 
+def placed(shapes: Any, at: Any) -> Any:
+    """Shapes and dtypes of a tree with their shardings: ShapeDtypeStructs to restore into or to compile for."""
+    return jax.tree.map(lambda leaf, to: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=to), shapes, at)
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Sharding of every array of a batch: its first axis over `data` and `fsdp`."""
     return NamedSharding(mesh, BATCH)

@@ -52,7 +52,7 @@ def _name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def placed(tree: Any) -> Any:
+def targets(tree: Any) -> Any:
     """Arrays or shapes as targets to read into; what has no sharding goes to the first device."""
     first = SingleDeviceSharding(jax.local_devices()[0])
     return jax.tree.map(
@@ -71,13 +71,13 @@ def shapes(folder: pathlib.Path) -> dict[str, jax.ShapeDtypeStruct] | None:
     return {_name(path): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in leaves}
 
 
-def read(folder: pathlib.Path, targets: Any, expected: dict[str, int]) -> Any | None:
+def read(folder: pathlib.Path, into: Any, expected: dict[str, int]) -> Any | None:
     """A saved tree, None where it is damaged for any process; a warning says how.
 
-    targets: ShapeDtypeStructs with shardings. expected: `checksums` when it was saved; those of leaves that are
+    into: ShapeDtypeStructs with shardings. expected: `checksums` when it was saved; those of leaves that are
     read into another dtype have no counterpart and are not compared.
     """
-    tree = _restore(folder, targets)
+    tree = _restore(folder, into)
     if not hosts.agree(tree is not None):
         return None
     found = checksums(tree)
@@ -88,9 +88,9 @@ def read(folder: pathlib.Path, targets: Any, expected: dict[str, int]) -> Any | 
     return tree
 
 
-def _restore(folder: pathlib.Path, targets: Any) -> Any | None:
+def _restore(folder: pathlib.Path, into: Any) -> Any | None:
     try:
-        return ocp.StandardCheckpointHandler().restore(folder, args=ocp.args.StandardRestore(targets))
+        return ocp.StandardCheckpointHandler().restore(folder, args=ocp.args.StandardRestore(into))
     except Exception as error:
         # Orbax raises an unreadable chunk as a bare Exception; others (out of memory, ...) are no damage.
         if type(error) is not Exception and not isinstance(error, (ValueError, OSError, KeyError)):

@@ -5,7 +5,6 @@ depend on n alone, so a run that was killed goes on from its last checkpoint to 
 """
 
 import contextlib
-import functools
 import math
 import signal
 import threading
@@ -16,14 +15,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
-import optax
 
 from avg_llava_jax import checkpoint, parameters, sharding
-from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.data.pipeline import Batch, Batches
-from avg_llava_jax.training import curves, phases, setup
+from avg_llava_jax.training import curves, setup
 from avg_llava_jax.training.metrics import MetricsLog, Progress, SkippedLog
-from avg_llava_jax.training.optimizer import OptimizerConfig, gradients, make_optimizer, rate_shape, trainable
+from avg_llava_jax.training.optimizer import OptimizerConfig, rate_shape
+from avg_llava_jax.training.step import Step
 
 TERMINATED = 128 + signal.SIGTERM
 """Exit code after SIGTERM, 143: what a shell reports for it, so that a scheduler sees who ended the run."""
@@ -42,14 +40,12 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> None:
       SystemExit: with TERMINATED after SIGTERM, once a checkpoint is written.
     """
     workdir = Path(workdir)
-    optimizer = OptimizerConfig(**config.optimizer)
-    names = trainable(config.phase, optimizer)
     mesh = sharding.make_mesh(config.mesh)
-    setup.check(config, optimizer, mesh)
+    setup.check(config, mesh)
     with checkpoint.Manager(workdir) as manager, jax.set_mesh(mesh), _Termination() as termination:
         model, params = setup.begin(config, workdir, mesh)
         with contextlib.closing(setup.open_batches(config, workdir, model)) as batches:
-            run = _Run(config, model, names, optimizer, mesh)
+            run = _Run(Step(config, model, mesh))
             run.begin(manager, params, batches)
             del params  # the run has them, and gives their memory to its first step
             if run.step < config.steps:
@@ -96,71 +92,27 @@ def _loop(
 
 
 class _Run:
-    """Parameters, optimizer state, and the compiled step."""
+    """Parameters, optimizer state, and the step that moves them on."""
 
-    def __init__(
-        self,
-        config: ml_collections.ConfigDict,
-        model: ModelConfig,
-        names: tuple[str, ...],
-        settings: OptimizerConfig,
-        mesh: jax.sharding.Mesh,
-    ):
-        self._names = names
+    def __init__(self, step: Step):
         self.step = 0
-        self._optimizer = make_optimizer(settings, config.steps)
-        feedback = phases.FeedbackConfig(**config.rglf)
-        loss = phases.make_loss(config.phase, model, setup.granularities(config, model), feedback, config.remat)
-        dtype, seed = setup.DTYPES[config.compute_dtype], config.seed
-
-        def update(ours: Any, state: Any, frozen: Any, batch: Any, step: jax.Array) -> tuple[Any, Any, Any]:
-            cast = functools.partial(jax.tree.map, lambda x: x.astype(dtype))
-            still = cast(frozen)
-            rng = jax.random.fold_in(jax.random.key(seed), step)
-
-            def of_ours(ours: Any, batch: Any, rng: jax.Array) -> Any:
-                return loss(parameters.merge(cast(ours), still), batch, rng)
-
-            grads, value, metrics = gradients(of_ours, ours, batch, rng, settings.accumulate)
-            metrics |= {"loss": value, "grad_norm": optax.global_norm(grads)}
-            updates, state = self._optimizer.update(grads, state, ours)
-            return optax.apply_updates(ours, updates), state, metrics
-
-        whole = parameters.abstract(model)
-        ours, frozen = parameters.split(whole, names)
-        state = jax.eval_shape(self._optimizer.init, ours)
-        of_state = sharding.state_shardings(mesh, whole, state)
-        of_ours, of_frozen = (sharding.shardings(mesh, half) for half in (ours, frozen))
-        rows, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-        self._rows = rows
-        self._init = jax.jit(self._optimizer.init, out_shardings=of_state)
-        self._update = jax.jit(
-            update,
-            in_shardings=(of_ours, of_state, of_frozen, rows, everywhere),
-            out_shardings=(of_ours, of_state, everywhere),
-            donate_argnums=(0, 1),
-        )
-        targets = (whole, sharding.shardings(mesh, whole)), (state, of_state)
-        self._targets = [
-            jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), *pair)
-            for pair in targets
-        ]
+        self._compiled = step
 
     def begin(self, manager: checkpoint.Manager, params: parameters.Params | None, batches: Batches) -> None:
         """Take `params`, or where that is None the newest checkpoint of the run."""
         if params is None:
-            restored = manager.restore(*self._targets, batches)
-            self.step, params, self._state = restored.step, restored.params, restored.optimizer
-            self._ours, self._frozen = parameters.split(params, self._names)
+            restored = manager.restore(self._compiled.params, self._compiled.state, batches)
+            self.step, self._state = restored.step, restored.optimizer
+            self._ours, self._frozen = self._compiled.split(restored.params)
         else:
-            self._ours, self._frozen = parameters.split(params, self._names)
-            self._state = self._init(self._ours)
+            self._ours, self._frozen = self._compiled.split(params)
+            self._state = self._compiled.init(self._ours)
 
     def advance(self, batch: Batch) -> dict[str, jax.Array]:
         """One optimizer step; returns its metrics before they are computed."""
-        arrays = jax.tree.map(lambda x: jax.make_array_from_process_local_data(self._rows, x), batch)
+        arrays = jax.tree.map(lambda x: jax.make_array_from_process_local_data(self._compiled.rows, x), batch)
         step = jnp.asarray(self.step, jnp.int32)
-        self._ours, self._state, metrics = self._update(self._ours, self._state, self._frozen, arrays, step)
+        self._ours, self._state, metrics = self._compiled.update(self._ours, self._state, self._frozen, arrays, step)
         self.step += 1
         return metrics
 

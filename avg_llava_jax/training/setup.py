@@ -18,7 +18,7 @@ from avg_llava_jax.data.sources import open_sources
 from avg_llava_jax.data.tokenizer import Tokenizer, load_tokenizer
 from avg_llava_jax.models import avg_llava
 from avg_llava_jax.training import feedback
-from avg_llava_jax.training.optimizer import OptimizerConfig
+from avg_llava_jax.training.optimizer import OptimizerConfig, trainable
 
 logger = logging.getLogger(__name__)
 
@@ -88,12 +88,14 @@ def granularities(config: ml_collections.ConfigDict, model: ModelConfig) -> tupl
     return chosen
 
 
-def check(config: ml_collections.ConfigDict, optimizer: OptimizerConfig, mesh: jax.sharding.Mesh) -> None:
+def check(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> None:
     """Settings that would only fail later.
 
     Raises:
       ValueError: names the setting.
     """
+    optimizer = OptimizerConfig(**config.optimizer)
+    trainable(config.phase, optimizer)
     if config.compute_dtype not in DTYPES:
         raise ValueError(f"compute_dtype={config.compute_dtype!r}: choose {' or '.join(DTYPES)}")
     for name in ("steps", "batch_size", "checkpoint_every"):
