@@ -238,8 +238,11 @@ class Manager:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and issubclass(kind, ConnectionError) and jax.process_count() > 1:
+            self._release()  # a save that is under way waits for a process that is gone
+        else:
+            self.close()
 
     def save(
         self,
@@ -321,7 +324,8 @@ class Manager:
 
     def wait(self) -> None:
         """Block until the last save is on disk; raises if it failed."""
-        self._manager.wait_until_finished()
+        with hosts.waiting():
+            self._manager.wait_until_finished()
         if hosts.first() and self._last is not None:
             # Orbax looks only whether these markers are there; what it writes into them names paths of this machine.
             for marker in _step(self.folder, self._last).rglob("commit_success.txt"):
@@ -334,9 +338,12 @@ class Manager:
             self._manager.close()
         finally:
             self._clear_unfinished()
-            if self._lock is not None:
-                os.close(self._lock)
-                self._lock = None
+            self._release()
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def _clear_unfinished(self) -> None:
         """Remove saves that were cut short. Orbax would do it in a thread, which complains where a run ends early."""

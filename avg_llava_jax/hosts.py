@@ -25,6 +25,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from avg_llava_jax import sharding
 
 AUTO = "auto"
+RESTART = 75
+"""Exit code of a process that has lost another one (EX_TEMPFAIL): started again, the run goes on."""
+
 PATIENCE = 10.0
 """Seconds that a process which failed waits for the others to fail as well."""
 
@@ -72,17 +75,18 @@ def start(coordinator: str, processes: int | None = None, process: int | None = 
 def leave(code: int) -> NoReturn:
     """End a process that failed, with this exit code.
 
-    Where all of them failed alike they end in order. A process that failed alone does not wait for the
+    Where all of them failed alike they end in order. A process that failed alone does not wait long for the
     others, who cannot know: its connections close, and they end too.
     """
-    if jax.distributed.is_initialized():
-        sys.stdout.flush()
-        sys.stderr.flush()
+    if not jax.distributed.is_initialized():
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code != RESTART:  # then there is nobody to wait for
         end = threading.Thread(target=jax.distributed.shutdown, daemon=True)
         end.start()
         end.join(PATIENCE)
-        os._exit(code)
-    sys.exit(code)
+    os._exit(code)
 
 
 def first() -> bool:
@@ -99,8 +103,10 @@ def waiting() -> Iterator[None]:
     """
     try:
         yield
-    except (jax.errors.JaxRuntimeError, ValueError) as error:  # gloo's errors come as ValueErrors
-        if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):  # that is memory or disk
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        # gloo's errors come as ValueErrors; what is exhausted is memory or disk.
+        device = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error)
+        if jax.process_count() == 1 or not (device or "Gloo" in str(error)):
             raise
         raise ConnectionError(
             f"process {jax.process_index()} of {jax.process_count()} has lost another one ({_first_line(error)}): "

@@ -18,6 +18,7 @@ def get_config() -> ConfigDict:
             "steps": 1000,
             "batch_size": 128,  # samples a step, over all devices
             "checkpoint_every": 500,  # steps
+            "max_bad_steps": 0,  # steps passed over, unchanged, because their loss is not finite; one more ends the run
             "init_from": "",  # a checkpoint of ours or a released-layout folder; "" = fresh parameters
             "vision_tower": "",  # the CLIP folder that a released-layout init_from names
             "tokenizer": "",  # folder for fresh parameters; init_from brings its own

@@ -53,25 +53,36 @@ def rate_shape(config: OptimizerConfig, steps: int) -> Callable[[jax.Array], jax
     return optax.warmup_cosine_decay_schedule(0.0 if warmup else 1.0, 1.0, warmup, max(steps, warmup + 1))
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Clip, AdamW, and the learning rate of each parameter's component."""
-    shape = rate_shape(config, steps)
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformationExtraArgs:
+    """Clip, AdamW, and the learning rate of each parameter's component.
 
-    def scale(updates: Any, state: optax.ScaleByScheduleState, params: Any = None) -> tuple[Any, Any]:
-        share = shape(state.count)
+    Where a gradient is not finite, or the `loss` that `update` may be given, the step changes neither parameters
+    nor moments. The learning rate goes on, so that the rate of step n depends on n alone.
+    """
+    shape = rate_shape(config, steps)
+    adam = optax.chain(
+        optax.clip_by_global_norm(config.clip),
+        optax.scale_by_adam(config.b1, config.b2, config.eps),
+        optax.add_decayed_weights(config.weight_decay, mask=_decayed),
+    )
+
+    def init(params: parameters.Params) -> tuple[Any, ...]:
+        return *adam.init(params), optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))
+
+    def update(grads: Any, state: tuple[Any, ...], params: Any, *, loss: Any = 0.0) -> tuple[Any, tuple[Any, ...]]:
+        *before, schedule = state
+        share = shape(schedule.count)
+        updates, after = adam.update(grads, tuple(before), params)
+        finite = jnp.isfinite(loss) & jnp.isfinite(optax.global_norm(grads))
         rates = jax.tree.map(
             lambda name: config.encoder_learning_rate if name == "encoder" else config.learning_rate,
             parameters.components(updates),
         )
-        updates = jax.tree.map(lambda update, rate: -share * rate * update, updates, rates)
-        return updates, optax.ScaleByScheduleState(optax.safe_increment(state.count))
+        updates = jax.tree.map(lambda update, rate: jnp.where(finite, -share * rate * update, 0.0), updates, rates)
+        after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, tuple(before))
+        return updates, (*after, optax.ScaleByScheduleState(optax.safe_increment(schedule.count)))
 
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip),
-        optax.scale_by_adam(config.b1, config.b2, config.eps),
-        optax.add_decayed_weights(config.weight_decay, mask=_decayed),
-        optax.GradientTransformation(lambda _: optax.ScaleByScheduleState(jnp.zeros((), jnp.int32)), scale),
-    )
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _decayed(params: parameters.Params) -> parameters.Params:

@@ -1,5 +1,6 @@
 """What a run begins with: its settings checked, its model, its data."""
 
+import dataclasses
 import functools
 import json
 import logging
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import ml_collections
 from jax.experimental import multihost_utils
 
-from avg_llava_jax import checkpoint, foreign, parameters, sharding
+from avg_llava_jax import checkpoint, foreign, hosts, parameters, sharding
 from avg_llava_jax.config import ModelConfig, from_dict, to_dict
 from avg_llava_jax.data.pipeline import Batches, PlannedBatches
 from avg_llava_jax.data.sources import open_sources
@@ -23,7 +24,15 @@ from avg_llava_jax.training.optimizer import OptimizerConfig, trainable
 logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-MAY_CHANGE = ("checkpoint_every", "data.workers", "data.max_skipped_share", "mesh", "rglf.execution", "remat")
+MAY_CHANGE = (
+    "checkpoint_every",
+    "max_bad_steps",
+    "data.workers",
+    "data.max_skipped_share",
+    "mesh",
+    "rglf.execution",
+    "remat",
+)
 """Settings that a run may be gone on with in another form: they do not change what it computes."""
 
 
@@ -57,7 +66,7 @@ def begin(config: ml_collections.ConfigDict, workdir: Path, mesh: jax.sharding.M
         tokenizer, trained = config.tokenizer, None
     if config.phase != "rglf":
         trained = list(granularities(config, model))
-    if jax.process_index() == 0:
+    if hosts.first():
         checkpoint.copy_tokenizer(tokenizer, workdir)
         if config.init_from:
             foreign.keep_unused(config.init_from, workdir, config.vision_tower or None)
@@ -98,6 +107,8 @@ def check(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> None:
     trainable(config.phase, optimizer)
     if config.compute_dtype not in DTYPES:
         raise ValueError(f"compute_dtype={config.compute_dtype!r}: choose {' or '.join(DTYPES)}")
+    if config.max_bad_steps < 0:
+        raise ValueError(f"max_bad_steps={config.max_bad_steps} must not be negative")
     for name in ("steps", "batch_size", "checkpoint_every"):
         if config[name] < 1:
             raise ValueError(f"{name}={config[name]} must be at least 1")
@@ -113,14 +124,17 @@ def check(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> None:
         )
 
 
-def open_batches(config: ml_collections.ConfigDict, workdir: Path, model: ModelConfig) -> Batches:
-    """This process's batches, from the first on."""
-    tokenizer = load_tokenizer(workdir / checkpoint.TOKENIZER)
-    return Batches(plan_batches(config, model, tokenizer), config.data.workers)
+def open_batches(
+    config: ml_collections.ConfigDict, workdir: Path, model: ModelConfig, mesh: jax.sharding.Mesh
+) -> Batches:
+    """This process's rows of the batches, from the first batch on."""
+    planned = plan_batches(config, model, load_tokenizer(workdir / checkpoint.TOKENIZER))
+    rows = sharding.process_rows(mesh, config.batch_size)
+    return Batches(dataclasses.replace(planned, rows=rows), config.data.workers)
 
 
 def plan_batches(config: ml_collections.ConfigDict, model: ModelConfig, tokenizer: Tokenizer) -> PlannedBatches:
-    """This process's batches by number."""
+    """The batches by number, with all of their rows."""
     if tokenizer.vocab_size > model.language.vocab_size:
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, model.language.vocab_size={model.language.vocab_size}"
@@ -135,8 +149,6 @@ def plan_batches(config: ml_collections.ConfigDict, model: ModelConfig, tokenize
         shapes=config.data.shapes,
         words=config.phase == "grounding",
         feedback=feedback.read(config.rglf.feedback, model) if config.rglf.feedback else None,
-        process=jax.process_index(),
-        processes=jax.process_count(),
     )
 
 

@@ -46,7 +46,7 @@ class Step:
 
             grads, value, metrics = gradients(of_ours, ours, batch, rng, settings.accumulate)
             metrics |= {"loss": value, "grad_norm": optax.global_norm(grads)}
-            updates, state = optimizer.update(grads, state, ours)
+            updates, state = optimizer.update(grads, state, ours, loss=value)
             return optax.apply_updates(ours, updates), state, metrics
 
         self.params = sharding.placed(whole := parameters.abstract(model), sharding.shardings(mesh, whole))
