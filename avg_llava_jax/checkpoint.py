@@ -238,8 +238,8 @@ class Manager:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None and issubclass(kind, ConnectionError) and jax.process_count() > 1:
+    def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
+        if error is not None and hosts.lost(error):
             self._release()  # a save that is under way waits for a process that is gone
         else:
             self.close()
@@ -324,8 +324,7 @@ class Manager:
 
     def wait(self) -> None:
         """Block until the last save is on disk; raises if it failed."""
-        with hosts.waiting():
-            self._manager.wait_until_finished()
+        self._manager.wait_until_finished()
         if hosts.first():
             # Orbax looks only whether these markers are there; what it writes into them names paths of this machine.
             for marker in (self.folder / STEPS).rglob("commit_success.txt"):

@@ -94,19 +94,26 @@ def first() -> bool:
     return jax.process_index() == 0
 
 
+def lost(error: BaseException) -> bool:
+    """Whether an error comes from waiting for a process that is gone."""
+    if jax.process_count() == 1:
+        return False
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        return "RESOURCE_EXHAUSTED" not in str(error)  # that is memory or disk
+    return isinstance(error, ValueError) and "Gloo" in str(error)
+
+
 @contextlib.contextmanager
-def waiting() -> Iterator[None]:
-    """Around what waits for other processes.
+def together() -> Iterator[None]:
+    """Around what the processes do together.
 
     Raises:
       ConnectionError: one of them is gone.
     """
     try:
         yield
-    except (jax.errors.JaxRuntimeError, ValueError) as error:
-        # gloo's errors come as ValueErrors; what is exhausted is memory or disk.
-        device = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error)
-        if jax.process_count() == 1 or not (device or "Gloo" in str(error)):
+    except Exception as error:
+        if not lost(error):
             raise
         raise ConnectionError(
             f"process {jax.process_index()} of {jax.process_count()} has lost another one ({_first_line(error)}): "

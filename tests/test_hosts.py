@@ -111,7 +111,6 @@ def test_a_process_that_fails_alone_does_not_hold_up_the_others(llava_folder):
         (("here", 2, 0), "--coordinator=here: give HOST:PORT"),
         (("here:1", 2, 2), "--processes=2 --process=2: process counts from 0"),
         (("here:1", 2, None), "--process=None"),
-        (("auto", None, None), "no SLURM step, Cloud TPU, GKE or Open MPI is known here"),
     ],
 )
 def test_flags_that_make_no_sense(flags, message):

@@ -49,9 +49,9 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> None:
     mesh = sharding.make_mesh(config.mesh)
     setup.check(config, mesh)
     with (
+        hosts.together(),
         disk.watched(workdir),
         checkpoint.Manager(workdir) as manager,
-        hosts.waiting(),
         jax.set_mesh(mesh),
         _Termination() as termination,
     ):

@@ -54,7 +54,8 @@ class MetricsLog:
         (workdir / TENSORBOARD).mkdir(exist_ok=True)
         # Not by tensorboardX's SummaryWriter: its thread dies of a full disk, and the run would wait for it forever.
         self._board = EventsWriter(str(workdir / TENSORBOARD / "events"))
-        self._board.write_event(Event(step=start + 1, session_log=SessionLog(status=SessionLog.START)))  # drop the rest
+        session = SessionLog(status=SessionLog.START)  # makes TensorBoard drop what an earlier one has from here on
+        self._board.write_event(Event(wall_time=time.time(), step=start + 1, session_log=session))
         self._flushed = time.monotonic()
 
     def write(self, row: dict[str, Any]) -> None:
