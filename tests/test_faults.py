@@ -39,7 +39,7 @@ IN_A_SMALL_DISK = """
 """
 
 
-FILLER = 3_500_000  # bytes
+FILLER = 4_500_000  # bytes
 
 
 def test_a_full_disk_says_what_to_free_and_loses_nothing(tmp_path):
