@@ -127,7 +127,9 @@ def steps(folder: Folder) -> list[int]:
     return sorted(int(entry.name) for entry in root.iterdir() if entry.name.isdecimal() and (entry / "params").is_dir())
 
 
-def load(path: Folder, vision_tower: Folder | None = None, mesh: Mesh | None = None, dtype: Any = None) -> Loaded:
+def load(
+    path: Folder, vision_tower: Folder | None = None, mesh: Mesh | None = None, dtype: parameters.Dtype = None
+) -> Loaded:
     """Load a model from a checkpoint folder of ours (its newest readable step) or from a released-layout folder.
 
     Shapes first, then shardings, then every device reads its own part.
@@ -136,7 +138,7 @@ def load(path: Folder, vision_tower: Folder | None = None, mesh: Mesh | None = N
       path: the folder.
       vision_tower: for a released-layout folder, the CLIP folder that its config names.
       mesh: where the parameters go; None = the first device.
-      dtype: of the parameters; None = as stored.
+      dtype: of the parameters, one for all or one for each component; None = as stored.
 
     Raises:
       FileNotFoundError: no such folder, or no complete step in it.
@@ -171,9 +173,14 @@ def _step(folder: pathlib.Path, step: int) -> pathlib.Path:
     return folder.resolve() / STEPS / str(step)
 
 
-def _targets(stored: dict[str, jax.ShapeDtypeStruct], mesh: Mesh | None, dtype: Any) -> parameters.Params:
+def _targets(stored: dict[str, jax.ShapeDtypeStruct], mesh: Mesh | None, dtype: parameters.Dtype) -> parameters.Params:
     """Shapes, dtypes and shardings to restore the stored parameters into."""
-    shapes = parameters.unflat({path: jax.ShapeDtypeStruct(s.shape, dtype or s.dtype) for path, s in stored.items()})
+    shapes = parameters.unflat(
+        {
+            path: jax.ShapeDtypeStruct(leaf.shape, parameters.dtype_of(path, dtype, leaf.dtype))
+            for path, leaf in stored.items()
+        }
+    )
     if mesh is None:
         return _placed(shapes)
     return sharding.placed(shapes, sharding.shardings(mesh, shapes))

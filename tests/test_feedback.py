@@ -28,7 +28,7 @@ def test_stored_feedback_trains_as_live_does(tiny, tokenizer, llava_folder, tmp_
 
     mixed = next(number for number in range(16) if tile_counts(batches[number]) == {0, 3, 8})
     live = batches[mixed]
-    loss = phases.make_loss("rglf", tiny, tiny.granularities, phases.FeedbackConfig(), remat=False)
+    loss = phases.make_loss("rglf", tiny, tiny.granularities, phases.FeedbackConfig(), remat="none")
     compiled = jax.jit(lambda batch: loss(model.params, batch, jax.random.key(0)))
 
     def rglf(batch):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from avg_llava_jax import parameters, sharding
+from avg_llava_jax import parameters, placement, sharding
 from avg_llava_jax.config import LanguageConfig, ModelConfig, RouterConfig, VisionConfig
 
 TINY = ModelConfig(
@@ -100,7 +100,7 @@ def test_mesh():
 
 def test_an_axis_that_does_not_divide_stays_whole():
     mesh = jax.sharding.AbstractMesh((1, 2, 2), sharding.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
-    assert sharding.fitting(mesh, PartitionSpec("fsdp", "tensor"), (64, 5)) == PartitionSpec("fsdp", None)
+    assert placement.fitting(mesh, PartitionSpec("fsdp", "tensor"), (64, 5)) == PartitionSpec("fsdp", None)
 
 
 SHARDED = """

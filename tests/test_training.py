@@ -156,7 +156,7 @@ def test_visual_tokens_are_those_of_the_choice(tiny, params, batch):
 
 
 def test_accumulation_gives_the_gradients_of_the_whole_batch(tiny, params, batch):
-    loss = phases.make_loss("connector", tiny, (4,), phases.FeedbackConfig(), remat=True)
+    loss = phases.make_loss("connector", tiny, (4,), phases.FeedbackConfig(), remat="full")
     ours, frozen = parameters.split(params, ("connector",))
 
     def of_ours(ours, batch, rng):

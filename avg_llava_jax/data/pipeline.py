@@ -104,9 +104,8 @@ class PlannedBatches:
         return 2**40  # no end: epochs follow one another
 
     def __getitem__(self, number: int) -> Batch:
-        """Batch `number`: what `packing.collate` gives for this process's rows, and
+        """Batch `number`: what `collate_rows` gives for this process's rows, and
 
-        visual   int32 (rows, I, G)  visual tokens of each image at each of `granularities`, 0 = no such image
         ids      the samples' ids, "" for an empty row
         skipped  list of Skipped: this process's share of what planning left out, spread evenly over the
                  batches of a window, and what of these rows turned out to be unreadable
@@ -124,17 +123,10 @@ class PlannedBatches:
                 samples[row], tiles[row] = sample, load_tiles(sample, self.config)
             except BadSample as bad:
                 skipped.append(Skipped(record, sample.id, bad.reason, bad.detail))
-        batch = collate(samples, shape, self.config, self.granularities, tiles)
-        visual = np.zeros((each, shape.images, len(self.granularities)), np.int32)
-        for row, sample in enumerate(samples):
-            for image, size in enumerate(sample.sizes):
-                visual[row, image] = [visual_count(size, self.config, g) for g in self.granularities]
-        if self.words:
-            batch["patch_words"] = collate_words(samples, shape.tiles, self.config)
-        if self.feedback is not None:
-            unknown = np.full(len(self.config.granularities), np.nan, np.float32)
-            batch["nll"] = np.stack([self.feedback.get(sample.id, unknown) for sample in samples])
-        return {**batch, "visual": visual, "ids": [sample.id for sample in samples], "skipped": skipped}
+        batch = collate_rows(
+            samples, tiles, shape, self.config, self.granularities, words=self.words, feedback=self.feedback
+        )
+        return {**batch, "ids": [sample.id for sample in samples], "skipped": skipped}
 
     @functools.cached_property
     def ladder(self) -> tuple[Shape, ...]:
@@ -205,6 +197,35 @@ def _cost(shape: Shape, config: ModelConfig, granularities: Sequence[int]) -> tu
     encoder = shape.tiles * config.vision.grid**2 * config.vision.used_layers * config.vision.width**2
     length = sum(shape.length(config, granularity) for granularity in granularities)
     return (encoder + length * config.language.layers * config.language.width**2, *dataclasses.astuple(shape))
+
+
+def collate_rows(
+    samples: Sequence[Sample],
+    tiles: Sequence[np.ndarray],
+    shape: Shape,
+    config: ModelConfig,
+    granularities: Sequence[int],
+    *,
+    words: bool = False,
+    feedback: Mapping[str, np.ndarray] | None = None,
+) -> dict[str, Any]:
+    """The arrays of a training batch: those of `packing.collate`, and
+
+    visual       int32 (rows, I, G)         visual tokens of each image at each of `granularities`, 0 = no such image
+    patch_words  int32 (rows, T, P, WORDS)  where `words` is asked for
+    nll          float32 (rows, G)          `feedback` of each sample, NaN where it has none
+    """
+    batch = collate(samples, shape, config, granularities, tiles)
+    batch["visual"] = np.zeros((len(samples), shape.images, len(granularities)), np.int32)
+    for row, sample in enumerate(samples):
+        for image, size in enumerate(sample.sizes):
+            batch["visual"][row, image] = [visual_count(size, config, g) for g in granularities]
+    if words:
+        batch["patch_words"] = collate_words(samples, shape.tiles, config)
+    if feedback is not None:
+        unknown = np.full(len(config.granularities), np.nan, np.float32)
+        batch["nll"] = np.stack([feedback.get(sample.id, unknown) for sample in samples])
+    return batch
 
 
 def choose_shapes(

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.models import avg_llava
+from avg_llava_jax.models.stack import Remat
 
 Batch = dict[str, jax.Array | dict[int, jax.Array]]
 Execution = Literal["per_length", "vmap"]
@@ -21,7 +22,7 @@ def answer_nll(
     index: jax.Array,
     target_at: jax.Array,
     targets: jax.Array,
-    remat: bool = False,
+    remat: Remat = "none",
 ) -> tuple[jax.Array, jax.Array]:
     """Negative log-likelihood of each sample's answer at one granularity.
 
@@ -50,7 +51,7 @@ def granularity_nll(
     batch: Batch,
     granularities: Sequence[int],
     execution: Execution = "per_length",
-    remat: bool = False,
+    remat: Remat = "none",
 ) -> tuple[jax.Array, jax.Array]:
     """`answer_nll` at each granularity: sums and counts, (G, B) each.
 
@@ -69,7 +70,7 @@ def granularity_nll(
     def one(params, pyramid, text, index, target_at):
         return answer_nll(config, params, pyramid, text, index, target_at, *shared)
 
-    one = jax.checkpoint(one) if remat else one
+    one = one if remat == "none" else jax.checkpoint(one)
     parts = [one(params, pyramid, text, batch["index"][g], batch["target_at"][g]) for g in granularities]
     sums, counts = zip(*parts, strict=True)
     return jnp.stack(sums), jnp.stack(counts)
@@ -80,7 +81,7 @@ def language_loss(
     params: avg_llava.Params,
     batch: Batch,
     granularities: Sequence[int],
-    remat: bool = False,
+    remat: Remat = "none",
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Next-token cross-entropy of the answers, mean over tokens, then over granularities (paper, equation 5).
 
@@ -95,7 +96,7 @@ def language_loss(
     return jnp.mean(per_granularity), metrics
 
 
-def grounding_loss(config: ModelConfig, params: avg_llava.Params, batch: Batch, remat: bool = False):
+def grounding_loss(config: ModelConfig, params: avg_llava.Params, batch: Batch, remat: Remat = "none"):
     """Each patch names what it shows: cross-entropy of its words, read straight through the unembedding.
 
     batch["patch_words"]: int (B, T, P, words) token ids, -1 = none; a patch's words share its probability.
