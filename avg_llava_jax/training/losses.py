@@ -55,8 +55,8 @@ def granularity_nll(
 ) -> tuple[jax.Array, jax.Array]:
     """`answer_nll` at each granularity: sums and counts, (G, B) each.
 
-    `per_length` runs one program part per granularity at its own static length; with `remat` the memory
-    is that of one granularity at a time. `vmap` pads all to the longest and maps over the granularity axis.
+    `per_length` runs one program part per granularity at its own static length. `vmap` pads all to the longest
+    and maps over the granularity axis.
     """
     shared = (batch["targets"], remat)
     if execution == "vmap":
@@ -67,11 +67,10 @@ def granularity_nll(
         target_at = jnp.stack([batch["target_at"][g] for g in granularities])
         return jax.vmap(lambda i, t: answer_nll(config, params, pyramid, text, i, t, *shared))(index, target_at)
 
-    def one(params, pyramid, text, index, target_at):
-        return answer_nll(config, params, pyramid, text, index, target_at, *shared)
-
-    one = one if remat == "none" else jax.checkpoint(one)
-    parts = [one(params, pyramid, text, batch["index"][g], batch["target_at"][g]) for g in granularities]
+    parts = [
+        answer_nll(config, params, pyramid, text, batch["index"][g], batch["target_at"][g], *shared)
+        for g in granularities
+    ]
     sums, counts = zip(*parts, strict=True)
     return jnp.stack(sums), jnp.stack(counts)
 
