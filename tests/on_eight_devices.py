@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from avg_llava_jax import generate, parameters, sharding
+from avg_llava_jax.config import ScalerConfig
 from avg_llava_jax.costs import collectives
 from avg_llava_jax.models.flash import flash_attention
 from avg_llava_jax.training.step import Step
@@ -14,8 +15,13 @@ from configs import base
 from tests.test_attention import draw, formula
 from tests.test_parameters import TINY
 
-# Without dropout, whose mask depends on how a batch is cut up.
-MODEL = dataclasses.replace(TINY, router=dataclasses.replace(TINY.router, dropout=0.0))
+MODEL = dataclasses.replace(
+    TINY,
+    vision=dataclasses.replace(TINY.vision, layers=2),
+    scaler=ScalerConfig(halvings=1),
+    router=dataclasses.replace(TINY.router, dropout=0.0),  # its mask depends on how a batch is cut up
+    language=dataclasses.replace(TINY.language, layers=1),
+)
 ROWS, TILES, TEXT, ANSWER, LENGTH, ROOM = 8, 2, 6, 3, 12, 4
 IMAGES = ("pixels", "tile_image", "first_tile", "text", "instruction")
 
@@ -84,13 +90,13 @@ def main():
     for phase in ("multi_granularity", "rglf"):
         one, _ = trained(params, batch, phase, (1, 1, 1))
         assert one[0]["grad_norm"] > 1e-3
-        for sizes, accumulate in [((2, 2, 2), 1), ((1, 4, 2), 1), ((2, 2, 2), 2)]:
+        for sizes, accumulate in [((1, 4, 2), 1), ((2, 2, 2), 2)]:
             equal(one, trained(params, batch, phase, sizes, accumulate)[0])
     two, four = (trained(params, batch, "connector", (2, 1, 1), n)[1]["all-reduce"].sent for n in (2, 4))
     assert four < 1.05 * two, f"copies of the model reduce once a step, not once a micro-batch: {two}, {four} bytes"
 
     one = answered(params, batch, (1, 1, 1))
-    for sizes in [(8, 1, 1), (2, 2, 2), (1, 1, 4)]:
+    for sizes in [(4, 2, 1), (2, 2, 2)]:
         equal(one, answered(params, batch, sizes))
 
     arrays = draw(jnp.float32, 140)
