@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from avg_llava_jax import checkpoint, costs, foreign, generate, parameters, placement, sharding
 from avg_llava_jax.config import ModelConfig
+from avg_llava_jax.data.feedback import read_feedback
 from avg_llava_jax.data.packing import Shape, load_tiles
 from avg_llava_jax.data.pipeline import EMPTY, collate_rows
 from avg_llava_jax.training import setup
@@ -148,17 +149,21 @@ def train_step(config: ml_collections.ConfigDict, target: Target, shape: Shape) 
     model = model_of(config)
     mesh = sharding.make_mesh(config.mesh, target.devices)
     setup.check_step(config, mesh)
+    nothing, tiles = None, load_tiles(EMPTY, model)
+    if config.rglf.feedback:
+        nothing = next(iter(read_feedback(config.rglf.feedback, model.granularities).values()))
+        tiles = tiles if nothing.features is None else nothing.features[:0]
 
     def traced(config: ml_collections.ConfigDict) -> tuple[Any, dict[str, Any]]:
         step = Step(config, model, mesh)
         rows = collate_rows(
             [EMPTY],
-            [load_tiles(EMPTY, model)],
+            [tiles],
             shape,
             model,
             setup.granularities(config, model),
             words=config.phase == "grounding",
-            feedback={} if config.rglf.feedback else None,
+            stored=[nothing] if nothing else None,
         )
         ours, frozen = step.split(step.params)
         held = {

@@ -49,7 +49,7 @@ def get_config() -> ConfigDict:
                 "rank_weight": 1.0,
                 "ce_weight": 0.1,
                 "tie_nats": 0.0,  # this close to the best is as good, and the cheapest of those wins; 0 = paper
-                "feedback": "",  # answers of the frozen model, stored; "" = measured on the way
+                "feedback": "",  # folder made by launch.feedback; "" = the frozen model is asked on the way
                 "execution": "per_length",  # per_length | vmap
             },
             # Sizes of the device mesh; -1 = all that is left.

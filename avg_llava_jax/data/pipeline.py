@@ -31,6 +31,7 @@ from absl import flags
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.data.conversation import Tokens
 from avg_llava_jax.data.errors import BadSample
+from avg_llava_jax.data.feedback import Stored
 from avg_llava_jax.data.geometry import visual_count
 from avg_llava_jax.data.packing import Sample, Shape, collate, collate_words, load_tiles, merge, shape_of
 from avg_llava_jax.data.sources import Part, read_sample
@@ -80,7 +81,8 @@ class PlannedBatches:
     batch_size: B, over all processes.
     shapes: at most so many batch shapes, as far as the survey saw them; each is compiled once.
     words: add `patch_words` for phase `grounding`.
-    feedback: answer NLL (G,) by sample id; adds `nll` float32 (rows, G) to the batch, NaN where there is none.
+    feedback: stored answers by sample id; adds `nll` float32 (rows, G) to the batch, NaN where there is none,
+        and where features were kept `features` (rows, T, P, D) in place of `pixels`.
     process, processes: whose rows.
     """
 
@@ -92,7 +94,7 @@ class PlannedBatches:
     seed: int = 0
     shapes: int = 6
     words: bool = False
-    feedback: Mapping[str, np.ndarray] | None = None
+    feedback: Mapping[str, Stored] | None = None
     process: int = 0
     processes: int = 1
 
@@ -116,17 +118,32 @@ class PlannedBatches:
         shape = self._fit(merge([self._shape(member.sample) for member in members] or [self._shape(EMPTY)]))
 
         each = self.batch_size // self.processes
-        nothing = load_tiles(EMPTY, self.config)
-        samples, tiles = [EMPTY] * each, [nothing] * each
+        samples, tiles = [EMPTY] * each, [self._tiles(EMPTY)] * each
         for row, (record, sample) in enumerate(members[self.process * each : (self.process + 1) * each]):
             try:
-                samples[row], tiles[row] = sample, load_tiles(sample, self.config)
+                tiles[row] = self._tiles(sample)
+                samples[row] = sample
             except BadSample as bad:
                 skipped.append(Skipped(record, sample.id, bad.reason, bad.detail))
-        batch = collate_rows(
-            samples, tiles, shape, self.config, self.granularities, words=self.words, feedback=self.feedback
-        )
+        stored = None if self.feedback is None else [self._stored(sample) for sample in samples]
+        batch = collate_rows(samples, tiles, shape, self.config, self.granularities, words=self.words, stored=stored)
         return {**batch, "ids": [sample.id for sample in samples], "skipped": skipped}
+
+    def _tiles(self, sample: Sample) -> np.ndarray:
+        """Of all images of a sample: pixels, or the features that are stored."""
+        if self.feedback is None or self._nothing.features is None:
+            return load_tiles(sample, self.config)
+        return self._stored(sample).features
+
+    def _stored(self, sample: Sample) -> Stored:
+        return self.feedback.get(sample.id, self._nothing)
+
+    @functools.cached_property
+    def _nothing(self) -> Stored:
+        """Stands for the answers to a sample that nobody was asked about."""
+        features = next((one.features for one in self.feedback.values()), None)
+        nll = np.full(len(self.config.granularities), np.nan, np.float32)
+        return Stored(nll, None if features is None else features[:0])
 
     @functools.cached_property
     def ladder(self) -> tuple[Shape, ...]:
@@ -207,13 +224,14 @@ def collate_rows(
     granularities: Sequence[int],
     *,
     words: bool = False,
-    feedback: Mapping[str, np.ndarray] | None = None,
+    stored: Sequence[Stored] | None = None,
 ) -> dict[str, Any]:
     """The arrays of a training batch: those of `packing.collate`, and
 
     visual       int32 (rows, I, G)         visual tokens of each image at each of `granularities`, 0 = no such image
     patch_words  int32 (rows, T, P, WORDS)  where `words` is asked for
-    nll          float32 (rows, G)          `feedback` of each sample, NaN where it has none
+    nll          float32 (rows, G)          where feedback is `stored`, NaN = none
+    features     (rows, T, P, D)            instead of `pixels`, where these are stored too: `tiles` holds them
     """
     batch = collate(samples, shape, config, granularities, tiles)
     batch["visual"] = np.zeros((len(samples), shape.images, len(granularities)), np.int32)
@@ -222,9 +240,10 @@ def collate_rows(
             batch["visual"][row, image] = [visual_count(size, config, g) for g in granularities]
     if words:
         batch["patch_words"] = collate_words(samples, shape.tiles, config)
-    if feedback is not None:
-        unknown = np.full(len(config.granularities), np.nan, np.float32)
-        batch["nll"] = np.stack([feedback.get(sample.id, unknown) for sample in samples])
+    if stored is not None:
+        batch["nll"] = np.stack([one.nll for one in stored])
+        if stored[0].features is not None:
+            batch["features"] = batch.pop("pixels")
     return batch
 
 

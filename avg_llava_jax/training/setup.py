@@ -13,11 +13,11 @@ from jax.experimental import multihost_utils
 
 from avg_llava_jax import checkpoint, foreign, parameters, sharding
 from avg_llava_jax.config import ModelConfig, from_dict, to_dict
+from avg_llava_jax.data.feedback import read_feedback
 from avg_llava_jax.data.pipeline import Batches, PlannedBatches
 from avg_llava_jax.data.sources import open_sources
 from avg_llava_jax.data.tokenizer import Tokenizer, load_tokenizer
 from avg_llava_jax.models.stack import Remat
-from avg_llava_jax.training import feedback
 from avg_llava_jax.training.optimizer import OptimizerConfig, trainable
 
 logger = logging.getLogger(__name__)
@@ -150,7 +150,7 @@ def plan_batches(config: ml_collections.ConfigDict, model: ModelConfig, tokenize
         seed=config.seed,
         shapes=config.data.shapes,
         words=config.phase == "grounding",
-        feedback=feedback.read(config.rglf.feedback, model) if config.rglf.feedback else None,
+        feedback=read_feedback(config.rglf.feedback, model.granularities) if config.rglf.feedback else None,
         process=jax.process_index(),
         processes=jax.process_count(),
     )
