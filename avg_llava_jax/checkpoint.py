@@ -128,7 +128,9 @@ def steps(folder: Folder) -> list[int]:
     return sorted(int(entry.name) for entry in root.iterdir() if entry.name.isdecimal() and (entry / "params").is_dir())
 
 
-def load(path: Folder, vision_tower: Folder | None = None, mesh: Mesh | None = None, dtype: Any = None) -> Loaded:
+def load(
+    path: Folder, vision_tower: Folder | None = None, mesh: Mesh | None = None, dtype: parameters.Dtype = None
+) -> Loaded:
     """Load a model from a checkpoint folder of ours (its newest readable step) or from a released-layout folder.
 
     Shapes first, then shardings, then every device reads its own part.
@@ -137,7 +139,7 @@ def load(path: Folder, vision_tower: Folder | None = None, mesh: Mesh | None = N
       path: the folder.
       vision_tower: for a released-layout folder, the CLIP folder that its config names.
       mesh: where the parameters go; None = the first device.
-      dtype: of the parameters; None = as stored.
+      dtype: of the parameters, one for all or one for each component; None = as stored.
 
     Raises:
       FileNotFoundError: no such folder, or no complete step in it.
@@ -178,9 +180,14 @@ def _checksums(place: pathlib.Path) -> dict[str, dict[str, int]] | None:
     return stored.read_json(place / "checksums" / "metadata") if (place / "checksums").is_dir() else {}
 
 
-def _targets(saved: dict[str, jax.ShapeDtypeStruct], mesh: Mesh | None, dtype: Any) -> parameters.Params:
+def _targets(saved: dict[str, jax.ShapeDtypeStruct], mesh: Mesh | None, dtype: parameters.Dtype) -> parameters.Params:
     """Shapes, dtypes and shardings to restore the stored parameters into."""
-    shapes = parameters.unflat({path: jax.ShapeDtypeStruct(s.shape, dtype or s.dtype) for path, s in saved.items()})
+    shapes = parameters.unflat(
+        {
+            path: jax.ShapeDtypeStruct(leaf.shape, parameters.dtype_of(path, dtype, leaf.dtype))
+            for path, leaf in saved.items()
+        }
+    )
     if mesh is None:
         return stored.targets(shapes)
     return sharding.placed(shapes, sharding.shardings(mesh, shapes))

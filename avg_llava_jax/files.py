@@ -3,16 +3,21 @@
 import json
 import os
 import pathlib
-from typing import Any
+from collections.abc import Callable
+from typing import Any, BinaryIO
 
 Path = str | os.PathLike[str]
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text beside its place, then move it there."""
+def write_whole(path: Path, content: str | Callable[[BinaryIO], object]) -> None:
+    """Write beside its place, then move there: a text, or what a function writes into the open file."""
     path = pathlib.Path(path)
     beside = path.with_name(path.name + ".part")
-    beside.write_text(text, encoding="utf-8")
+    with open(beside, "wb") as file:
+        if isinstance(content, str):
+            file.write(content.encode("utf-8"))
+        else:
+            content(file)
     os.replace(beside, path)
 
 

@@ -18,9 +18,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from tqdm import tqdm
 
-from avg_llava_jax import layouts, llava_next, parameters, sharding, tensors
+from avg_llava_jax import layouts, llava_next, parameters, placement, sharding, tensors
 from avg_llava_jax.config import ModelConfig
-from avg_llava_jax.models import avg_llava
 from avg_llava_jax.tensors import Catalog, Tensors, read_json
 
 logger = logging.getLogger(__name__)
@@ -87,7 +86,7 @@ def inspect(folder: Folder, vision_tower: Folder | None = None) -> Opened:
 
 
 def load(
-    folder: Folder, vision_tower: Folder | None = None, mesh: Mesh | None = None, dtype: Any = None
+    folder: Folder, vision_tower: Folder | None = None, mesh: Mesh | None = None, dtype: parameters.Dtype = None
 ) -> tuple[ModelConfig, parameters.Params]:
     """The config and the parameters of a PyTorch folder.
 
@@ -97,7 +96,7 @@ def load(
         there is one. Its config always counts; its weights count unless the checkpoint says
         `unfreeze_mm_vision_tower: true` and holds the tower itself.
       mesh: where the parameters go; None = the first device.
-      dtype: of the parameters; None = as stored.
+      dtype: of the parameters, one for all or one for each component; None = as stored.
 
     A folder without a router gets a fresh one.
 
@@ -108,7 +107,7 @@ def load(
     leaves = {}
     for path, row in tqdm(rows.items(), desc="reading", unit="parameter", leave=False, disable=None):
         shape = parameters.flat(shapes)[path].shape
-        at = NamedSharding(mesh, sharding.fitting(mesh, row.spec, shape)) if mesh else _first_device()
+        at = NamedSharding(mesh, placement.fitting(mesh, row.spec, shape)) if mesh else _first_device()
         leaves[path] = _place(catalog, row, shape, at, dtype)
     params = parameters.unflat(leaves)
     return config, params if "router" in params else params | {"router": _fresh_router(config, mesh, dtype)}
@@ -191,13 +190,14 @@ def keep_unused(source: Folder, folder: Folder, vision_tower: Folder | None = No
     (folder / ORIGIN).write_text(json.dumps(kept, indent=2) + "\n")
 
 
-def _place(catalog: Catalog, row: parameters.Row, shape: tuple[int, ...], at: Any, dtype: Any) -> jax.Array:
+def _place(
+    catalog: Catalog, row: parameters.Row, shape: tuple[int, ...], at: Any, dtype: parameters.Dtype
+) -> jax.Array:
     """One parameter, put together device by device from its PyTorch tensors (one a layer)."""
     names = [row.torch.format(n=layer) for layer in (range(shape[0]) if row.layered else (0,))]
     stored = {catalog.dtype(name) for name in names}
-    if dtype is None:  # layers that differ are stacked without loss
-        dtype = stored.pop() if len(stored) == 1 else np.float32
-    dtype = np.dtype(dtype)
+    one = stored.pop() if len(stored) == 1 else np.float32  # layers that differ are stacked without loss
+    dtype = np.dtype(parameters.dtype_of(row.path, dtype, one))
 
     def part(index: tuple[slice, ...]) -> np.ndarray:
         if not row.layered:
@@ -217,12 +217,11 @@ def _first_device() -> SingleDeviceSharding:
     return SingleDeviceSharding(jax.local_devices()[0])
 
 
-def _fresh_router(config: ModelConfig, mesh: Mesh | None, dtype: Any) -> parameters.Params:
+def _fresh_router(config: ModelConfig, mesh: Mesh | None, dtype: parameters.Dtype) -> parameters.Params:
     logger.info("the checkpoint has no router: a fresh one is made (attention=%s)", config.router.attention)
 
     def make() -> parameters.Params:
-        params = {"router": avg_llava.init(config, jax.random.key(0))["router"]}
-        return jax.tree.map(lambda leaf: leaf.astype(dtype or leaf.dtype), params)
+        return {"router": parameters.init(config, jax.random.key(0), dtype)["router"]}
 
     at = sharding.shardings(mesh, jax.eval_shape(make)) if mesh else None
     return jax.jit(make, out_shardings=at)()["router"]

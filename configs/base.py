@@ -22,8 +22,8 @@ def get_config() -> ConfigDict:
             "init_from": "",  # a checkpoint of ours or a released-layout folder; "" = fresh parameters
             "vision_tower": "",  # the CLIP folder that a released-layout init_from names
             "tokenizer": "",  # folder for fresh parameters; init_from brings its own
-            "compute_dtype": "float32",  # float32 | bfloat16; parameters stay float32
-            "remat": False,  # recompute activations in the backward pass: less memory, a third more work
+            "compute_dtype": "float32",  # float32 | bfloat16; what learns is held in float32, what is frozen in this
+            "remat": "none",  # none | dots | full: how much of the forward pass is computed again in the backward pass
             "data": {
                 # LLaVA JSON or JSONL; or `jersey`, with settings as `jersey?split=router&turns=4`;
                 # or several by weight: `0.8*a.json, 0.2*jersey`.
@@ -50,7 +50,7 @@ def get_config() -> ConfigDict:
                 "rank_weight": 1.0,
                 "ce_weight": 0.1,
                 "tie_nats": 0.0,  # this close to the best is as good, and the cheapest of those wins; 0 = paper
-                "feedback": "",  # answers of the frozen model, stored; "" = measured on the way
+                "feedback": "",  # folder made by launch.feedback; "" = the frozen model is asked on the way
                 "execution": "per_length",  # per_length | vmap
             },
             # Sizes of the device mesh; -1 = all that is left.

@@ -9,13 +9,13 @@ import pathlib
 import time
 from typing import Any
 
+import jax
 import numpy as np
 from absl import flags
 
-from avg_llava_jax import checkpoint, evaluation, plots, policies
+from avg_llava_jax import checkpoint, evaluation, plots, policies, sharding
 from avg_llava_jax.api import SHIPPED, AvgLlava
 from avg_llava_jax.data.jersey import Jersey
-from avg_llava_jax.data.sources import open_sources
 from avg_llava_jax.files import same_run, write_whole
 from avg_llava_jax.training import feedback, loop, setup
 from configs import jersey
@@ -37,14 +37,14 @@ def router_config(checkpoint: str = str(SHIPPED), steps: int | None = None, pict
 
 
 def collect_feedback(model: AvgLlava, config: Any, workdir: pathlib.Path) -> pathlib.Path:
-    """Ask the frozen model every question of the router's split at every granularity; kept in `feedback.npz`."""
-    path = workdir / "feedback.npz"
-    if not path.exists():
+    """Ask the frozen model every question of the router's split at every granularity; keeps what it saw, too."""
+    path = workdir / "feedback"
+    if not (workdir / "feedback.seconds").exists():
         begin = time.perf_counter()
-        records = len(open_sources(config.data.path)[0].source)
+        mesh = sharding.make_mesh(config.mesh)
+        params = jax.device_put(model.params, sharding.shardings(mesh, model.params))
         batches = setup.plan_batches(config, model.config, model.tokenizer)
-        found = feedback.measure_all(model.config, model.params, batches, records)
-        feedback.write(path, model.config, found)
+        feedback.measure(model.config, params, batches, config.steps, path, mesh, keep_features=True)
         _note_seconds(workdir, "feedback", begin)
     return path
 

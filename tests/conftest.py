@@ -46,15 +46,20 @@ def params(tiny):
 
 @pytest.fixture
 def llava_folder(tmp_path: Path) -> Path:
+    """A folder of `write_llava`, a test's own."""
+    return write_llava(tmp_path)
+
+
+def write_llava(folder: Path) -> Path:
     """`train.json` with 24 records and their images: text alone, one image, two images, several turns."""
     colours = ("red", "green", "blue")
-    (tmp_path / "images").mkdir()
+    (folder / "images").mkdir()
     records = []
     for number in range(24):
         names = [f"{number}-{image}.png" for image in range(number % 3)]
         for image, name in enumerate(names):
             size = ((40, 20), (20, 40), (30, 30))[(number + image) % 3]
-            Image.new("RGB", size, colours[(number + image) % 3]).save(tmp_path / "images" / name)
+            Image.new("RGB", size, colours[(number + image) % 3]).save(folder / "images" / name)
         turns = [
             {"from": "human", "value": "<image>\n" * len(names) + "What colour is it? é日"},
             {"from": "gpt", "value": colours[number % 3]},
@@ -67,5 +72,5 @@ def llava_folder(tmp_path: Path) -> Path:
         elif names:
             record["images"] = names
         records.append(record)
-    (tmp_path / "train.json").write_text(json.dumps(records, ensure_ascii=False, indent=1), encoding="utf-8")
-    return tmp_path
+    (folder / "train.json").write_text(json.dumps(records, ensure_ascii=False, indent=1), encoding="utf-8")
+    return folder

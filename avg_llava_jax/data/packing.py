@@ -178,7 +178,7 @@ def collate(
     """A batch; B samples, sizes from `shape`.
 
     granularities: which to build `index` for; default all of the model's.
-    tiles: what `load_tiles` gave for each sample, if that was done elsewhere.
+    tiles: of each sample an array (t, ...) of its tiles, if not what `load_tiles` gives.
 
     pixels       uint8 (B,T,H,W,3)   zero where there is no tile
     tile_image   int32 (B,T)         ordinal within the sample of the slot's image, -1 empty
@@ -193,9 +193,10 @@ def collate(
     Raises ValueError where a sample does not fit the shape.
     """
     granularities = tuple(config.granularities if granularities is None else granularities)
-    count, side, limit = len(samples), config.vision.image_size, config.language.max_length
+    tiles = [load_tiles(sample, config) for sample in samples] if tiles is None else tiles
+    count, limit = len(samples), config.language.max_length
     batch = {
-        "pixels": np.zeros((count, shape.tiles, side, side, 3), np.uint8),
+        "pixels": np.zeros((count, shape.tiles, *tiles[0].shape[1:]), tiles[0].dtype),
         "tile_image": np.full((count, shape.tiles), -1, np.int32),
         "first_tile": np.full((count, shape.images), -1, np.int32),
         "text": np.zeros((count, shape.text), np.int32),
@@ -208,8 +209,7 @@ def collate(
     for b, sample in enumerate(samples):
         layout = _layout(sample)
         first = _first_slots(sample, shape, config)
-        pixels = load_tiles(sample, config) if tiles is None else tiles[b]
-        batch["pixels"][b, : len(pixels)] = pixels
+        batch["pixels"][b, : len(tiles[b])] = tiles[b]
         for image, (slot, size) in enumerate(zip(first, sample.sizes, strict=True)):
             batch["first_tile"][b, image] = slot
             batch["tile_image"][b, slot : slot + tile_count(size, config)] = image

@@ -31,6 +31,7 @@ from absl import flags
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.data.conversation import Tokens
 from avg_llava_jax.data.errors import BadSample
+from avg_llava_jax.data.feedback import Stored
 from avg_llava_jax.data.geometry import visual_count
 from avg_llava_jax.data.packing import Sample, Shape, collate, collate_words, load_tiles, merge, shape_of
 from avg_llava_jax.data.sources import Part, read_sample
@@ -80,7 +81,8 @@ class PlannedBatches:
     batch_size: B, over all processes.
     shapes: at most so many batch shapes, as far as the survey saw them; each is compiled once.
     words: add `patch_words` for phase `grounding`.
-    feedback: answer NLL (G,) by sample id; adds `nll` float32 (rows, G) to the batch, NaN where there is none.
+    feedback: stored answers by sample id; adds `nll` float32 (rows, G) to the batch, NaN where there is none,
+        and where features were kept `features` (rows, T, P, D) in place of `pixels`.
     rows: which rows of each batch are read, ascending; None = all of them.
     """
 
@@ -92,16 +94,15 @@ class PlannedBatches:
     seed: int = 0
     shapes: int = 6
     words: bool = False
-    feedback: Mapping[str, np.ndarray] | None = None
+    feedback: Mapping[str, Stored] | None = None
     rows: tuple[int, ...] | None = None
 
     def __len__(self) -> int:
         return 2**40  # no end: epochs follow one another
 
     def __getitem__(self, number: int) -> Batch:
-        """Batch `number`: what `packing.collate` gives for this process's rows, and
+        """Batch `number`: what `collate_rows` gives for this process's rows, and
 
-        visual   int32 (rows, I, G)  visual tokens of each image at each of `granularities`, 0 = no such image
         ids      the samples' ids, "" for an empty row
         skipped  list of Skipped: what planning left out, spread evenly over the batches of a window and there
                  over the rows, so that one process reports it; and which of these rows cannot be read
@@ -113,24 +114,32 @@ class PlannedBatches:
         skipped = [one for at, one in enumerate(left_out) if at % self.batch_size in rows]
         shape = self._fit(merge([self._shape(member.sample) for member in members] or [self._shape(EMPTY)]))
 
-        nothing = load_tiles(EMPTY, self.config)
-        samples, tiles = [EMPTY] * len(rows), [nothing] * len(rows)
+        samples, tiles = [EMPTY] * len(rows), [self._tiles(EMPTY)] * len(rows)
         for row, (record, sample) in enumerate(members[at] for at in rows if at < len(members)):
             try:
-                samples[row], tiles[row] = sample, load_tiles(sample, self.config)
+                tiles[row] = self._tiles(sample)
+                samples[row] = sample
             except BadSample as bad:
                 skipped.append(Skipped(record, sample.id, bad.reason, bad.detail))
-        batch = collate(samples, shape, self.config, self.granularities, tiles)
-        visual = np.zeros((len(rows), shape.images, len(self.granularities)), np.int32)
-        for row, sample in enumerate(samples):
-            for image, size in enumerate(sample.sizes):
-                visual[row, image] = [visual_count(size, self.config, g) for g in self.granularities]
-        if self.words:
-            batch["patch_words"] = collate_words(samples, shape.tiles, self.config)
-        if self.feedback is not None:
-            unknown = np.full(len(self.config.granularities), np.nan, np.float32)
-            batch["nll"] = np.stack([self.feedback.get(sample.id, unknown) for sample in samples])
-        return {**batch, "visual": visual, "ids": [sample.id for sample in samples], "skipped": skipped}
+        stored = None if self.feedback is None else [self._stored(sample) for sample in samples]
+        batch = collate_rows(samples, tiles, shape, self.config, self.granularities, words=self.words, stored=stored)
+        return {**batch, "ids": [sample.id for sample in samples], "skipped": skipped}
+
+    def _tiles(self, sample: Sample) -> np.ndarray:
+        """Of all images of a sample: pixels, or the features that are stored."""
+        if self.feedback is None or self._nothing.features is None:
+            return load_tiles(sample, self.config)
+        return self._stored(sample).features
+
+    def _stored(self, sample: Sample) -> Stored:
+        return self.feedback.get(sample.id, self._nothing)
+
+    @functools.cached_property
+    def _nothing(self) -> Stored:
+        """Stands for the answers to a sample that nobody was asked about."""
+        features = next((one.features for one in self.feedback.values()), None)
+        nll = np.full(len(self.config.granularities), np.nan, np.float32)
+        return Stored(nll, None if features is None else features[:0])
 
     @functools.cached_property
     def ladder(self) -> tuple[Shape, ...]:
@@ -201,6 +210,37 @@ def _cost(shape: Shape, config: ModelConfig, granularities: Sequence[int]) -> tu
     encoder = shape.tiles * config.vision.grid**2 * config.vision.used_layers * config.vision.width**2
     length = sum(shape.length(config, granularity) for granularity in granularities)
     return (encoder + length * config.language.layers * config.language.width**2, *dataclasses.astuple(shape))
+
+
+def collate_rows(
+    samples: Sequence[Sample],
+    tiles: Sequence[np.ndarray],
+    shape: Shape,
+    config: ModelConfig,
+    granularities: Sequence[int],
+    *,
+    words: bool = False,
+    stored: Sequence[Stored] | None = None,
+) -> dict[str, Any]:
+    """The arrays of a training batch: those of `packing.collate`, and
+
+    visual       int32 (rows, I, G)         visual tokens of each image at each of `granularities`, 0 = no such image
+    patch_words  int32 (rows, T, P, WORDS)  where `words` is asked for
+    nll          float32 (rows, G)          where feedback is `stored`, NaN = none
+    features     (rows, T, P, D)            instead of `pixels`, where these are stored too: `tiles` holds them
+    """
+    batch = collate(samples, shape, config, granularities, tiles)
+    batch["visual"] = np.zeros((len(samples), shape.images, len(granularities)), np.int32)
+    for row, sample in enumerate(samples):
+        for image, size in enumerate(sample.sizes):
+            batch["visual"][row, image] = [visual_count(size, config, g) for g in granularities]
+    if words:
+        batch["patch_words"] = collate_words(samples, shape.tiles, config)
+    if stored is not None:
+        batch["nll"] = np.stack([one.nll for one in stored])
+        if stored[0].features is not None:
+            batch["features"] = batch.pop("pixels")
+    return batch
 
 
 def choose_shapes(

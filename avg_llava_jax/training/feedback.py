@@ -1,11 +1,12 @@
-"""Feedback once, routers many: the frozen model's answer NLL does not depend on the router, so it can be stored.
+"""Feedback once, routers many: how the frozen model answers does not depend on the router, so it can be stored.
 
-A feedback file is an npz: `ids` (N,), `nll` (N, G) mean nats per answer token, `granularities` (G,).
-`config.rglf.feedback` names one; RGLF then trains without running the language model, to the same losses.
+`launch.feedback` measures it into a folder (see `data.feedback`), and the features that the model saw as well,
+if asked. `config.rglf.feedback` names the folder; RGLF then trains without running the language model, or where
+features are kept without the encoder too, to the same losses.
 """
 
 import functools
-import os
+import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -13,11 +14,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from tqdm import tqdm
 
+from avg_llava_jax import hosts, sharding
 from avg_llava_jax.config import ModelConfig
+from avg_llava_jax.data.feedback import FeedbackFolder, Stored
 from avg_llava_jax.data.pipeline import WINDOW, PlannedBatches
 from avg_llava_jax.models import avg_llava
+from avg_llava_jax.models.scaler import scale
 from avg_llava_jax.training import losses
 
 NOT_ARRAYS = ("ids", "skipped")
@@ -45,47 +50,72 @@ def answer_feedback(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _measure(config: ModelConfig, params: avg_llava.Params, batch: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
-    pyramid = avg_llava.pyramid_of(config, params, batch["pixels"])
+def _measure(
+    config: ModelConfig, params: avg_llava.Params, batch: Mapping[str, Any]
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Mean NLL (B, G), who has an answer (B,), features (B, T, P, D)."""
+    features = avg_llava.see(config, params, batch["pixels"])
     text = avg_llava.embed(config, params, batch["text"])
-    return answer_feedback(config, params, pyramid, text, batch, "per_length")
+    return *answer_feedback(config, params, scale(config, features), text, batch, "per_length"), features
 
 
-def measure_all(
-    config: ModelConfig, params: avg_llava.Params, batches: PlannedBatches, records: int
-) -> dict[str, np.ndarray]:
-    """Feedback on the first epoch of `records` records of a pipeline: its answered samples' ids -> nll (G,).
+def measure(
+    config: ModelConfig,
+    params: avg_llava.Params,
+    batches: PlannedBatches,
+    steps: int,
+    folder: str | pathlib.Path,
+    mesh: jax.sharding.Mesh,
+    keep_features: bool,
+) -> None:
+    """Store the feedback on all samples that a run of `steps` steps would see, once each; goes on with a folder.
 
-    An epoch is surely over at the end of a window of batches; batches that bring nothing new are passed over.
+    params: in the dtype to compute in, laid out by `sharding.shardings`; features are kept in it.
+    keep_features: 4 * P * D bytes a tile in float32: 24 KB for jersey, 9 MB (half of it in bfloat16) for the 7B.
+
+    Raises:
+      ValueError: the folder holds feedback that was measured in another way.
     """
-    found: dict[str, np.ndarray] = {}
-    windows = -(-records // (WINDOW * batches.batch_size))
-    for number in tqdm(range(windows * WINDOW), unit="batch"):
-        if len(found) == records:
-            break
+    dtype = str(jax.tree.leaves(params)[0].dtype) if keep_features else ""
+    store = FeedbackFolder(pathlib.Path(folder), config.granularities, dtype)
+    store.begin()
+    windows = math.ceil(steps / WINDOW)
+    if len(batches.parts) == 1:  # else epochs end at different times, and how far to go is for `steps` to say
+        windows = min(windows, math.ceil(len(batches.parts[0].source) / (WINDOW * batches.batch_size)))
+    known: set[str] = set()
+    process = jax.process_index()
+    with jax.set_mesh(mesh), tqdm(total=windows * WINDOW, unit="batch") as progress:
+        for window in range(windows):
+            if not hosts.agree(store.has(window, process)):
+                store.add(window, process, _window(config, params, batches, window, known, mesh, keep_features))
+            known.update(store.ids(window, process))
+            progress.update(WINDOW)
+    multihost_utils.sync_global_devices("feedback is stored")
+    if hosts.first():
+        store.finish(windows, jax.process_count())
+
+
+def _window(
+    config: ModelConfig,
+    params: avg_llava.Params,
+    batches: PlannedBatches,
+    window: int,
+    known: set[str],
+    mesh: jax.sharding.Mesh,
+    keep_features: bool,
+) -> dict[str, Stored]:
+    """The answers to one window's samples but for the known ones."""
+    rows = sharding.batch_sharding(mesh)
+    found: dict[str, Stored] = {}
+    for number in range(window * WINDOW, (window + 1) * WINDOW):
         batch = batches[number]
-        if found.keys() >= set(filter(None, batch["ids"])):
-            continue
-        nll, answered = jax.device_get(
-            _measure(config, params, {key: value for key, value in batch.items() if key not in NOT_ARRAYS})
-        )
-        found |= {name: row for name, row, good in zip(batch["ids"], nll, answered, strict=True) if good}
+        arrays = {key: value for key, value in batch.items() if key not in NOT_ARRAYS}
+        arrays = jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), arrays)
+        measured = _measure(config, params, arrays)
+        ours = multihost_utils.global_array_to_host_local_array(measured, mesh, rows.spec)
+        nll, answered, features = map(np.asarray, ours)
+        tiles = (batch["tile_image"] >= 0).sum(axis=1)
+        for row, name in enumerate(batch["ids"]):
+            if name and name not in known and answered[row]:
+                found[name] = Stored(nll[row], features[row, : tiles[row]] if keep_features else None)
     return found
-
-
-def write(path: str | os.PathLike[str], config: ModelConfig, feedback: Mapping[str, np.ndarray]) -> None:
-    """Store feedback; the file appears only when whole."""
-    path = pathlib.Path(path)
-    beside = path.with_name(path.name + ".part.npz")
-    nll = np.stack(list(feedback.values())) if feedback else np.zeros((0, len(config.granularities)), np.float32)
-    np.savez(beside, ids=np.array(list(feedback)), nll=nll, granularities=np.array(config.granularities))
-    beside.replace(path)
-
-
-def read(path: str | os.PathLike[str], config: ModelConfig) -> dict[str, np.ndarray]:
-    """What `write` stored. Raises ValueError where it was measured on another ladder."""
-    with np.load(path) as stored:
-        ladder = tuple(int(g) for g in stored["granularities"])
-        if ladder != config.granularities:
-            raise ValueError(f"rglf.feedback={path} is on granularities {ladder}, the model has {config.granularities}")
-        return dict(zip(stored["ids"].tolist(), stored["nll"], strict=True))

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.models import avg_llava
+from avg_llava_jax.models.scaler import scale
+from avg_llava_jax.models.stack import Remat
 from avg_llava_jax.training import losses
 from avg_llava_jax.training.feedback import answer_feedback
 from avg_llava_jax.training.optimizer import Loss
@@ -26,7 +28,7 @@ class FeedbackConfig:
     """RGLF (paper, section 3.5): weights of the two parts, and how the frozen model is run.
 
     tie_nats: granularities within so many nats of the best count as equally good and rank cheapest first; 0 = paper.
-    feedback: a file of the frozen model's answers to the data (see `feedback`); "" = they are measured on the way.
+    feedback: folder of the frozen model's answers to the data (see `feedback`); "" = they are measured on the way.
     execution: `per_length` runs each granularity at its own length, `vmap` pads all to the longest.
     """
 
@@ -45,7 +47,7 @@ class FeedbackConfig:
 
 
 def make_loss(
-    phase: str, config: ModelConfig, granularities: tuple[int, ...], feedback: FeedbackConfig, remat: bool
+    phase: str, config: ModelConfig, granularities: tuple[int, ...], feedback: FeedbackConfig, remat: Remat
 ) -> Loss:
     """The loss of a phase, (params, batch, rng) -> loss, (weight, metrics)."""
     if phase == "grounding":
@@ -92,7 +94,10 @@ def feedback_loss(
     Returns:
       the loss, (how many images counted, metrics); `nll/g`, `visual_tokens` and `chosen/g` are means over them.
     """
-    pyramid = avg_llava.pyramid_of(config, params, batch["pixels"])
+    if "features" in batch:  # stored with the feedback
+        pyramid = scale(config, batch["features"])
+    else:
+        pyramid = avg_llava.pyramid_of(config, params, batch["pixels"])
     text = avg_llava.embed(config, params, batch["text"])
     shared = (config, params, pyramid, text, batch)
     nll, answered = answer_feedback(*shared, feedback.execution)  # (B, G), (B,)

@@ -4,7 +4,6 @@ It is made from a config and shapes alone, so the same function can be run by th
 ahead of time for devices that are not there.
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -21,7 +20,8 @@ from avg_llava_jax.training.optimizer import OptimizerConfig, gradients, make_op
 class Step:
     """One optimizer step as compiled functions of sharded arrays.
 
-    params, state: ShapeDtypeStructs, with shardings, of all parameters and of the optimizer's state.
+    params, state: ShapeDtypeStructs, with shardings, of all parameters and of the optimizer's state. What learns is
+        fp32, and cast anew for each step; what is frozen is in the compute dtype once and for all.
     rows: the sharding of a batch's arrays.
     init: trainable parameters -> state.
     update: (trainable parameters, state, frozen parameters, batch, step int32 ()) -> the first two anew, and the
@@ -37,19 +37,18 @@ class Step:
         dtype, seed = setup.DTYPES[config.compute_dtype], config.seed
 
         def update(ours: Any, state: Any, frozen: Any, batch: Any, step: jax.Array) -> tuple[Any, Any, Any]:
-            cast = functools.partial(jax.tree.map, lambda x: x.astype(dtype))
-            still = cast(frozen)
-            rng = jax.random.fold_in(jax.random.key(seed), step)
-
             def of_ours(ours: Any, batch: Any, rng: jax.Array) -> Any:
-                return loss(parameters.merge(cast(ours), still), batch, rng)
+                ours = sharding.constrain(jax.tree.map(lambda x: x.astype(dtype), ours))
+                return loss(parameters.merge(ours, frozen), batch, rng)
 
+            rng = jax.random.fold_in(jax.random.key(seed), step)
             grads, value, metrics = gradients(of_ours, ours, batch, rng, settings.accumulate)
             metrics |= {"loss": value, "grad_norm": optax.global_norm(grads)}
             updates, state = optimizer.update(grads, state, ours, loss=value)
             return optax.apply_updates(ours, updates), state, metrics
 
-        self.params = sharding.placed(whole := parameters.abstract(model), sharding.shardings(mesh, whole))
+        whole = parameters.abstract(model, setup.dtypes(config))
+        self.params = sharding.placed(whole, sharding.shardings(mesh, whole))
         ours, frozen = self.split(self.params)
         state = jax.eval_shape(optimizer.init, ours)
         self.state = sharding.placed(state, sharding.state_shardings(mesh, whole, state))
