@@ -3,11 +3,11 @@
 Every leaf has a checksum, taken on the devices when it is saved and again when it has been read, so it costs
 one pass over memory that is there anyway, and does not depend on how the leaf was or is sharded:
 
-    sum over all elements of  bits * (2 * place + 1)  modulo 2**32
+    sum over all elements of  mix(bits, place)  modulo 2**32
 
-with `bits` the element's bit pattern as an unsigned integer and `place` its index in the flattened leaf. The
-factor is odd, so one changed element always changes the sum; and it differs between places, so two exchanged
-elements do as well.
+with `bits` the element's bit pattern as an unsigned integer and `place` its index in the flattened leaf. At each
+place `mix` is one to one, so one changed element always changes the sum. It scatters what it is given, by the
+multiplications and shifts of MurmurHash3, so that several changes cancel in one case of 2**32.
 """
 
 import json
@@ -43,7 +43,10 @@ def _checksums(leaves: list[jax.Array]) -> list[jax.Array]:
         for axis in reversed(range(leaf.ndim)):
             place += jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis) * jnp.uint32(stride % 2**32)
             stride *= leaf.shape[axis]
-        return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
+        mixed = bits ^ (place * jnp.uint32(0x9E3779B1))
+        mixed = (mixed ^ (mixed >> 16)) * jnp.uint32(0x85EBCA6B)
+        mixed = (mixed ^ (mixed >> 13)) * jnp.uint32(0xC2B2AE35)
+        return jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)
 
     return [checksum(leaf) for leaf in leaves]
 
