@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from tqdm import tqdm
 
-from avg_llava_jax import joined, layouts, llava_next, parameters, sharding, tensors
+from avg_llava_jax import joined, layouts, llava_next, parameters, placement, tensors
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.models import avg_llava
 from avg_llava_jax.tensors import Catalog, Tensors, read_json
@@ -135,7 +135,11 @@ class Read(NamedTuple):
 
 
 def load(
-    folder: Folder, vision_tower: Folder | None = None, mesh: Mesh | None = None, dtype: Any = None, seed: int = 0
+    folder: Folder,
+    vision_tower: Folder | None = None,
+    mesh: Mesh | None = None,
+    dtype: parameters.Dtype = None,
+    seed: int = 0,
 ) -> Read:
     """The config and the parameters of a PyTorch folder.
 
@@ -145,7 +149,7 @@ def load(
         folder's own `vision_tower/`, if there is one. Its config always counts; its weights count unless the
         checkpoint says `unfreeze_mm_vision_tower: true` and holds the tower itself.
       mesh: where the parameters go; None = the first device.
-      dtype: of the parameters; None = as stored.
+      dtype: of the parameters, one for all or one for each component; None = as stored.
       seed: of what the folder lacks and is made fresh: the router, or a joined model's connector, newline and router.
 
     Raises:
@@ -157,7 +161,7 @@ def load(
 
     def place(path: str) -> Sharding:
         row = parameters.TABLE[path]
-        return NamedSharding(mesh, sharding.fitting(mesh, row.spec, shapes[path].shape)) if mesh else _first_device()
+        return NamedSharding(mesh, placement.fitting(mesh, row.spec, shapes[path].shape)) if mesh else _first_device()
 
     leaves = {}
     for path, row in tqdm(rows.items(), desc="reading", unit="parameter", leave=False, disable=None):
@@ -165,7 +169,7 @@ def load(
         leaves[path] = _place(catalog, row, shapes[path].shape, place(path), dtype).block_until_ready()
     lacking = {path: place(path) for path in shapes.keys() - rows.keys()}
     if lacking:
-        leaves |= _fresh(config, lacking, dtype or leaves["language/embed"].dtype, seed)
+        leaves |= _fresh(config, lacking, dtype, leaves["language/embed"].dtype, seed)
     return Read(config, parameters.unflat(leaves), trained)
 
 
@@ -256,13 +260,14 @@ def keep_unused(source: Folder, folder: Folder, vision_tower: Folder | None = No
     (folder / ORIGIN).write_text(json.dumps(kept, indent=2) + "\n")
 
 
-def _place(catalog: Catalog, row: parameters.Row, shape: tuple[int, ...], at: Any, dtype: Any) -> jax.Array:
+def _place(
+    catalog: Catalog, row: parameters.Row, shape: tuple[int, ...], at: Any, dtype: parameters.Dtype
+) -> jax.Array:
     """One parameter, put together device by device from its PyTorch tensors (one a layer)."""
     names = [row.torch.format(n=layer) for layer in (range(shape[0]) if row.layered else (0,))]
     stored = {catalog.dtype(name) for name in names}
-    if dtype is None:  # layers that differ are stacked without loss
-        dtype = stored.pop() if len(stored) == 1 else np.float32
-    dtype = np.dtype(dtype)
+    one = stored.pop() if len(stored) == 1 else np.float32  # layers that differ are stacked without loss
+    dtype = np.dtype(parameters.dtype_of(row.path, dtype, one))
 
     def part(index: tuple[slice, ...]) -> np.ndarray:
         if not row.layered:
@@ -282,14 +287,16 @@ def _first_device() -> SingleDeviceSharding:
     return SingleDeviceSharding(jax.local_devices()[0])
 
 
-def _fresh(config: ModelConfig, at: dict[str, Sharding], dtype: Any, seed: int) -> dict[str, jax.Array]:
-    """Initial values of the parameters with these paths, at their shardings."""
+def _fresh(
+    config: ModelConfig, at: dict[str, Sharding], dtype: parameters.Dtype, stored: Any, seed: int
+) -> dict[str, jax.Array]:
+    """Initial values of the parameters with these paths, at their shardings; `stored` is the dtype of the others."""
     trees = sorted({path.split("/")[0] for path in at})
     logger.info("not in the checkpoint, so made fresh: %s (router.attention=%s)", trees, config.router.attention)
 
     def make() -> dict[str, jax.Array]:
         leaves = parameters.flat(avg_llava.init(config, jax.random.key(seed)))
-        return {path: leaves[path].astype(dtype) for path in at}
+        return {path: leaves[path].astype(parameters.dtype_of(path, dtype, stored)) for path in at}
 
     return jax.jit(make, out_shardings=at)()
 

@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
     config.steps = 2180
     config.batch_size = 256
     config.compute_dtype = "bfloat16"
-    config.remat = True
+    config.remat = "full"
     config.data.workers = 8
     config.optimizer.learning_rate = 1e-3
     return config

@@ -41,8 +41,6 @@ def main() -> None:
             manager.save(loaded.meta["step"], loaded.params)
             manager.wait()
         (folder / checkpoint.LOCK).unlink()
-        for marker in folder.rglob("commit_success.txt"):  # Orbax looks only whether it is there; it names our paths
-            marker.write_text("committed\n")
         if output.exists():
             shutil.rmtree(output)
         folder.rename(output)
