@@ -38,7 +38,8 @@ def answer_nll(
     hidden, _ = avg_llava.language(config, params, avg_llava.assemble(params, pyramid, text, index), remat=remat)
     at = jnp.take_along_axis(hidden, jnp.maximum(target_at, 0)[..., None], axis=1)
     log_probs = jax.nn.log_softmax(avg_llava.unembed(config, params, at))
-    nll = -jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
+    # Summed rather than looked up, so that each device reads its own part of the vocabulary.
+    nll = -jnp.sum(jnp.where(jnp.arange(log_probs.shape[-1]) == targets[..., None], log_probs, 0.0), axis=-1)
     counted = target_at >= 0
     return jnp.sum(jnp.where(counted, nll, 0.0), axis=1), jnp.sum(counted, axis=1).astype(jnp.float32)
 
