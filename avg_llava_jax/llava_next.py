@@ -235,7 +235,7 @@ def save_tokenizer(folder: pathlib.Path, tokenizer: Tokenizer, image_token: int,
     path = folder / "tokenizer_config.json"
     values = read_json(path) if path.is_file() else {}
     if (folder / "tokenizer.json").is_file():
-        values["tokenizer_class"] = "PreTrainedTokenizerFast"
+        values |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"]}
         _begin_with_bos(folder / "tokenizer.json", tokenizer)
     else:
         values["legacy"] = values.get("legacy") is not False

@@ -25,9 +25,9 @@ print(processor.batch_decode(model.generate(**inputs, max_new_tokens=64), skip_s
 ```"""
 
 BOTH = """\
-`trust_remote_code` runs this folder's `modeling_avg_llava.py`, which adds the router; `generate(..., granularity={middle})`
-takes its place. Without it the folder is a plain LLaVA-NeXT that always looks at {finest} tokens a tile: the same lines
-with `LlavaNextForConditionalGeneration.from_pretrained("{name}")`."""
+`trust_remote_code` runs this folder's `modeling_avg_llava.py`, which adds the router;
+`generate(..., granularity={middle})` takes its place. Without it the folder is a plain LLaVA-NeXT that always looks at
+{finest} tokens a tile: the same lines with `LlavaNextForConditionalGeneration.from_pretrained("{name}")`."""
 
 RELEASED = """\
 The layout is that of the released code, whose `load_pretrained_model` reads the folder. So does
