@@ -32,9 +32,16 @@ PROMPTS = {  # question: sizes of its images; 3, 5 + 2 and 3 tiles, and none
 
 
 def load(folder):
-    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
-    assert type(model).__name__ == llava_next.MODEL_CLASS
-    return model, AutoProcessor.from_pretrained(folder)
+    model, report = AutoModelForImageTextToText.from_pretrained(
+        folder, trust_remote_code=True, output_loading_info=True
+    )
+    assert type(model).__name__ == llava_next.MODEL_CLASS and complete(report)
+    return model
+
+
+def complete(report):
+    """No key of the files is unknown to the model, and none of the model's is missing in them."""
+    return not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
 
 
 def ask(processor, questions, images, padding_side="left"):
@@ -74,7 +81,7 @@ def pair(request, tiny, tokenizer, tmp_path_factory):
         for sizes in PROMPTS.values()
         for w, h in sizes
     ]
-    return ours, *load(folder / "theirs"), folder / "theirs", images
+    return ours, load(folder / "theirs"), AutoProcessor.from_pretrained(folder / "theirs"), folder / "theirs", images
 
 
 @pytest.fixture(scope="module")
@@ -111,8 +118,9 @@ def our_logits(pair, requests):
     return logits
 
 
-@pytest.mark.parametrize("granularity", [None, 4, 8, 16])
-@pytest.mark.parametrize("padding_side", ["left", "right"])
+@pytest.mark.parametrize(
+    ("granularity", "padding_side"), [(None, "left"), (None, "right"), (4, "left"), (8, "right"), (16, "left")]
+)
 def test_logits_and_granularities(pair, our_logits, granularity, padding_side):
     _, theirs, processor, _, images = pair
     inputs = ask(processor, PROMPTS, images, padding_side)
@@ -179,10 +187,10 @@ def test_one_folder_for_both_classes(pair, tmp_path):
     theirs.save_pretrained(tmp_path / "again")
     for place in (folder, tmp_path / "again"):
         plain, report = LlavaNextForConditionalGeneration.from_pretrained(place, output_loading_info=True)
-        assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        assert complete(report)
         assert {*theirs.state_dict()} - {*plain.state_dict()} == {f"router.{k}" for k in theirs.router.state_dict()}
     assert type(AutoModelForImageTextToText.from_pretrained(folder)) is LlavaNextForConditionalGeneration
-    again, _ = load(tmp_path / "again")
+    again = load(tmp_path / "again")
     assert all(torch.equal(mine, again.state_dict()[name]) for name, mine in theirs.state_dict().items())
     (tmp_path / "again" / "router" / "model.safetensors").unlink()
     with pytest.raises(OSError, match="router/model.safetensors"):
@@ -208,7 +216,7 @@ def released(tmp_path_factory):
     folder = tmp_path_factory.mktemp("released")
     convert.import_folder(SOURCE, folder / "ours", TOWER)
     convert.export_transformers(folder / "ours", folder / "theirs", shard_size=200_000)
-    return load(folder / "theirs")
+    return load(folder / "theirs"), AutoProcessor.from_pretrained(folder / "theirs")
 
 
 @pytest.mark.parametrize("name", ["500x375_short", "672x336_long", "1000x1_short"])

@@ -40,6 +40,15 @@ ROUTER_FILE = "router/model.safetensors"
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 IGNORE = -100
 
+# The files have LLaVA-NeXT's older names, which its own class translates by itself, and a class of one's own does not.
+KEY_MAPPING = {
+    r"^language_model\.lm_head": "lm_head",
+    r"^language_model\.model": "model.language_model",
+    r"^vision_tower": "model.vision_tower",
+    r"^multi_modal_projector": "model.multi_modal_projector",
+    r"^image_newline": "model.image_newline",
+}
+
 Size = tuple[int, int]  # (height, width) in pixels, as the processor's `image_sizes`
 Granularity = int | Sequence[int] | None
 
@@ -134,7 +143,7 @@ class AvgLlavaForConditionalGeneration(LlavaNextForConditionalGeneration):
     @classmethod
     def from_pretrained(cls, folder, *args, **kwargs):
         """As the library's, then the router, whose file a plain LLaVA-NeXT does not look at."""
-        loaded = super().from_pretrained(folder, *args, **kwargs)
+        loaded = super().from_pretrained(folder, *args, **{"key_mapping": KEY_MAPPING} | kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         file = cached_file(folder, ROUTER_FILE, **{key: kwargs[key] for key in HUB_OPTIONS if key in kwargs})
         model.router.load_state_dict(load_file(file))
