@@ -169,7 +169,7 @@ def export_transformers(
     not look. A LLaVA-NeXT that was imported and not trained has no router to give and stays a LLaVA-NeXT.
 
     Needs a token `<image>`. Where the tokenizer has none it becomes the next id, and where the embedding
-    has no row for it, row 0 is there once more: its logit then never exceeds that of token 0.
+    has no row for it, row 0 is there once more: its logit is that of token 0, and `generate` suppresses it.
     """
     source = pathlib.Path(source)
     config, _ = checkpoint.read_config(source)
@@ -190,7 +190,9 @@ def export_transformers(
         write_json(folder / "config.json", values | {"dtype": exported.dtype_name})
         stops = stop_ids(tokenizer, config.template)
         stops = stops[0] if len(stops) == 1 else list(stops)
-        write_json(folder / "generation_config.json", _special_ids(tokenizer, stops))
+        added = list(range(config.language.vocab_size, rows))
+        suppressed = {"suppress_tokens": added} if added else {}
+        write_json(folder / "generation_config.json", _special_ids(tokenizer, stops) | suppressed)
         write_json(folder / "preprocessor_config.json", llava_next.preprocessor(config))
         write_json(folder / "processor_config.json", llava_next.processor(config))
         if router:

@@ -23,6 +23,7 @@ import tokenizers
 from avg_llava_jax import layouts
 from avg_llava_jax.chat_templates import chat_template
 from avg_llava_jax.config import LanguageConfig, ModelConfig, to_dict
+from avg_llava_jax.data.sentencepiece_json import write_tokenizer_json
 from avg_llava_jax.data.tokenizer import Tokenizer
 from avg_llava_jax.files import write_json
 from avg_llava_jax.tensors import read_json
@@ -227,18 +228,17 @@ def processor(config: ModelConfig) -> dict[str, Any]:
 def save_tokenizer(folder: pathlib.Path, tokenizer: Tokenizer, image_token: int, template: str) -> None:
     """Write tokenizer files from which the library makes the ids that our templates make, and the chat template.
 
-    It would rebuild a Llama tokenizer whose tokenizer.json counts here as it is, knows no BOS that is not in that
-    file, and takes another default for `legacy`. Where text after a special token begins no word, text after an
-    image does nevertheless (as in the released code): the chat template then puts a space there.
+    It is to take tokenizer.json as it is, as we do: a Llama tokenizer it would rebuild. BOS has to stand in that file.
+    Where text after a special token begins no word, text after an image does nevertheless (as in the released code):
+    the chat template then puts a space there.
     """
     tokenizer.save(folder)
     path = folder / "tokenizer_config.json"
     values = read_json(path) if path.is_file() else {}
-    if (folder / "tokenizer.json").is_file():
-        values |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"]}
-        _begin_with_bos(folder / "tokenizer.json", tokenizer)
-    else:
-        values["legacy"] = values.get("legacy") is not False
+    if not (folder / "tokenizer.json").is_file():
+        write_tokenizer_json(folder, tokenizer.special_tokens, legacy=values.pop("legacy", None) is not False)
+    _begin_with_bos(folder / "tokenizer.json", tokenizer)
+    values |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"]}
     write_json(path, values)
     name_image_token(folder, image_token)
     after_image = " " if tokenizer.encode("\na") != tokenizer.encode("\na", after_special=True) else ""

@@ -2,19 +2,26 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaNextForConditionalGeneration
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    LlavaNextForConditionalGeneration,
+)
 
 from avg_llava_jax import batching, convert, generate, llava_next
 from avg_llava_jax.config import RouterConfig, ScalerConfig
-from avg_llava_jax.data.conversation import IMAGE
+from avg_llava_jax.data.conversation import IMAGE, encode_prompt, encode_raw
 from avg_llava_jax.data.packing import merge
 from avg_llava_jax.data.tiles import make_tiles
+from avg_llava_jax.data.tokenizer import load_tokenizer
 from avg_llava_jax.models import avg_llava
 from avg_llava_jax.models.encoder import normalise
 from avg_llava_jax.requests import Request
@@ -208,6 +215,38 @@ def test_bad_inputs(pair):
         theirs(**inputs | {"input_ids": torch.tensor([[1, 600, 5]]), "attention_mask": None})
     with pytest.raises(ValueError, match="4 of 4 images have no image tokens"):
         theirs(**inputs | {"input_ids": torch.tensor([[1, 5]]), "attention_mask": None})
+
+
+TEXTS = [
+    "A chat",
+    "What's  this?\n\nTwo\tlines ",
+    "é日本 🙂 naïve",
+    "US</s>USER: a</s> b",
+    "I'm 12345.67%",
+    "",
+    "a",
+    "\n",
+]
+TURNS = [("human", "Look <image>\nand <image> there"), ("gpt", "It's é."), ("human", " US or them?  ")]
+
+
+@pytest.mark.parametrize("template", ["vicuna_v1", "mistral_instruct"])
+@pytest.mark.parametrize("legacy", [False, True, None])
+def test_a_sentencepiece_tokenizer_goes_out_as_json(tmp_path, legacy, template):
+    """With every rule for word boundaries: ids, text, and turns by the chat template are those that we make."""
+    config = json.loads((SOURCE / "tokenizer_config.json").read_text()) | {"legacy": legacy}
+    shutil.copy(SOURCE / "tokenizer.model", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    ours = load_tokenizer(tmp_path)
+    llava_next.save_tokenizer(tmp_path / "out", ours, 1000, template)
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
+    for text in TEXTS:
+        ids = encode_raw(text, ours).ids
+        assert theirs(text).input_ids == ids and theirs.decode(ids, skip_special_tokens=True) == ours.decode(ids), text
+    ids = encode_prompt([{"from": role, "value": value} for role, value in TURNS], ours, template, images=2).ids
+    roles = {"human": "user", "gpt": "assistant"}
+    rendered = theirs.apply_chat_template([{"role": roles[r], "content": v} for r, v in TURNS], tokenize=False)
+    assert theirs(rendered).input_ids == [1000 if token == IMAGE else token for token in ids]
 
 
 @pytest.fixture(scope="module")
