@@ -21,8 +21,7 @@ from avg_llava_jax import checkpoint, convert, foreign, parameters, sharding, te
 from avg_llava_jax.api import AvgLlava
 from avg_llava_jax.config import LanguageConfig, ModelConfig, RouterConfig
 from avg_llava_jax.training.loop import train
-from tests.conftest import TOKENIZER
-from tests.random_model import random_model
+from tests.random_model import save_random_model
 from tests.test_training import settings
 
 GOLDEN = pathlib.Path(__file__).parent / "data" / "golden"
@@ -43,10 +42,7 @@ def as_released(tiny, tokenizer, tmp_path_factory):
         tiny, router=RouterConfig("tiles", text_tokens=4), unpad="released", template="vicuna_v1"
     )
     folder = tmp_path_factory.mktemp("fresh")
-    checkpoint.save_config(folder, config)
-    checkpoint.copy_tokenizer(TOKENIZER, folder)
-    with checkpoint.Manager(folder) as manager:
-        manager.save(1, random_model(config, tokenizer).params)
+    save_random_model(config, tokenizer, folder)
     return folder
 
 
@@ -189,11 +185,15 @@ def test_ten_steps_out_and_in(as_released, llava_folder, tiny, tmp_path):
     train(config, tmp_path / "run")
     convert.export_released(tmp_path / "run", tmp_path / "trained")
     convert.import_folder(tmp_path / "trained", tmp_path / "again")
+    convert.export_transformers(tmp_path / "run", tmp_path / "torch")
 
     run, again, before = (AvgLlava.load(path) for path in (tmp_path / "run", tmp_path / "again", as_released))
     assert run.config == again.config == before.config
     jax.tree.map(np.testing.assert_array_equal, run.params, again.params)
     assert not np.array_equal(run.params["router"]["voter"], before.params["router"]["voter"])
+    router = load_file(tmp_path / "trained" / "model.safetensors")
+    router = {name.removeprefix(foreign.ROUTER): it for name, it in router.items() if name.startswith(foreign.ROUTER)}
+    same_bits(router, load_file(tmp_path / "torch" / "router" / "model.safetensors"))
     for size in ((40, 20), (20, 40)):
         image = Image.new("RGB", size, "red")
         one, other = (model.answer(image, "What?", max_new_tokens=8) for model in (run, again))
@@ -341,6 +341,35 @@ def test_bin_is_asked_for_where_the_hub_has_nothing_else(tmp_path, monkeypatch):
     assert [("pytorch_model*.bin" in patterns) for patterns in asked] == [False, True]
     convert.local_folder("owner/safe")
     assert len(asked) == 3
+
+
+@pytest.mark.parametrize("layout", ["released", "transformers"])
+def test_card_says_what_it_was_trained_and_measured_at(as_released, tmp_path, layout):
+    export = {"released": convert.export_released, "transformers": convert.export_transformers}[layout]
+    source = shutil.copytree(as_released, tmp_path / "run")
+    values = json.loads((source / "config.json").read_text())
+    training = {
+        "phase": "rglf",
+        "steps": 9,
+        "init_from": str(tmp_path / "secret" / "tuned"),
+        "data": {"path": "a.json"},
+    }
+    values |= {"training": training, "granularities_trained": [4, 16]}
+    (source / "config.json").write_text(json.dumps(values))
+    export(source, tmp_path / "unmeasured")
+    card = (tmp_path / "unmeasured" / "README.md").read_text()
+    assert "Phase `rglf`, step 1 of 9, on `a.json`, from `tuned`; tuned at 4, 16 tokens a tile." in card
+    assert "It was not measured" in card and str(tmp_path) not in card
+
+    rows = {"accuracy": {"all": 0.5}, "visual_tokens": 7.25}
+    report = {key: {"fixed": {"4": it}, "adaptive": it, "oracle": it} for key, it in rows.items()} | {"n": 40}
+    (source / "report.json").write_text(json.dumps(report))
+    export(source, tmp_path / "measured")
+    card = (tmp_path / "measured" / "README.md").read_text()
+    assert "to 40 questions" in card and "| always 4 | 0.500 | 7.2 |" in card and "| the router | 0.500 | 7.2 |" in card
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(ValueError, match="other.json is no report of launch.evaluate"):
+        export(source, tmp_path / "out", report=tmp_path / "other.json")
 
 
 def test_published_and_trained_checkpoints_keep_the_way_back(imported, tmp_path):
