@@ -150,7 +150,7 @@ class _Reporter:
         self._since = time.monotonic()
 
     def hand_over(self, metrics: dict[str, jax.Array], ids: list[str], batch: Batch) -> None:
-        shape = (*batch["pixels"].shape[:2], *batch["text"].shape[1:], *batch["targets"].shape[1:])
+        shape = (*batch["tile_image"].shape, *batch["text"].shape[1:], *batch["targets"].shape[1:])
         shape += tuple(index.shape[1] for index in batch["index"].values())
         if shape not in self._shapes:
             self._shapes.add(shape)
