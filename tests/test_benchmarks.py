@@ -163,7 +163,7 @@ def without(row, field):
             lambda rows: [rows[0], rows[0]],
             "row 1: `category` 'adversarial', `question_id` '0' is there already",
         ),
-        ("mmbench_en_dev", lambda rows: [rows[2] | {"answer": "D"}], "row 0: `answer` is 'D', none of the record's"),
+        ("mmbench_en_dev", lambda rows: [rows[2] | {"answer": "nan"}], "row 0: `answer` is 'nan', none of the"),
         ("mmbench_en_dev", lambda rows: rows[1:3], "row 0: no `index` is below 1000000"),
         ("mmmu_val", lambda rows: [rows[0] | {"options": "['a'"}], "row 0: `options` is .* not a Python list"),
         ("mmmu_val", lambda rows: [rows[0] | {"answer": "?"}], r"row 0: `answer` is '\?', none of the 2 options"),

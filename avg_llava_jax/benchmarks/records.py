@@ -42,6 +42,20 @@ def read(task: Benchmark, data: str | os.PathLike[str], images: bool = True) -> 
     return rows
 
 
+def locate(task: Benchmark, data: str) -> str:
+    """Where one of several benchmarks lies below a folder: in one named as lmms-eval, the hub or the paper does.
+
+    `hub` in place of a folder is the hub itself. Raises FileNotFoundError.
+    """
+    if data == "hub":
+        return task.hub
+    names = {task.name.lower(), task.hub.partition("/")[2].lower(), task.title.lower()}
+    found = [path for path in sorted(Path(data).glob("*")) if path.is_dir() and path.name.lower() in names]
+    if not found:
+        raise FileNotFoundError(f"--data={data} has no folder for {task.name}: name it {' or '.join(sorted(names))}")
+    return str(found[0])
+
+
 def ask(task: Benchmark, row: Row, profile: str) -> tuple[str, list[ImageRef]]:
     """The prompt of a row, and the images that go with it. Raises BadSample `missing_image`."""
     names = task.images(row.fields, profile)

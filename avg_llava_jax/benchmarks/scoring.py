@@ -56,7 +56,7 @@ def interval(
     totals = np.empty((samples, len(names)))
     for number in range(samples):
         totals[number] = np.bincount(generator.integers(len(table), size=len(table)), minlength=len(table)) @ table
-    drawn = task.summary.metrics(dict(zip(names, totals.T, strict=True)))[task.headline]
+    drawn = task.summary.metrics(dict(zip(names, totals.T, strict=True))).get(task.headline, np.zeros(samples))
     low, high = np.quantile(drawn, [(1 - share) / 2, (1 + share) / 2])
     return float(low), float(high)
 

@@ -27,13 +27,13 @@ _LETTER = "Answer with the option's letter from the given choices directly."
 class Benchmark:
     """What is to be known of a benchmark.
 
-    name, title: as lmms-eval and as the paper's table call it. config, split: as the hub does.
+    name, title: as lmms-eval and as the paper's table call it. hub, config, split: as the hub does.
     fields: what every record must hold: `str`, `int`, `list` (of texts), or `object` for anything but nothing.
     optional: fields that are read where they are there. image_fields: columns of images.
     id: the fields that together tell records apart, as far as they are there.
     prompt: (fields, profile) -> text. gold: fields -> what the grader compares with; ValueError where there is none.
     grade: (answer, gold, draw) -> [0, 1]. summary: from grades to metrics.
-    headline: the metric of the paper's table, `scale` times which is its number.
+    headline: the metric of the paper's table, which holds `scale` times it; `full` is its best possible score there.
     new_tokens: longest answer. paper: LLaVA-NeXT-7B, AVG-LLaVA-7B; cut, speedup: its share of visual tokens saved
     and its speed against LLaVA-NeXT, as far as the paper gives them.
     image_config: where images lie in a config of their own, by `id`.
@@ -43,6 +43,7 @@ class Benchmark:
 
     name: str
     title: str
+    hub: str
     split: str
     fields: Mapping[str, type]
     prompt: Callable[[Fields, str], str]
@@ -54,6 +55,7 @@ class Benchmark:
     paper: tuple[float, float]
     config: str | None = None
     scale: float = 100.0
+    full: float = 100.0
     cut: float | None = None
     speedup: float | None = None
     optional: tuple[str, ...] = ()
@@ -110,6 +112,7 @@ def _followed_by(instruction: str, field: str = "question") -> Callable[[Fields,
 GQA = Benchmark(
     name="gqa",
     title="GQA",
+    hub="lmms-lab/GQA",
     config="testdev_balanced_instructions",
     image_config="testdev_balanced_images",
     split="testdev",
@@ -135,6 +138,7 @@ def _scienceqa_prompt(fields: Fields, profile: str) -> str:
 SCIENCEQA = Benchmark(
     name="scienceqa_img",
     title="ScienceQA",
+    hub="lmms-lab/ScienceQA",
     config="ScienceQA-IMG",
     split="test",
     fields={"question": str, "choices": list, "answer": int},
@@ -154,6 +158,7 @@ SCIENCEQA = Benchmark(
 VIZWIZ = Benchmark(
     name="vizwiz_vqa_val",
     title="VizWiz",
+    hub="lmms-lab/VizWiz-VQA",
     split="val",
     fields={"question": str, "answers": list},
     id=("question_id",),
@@ -174,6 +179,7 @@ VIZWIZ = Benchmark(
 TEXTVQA = Benchmark(
     name="textvqa_val",
     title="TextVQA",
+    hub="lmms-lab/textvqa",
     split="validation",
     fields={"question": str, "answers": list},
     id=("question_id",),
@@ -189,6 +195,7 @@ TEXTVQA = Benchmark(
 CHARTQA = Benchmark(
     name="chartqa",
     title="ChartQA",
+    hub="lmms-lab/ChartQA",
     split="test",
     fields={"question": str, "answer": str, "type": str},
     prompt=_followed_by("Answer the question with a single word."),
@@ -205,6 +212,7 @@ CHARTQA = Benchmark(
 DOCVQA = Benchmark(
     name="docvqa_val",
     title="DocVQA",
+    hub="lmms-lab/DocVQA",
     config="DocVQA",
     split="validation",
     fields={"question": str, "answers": list},
@@ -221,6 +229,7 @@ DOCVQA = Benchmark(
 AI2D = Benchmark(
     name="ai2d",
     title="AI2D",
+    hub="lmms-lab/ai2d",
     split="test",
     fields={"question": str, "options": list, "answer": object},
     prompt=lambda fields, profile: f"{fields['question']}\n{_listed(lettered(fields['options']))}\n{_LETTER}",
@@ -237,6 +246,7 @@ AI2D = Benchmark(
 MME = Benchmark(
     name="mme",
     title="MME",
+    hub="lmms-lab/MME",
     split="test",
     fields={"question": str, "answer": str, "question_id": object, "category": str},
     id=("category", "question_id", "question"),
@@ -246,6 +256,7 @@ MME = Benchmark(
     summary=metrics.mme(),
     headline="mme_perception_score",
     scale=1.0,
+    full=2000.0,
     new_tokens=16,
     paper=(1519.0, 1557.4),
     cut=0.693,
@@ -269,7 +280,7 @@ def _mmbench_gold(fields: Fields) -> Pick:
     # A column that is not there counts as the text "nan", as it does in lmms-eval.
     given = {letter: fields.get(letter, "nan") for letter in "ABCD"}
     options = {letter: str(text) for letter, text in given.items() if text is not None and text == text}
-    if not _is_text(fields.get(fields["answer"])):
+    if fields["answer"] not in "ABCDE" or fields.get(fields["answer"]) is None:
         raise ValueError(f"`answer` is {fields['answer']!r}, none of the record's options")
     return Pick(fields["answer"], options)
 
@@ -277,6 +288,7 @@ def _mmbench_gold(fields: Fields) -> Pick:
 MMBENCH = Benchmark(
     name="mmbench_en_dev",
     title="MMB",
+    hub="lmms-lab/MMBench",
     config="en",
     split="dev",
     fields={"index": int, "question": str, "answer": str},
@@ -295,6 +307,7 @@ MMBENCH = Benchmark(
 POPE = Benchmark(
     name="pope",
     title="POPE",
+    hub="lmms-lab/POPE",
     split="test",
     fields={"question": str, "answer": str},
     id=("category", "question_id"),
@@ -349,6 +362,7 @@ def _mmmu_gold(fields: Fields) -> Pick | str:
 MMMU = Benchmark(
     name="mmmu_val",
     title="MMMU",
+    hub="lmms-lab/MMMU",
     split="validation",
     fields={"id": str, "question": str, "options": str, "answer": str, "question_type": str},
     id=("id",),
