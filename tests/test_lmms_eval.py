@@ -347,3 +347,38 @@ def test_mmmu():
     theirs = [theirs_.evaluate_mmmu([one])[1]["acc"] for one in processed]
     agree(grades, theirs)
     assert values["mmmu_acc"] == pytest.approx(theirs_.mmmu_aggregate_results(processed), abs=1e-9)
+
+
+def test_the_plugin(tiny, tokenizer, monkeypatch):
+    """What lmms-eval hands over comes back in order, as the model answers it alone; a prompt that is too long has no answer."""
+    from PIL import Image
+
+    from avg_llava_jax.api import AvgLlava
+    from tests.random_model import random_model
+
+    for name in ("api.model", "models.registry_v2"):
+        module(name)
+    plugin = importlib.import_module("avg_llava_jax.lmms_eval_plugin")
+    model = random_model(tiny, tokenizer)
+    monkeypatch.setattr(AvgLlava, "load", lambda *of, **options: model)
+    wrapped = plugin.AvgLlavaForLmmsEval(checkpoint="W", granularity="auto", batch_size="2")
+    docs = [{"image": Image.new("RGB", (30, 30), colour)} for colour in ("red", "green", "blue")] + [{"image": None}]
+    wrapped.task_dict["pope"] = {"test": docs}
+    texts = ["Is it red?", "red " * 300, "What?", "Hello?"]
+    options = {"max_new_tokens": 3, "temperature": 0, "do_sample": False, "until": ["\n\n"]}
+
+    def images(doc):
+        return [doc["image"]] if doc["image"] else []
+
+    instances = [
+        types.SimpleNamespace(args=(text, dict(options), images, n, "pope", "test")) for n, text in enumerate(texts)
+    ]
+    results = wrapped.generate_until(instances)
+    assert results[1].text == "" and results[1].token_counts is None
+    for n in (0, 2, 3):
+        answer = model.answer(images(docs[n]), texts[n], max_new_tokens=3)
+        counts = results[n].token_counts.to_dict()
+        assert results[n].text == answer.text and counts["output_tokens"] == len(answer.token_ids)
+        assert (counts["visual_tokens"], counts["granularity"]) == (answer.visual_tokens, answer.granularity)
+    with pytest.raises(NotImplementedError):
+        wrapped.loglikelihood([])
