@@ -19,12 +19,13 @@ import numpy as np
 from avg_llava_jax import batching, evaluation, policies
 from avg_llava_jax.api import AvgLlava
 from avg_llava_jax.benchmarks import records, scoring
+from avg_llava_jax.benchmarks.letters import Pick
 from avg_llava_jax.benchmarks.rows import Row
 from avg_llava_jax.benchmarks.tasks import Benchmark
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.data.conversation import encode_prompt
 from avg_llava_jax.data.errors import BadSample
-from avg_llava_jax.data.packing import make_sample
+from avg_llava_jax.data.packing import Sample, make_sample
 from avg_llava_jax.evaluation import Question
 from avg_llava_jax.policies import Choice, Record
 
@@ -45,20 +46,23 @@ def questions_of(task: Benchmark, rows: Sequence[Row], model: AvgLlava, profile:
             turns = [{"from": "human", "value": prompt}]
             tokens = encode_prompt(turns, model.tokenizer, model.config.template, len(images))
             sample = make_sample(str(index), tokens, images, task.title)
-            coarsest = (model.config.granularities[0],) * len(images)
-            batching.check_length(model.config, sample, coarsest)
+            _check_length(model.config, sample)
         except BadSample as error:
             skipped.append({"id": str(index), "reason": error.reason, "detail": error.detail})
             continue
-        except ValueError as error:  # of check_length
-            skipped.append({"id": str(index), "reason": "too_long", "detail": str(error)})
-            continue
         order.setdefault(tuple(image.name for image in images), len(order))
         gold = task.gold(row.fields)
-        grade = functools.partial(_grade, task, gold)
-        questions.append(Question(sample, prompt, str(gold), grade, {"index": index}))
+        reference = gold.letter if isinstance(gold, Pick) else str(gold)
+        questions.append(Question(sample, prompt, reference, functools.partial(_grade, task, gold), {"index": index}))
     questions.sort(key=lambda question: order[tuple(image.name for image in question.sample.images)])
     return questions, skipped
+
+
+def _check_length(config: ModelConfig, sample: Sample) -> None:
+    need = batching.length_at(config, sample, (config.granularities[0],) * len(sample.sizes))
+    if need > config.language.max_length:
+        limit = config.language.max_length
+        raise BadSample("too_long", f"{need} tokens at the coarsest granularity, the model takes {limit}")
 
 
 def _grade(task: Benchmark, gold: Any, answer: str) -> float:
@@ -84,8 +88,7 @@ def report(
     a question and `tokens_an_image`; `token_cut` against the finest granularity; `chosen`, shares of granularities.
     `oracle_gap` is the router's part of what the oracle gains over the best fixed granularity, None where that is 0.
     """
-    places = [record["index"] for record in answered]
-    graded = _graded(task, config, rows, answered, places)
+    graded = _graded(task, config, rows, answered)
     choices: dict[str, list[Choice]] = {
         str(g): [(g,) * len(record["chosen"]) for record in graded] for g in config.granularities
     }
@@ -127,24 +130,22 @@ def report(
 _CHOOSING = ("random", "adaptive", "oracle")
 
 
-def _graded(
-    task: Benchmark, config: ModelConfig, rows: Sequence[Row], answered: Sequence[Record], places: Sequence[int]
-) -> list[Record]:
+def _graded(task: Benchmark, config: ModelConfig, rows: Sequence[Row], answered: Sequence[Record]) -> list[Record]:
     """The records with the grades that `launch.score` gives: all rows in order, for each granularity."""
 
     def grades(answer: Callable[[Record], str | None]) -> list[float]:
         answers: list[str | None] = [None] * len(rows)
-        for place, record in zip(places, answered, strict=True):
-            answers[place] = answer(record)
+        for record in answered:
+            answers[record["index"]] = answer(record)
         return scoring.grade(task, rows, answers)
 
     fixed = {g: grades(lambda record, g=g: record["answers"][g]) for g in config.granularities}
     adaptive = grades(lambda record: record["answer"])
     return [
         record
-        | {"right": {g: fixed[g][place] for g in config.granularities}}
-        | {"adaptive": record["adaptive"] | {"right": adaptive[place]}}
-        for place, record in zip(places, answered, strict=True)
+        | {"right": {g: fixed[g][record["index"]] for g in config.granularities}}
+        | {"adaptive": record["adaptive"] | {"right": adaptive[record["index"]]}}
+        for record in answered
     ]
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from avg_llava_jax import benchmark_table, benchmarking, evaluation
 from avg_llava_jax.benchmarks import records, scoring, tasks
+from avg_llava_jax.config import ModelConfig
 from tests import benchmark_fixtures as fixtures
 from tests.random_model import random_model
 from tests.test_launch import folder, run  # noqa: F401 (a fixture)
@@ -89,7 +90,7 @@ def test_images_are_encoded_once(model, tmp_path, monkeypatch):
 
 def test_figures():
     """Scores of three questions with two granularities, worked out by hand."""
-    config = benchmarking.ModelConfig(scaler=benchmarking.ModelConfig().scaler)
+    config = ModelConfig()
     g, h = config.granularities[0], config.granularities[-1]
     rows = [records.Row("", {"answer": "yes", "question": "", "imageId": ""}, {}) for _ in range(4)]
     said = ((True, True, g), (False, True, h), (False, True, g))

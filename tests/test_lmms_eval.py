@@ -350,7 +350,7 @@ def test_mmmu():
 
 
 def test_the_plugin(tiny, tokenizer, monkeypatch):
-    """What lmms-eval hands over comes back in order, as the model answers it alone; a prompt that is too long has no answer."""
+    """Results in the order of the requests, each as the model answers it alone; none where a prompt is too long."""
     from PIL import Image
 
     from avg_llava_jax.api import AvgLlava
