@@ -75,8 +75,9 @@ def see(
 ) -> Seen:
     """Encode and route samples of one shape as a batch of `rows` (default: as many as there are).
 
-    `tiles` are their images' tiles, where they are loaded already. Without `route` the router does not
-    run. Text-only samples, of which a batch consists wholly or not at all, skip the encoder as well.
+    `tiles` are their images' tiles, where they are loaded already; samples that share an array are encoded
+    once. Without `route` the router does not run. Text-only samples, of which a batch consists wholly or not
+    at all, skip the encoder as well.
     """
     rows = len(samples) if rows is None else rows
     if not any(sample.sizes for sample in samples):
@@ -94,10 +95,34 @@ def see(
         key: np.pad(array, [(0, spare)] + [(0, 0)] * (array.ndim - 1), constant_values=fill.get(key, 0))
         for key, array in wanted.items()
     }
-    if not route:
-        return Seen(samples, shape, batch["text"], generate.see(config, params, batch["pixels"]), None)
-    pyramid, routing = generate.see_and_route(config, params, batch)
-    return Seen(samples, shape, batch["text"], pyramid, routing)
+    first = _first_of_each(tiles, rows)
+    if route and first is None:
+        pyramid, routing = generate.see_and_route(config, params, batch)
+        return Seen(samples, shape, batch["text"], pyramid, routing)
+    pixels = batch.pop("pixels")
+    if first is None:
+        pyramid = generate.see(config, params, pixels)
+    else:
+        distinct, place = first
+        pyramid = generate.see(config, params, pixels[distinct])[place]
+    return Seen(
+        samples, shape, batch["text"], pyramid, generate.route(config, params, pyramid, batch) if route else None
+    )
+
+
+def _first_of_each(tiles: Sequence[np.ndarray] | None, rows: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """Where at most half of a batch's images differ: rows to encode (a power of two), and the place of each row there.
+
+    Tiles a a a b b of 8 rows -> ([0, 3], [0, 0, 0, 1, 1, 0, 0, 0]); None where nothing is saved.
+    """
+    by_array = by_key(tiles or (), id)
+    count = power(len(by_array))
+    if not by_array or 2 * count > rows:
+        return None
+    place = np.zeros(rows, np.int32)
+    for at, members in enumerate(by_array.values()):
+        place[members] = at
+    return np.resize([members[0] for members in by_array.values()], count), place
 
 
 def packed_index(

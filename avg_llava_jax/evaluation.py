@@ -21,7 +21,7 @@ import pathlib
 import random
 import time
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,11 +42,17 @@ from avg_llava_jax.requests import Prepared, Request
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A prompt without its answer (`sample`, which has the id and the kind), and the answer that counts as right."""
+    """A prompt without its answer (`sample`, which has the id and the kind), and the answer that counts as right.
+
+    grade: how right an answer is, in [0, 1]; by default whether it equals `reference` when both are normalised.
+    extra: goes into the record as it is.
+    """
 
     sample: Sample
     text: str
     reference: str
+    grade: Callable[[str], float] | None = None
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def make_question(record: dict[str, Any], tokenizer: Tokenizer, template: str) -> Question:
@@ -108,21 +114,25 @@ def answer_all(
     raises BadSample.
 
     Returns the records in the order of the questions: `id, kind, question, reference, answers {g: text, or
-    None where the prompt does not fit}, right {g: bool}, visual_tokens {g: int}, scores (images, G),
-    probabilities (images, G), chosen (images,), adaptive {answer, right, visual_tokens}`.
+    None where the prompt does not fit}, right {g: bool or grade}, visual_tokens {g: int}, scores (images, G),
+    probabilities (images, G), chosen (images,), answer (at the router's choice), adaptive {answer, right,
+    visual_tokens}`, and what is `extra` of a question.
     """
     if len({question.sample.id for question in questions}) < len(questions):
         raise ValueError("two questions have the same id; `read_questions` makes ids unique")
     known = {} if file is None else read_records(file)
     todo = [question for question in questions if question.sample.id not in known]
+    right = sum(record["adaptive"]["right"] for record in known.values())
     bar = tqdm(total=len(questions), initial=len(questions) - len(todo), unit="question", disable=not progress)
     with bar, open(file, "a", encoding="utf-8") if file is not None else open(os.devnull, "w") as sink:
         for batch, shape in _batches(model.config, [question.sample for question in todo], batch_size):
             group, tiles = _with_tiles(model.config, [todo[row] for row in batch], skipped)
             for record in _answer_batch(model, group, tiles, shape, batch_size, max_new_tokens):
                 known[record["id"]] = record
+                right += record["adaptive"]["right"]
                 sink.write(json.dumps(record, ensure_ascii=False) + "\n")
             sink.flush()
+            bar.set_postfix_str(f"right {right / max(1, len(known)):.3f}")
             bar.update(len(batch))
     return [known[question.sample.id] for question in questions if question.sample.id in known]
 
@@ -259,6 +269,8 @@ def _answer_batch(
             "scores": scores[row].tolist(),
             "probabilities": [softmax(image) for image in scores[row]],
             "chosen": list(choice),
+            "answer": text,
+            **question.extra,
             "adaptive": {
                 "answer": text,
                 "right": _right(text, question),
@@ -267,8 +279,10 @@ def _answer_batch(
         }
 
 
-def _right(text: str | None, question: Question) -> bool:
-    return text is not None and normalise(text) == normalise(question.reference)
+def _right(text: str | None, question: Question) -> bool | float:
+    if text is None or question.grade is None:
+        return text is not None and normalise(text) == normalise(question.reference)
+    return question.grade(text)
 
 
 def seconds_per_answer(

@@ -97,6 +97,12 @@ def see_and_route(
 
 
 @functools.partial(sharding.jit, static_argnums=0)
+def route(config: ModelConfig, params: avg_llava.Params, pyramid: jax.Array, batch: dict[str, jax.Array]) -> Routing:
+    """`see_and_route` of images that are encoded already: pyramid (B, T, R, D), the batch without its pixels."""
+    return avg_llava.route(config, params, pyramid, avg_llava.embed(config, params, batch["text"]), batch)
+
+
+@functools.partial(sharding.jit, static_argnums=0)
 def pack(
     config: ModelConfig, params: avg_llava.Params, pyramid: jax.Array, text: jax.Array, index: jax.Array
 ) -> jax.Array:

@@ -31,8 +31,8 @@ def random_choices(config: ModelConfig, records: Sequence[Record], seed: int = 0
 
 
 def oracle_choices(config: ModelConfig, records: Sequence[Record]) -> list[Choice]:
-    """The cheapest granularity whose answer is right, else the cheapest."""
-    picked = [next((g for g in config.granularities if r["right"][g]), config.granularities[0]) for r in records]
+    """The cheapest of the granularities whose answer is as right as it gets: the cheapest of all where none is."""
+    picked = [max(config.granularities, key=record["right"].__getitem__) for record in records]
     return [(g,) * len(record["chosen"]) for g, record in zip(picked, records, strict=True)]
 
 

@@ -23,7 +23,11 @@ def imported(path: Path) -> set[str]:
 
 @pytest.mark.parametrize(
     "folder, banned",
-    [("data", {"jax", "jaxlib", "flax", "optax", "orbax", "torch"}), ("models", {"numpy", "PIL", "torch"})],
+    [
+        ("data", {"jax", "jaxlib", "flax", "optax", "orbax", "torch"}),
+        ("benchmarks", {"jax", "jaxlib", "flax", "transformers", "datasets", "torch"}),
+        ("models", {"numpy", "PIL", "torch"}),
+    ],
 )
 def test_a_folder_stays_on_its_side(folder, banned):
     files = sorted((PACKAGE / folder).rglob("*.py"))

@@ -1,0 +1,93 @@
+"""The paper's table for a checkpoint, from one command:
+
+    python -m launch.benchmark --checkpoint=W --task=gqa,pope --data=DIR --workdir=OUT
+
+answers every question at every fixed granularity and at the router's choice. OUT/TASK/answers.jsonl grows as it goes
+(a run that was killed goes on from it, and launch.score reads it), OUT/TASK/report.json and plots follow each
+benchmark, OUT/table.md and OUT/table.csv hold ours beside the paper's.
+"""
+
+import json
+import pathlib
+import sys
+from typing import Any
+
+from absl import flags
+
+from launch import cli
+
+TASK = flags.DEFINE_list("task", None, "Benchmarks by lmms-eval's names, separated by commas; `all` for the eleven.")
+DATA = flags.DEFINE_string(
+    "data", None, "A data set's folder as downloaded; of several tasks, the folder of these folders, or `hub`."
+)
+WORKDIR = flags.DEFINE_string("workdir", None, "Where answers, reports, plots and the table go.")
+PROFILE = flags.DEFINE_enum("profile", "lmms_eval", ["lmms_eval", "paper"], "Prompts of today or of the paper's time.")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Questions that are answered at once.", lower_bound=1)
+MAX_NEW_TOKENS = flags.DEFINE_integer(
+    "max_new_tokens", None, "Longest answer; default: each benchmark's.", lower_bound=1
+)
+LIMIT = flags.DEFINE_integer("limit", None, "Only so many rows of each split, for a try.", lower_bound=1)
+TIMED = flags.DEFINE_integer("timed", 16, "Questions that are timed one after another; 0 = none.", lower_bound=0)
+SEED = flags.DEFINE_integer("seed", 0, "Of the random choice and of the bootstrap.")
+
+
+def run_task(model: Any, task: Any, data: str) -> dict[str, Any]:
+    """One benchmark, from its rows to its report."""
+    from avg_llava_jax import benchmarking, evaluation, plots
+    from avg_llava_jax.benchmarks import records
+    from avg_llava_jax.files import same_run, write_whole
+
+    folder = pathlib.Path(WORKDIR.value) / task.name
+    rows = records.read(task, data)[: LIMIT.value]
+    new_tokens = MAX_NEW_TOKENS.value or task.new_tokens
+    settings = {
+        "checkpoint": str(pathlib.Path(cli.CHECKPOINT.value).resolve()),
+        "step": model.step,
+        "dtype": cli.DTYPE.value,
+        "data": str(pathlib.Path(data).resolve()) if pathlib.Path(data).is_dir() else data,
+        "profile": PROFILE.value,
+        "max_new_tokens": new_tokens,
+    }
+    same_run(folder, "benchmark.json", settings)
+    print(f"{task.title}: {len(rows)} questions", flush=True)
+    questions, skipped = benchmarking.questions_of(task, rows, model, PROFILE.value)
+    answered = evaluation.answer_all(
+        model, questions, folder / "answers.jsonl", new_tokens, BATCH_SIZE.value, skipped=skipped
+    )
+    skipped = [entry | {"where": rows[int(entry["id"])].where} for entry in skipped]
+    write_whole(folder / "skipped.jsonl", "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in skipped))
+    for entry in skipped[:3]:
+        print(f"not asked: {entry['where']}: {entry['reason']}: {entry['detail']}", file=sys.stderr)
+    if not answered:
+        raise ValueError(f"{task.name}: none of {len(rows)} rows can be asked, see {folder / 'skipped.jsonl'}")
+    seconds = benchmarking.seconds(model, questions, answered, TIMED.value, new_tokens)
+    report = benchmarking.report(task, model.config, rows, answered, seconds, SEED.value)
+    report["profile"] = PROFILE.value
+    write_whole(folder / "report.json", json.dumps(report, indent=1) + "\n")
+    plots.accuracy_against_tokens(report, folder / plots.PLOTS / "accuracy_against_tokens.png")
+    return report
+
+
+def main() -> None:
+    from avg_llava_jax import benchmark_table, benchmarking, plots
+    from avg_llava_jax.benchmarks import records, tasks
+    from avg_llava_jax.files import write_whole
+
+    names = list(tasks.BENCHMARKS) if TASK.value == ["all"] else TASK.value
+    chosen = [tasks.find(name) for name in names]
+    folders = [DATA.value] if len(chosen) == 1 else [records.locate(task, DATA.value) for task in chosen]
+    workdir = pathlib.Path(WORKDIR.value)
+    model = cli.load_model()
+    reports = []
+    for task, data in zip(chosen, folders, strict=True):
+        reports.append(run_task(model, task, data))
+        lines = benchmark_table.table(reports)
+        write_whole(workdir / "table.md", benchmark_table.markdown(lines))
+        write_whole(workdir / "table.csv", benchmark_table.comma_separated(lines))
+    plots.choices(benchmarking.over_tasks(reports), workdir / plots.PLOTS / "choices.png")
+    print(benchmark_table.markdown(lines))
+    print(workdir / "table.md")
+
+
+if __name__ == "__main__":
+    cli.run(main, required=["task", "data", "workdir"])
