@@ -15,6 +15,7 @@ import logging
 import os
 import pathlib
 import shutil
+import time
 from typing import Any, NamedTuple, Protocol, Self
 
 import grain.checkpoint
@@ -354,10 +355,12 @@ class Manager:
         """Wait, then let the workdir go; what a failed save left is removed, for it fills the disk."""
         try:
             self.wait()
-            self._manager.close()
         finally:
-            self._clear_unfinished()
-            self._release()
+            try:
+                self._manager.close()  # also after a failure: its other threads may still be writing
+            finally:
+                self._clear_unfinished()
+                self._release()
 
     def _release(self) -> None:
         if self._lock is not None:
@@ -368,7 +371,11 @@ class Manager:
         """Remove saves that were cut short. Orbax would do it in a thread, which complains where a run ends early."""
         if hosts.first():
             for unfinished in (self.folder / STEPS).glob("*.orbax-checkpoint-tmp*"):
-                shutil.rmtree(unfinished, ignore_errors=True)
+                for _ in range(50):  # after a failure Orbax's other threads may still be writing into it
+                    shutil.rmtree(unfinished, ignore_errors=True)
+                    if not unfinished.exists():
+                        break
+                    time.sleep(0.1)
 
 
 def _lock(folder: pathlib.Path) -> int:
