@@ -93,7 +93,7 @@ def test_grounding_is_the_mean_over_words(tiny, params):
     words[0, 0, 3] = 5, 7  # a patch of two words, one of a single word, and nothing anywhere else
     words[1, 1, 9, 0] = 11
     batch = {"pixels": pixels, "patch_words": words}
-    loss = phases.make_loss("grounding", tiny, (16,), phases.FeedbackConfig(), remat=False)
+    loss = phases.make_loss("grounding", tiny, (16,), phases.FeedbackConfig(), remat="none")
     both = jax.jit(jax.value_and_grad(lambda p, b: loss(p, b, jax.random.key(0)), has_aux=True))
 
     (value, (weight, metrics)), grad = both(params, batch)
