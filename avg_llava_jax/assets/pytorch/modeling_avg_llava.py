@@ -41,12 +41,13 @@ HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "re
 IGNORE = -100
 
 # The files have LLaVA-NeXT's older names, which its own class translates by itself, and a class of one's own does not.
+# Spelled as the library's, dots unescaped: some versions write the patterns back as names when they save.
 KEY_MAPPING = {
-    r"^language_model\.lm_head": "lm_head",
-    r"^language_model\.model": "model.language_model",
-    r"^vision_tower": "model.vision_tower",
-    r"^multi_modal_projector": "model.multi_modal_projector",
-    r"^image_newline": "model.image_newline",
+    "^language_model.lm_head": "lm_head",
+    "^language_model.model": "model.language_model",
+    "^vision_tower": "model.vision_tower",
+    "^multi_modal_projector": "model.multi_modal_projector",
+    "^image_newline": "model.image_newline",
 }
 
 Size = tuple[int, int]  # (height, width) in pixels, as the processor's `image_sizes`
