@@ -214,14 +214,15 @@ def export_transformers(
         stops = stops[0] if len(stops) == 1 else list(stops)
         added = list(range(config.language.vocab_size, rows))
         suppressed = {"suppress_tokens": added} if added else {}
+        if origin.get("config", {}).get("model_type") == llava_next.MODEL_TYPE:
+            suppressed = origin.get("generation_config", {})
         write_json(folder / "generation_config.json", _special_ids(tokenizer, stops) | suppressed)
         write_json(folder / "preprocessor_config.json", llava_next.preprocessor(config))
         write_json(folder / "processor_config.json", llava_next.processor(config))
         if router:
-            (folder / "router").mkdir()
-            exported.save(
-                folder / "router", SHARD_SIZE, foreign.ROUTER
-            )  # one file: modeling_avg_llava.py reads no more
+            beside = folder / llava_next.ROUTER
+            beside.mkdir()
+            exported.save(beside, SHARD_SIZE, foreign.ROUTER)  # one file: modeling_avg_llava.py reads no more
             shutil.copyfile(llava_next.MODELING, folder / llava_next.MODELING.name)
         (folder / model_card.CARD).write_text(card, encoding="utf-8")
 

@@ -339,9 +339,13 @@ def _ignored(config: ModelConfig) -> Iterator[str]:
 def _catalog(folder: pathlib.Path, vision_tower: Folder | None) -> Catalog:
     """The folder's tensors, and the vision encoder's: those in the checkpoint itself, or in the CLIP folder."""
     own = Tensors(folder)
-    if layout_of(folder) == "transformers":
-        return Catalog({llava_next.released_name(name): (own, name) for name in own.names})
     values = read_json(folder / "config.json")
+    if layout_of(folder) == "transformers":
+        entries = {llava_next.released_name(name): (own, name) for name in own.names}
+        if llava_next.ADAPTIVE in values:
+            router = Tensors(folder / llava_next.ROUTER)
+            entries |= {ROUTER + name: (router, name) for name in router.names}
+        return Catalog(entries)
     inside = own.has(TOWER)
     if inside and (values.get("unfreeze_mm_vision_tower") or vision_tower is None):
         return Catalog({name: (own, name) for name in own.names})

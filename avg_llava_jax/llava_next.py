@@ -22,7 +22,7 @@ import tokenizers
 
 from avg_llava_jax import layouts
 from avg_llava_jax.chat_templates import chat_template
-from avg_llava_jax.config import LanguageConfig, ModelConfig, to_dict
+from avg_llava_jax.config import LanguageConfig, ModelConfig, RouterConfig, ScalerConfig, to_dict
 from avg_llava_jax.data.sentencepiece_json import write_tokenizer_json
 from avg_llava_jax.data.tokenizer import Tokenizer
 from avg_llava_jax.files import write_json
@@ -34,6 +34,8 @@ IMAGE = "<image>"
 MODELING = pathlib.Path(__file__).parent / "assets" / "pytorch" / "modeling_avg_llava.py"
 """The PyTorch model that goes out with the weights; this package never imports it."""
 MODEL_CLASS = "AvgLlavaForConditionalGeneration"
+ROUTER = "router"
+"""The folder of the router's weights, beside a LLaVA-NeXT's."""
 ADAPTIVE = "avg_llava"
 """In config.json: the parts of our config that a LLaVA-NeXT has not, and modeling_avg_llava.py reads."""
 
@@ -80,7 +82,7 @@ def stored_name(name: str) -> str:
 
 
 def read_config(folder: str | os.PathLike[str]) -> ModelConfig:
-    """The model config behind a llava_next config.json. There is no router yet: this project's defaults hold.
+    """The model config behind a llava_next config.json; without an `ADAPTIVE` part, with this project's defaults.
 
     Raises:
       ValueError: one line that names the field.
@@ -105,12 +107,16 @@ def read_config(folder: str | os.PathLike[str]) -> ModelConfig:
     known = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
     clip = known | {"image_size": 336, "patch_size": 14} | clip
     pinpoints = values.get("image_grid_pinpoints") or DEFAULT_PINPOINTS
+    adaptive = values.get(ADAPTIVE, {})
     try:
         return ModelConfig(
             vision=layouts.clip_vision(path, clip, colours, select),
+            scaler=ScalerConfig(**adaptive.get("scaler", {})),
+            router=RouterConfig(**adaptive.get("router", {})),
             language=layouts.llama(folder, text | {"tie_word_embeddings": tied}),
             pinpoints=tuple((int(width), int(height)) for height, width in pinpoints),
-            template=TEMPLATES[kind],
+            unpad=adaptive.get("unpad", "exact"),
+            template=adaptive.get("template", TEMPLATES[kind]),
         )
     except (TypeError, ValueError) as error:
         raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from None

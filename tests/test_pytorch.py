@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.numpy import load_file
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -16,7 +17,7 @@ from transformers import (
     LlavaNextForConditionalGeneration,
 )
 
-from avg_llava_jax import SHIPPED, batching, convert, generate, llava_next
+from avg_llava_jax import SHIPPED, batching, checkpoint, convert, generate, llava_next
 from avg_llava_jax.api import AvgLlava
 from avg_llava_jax.config import RouterConfig, ScalerConfig
 from avg_llava_jax.data.conversation import IMAGE, encode_prompt, encode_raw
@@ -29,7 +30,7 @@ from avg_llava_jax.models.encoder import normalise
 from avg_llava_jax.requests import Request
 from tests.differences import agree
 from tests.random_model import save_random_model
-from tests.test_convert import GOLDEN, SOURCE, TOWER
+from tests.test_convert import GOLDEN, SOURCE, TOWER, same_bits
 
 CASES = {case["file"]: case for case in json.loads((GOLDEN / "index.json").read_text()) if "infer" in case["file"]}
 PROMPTS = {  # question: sizes of its images; 3, 5 + 2 and 3 tiles, and none
@@ -223,6 +224,31 @@ def test_one_folder_for_both_classes(pair, tmp_path):
     (tmp_path / "again" / "router" / "model.safetensors").unlink()
     with pytest.raises(OSError, match="router/model.safetensors"):
         load(tmp_path / "again")
+
+
+def test_comes_back_whole(pair, tmp_path):
+    """In again: config, router and tensors; and out once more, file by file."""
+    ours, folder = pair[0], pair[3]
+    convert.import_folder(folder, tmp_path / "back")
+    back = checkpoint.load(tmp_path / "back")
+    rows = ours.config.language.vocab_size
+    language = dataclasses.replace(back.config.language, vocab_size=rows)
+    assert dataclasses.replace(back.config, language=language) == ours.config
+    jax.tree.map(np.testing.assert_array_equal, back.params["router"], ours.params["router"])
+    np.testing.assert_array_equal(back.params["language"]["embed"][:rows], ours.params["language"]["embed"])
+    convert.export_transformers(tmp_path / "back", tmp_path / "out")
+    for path in folder.rglob("*.*"):
+        other = tmp_path / "out" / path.relative_to(folder)
+        if path.suffix == ".safetensors":
+            same_bits(load_file(path), load_file(other))
+        elif path.suffix == ".json":
+            assert json.loads(other.read_text()) == json.loads(path.read_text()), path.name
+        elif path.name != "README.md":
+            assert other.read_bytes() == path.read_bytes(), path.name
+    broken = shutil.copytree(folder, tmp_path / "broken")
+    shutil.rmtree(broken / "router")
+    with pytest.raises(FileNotFoundError, match="router holds no model.safetensors"):
+        convert.import_folder(broken, tmp_path / "none")
 
 
 def test_bad_inputs(pair):
