@@ -59,8 +59,16 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 _INSTRUCTION = re.compile(r"^(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z][a-z\-]*)\((.*)$")
 _CALLED = re.compile(r"(?:calls|to_apply|body|called_computations)=\{?%?([\w.\-]+)")
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
-_GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]*)\})")
+_GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]*)\}|mesh\[(.*?)\] \{(.*?)\})")
+_SIZES = re.compile(r"'(\w+)'=(\d+)")
+_AXES = re.compile(r"'(\w+)'(?::\(\d+\)(\d+))?")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_CONDITION = re.compile(r"condition=%?([\w.\-]+)")
+_LIMIT = re.compile(r"%?([\w.\-]+) = s32\[\]\S* constant\((\d+)\)")
+_BELOW = re.compile(r"^ROOT .* compare\(.* %?([\w.\-]+)\), direction=LT")
+
+# How XLA writes a reduce-scatter for TPUs: a fusion of an all-reduce and of the slice that is kept.
+SCATTERED = "all-reduce-scatter"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,13 +97,16 @@ def collectives(hlo: str) -> dict[str, Traffic]:
 
     def of(name: str) -> dict[str, Traffic]:
         if name not in known:
-            known[name] = _total(_traffic(line, of) for line in computations.get(name, ()))
+            known[name] = _total(_traffic(line, of, computations) for line in computations.get(name, ()))
+            if name.startswith(SCATTERED) and "all-reduce" in known[name]:
+                both = known[name]["all-reduce"]
+                known[name] = {"reduce-scatter": Traffic(both.count, both.sent / 2)}
         return known[name]
 
     return of(entry)
 
 
-def _traffic(line: str, of: Any) -> Mapping[str, Traffic]:
+def _traffic(line: str, of: Any, computations: Mapping[str, list[str]]) -> Mapping[str, Traffic]:
     found = _INSTRUCTION.match(line)
     if not found:
         return {}
@@ -105,10 +116,34 @@ def _traffic(line: str, of: Any) -> Mapping[str, Traffic]:
         return {kind: Traffic(1, _sent(kind, result, rest, operation != kind))}
     if operation.endswith("-done") or operation.endswith("-update"):
         return {}
-    trips = _TRIPS.search(rest) if operation == "while" else None
-    times = int(trips[1]) if trips else 1
+    times = _trips(rest, computations) if operation == "while" else 1
     called = _total(of(name) for name in _CALLED.findall(rest))
     return {kind: Traffic(times * each.count, times * each.sent) for kind, each in called.items()}
+
+
+def _trips(loop: str, computations: Mapping[str, list[str]]) -> int:
+    """How often a loop runs: what XLA notes of it, or the constant that its counter stays below; 1 if nobody knows."""
+    if noted := _TRIPS.search(loop):
+        return int(noted[1])
+    condition = computations.get(_CONDITION.search(loop)[1], [])
+    limits = dict(found.groups() for line in condition if (found := _LIMIT.search(line)))
+    below = [found[1] for line in condition if (found := _BELOW.search(line))]
+    return int(limits.get(below[0], 1)) if below else 1
+
+
+def _group(rest: str) -> float:
+    """Among how many devices a collective runs, infinitely many where it does not say.
+
+    [8,4]<=[32]: 8 groups of 4. {{0,1},{2,3}}: groups of 2. mesh['a'=8,'b'=4] {'b'}: along b, 4.
+    """
+    found = _GROUPS.search(rest)
+    if not found:
+        return math.inf
+    size, listed, mesh, axes = found.groups()
+    if mesh:
+        sizes = dict(_SIZES.findall(mesh))
+        return math.prod(int(part or sizes[name]) for name, part in _AXES.findall(axes))
+    return int(size or listed.count(",") + 1)
 
 
 def _sent(kind: str, result: str, rest: str, started: bool) -> float:
@@ -122,8 +157,7 @@ def _sent(kind: str, result: str, rest: str, started: bool) -> float:
         arrays = arrays[len(arrays) // 2 :]
     elif kind == "collective-permute":
         return arrays[0]
-    groups = _GROUPS.search(rest)
-    devices = int(groups[1] or groups[2].count(",") + 1) if groups else math.inf
+    devices = _group(rest)
     if kind == "reduce-scatter":
         return sum(arrays) * (devices - 1)
     return sum(arrays) * (1 - 1 / devices) * (2 if kind == "all-reduce" else 1)

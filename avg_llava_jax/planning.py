@@ -76,7 +76,6 @@ def target(topology: str) -> Target:
         raise ValueError(f"topology {topology!r} needs libtpu: pip install 'avg_llava_jax[plan]'")
     # libtpu looks for the machine that it runs on, and for others that use it; here is neither.
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", topology)
     try:
         devices = topologies.get_topology_desc(topology, platform="tpu").devices
     except (ValueError, jax.errors.JaxRuntimeError) as error:

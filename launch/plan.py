@@ -37,22 +37,25 @@ def table(plans: "list[Plan]") -> str:
 def _lines(plan: "Plan") -> list[str]:
     from avg_llava_jax.planning import GIB
 
+    def number(value: float) -> str:
+        return f"{value:>10.2f}" if value >= 1 else f"{value:>10.2g}"
+
     devices, chip = len(plan.target.devices), plan.target.chip
     lines = [f"{plan.program} on {plan.target.topology}, {devices} devices"]
-    lines += [f"  {kind:<22}{size / GIB:>10.2f} GiB a device" for kind, size in plan.held.items()]
+    lines += [f"  {kind:<22}{number(size / GIB)} GiB a device" for kind, size in plan.held.items()]
     if plan.temporaries is not None:
         lines.append(
-            f"  {'temporaries':<22}{plan.temporaries / GIB:>10.2f} GiB a device: activations, gradients, buffers"
+            f"  {'temporaries':<22}{number(plan.temporaries / GIB)} GiB a device: activations, gradients, buffers"
         )
     verdict = f" of {chip.memory / GIB:.2f}: {'fits' if plan.fits else 'DOES NOT FIT'}" if chip else ""
-    lines.append(f"  {'in all':<22}{plan.total / GIB:>10.2f} GiB a device{verdict}")
+    lines.append(f"  {'in all':<22}{number(plan.total / GIB)} GiB a device{verdict}")
     again = f", {plan.recomputed / plan.flops:.0%} of them again for the backward pass" if plan.recomputed else ""
-    lines.append(f"  {'operations':<22}{plan.flops / 1e12:>10.2f} TFLOP over all devices{again}")
+    lines.append(f"  {'operations':<22}{number(plan.flops / 1e12)} TFLOP over all devices{again}")
     for kind, each in sorted(plan.traffic.items()):
-        lines.append(f"  {kind:<22}{each.sent / 1e9:>10.2f} GB sent by each device, {each.count} times")
+        lines.append(f"  {kind:<22}{number(each.sent / 1e9)} GB sent by each device, {each.count} times")
     for resource, seconds in plan.seconds.items() if plan.fits else ():
         bound = "  <- the roofline" if seconds == max(plan.seconds.values()) else ""
-        lines.append(f"  {resource + ' alone':<22}{seconds * 1e3:>10.1f} ms{bound}")
+        lines.append(f"  {resource + ' alone':<22}{number(seconds * 1e3)} ms{bound}")
     return lines
 
 

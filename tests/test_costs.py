@@ -36,8 +36,23 @@ HLO = """HloModule jit_step, num_partitions=8
   ROOT %next = (s32[], f32[8,16]{1,0}) tuple(%i, %x)
 }
 
+%more (state: (s32[], f32[8,16])) -> pred[] {
+  %limit.3.clone.1 = s32[]{:T(128)} constant(3)
+  ROOT %below = pred[]{:T(512)} compare(%count, %limit.3.clone.1), direction=LT, metadata={op_name="jit(f)/lt"}
+}
+
+%inside (state: (s32[], f32[8,16])) -> (s32[], f32[8,16]) {
+  %kept = f32[2,16]{1,0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1
+}
+
+%all-reduce-scatter.1 (x: f32[8,16]) -> f32[2,16] {
+  %all = f32[8,16]{1,0} all-reduce(%x), replica_groups=mesh['a'=4,'b'=2] {'a'}, to_apply=%sum
+  ROOT %slice = f32[2,16]{1,0} dynamic-slice(%all, %i, %zero), dynamic_slice_sizes={2,16}
+}
+
 ENTRY %main (p: f32[8,16]) -> f32[8,16] {
-  %loop = (s32[], f32[8,16]) while(%init), condition=%more, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  %loop = (s32[], f32[8,16]) while(%init), condition=%less, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  %other = (s32[], f32[8,16]{1,0}) while(%init), condition=%more, body=%inside, metadata={op_name="scan"}
   %start = (f32[8,16]{1,0}, f32[32,16]{1,0}) all-gather-start(%p), replica_groups=[2,4]<=[8], dimensions={0}
   %done = f32[32,16]{1,0} all-gather-done(%start)
   %own = f32[2,16]{1,0} reduce-scatter(%p), replica_groups=[2,4]<=[8], dimensions={0}, to_apply=%sum
@@ -51,6 +66,6 @@ def test_traffic_over_a_ring_counts_loops():
     assert found == {
         "all-gather": Traffic(6, 5 * 64 * 16 * 4 * 3 / 4 + 32 * 16 * 4 * 3 / 4),
         "all-reduce": Traffic(5, 5 * (16 + 12) * 2 / 2),
-        "reduce-scatter": Traffic(1, 2 * 16 * 4 * 3),
+        "reduce-scatter": Traffic(1 + 3, 2 * 16 * 4 * 3 + 3 * 8 * 16 * 4 * 3 / 4),
         "collective-permute": Traffic(1, 8 * 16 * 4),
     }
