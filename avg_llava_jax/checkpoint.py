@@ -2,10 +2,10 @@
 
     config.json              {"format": 1, "model": ..., "training": ... | null, "granularities_trained": [...] | null}
     tokenizer/               tokenizer files
-    checkpoints/<step>/      Orbax: params, optimizer, data (position of the data pipeline), meta (JSON)
+    checkpoints/<step>/      Orbax: params, optimizer, data (position of the data pipeline), meta and checksums (JSON)
 
 A training workdir is such a folder; one to ship holds only `params` and `meta`. Readers take the
-newest step. `load` reads folders in the released PyTorch layout as well.
+newest step. `load` reads PyTorch folders as well, see `foreign`.
 """
 
 import dataclasses
@@ -15,14 +15,16 @@ import logging
 import os
 import pathlib
 import shutil
+import time
 from typing import Any, NamedTuple, Protocol, Self
 
 import grain.checkpoint
 import jax
 import orbax.checkpoint as ocp
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
-from avg_llava_jax import foreign, parameters, sharding
+from avg_llava_jax import foreign, hosts, parameters, sharding, stored
 from avg_llava_jax.config import ModelConfig, from_dict, to_dict
 from avg_llava_jax.data.tokenizer import load_tokenizer
 from avg_llava_jax.files import write_whole
@@ -127,16 +129,23 @@ def steps(folder: Folder) -> list[int]:
     return sorted(int(entry.name) for entry in root.iterdir() if entry.name.isdecimal() and (entry / "params").is_dir())
 
 
-def load(path: Folder, vision_tower: Folder | None = None, mesh: Mesh | None = None, dtype: Any = None) -> Loaded:
-    """Load a model from a checkpoint folder of ours (its newest readable step) or from a released-layout folder.
+def load(
+    path: Folder,
+    vision_tower: Folder | None = None,
+    mesh: Mesh | None = None,
+    dtype: parameters.Dtype = None,
+    seed: int = 0,
+) -> Loaded:
+    """Load a model from a checkpoint folder of ours (its newest readable step) or from a PyTorch folder.
 
     Shapes first, then shardings, then every device reads its own part.
 
     Args:
       path: the folder.
-      vision_tower: for a released-layout folder, the CLIP folder that its config names.
+      vision_tower: for a PyTorch folder, the CLIP folder that its config names, or that a Llama is to be joined with.
       mesh: where the parameters go; None = the first device.
-      dtype: of the parameters; None = as stored.
+      dtype: of the parameters, one for all or one for each component; None = as stored.
+      seed: of the parameters that a PyTorch folder lacks.
 
     Raises:
       FileNotFoundError: no such folder, or no complete step in it.
@@ -146,8 +155,8 @@ def load(path: Folder, vision_tower: Folder | None = None, mesh: Mesh | None = N
     if not folder.is_dir():
         raise FileNotFoundError(f"checkpoint folder {folder} does not exist")
     if foreign.is_foreign(folder):
-        config, params = foreign.load(folder, vision_tower, mesh, dtype)
-        meta = {"step": 0, "training": None, "granularities_trained": list(config.granularities)}
+        config, params, trained = foreign.load(folder, vision_tower, mesh, dtype, seed)
+        meta = {"step": 0, "training": None, "granularities_trained": trained}
         return Loaded(config, params, folder, meta)
     if vision_tower is not None:
         raise ValueError(f"{folder} is a checkpoint of this project and holds its vision encoder: drop vision_tower")
@@ -157,10 +166,11 @@ def load(path: Folder, vision_tower: Folder | None = None, mesh: Mesh | None = N
     if not available:
         raise FileNotFoundError(f"{folder} has no complete step under {STEPS}/")
     for step in reversed(available):
-        stored = _stored(_step(folder, step) / "params")
-        if stored is not None:
-            _check(folder, step, stored, parameters.flat(parameters.abstract(config)))
-            params = _read(_step(folder, step) / "params", _targets(stored, mesh, dtype))
+        place = _step(folder, step)
+        shapes, sums = stored.shapes(place / "params"), _checksums(place)
+        if hosts.agree(shapes is not None and sums is not None):
+            stored.require(f"{folder}, step {step}", shapes, parameters.flat(parameters.abstract(config)))
+            params = stored.read(place / "params", _targets(shapes, mesh, dtype), sums.get("params", {}))
             if params is not None:
                 return Loaded(config, params, folder / TOKENIZER, {"step": step, **values})
         logger.warning("checkpoint %s is damaged; trying the step before it", _step(folder, step))
@@ -171,65 +181,22 @@ def _step(folder: pathlib.Path, step: int) -> pathlib.Path:
     return folder.resolve() / STEPS / str(step)
 
 
-def _targets(stored: dict[str, jax.ShapeDtypeStruct], mesh: Mesh | None, dtype: Any) -> parameters.Params:
+def _checksums(place: pathlib.Path) -> dict[str, dict[str, int]] | None:
+    """Those of a step's trees, by item; empty for a step saved without, None where they cannot be read."""
+    return stored.read_json(place / "checksums" / "metadata") if (place / "checksums").is_dir() else {}
+
+
+def _targets(saved: dict[str, jax.ShapeDtypeStruct], mesh: Mesh | None, dtype: parameters.Dtype) -> parameters.Params:
     """Shapes, dtypes and shardings to restore the stored parameters into."""
-    shapes = parameters.unflat({path: jax.ShapeDtypeStruct(s.shape, dtype or s.dtype) for path, s in stored.items()})
+    shapes = parameters.unflat(
+        {
+            path: jax.ShapeDtypeStruct(leaf.shape, parameters.dtype_of(path, dtype, leaf.dtype))
+            for path, leaf in saved.items()
+        }
+    )
     if mesh is None:
-        return _placed(shapes)
-    return jax.tree.map(
-        lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at),
-        shapes,
-        sharding.shardings(mesh, shapes),
-    )
-
-
-def _placed(tree: Any) -> Any:
-    """Arrays or shapes as restore targets; what has no sharding goes to the first device."""
-    first = SingleDeviceSharding(jax.local_devices()[0])
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or first),
-        tree,
-    )
-
-
-def _stored(folder: pathlib.Path) -> dict[str, jax.ShapeDtypeStruct] | None:
-    """Shapes and dtypes of a saved tree by path, None where they cannot be read."""
-    try:
-        tree = ocp.StandardCheckpointHandler().metadata(folder).tree
-    except (ValueError, OSError, KeyError, AttributeError):
-        return None
-    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: hasattr(node, "shape"))
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-        for path, leaf in leaves
-    }
-
-
-def _read(folder: pathlib.Path, targets: Any) -> Any | None:
-    """A saved tree, None where its files are damaged."""
-    try:
-        return ocp.StandardCheckpointHandler().restore(folder, args=ocp.args.StandardRestore(targets))
-    except Exception as error:
-        # Orbax raises an unreadable chunk as a bare Exception; others (out of memory, ...) are no damage.
-        if type(error) is not Exception and not isinstance(error, (ValueError, OSError, KeyError)):
-            raise
-        logger.warning("%s: %s", folder, str(error).splitlines()[0][:120])
-        return None
-
-
-def _check(folder: pathlib.Path, step: int, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Saved parameters must be those that the config asks for."""
-    where = f"{folder}, step {step}"
-    for path, leaf in wanted.items():
-        if path not in stored:
-            raise ValueError(f"{where}: parameter {path!r} is missing")
-        if stored[path].shape != leaf.shape:
-            raise ValueError(
-                f"{where}: parameter {path!r} has shape {stored[path].shape}, its config says {leaf.shape}"
-            )
-    unknown = sorted(stored.keys() - wanted.keys())
-    if unknown:
-        raise ValueError(f"{where}: parameter {unknown[0]!r} is none of this model")
+        return stored.targets(shapes)
+    return sharding.placed(shapes, sharding.shardings(mesh, shapes))
 
 
 class Restored(NamedTuple):
@@ -243,7 +210,7 @@ class Restored(NamedTuple):
 
 @dataclasses.dataclass
 class _Position:
-    """A pipeline's position as the text that Grain's handler stores, one file a process."""
+    """A pipeline's position as the text that Grain's handler stores: one file a process, all with the same in it."""
 
     source: Stateful
 
@@ -252,34 +219,51 @@ class _Position:
         kind, state = ("bytes", state.decode()) if isinstance(state, bytes) else ("json", state)
         return json.dumps({"kind": kind, "state": state}).encode()
 
+    @staticmethod
+    def read(folder: pathlib.Path) -> Any | None:
+        """The state in a step's folder, whatever number of processes saved it; None where it cannot be read."""
+        for path in (folder / "data").glob("process_0-of-*.json"):
+            values = stored.read_json(path)
+            if isinstance(values, dict) and values.keys() == {"kind", "state"}:
+                return values["state"].encode() if values["kind"] == "bytes" else values["state"]
+        return None
+
 
 class Manager:
     """Writes the checkpoints of one training run, in the background, and keeps the newest `keep`.
 
-    Only one process (or one group of `jax.distributed` processes) may hold a workdir. Use it as a
-    context manager: leaving it waits for the last save and lets the workdir go.
+    Only one process (or one group of `jax.distributed` processes, who all call each method) may hold a
+    workdir. Use it as a context manager: leaving it waits for the last save and lets the workdir go.
+
+    at_once: GB (10^9 bytes) of parameters that are encoded and written at the same time, which takes as much memory
+        besides; more than the largest parameter. None = all of them.
 
     Raises:
       RuntimeError: another process holds the workdir.
     """
 
-    def __init__(self, workdir: Folder, keep: int = 2):
+    def __init__(self, workdir: Folder, keep: int = 2, at_once: int | None = None):
         self.folder = pathlib.Path(workdir).resolve()
         (self.folder / STEPS).mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(self.folder) if jax.process_index() == 0 else None
-        if jax.process_index() == 0:
-            # Saves that were cut short. Orbax would do this in a thread, which complains where a run ends early.
-            for unfinished in (self.folder / STEPS).glob("*.orbax-checkpoint-tmp*"):
-                shutil.rmtree(unfinished, ignore_errors=True)
+        self._lock = _lock(self.folder) if hosts.first() else None
+        self._clear_unfinished()
         options = ocp.CheckpointManagerOptions(max_to_keep=keep)
-        self._manager = ocp.CheckpointManager(self.folder / STEPS, options=options)
+        handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
+        if at_once is not None:
+            limited = ocp.StandardCheckpointHandler(save_concurrent_gb=at_once)
+            handlers.add("params", ocp.args.StandardSave, limited)
+            handlers.add("params", ocp.args.StandardRestore, limited)
+        self._manager = ocp.CheckpointManager(self.folder / STEPS, options=options, handler_registry=handlers)
         self._last: int | None = None  # may still be on its way to the disk
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
+        if error is not None and hosts.lost(error):
+            self._release()  # a save that is under way waits for a process that is gone
+        else:
+            self.close()
 
     def save(
         self,
@@ -296,9 +280,10 @@ class Manager:
         if step == self._last or step in steps(self.folder):
             return
         self._last = step
-        items: dict[str, Any] = {"params": ocp.args.StandardSave(params), "meta": ocp.args.JsonSave(meta or {})}
-        if optimizer is not None:
-            items["optimizer"] = ocp.args.StandardSave(optimizer)
+        trees = {"params": params} if optimizer is None else {"params": params, "optimizer": optimizer}
+        items: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+        items["checksums"] = ocp.args.JsonSave({name: stored.checksums(tree) for name, tree in trees.items()})
+        items["meta"] = ocp.args.JsonSave(meta or {})
         if data is not None:
             items["data"] = grain.checkpoint.CheckpointSave(_Position(data))
         self._manager.save(step, args=ocp.args.Composite(**items), force=True)
@@ -307,8 +292,9 @@ class Manager:
         """The newest readable step, or None where there is none at all.
 
         `params` and `optimizer` are arrays or ShapeDtypeStructs: each leaf is restored to its dtype and
-        sharding (the first device if it has none). A damaged step is named in a warning, renamed to
-        `<step>.damaged`, and the one before is used.
+        sharding (the first device if it has none), however it was sharded when it was saved, and by however
+        many processes. A damaged step is named in a warning, renamed to `<step>.damaged`, and the one before
+        is used.
 
         Raises:
           ValueError: no step is readable, or a step does not belong to this model.
@@ -320,13 +306,14 @@ class Manager:
             if restored is None:
                 damaged.append(_step(self.folder, step))
                 continue
-            for bad in damaged:
-                logger.warning("checkpoint %s is damaged; using step %d", bad, step)
-                if jax.process_index() == 0:
+            if hosts.first():
+                for bad in damaged:
+                    logger.warning("checkpoint %s is damaged; using step %d", bad, step)
                     aside = bad.with_name(f"{bad.name}.damaged")
                     shutil.rmtree(aside, ignore_errors=True)
                     bad.rename(aside)
             if damaged:
+                multihost_utils.sync_global_devices("damaged checkpoints are put aside")
                 self._manager.reload()
             return restored
         if available:
@@ -334,41 +321,61 @@ class Manager:
         return None
 
     def _restore(self, step: int, params: Any, optimizer: Any, data: Stateful | None) -> Restored | None:
-        folder = _step(self.folder, step)
-        stored, moments = _stored(folder / "params"), _stored(folder / "optimizer")
-        if stored is None or moments is None:
+        place = _step(self.folder, step)
+        shapes, moments, sums = stored.shapes(place / "params"), stored.shapes(place / "optimizer"), _checksums(place)
+        meta = stored.read_json(place / "meta" / "metadata")
+        position = _Position.read(place) if data is not None else {}
+        if not hosts.agree(all(part is not None for part in (shapes, moments, sums, meta, position))):
             return None
-        _check(self.folder, step, stored, parameters.flat(params))
+        stored.require(f"{self.folder}, step {step}", shapes, parameters.flat(params))
         if sorted(leaf.shape for leaf in moments.values()) != sorted(leaf.shape for leaf in jax.tree.leaves(optimizer)):
             raise ValueError(f"{self.folder}, step {step}: its optimizer state belongs to another optimizer or phase")
-        try:
-            meta = json.loads((folder / "meta" / "metadata").read_text())
-            position = self._position(folder) if data is not None else None
-        except (ValueError, OSError, KeyError) as error:
-            logger.warning("%s: %s", folder, error)
-            return None
-        read = _read(folder / "params", _placed(params)), _read(folder / "optimizer", _placed(optimizer))
-        if read[0] is None or read[1] is None:
-            return None
+        trees = {"params": params, "optimizer": optimizer}
+        for name, tree in trees.items():
+            trees[name] = stored.read(place / name, stored.targets(tree), sums.get(name, {}))
+            if trees[name] is None:
+                return None
         if data is not None:
             data.set_state(position)
-        return Restored(step, *read, meta)
+        return Restored(step, trees["params"], trees["optimizer"], meta)
 
-    def _position(self, folder: pathlib.Path) -> Any:
-        file = f"process_{jax.process_index()}-of-{jax.process_count()}.json"
-        values = json.loads((folder / "data" / file).read_text())
-        return values["state"].encode() if values["kind"] == "bytes" else values["state"]
+    def check(self) -> None:
+        """Raises if a save that was started has failed; does not wait for one."""
+        self._manager.check_for_errors()
 
     def wait(self) -> None:
         """Block until the last save is on disk; raises if it failed."""
         self._manager.wait_until_finished()
+        if hosts.first():
+            # Orbax looks only whether these markers are there; what it writes into them names paths of this machine.
+            for marker in (self.folder / STEPS).rglob("commit_success.txt"):
+                marker.write_text("committed\n")
 
     def close(self) -> None:
-        """Wait, then let the workdir go."""
-        self._manager.close()
+        """Wait, then let the workdir go; what a failed save left is removed, for it fills the disk."""
+        try:
+            self.wait()
+        finally:
+            try:
+                self._manager.close()  # also after a failure: its other threads may still be writing
+            finally:
+                self._clear_unfinished()
+                self._release()
+
+    def _release(self) -> None:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+    def _clear_unfinished(self) -> None:
+        """Remove saves that were cut short. Orbax would do it in a thread, which complains where a run ends early."""
+        if hosts.first():
+            for unfinished in (self.folder / STEPS).glob("*.orbax-checkpoint-tmp*"):
+                for _ in range(50):  # after a failure Orbax's other threads may still be writing into it
+                    shutil.rmtree(unfinished, ignore_errors=True)
+                    if not unfinished.exists():
+                        break
+                    time.sleep(0.1)
 
 
 def _lock(folder: pathlib.Path) -> int:

@@ -62,6 +62,11 @@ class ScalerConfig:
     halvings: int = 4
     first_axis: Literal["width", "height"] = "width"
 
+    @property
+    def divisor(self) -> int:
+        """What the grid's side must be a multiple of: 4 for four halvings, two along each axis."""
+        return 2 ** ((self.halvings + 1) // 2)
+
 
 @dataclasses.dataclass(frozen=True)
 class RouterConfig:
@@ -157,10 +162,9 @@ class ModelConfig:
         grid, side = self.vision.grid, self.vision.image_size
         if side % self.vision.patch_size:
             raise ValueError(f"vision.image_size={side} is no multiple of vision.patch_size={self.vision.patch_size}")
-        need = 2 ** ((self.scaler.halvings + 1) // 2)
-        if grid % need:
+        if grid % self.scaler.divisor:
             raise ValueError(
-                f"scaler.halvings={self.scaler.halvings} needs a grid side divisible by {need}; "
+                f"scaler.halvings={self.scaler.halvings} needs a grid side divisible by {self.scaler.divisor}; "
                 f"the vision grid is {grid}"
             )
         for width, height in self.pinpoints:

@@ -5,44 +5,30 @@
 Names, layouts and shapes in both directions are those of the one table in `parameters`.
 """
 
-import contextlib
-import json
+import logging
 import os
 import pathlib
-import tempfile
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 from tqdm import tqdm
 
-from avg_llava_jax import checkpoint, foreign, layouts, llava_next, parameters, tensors
+from avg_llava_jax import checkpoint, foreign, layouts, llava_next, model_card, parameters, tensors
 from avg_llava_jax.config import ModelConfig
-from avg_llava_jax.data.tokenizer import load_tokenizer
+from avg_llava_jax.data.conversation import stop_ids
+from avg_llava_jax.data.tokenizer import Tokenizer, load_tokenizer
+from avg_llava_jax.files import whole, write_json
+
+logger = logging.getLogger(__name__)
 
 Folder = str | os.PathLike[str]
 
 GIB = 2**30
 SHARD_SIZE = 5 * GIB
 VOCABULARIES = ("model.embed_tokens.weight", "lm_head.weight")
-
-
-@contextlib.contextmanager
-def whole(output: Folder) -> Iterator[pathlib.Path]:
-    """A folder to fill, which becomes `output` when the block ends well and is gone when it does not.
-
-    Raises:
-      ValueError: there is something at `output` already.
-    """
-    output = pathlib.Path(output).absolute()
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise ValueError(f"{output} is there already: remove it or give another --output")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as beside:
-        folder = pathlib.Path(beside) / output.name
-        folder.mkdir()
-        yield folder
-        folder.replace(output)
 
 
 def local_folder(source: Folder) -> pathlib.Path:
@@ -57,61 +43,94 @@ def local_folder(source: Folder) -> pathlib.Path:
     if len(folder.parts) != 2 or folder.is_absolute():
         raise FileNotFoundError(f"{source} is no folder, and no hub id (OWNER/NAME)")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    wanted = ["*.json", "tokenizer.model", "*.jinja"]
     try:
-        found = snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors", "tokenizer.model", "*.jinja"])
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise FileNotFoundError(f"{source} is no folder here, and the hub says: {error}") from None
-    return pathlib.Path(found)
+        for weights in ("*.safetensors", "pytorch_model*.bin"):  # the second only where there is none of the first
+            found = pathlib.Path(snapshot_download(str(source), allow_patterns=[*wanted, weights]))
+            if list(found.glob(weights)):
+                break
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        why = str(error).strip().partition("\n")[0]
+        raise FileNotFoundError(f"{source} is no folder here, and the hub's answer is: {why}") from None
+    return found
 
 
-def import_folder(source: Folder, output: Folder, vision_tower: Folder | None = None, dtype: Any = None) -> ModelConfig:
+def import_folder(
+    source: Folder,
+    output: Folder,
+    vision_tower: Folder | None = None,
+    dtype: Any = None,
+    mesh: Mesh | None = None,
+    seed: int = 0,
+) -> ModelConfig:
     """Write a PyTorch folder (or hub id) as a checkpoint folder of ours; returns its config.
 
     What the model does not run is kept beside the parameters (`foreign.keep_unused`), so that nothing
     is lost on the way back.
 
     Args:
-      vision_tower, dtype: as for `checkpoint.load`.
+      vision_tower: as for `checkpoint.load`, or a hub id.
+      dtype, mesh, seed: as for `checkpoint.load`.
 
     Raises:
       FileNotFoundError, ValueError: one line that names the file, key or field.
     """
-    source = local_folder(source)
-    if not foreign.is_foreign(source):
-        raise ValueError(
-            f"{source} is no PyTorch folder that is known here: its model_type is none of {foreign.MODEL_TYPES}"
-        )
+    source, vision_tower = local_folder(source), vision_tower and local_folder(vision_tower)
+    _check_known(source)
     with whole(output) as folder:
-        loaded = checkpoint.load(source, vision_tower, dtype=dtype)
-        checkpoint.save_config(folder, loaded.config, None, loaded.meta["granularities_trained"])
-        checkpoint.copy_tokenizer(loaded.tokenizer_folder, folder)
+        loaded = checkpoint.load(source, vision_tower, mesh, dtype, seed)
+        write_checkpoint(loaded, folder)
         foreign.keep_unused(source, folder, vision_tower)
-        with checkpoint.Manager(folder) as manager:
-            manager.save(0, loaded.params)
-            manager.wait()
-        (folder / checkpoint.LOCK).unlink()
     return loaded.config
+
+
+def _check_known(source: pathlib.Path) -> None:
+    if foreign.is_foreign(source):
+        return
+    config = source / "config.json"
+    if not config.is_file():
+        raise FileNotFoundError(f"{source} has no config.json")
+    raise ValueError(
+        f"{config}: model_type={tensors.read_json(config).get('model_type')!r} is none of those that are known here:"
+        f" {', '.join(foreign.MODEL_TYPES)}"
+    )
+
+
+def write_checkpoint(loaded: checkpoint.Loaded, folder: pathlib.Path) -> None:
+    """Write a model as a checkpoint folder to hand on: config, tokenizer and parameters."""
+    checkpoint.save_config(folder, loaded.config, loaded.meta["training"], loaded.meta["granularities_trained"])
+    checkpoint.copy_tokenizer(loaded.tokenizer_folder, folder)
+    largest = max(leaf.nbytes for leaf in parameters.flat(loaded.params).values())
+    with checkpoint.Manager(folder, at_once=1 + largest // 10**9) as manager:
+        manager.save(loaded.meta["step"], loaded.params)
+        manager.wait()
+    (folder / checkpoint.LOCK).unlink()
 
 
 def dry_run(source: Folder, vision_tower: Folder | None = None) -> str:
     """Match a PyTorch folder's config and keys, and its shapes as far as weights are there, without reading one."""
-    folder = local_folder(source)
-    if list(folder.glob("*.safetensors")):
+    folder, vision_tower = local_folder(source), vision_tower and local_folder(vision_tower)
+    _check_known(folder)
+    if any((folder / name).is_file() for name in tensors.weight_files(folder)):
         opened = foreign.inspect(folder, vision_tower)
         config, count = opened.config, len(opened.catalog.names) - len(opened.unused)
         found = f"{count} tensors match in name, shape and dtype, {len(opened.unused)} more are kept unread"
     else:
-        config, count = foreign.match_names(folder, vision_tower)
-        index = (folder / "model.safetensors.index.json").is_file()
-        found = f"{count} tensors " + ("match in name" if index else "are what its config asks for") + ", no weights"
+        config, count, listed = foreign.match_names(folder, vision_tower)
+        found = f"{count} tensors " + ("match in name" if listed else "are what its config asks for") + ", no weights"
     sizes = sum(leaf.size for leaf in parameters.flat(parameters.abstract(config)).values())
     return f"{folder}: {found}; {sizes / 1e9:.3f} G parameters, granularities {list(config.granularities)}"
 
 
 def export_released(
-    source: Folder, output: Folder, dtype: Any = None, shard_size: int = SHARD_SIZE, router: bool = True
+    source: Folder,
+    output: Folder,
+    dtype: Any = None,
+    shard_size: int = SHARD_SIZE,
+    router: bool = True,
+    report: Folder | None = None,
 ) -> None:
     """Write a checkpoint as a folder in the released layout, with every file that the released loader reads.
 
@@ -123,6 +142,7 @@ def export_released(
       dtype: of every floating-point tensor; None = as stored.
       shard_size: largest file, in bytes.
       router: False leaves it out: a LLaVA-NeXT.
+      report: report.json of an evaluation, for the model card; None = the checkpoint folder's, if it has one.
 
     Raises:
       ValueError: the released code cannot compute this model; names the field.
@@ -135,11 +155,11 @@ def export_released(
     loaded = checkpoint.load(source)
     tokenizer = load_tokenizer(loaded.tokenizer_folder)
     exported = Exported(config, loaded.params, source / foreign.UNUSED, dtype, router)
+    card = model_card.card(loaded, output, "released", router, model_card.read_report(source, report))
     with whole(output) as folder:
         exported.save(folder, shard_size)
         tokenizer.save(folder)
-        special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
-        special = {key: value for key, value in special.items() if value is not None}
+        special = _special_ids(tokenizer, tokenizer.eos_id)
         values = special | values | {"torch_dtype": exported.dtype_name}
         write_json(folder / "config.json", values)
         write_json(
@@ -153,43 +173,74 @@ def export_released(
             write_json(inside / "config.json", layouts.clip_config(config.vision))
             write_json(inside / "preprocessor_config.json", layouts.clip_preprocessor(config.vision))
             exported.save(inside, shard_size, foreign.TOWER)
+        (folder / model_card.CARD).write_text(card, encoding="utf-8")
 
 
-def export_transformers(source: Folder, output: Folder, dtype: Any = None, shard_size: int = SHARD_SIZE) -> None:
-    """Write a checkpoint for `LlavaNextForConditionalGeneration`: the finest granularity, always; no router.
+def export_transformers(
+    source: Folder,
+    output: Folder,
+    dtype: Any = None,
+    shard_size: int = SHARD_SIZE,
+    router: bool = True,
+    report: Folder | None = None,
+) -> None:
+    """Write a checkpoint for the transformers library; the arguments are those of `export_released`.
+
+    `LlavaNextForConditionalGeneration` reads it as the finest granularity, always. With `trust_remote_code` the
+    folder's own modeling_avg_llava.py adds scaler and router, whose weights lie in `router/`, where the library does
+    not look. A LLaVA-NeXT that was imported and not trained has no router to give and stays a LLaVA-NeXT.
 
     Needs a token `<image>`. Where the tokenizer has none it becomes the next id, and where the embedding
-    has no row for it, row 0 is there once more: its logit then never exceeds that of token 0.
+    has no row for it, row 0 is there once more: its logit is that of token 0, and `generate` suppresses it.
     """
     source = pathlib.Path(source)
     config, _ = checkpoint.read_config(source)
     origin = _origin(source)
     loaded = checkpoint.load(source)
+    if router and loaded.meta["training"] is None and origin and not _had_router(origin):
+        logger.warning("%s: its router was never trained: exported as a LLaVA-NeXT", source)
+        router = False
     tokenizer = load_tokenizer(loaded.tokenizer_folder)
     image_token = tokenizer.special_tokens.get(llava_next.IMAGE, tokenizer.vocab_size)
     rows = max(config.language.vocab_size, image_token + 1)
-    exported = Exported(config, loaded.params, source / foreign.UNUSED, dtype, False, rows, llava_next.stored_name)
-    values = llava_next.to_config(config, origin.get("config", {}), image_token, rows)
+    exported = Exported(config, loaded.params, source / foreign.UNUSED, dtype, router, rows, llava_next.stored_name)
+    values = llava_next.to_config(config, origin.get("config", {}), image_token, rows, router)
+    card = model_card.card(loaded, output, "transformers", router, model_card.read_report(source, report))
     with whole(output) as folder:
-        exported.save(folder, shard_size)
-        tokenizer.save(folder)
-        llava_next.name_image_token(folder, image_token)
+        exported.save(folder, shard_size, leave=(foreign.ROUTER,))
+        llava_next.save_tokenizer(folder, tokenizer, image_token, config.template)
         write_json(folder / "config.json", values | {"dtype": exported.dtype_name})
-        special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
-        write_json(folder / "generation_config.json", {key: it for key, it in special.items() if it is not None})
+        stops = stop_ids(tokenizer, config.template)
+        stops = stops[0] if len(stops) == 1 else list(stops)
+        added = list(range(config.language.vocab_size, rows))
+        suppressed = {"suppress_tokens": added} if added else {}
+        write_json(folder / "generation_config.json", _special_ids(tokenizer, stops) | suppressed)
         write_json(folder / "preprocessor_config.json", llava_next.preprocessor(config))
         write_json(folder / "processor_config.json", llava_next.processor(config))
+        if router:
+            (folder / "router").mkdir()
+            exported.save(
+                folder / "router", SHARD_SIZE, foreign.ROUTER
+            )  # one file: modeling_avg_llava.py reads no more
+            shutil.copyfile(llava_next.MODELING, folder / llava_next.MODELING.name)
+        (folder / model_card.CARD).write_text(card, encoding="utf-8")
 
 
-def write_json(path: pathlib.Path, values: dict[str, Any]) -> None:
-    """One JSON object, readable."""
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def _special_ids(tokenizer: Tokenizer, eos: int | list[int]) -> dict[str, Any]:
+    """The ids that a generation config names, of those that the tokenizer has."""
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": eos, "pad_token_id": tokenizer.pad_id}
+    return {key: value for key, value in ids.items() if value is not None}
 
 
 def _origin(source: pathlib.Path) -> dict[str, dict[str, Any]]:
     """The config files that came with the weights, by name; {} for a model that began here."""
     path = source / foreign.ORIGIN
     return tensors.read_json(path) if path.is_file() else {}
+
+
+def _had_router(origin: dict[str, dict[str, Any]]) -> bool:
+    """Whether the weights came with a router, in either layout."""
+    return not {"vis_token_granularity", llava_next.ADAPTIVE}.isdisjoint(origin.get("config", {}))
 
 
 class Exported:
@@ -228,9 +279,13 @@ class Exported:
         self.tensors = {rename(name): announced for name, announced in found.items()}
         self._released = {rename(name): name for name in found}
 
-    def save(self, folder: pathlib.Path, shard_size: int, prefix: str = "") -> None:
-        """Write the tensors whose names begin with `prefix`, without it."""
-        chosen = {name.removeprefix(prefix): it for name, it in self.tensors.items() if name.startswith(prefix)}
+    def save(self, folder: pathlib.Path, shard_size: int, prefix: str = "", leave: Sequence[str] = ()) -> None:
+        """Write the tensors whose names begin with `prefix`, without it, and with none of `leave`."""
+        chosen = {
+            name.removeprefix(prefix): announced
+            for name, announced in self.tensors.items()
+            if name.startswith(prefix) and not name.startswith(tuple(leave))
+        }
         with tqdm(total=len(chosen), desc="writing", unit="tensor", leave=False, disable=None) as progress:
 
             def read(name: str) -> np.ndarray:

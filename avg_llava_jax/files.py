@@ -1,9 +1,11 @@
-"""Files that are there whole or not at all, and workdirs that know what they belong to."""
+"""Files and folders that are there whole or not at all, and workdirs that know what they belong to."""
 
+import contextlib
 import json
 import os
 import pathlib
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
 Path = str | os.PathLike[str]
@@ -19,6 +21,42 @@ def write_whole(path: Path, content: str | Callable[[BinaryIO], object]) -> None
         else:
             content(file)
     os.replace(beside, path)
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """One JSON object, readable."""
+    pathlib.Path(path).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def whole(output: Path, replace: bool = False) -> Iterator[pathlib.Path]:
+    """A folder to fill, which becomes `output` when the block ends well and is gone when it does not.
+
+    replace: what is at `output` already goes when the block has ended well; otherwise only an empty folder may be.
+
+    Raises:
+      ValueError: there is something at `output` already.
+    """
+    output = pathlib.Path(output).absolute()
+    if not replace and output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise ValueError(f"{output} is there already: remove it or give another --output")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as beside:
+        folder = pathlib.Path(beside) / output.name
+        folder.mkdir()
+        yield folder
+        if output.exists():
+            output.replace(folder.with_name(f"{output.name}.replaced"))
+        folder.replace(output)
+
+
+def portable(settings: Any) -> Any:
+    """Settings, nested, with absolute paths cut to their last name: they mean nothing on another machine."""
+    if isinstance(settings, dict):
+        return {key: portable(inner) for key, inner in settings.items()}
+    if isinstance(settings, str) and pathlib.Path(settings).is_absolute():
+        return pathlib.Path(settings).name
+    return settings
 
 
 def same_run(workdir: Path, name: str, settings: dict[str, Any]) -> None:

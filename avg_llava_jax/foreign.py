@@ -1,4 +1,4 @@
-"""Reads PyTorch checkpoint folders: AVG-LLaVA as released, and LLaVA-NeXT in its own and in transformers' layout.
+"""Reads PyTorch folders: AVG-LLaVA as released, LLaVA-NeXT in its own and in transformers' layout, and Llama with CLIP.
 
 Strict: a tensor that the model does not know, one that is missing, a wrong shape, and a config value
 that this model does not have are errors that name it. Tensors are read one at a time, straight to
@@ -11,14 +11,14 @@ import os
 import pathlib
 import shutil
 from collections.abc import Collection, Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from tqdm import tqdm
 
-from avg_llava_jax import layouts, llava_next, parameters, sharding, tensors
+from avg_llava_jax import joined, layouts, llava_next, parameters, placement, tensors
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.models import avg_llava
 from avg_llava_jax.tensors import Catalog, Tensors, read_json
@@ -31,7 +31,15 @@ TOWER = "model.vision_tower.vision_tower."
 TOWER_LAYERS = TOWER + "vision_model.encoder.layers."
 ROUTER = "model.router."
 
-MODEL_TYPES = ("llava_llama", llava_next.MODEL_TYPE)
+Layout = Literal["released", "transformers", "language"]
+
+MODEL_TYPES: dict[str, Layout] = {
+    "llava_llama": "released",
+    "llava_mistral": "released",
+    llava_next.MODEL_TYPE: "transformers",
+    **dict.fromkeys(joined.MODEL_TYPES, "language"),
+}
+"""`model_type` of a config.json -> what the folder is; `language` is a decoder alone, which a CLIP folder joins."""
 
 UNUSED = "unused.safetensors"
 """In a checkpoint folder of ours: the tensors of its source that the model does not run, for export."""
@@ -45,8 +53,9 @@ ORIGINALS = ("config", "generation_config", "preprocessor_config")
 class Opened(NamedTuple):
     """A folder whose config and headers agree; no tensor is read yet.
 
-    rows: of the parameters that the folder holds, by path: all, or all but the router's.
+    rows: of the parameters that the folder holds, by path; those of `shapes` that it lacks are made fresh.
     unused: names in the catalog that the model does not run.
+    trained: the granularities that the weights were trained at: of a LLaVA-NeXT the finest alone; None = at none.
     """
 
     config: ModelConfig
@@ -54,64 +63,123 @@ class Opened(NamedTuple):
     rows: dict[str, parameters.Row]
     catalog: Catalog
     unused: list[str]
+    trained: list[int] | None
+
+
+def layout_of(folder: Folder) -> Layout | None:
+    """What the folder's config.json says it is; None for none of `MODEL_TYPES`."""
+    path = pathlib.Path(folder) / "config.json"
+    return MODEL_TYPES.get(str(read_json(path).get("model_type"))) if path.is_file() else None
 
 
 def is_foreign(folder: Folder) -> bool:
-    """Whether the folder's config.json names a model type of `MODEL_TYPES`."""
-    path = pathlib.Path(folder) / "config.json"
-    return path.is_file() and read_json(path).get("model_type") in MODEL_TYPES
-
-
-def _is_llava_next(folder: pathlib.Path) -> bool:
-    return read_json(folder / "config.json").get("model_type") == llava_next.MODEL_TYPE
+    """Whether this module reads the folder."""
+    return layout_of(folder) is not None
 
 
 def _read_config(folder: pathlib.Path, vision_tower: Folder | None, has_router: bool) -> ModelConfig:
-    if _is_llava_next(folder):
-        return llava_next.read_config(folder)
+    match layout_of(folder):
+        case "transformers":
+            return llava_next.read_config(folder)
+        case "language":
+            return joined.read_config(folder, vision_tower)
     return layouts.read_config(folder, vision_tower, has_router)
+
+
+def _tower_folder(folder: pathlib.Path, vision_tower: Folder | None) -> Folder | None:
+    """The CLIP folder to read, None for none; an error where the layout asks for one, or has no use for it."""
+    layout = layout_of(folder)
+    if layout == "transformers" and vision_tower is not None:
+        raise ValueError(f"{folder} is a {llava_next.MODEL_TYPE} and holds its vision encoder: drop vision_tower")
+    vision_tower = layouts.tower_folder(folder, vision_tower)
+    if layout == "language" and vision_tower is None:
+        raise FileNotFoundError(f"{folder} is a language model alone: give the CLIP folder to join as vision_tower")
+    return vision_tower
+
+
+def _lacks(folder: pathlib.Path, has_router: bool) -> tuple[str, ...]:
+    """How the released names begin of what this folder does not hold."""
+    if layout_of(folder) == "language":
+        return joined.FRESH
+    return () if has_router else (ROUTER,)
 
 
 def inspect(folder: Folder, vision_tower: Folder | None = None) -> Opened:
     """Match a folder's config and the headers of its tensors with the model; the arguments and errors of `load`."""
     folder = pathlib.Path(folder)
-    vision_tower = layouts.tower_folder(folder, vision_tower)
+    vision_tower = _tower_folder(folder, vision_tower)
     catalog = _catalog(folder, vision_tower)
     has_router = catalog.has(ROUTER)
+    lacks = _lacks(folder, has_router)
     config = _read_config(folder, vision_tower, has_router)
+    wanted = {name: shape for name, shape in torch_shapes(config).items() if not name.startswith(lacks)}
+    unused = _match(folder, config, wanted, catalog)
     shapes = parameters.abstract(config)
-    rows = parameters.describe(shapes)
-    if not has_router:
-        rows = {path: row for path, row in rows.items() if row.component != "router"}
-    return Opened(config, shapes, rows, catalog, _match(folder, config, torch_shapes(config, has_router), catalog))
+    rows = {path: row for path, row in parameters.describe(shapes).items() if not row.torch.startswith(lacks)}
+    return Opened(config, shapes, rows, catalog, unused, _trained(folder, config, has_router))
+
+
+def _trained(folder: pathlib.Path, config: ModelConfig, has_router: bool) -> list[int] | None:
+    if layout_of(folder) == "language":
+        return None
+    ladder = has_router or "vis_token_granularity" in read_json(folder / "config.json")
+    return list(config.granularities if ladder else config.granularities[-1:])
+
+
+class Read(NamedTuple):
+    """What `load` returns; `trained` as in `Opened`."""
+
+    config: ModelConfig
+    params: parameters.Params
+    trained: list[int] | None
 
 
 def load(
-    folder: Folder, vision_tower: Folder | None = None, mesh: Mesh | None = None, dtype: Any = None
-) -> tuple[ModelConfig, parameters.Params]:
+    folder: Folder,
+    vision_tower: Folder | None = None,
+    mesh: Mesh | None = None,
+    dtype: parameters.Dtype = None,
+    seed: int = 0,
+) -> Read:
     """The config and the parameters of a PyTorch folder.
 
     Args:
-      folder: with config.json and safetensors, single or sharded.
-      vision_tower: the CLIP folder that the config names; without it, the folder's own `vision_tower/`, if
-        there is one. Its config always counts; its weights count unless the checkpoint says
-        `unfreeze_mm_vision_tower: true` and holds the tower itself.
+      folder: with config.json and weights, single or sharded.
+      vision_tower: the CLIP folder that the config names, or that a language model is joined with; without it, the
+        folder's own `vision_tower/`, if there is one. Its config always counts; its weights count unless the
+        checkpoint says `unfreeze_mm_vision_tower: true` and holds the tower itself.
       mesh: where the parameters go; None = the first device.
-      dtype: of the parameters; None = as stored.
-
-    A folder without a router gets a fresh one.
+      dtype: of the parameters, one for all or one for each component; None = as stored.
+      seed: of what the folder lacks and is made fresh: the router, or a joined model's connector, newline and router.
 
     Raises:
       FileNotFoundError, ValueError: one line that names the file, key or field.
     """
-    config, shapes, rows, catalog, _ = inspect(folder, vision_tower)
+    config, shapes, rows, catalog, _, trained = inspect(folder, vision_tower)
+    _check_tied(config, catalog)
+    shapes = parameters.flat(shapes)
+
+    def place(path: str) -> Sharding:
+        row = parameters.TABLE[path]
+        return NamedSharding(mesh, placement.fitting(mesh, row.spec, shapes[path].shape)) if mesh else _first_device()
+
     leaves = {}
     for path, row in tqdm(rows.items(), desc="reading", unit="parameter", leave=False, disable=None):
-        shape = parameters.flat(shapes)[path].shape
-        at = NamedSharding(mesh, sharding.fitting(mesh, row.spec, shape)) if mesh else _first_device()
-        leaves[path] = _place(catalog, row, shape, at, dtype)
-    params = parameters.unflat(leaves)
-    return config, params if "router" in params else params | {"router": _fresh_router(config, mesh, dtype)}
+        # Waiting lets go of what the parameter was put together in before the next one is.
+        leaves[path] = _place(catalog, row, shapes[path].shape, place(path), dtype).block_until_ready()
+    lacking = {path: place(path) for path in shapes.keys() - rows.keys()}
+    if lacking:
+        leaves |= _fresh(config, lacking, dtype, leaves["language/embed"].dtype, seed)
+    return Read(config, parameters.unflat(leaves), trained)
+
+
+def _check_tied(config: ModelConfig, catalog: Catalog) -> None:
+    """An unembedding beside tied embeddings has to be the same."""
+    embed, unembed = "model.embed_tokens.weight", "lm_head.weight"
+    if not config.language.tied_embeddings or unembed not in catalog.names:
+        return
+    if not np.array_equal(catalog.read(embed), catalog.read(unembed)):
+        raise ValueError(f"{catalog.where(unembed)} differs from {embed!r}, but its config says tie_word_embeddings")
 
 
 def torch_shapes(config: ModelConfig, router: bool = True) -> dict[str, tuple[int, ...]]:
@@ -140,31 +208,31 @@ def idle_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return idle | ends
 
 
-def match_names(folder: Folder, vision_tower: Folder | None = None) -> tuple[ModelConfig, int]:
-    """The config, and the number of tensors it asks for, of a folder whose weights are not there.
+def match_names(folder: Folder, vision_tower: Folder | None = None) -> tuple[ModelConfig, int, bool]:
+    """For a folder whose weights are not there: its config, the number of tensors, whether an index lists them.
 
-    Where the folder has model.safetensors.index.json, the names that it lists are matched.
+    Where the folder has an index, the names that it lists are matched; else the number is what the config asks for.
     """
     folder = pathlib.Path(folder)
-    vision_tower = layouts.tower_folder(folder, vision_tower)
-    index = folder / "model.safetensors.index.json"
-    listed = read_json(index).get("weight_map", {}) if index.is_file() else {}
-    if _is_llava_next(folder):
-        listed = {llava_next.released_name(name): file for name, file in listed.items()}
+    vision_tower = _tower_folder(folder, vision_tower)
+    index = tensors.index_file(folder)
+    listed = set(tensors.weight_map(index)) if index else set()
+    if layout_of(folder) == "transformers":
+        listed = {llava_next.released_name(name) for name in listed}
     has_router = any(name.startswith(ROUTER) for name in listed)
     if not listed:
         has_router = "vis_token_granularity" in read_json(folder / "config.json")
     config = _read_config(folder, vision_tower, has_router)
-    wanted = torch_shapes(config, has_router)
+    wanted = [name for name in torch_shapes(config) if not name.startswith(_lacks(folder, has_router))]
     if listed:
         inside = any(name.startswith(TOWER) for name in listed)
         for name in wanted:
             if name not in listed and (inside or not name.startswith(TOWER)):
                 raise ValueError(f"{index}: tensor {name!r} is missing")
-        for name in sorted(listed.keys() - wanted.keys()):
+        for name in sorted(listed.difference(wanted)):
             if not _is_ignored(config, name):
                 raise ValueError(f"{index}: tensor {name!r} is unknown to this model")
-    return config, len(wanted)
+    return config, len(wanted), bool(listed)
 
 
 def keep_unused(source: Folder, folder: Folder, vision_tower: Folder | None = None) -> None:
@@ -179,7 +247,8 @@ def keep_unused(source: Folder, folder: Folder, vision_tower: Folder | None = No
             if (source / name).is_file() and source.resolve() != folder.resolve():
                 shutil.copyfile(source / name, folder / name)
         return
-    catalog, unused = inspect(source, vision_tower)[3:]
+    opened = inspect(source, vision_tower)
+    catalog, unused = opened.catalog, opened.unused
     if unused:
         tensors.save_file(
             folder / UNUSED,
@@ -191,17 +260,18 @@ def keep_unused(source: Folder, folder: Folder, vision_tower: Folder | None = No
     (folder / ORIGIN).write_text(json.dumps(kept, indent=2) + "\n")
 
 
-def _place(catalog: Catalog, row: parameters.Row, shape: tuple[int, ...], at: Any, dtype: Any) -> jax.Array:
+def _place(
+    catalog: Catalog, row: parameters.Row, shape: tuple[int, ...], at: Any, dtype: parameters.Dtype
+) -> jax.Array:
     """One parameter, put together device by device from its PyTorch tensors (one a layer)."""
     names = [row.torch.format(n=layer) for layer in (range(shape[0]) if row.layered else (0,))]
     stored = {catalog.dtype(name) for name in names}
-    if dtype is None:  # layers that differ are stacked without loss
-        dtype = stored.pop() if len(stored) == 1 else np.float32
-    dtype = np.dtype(dtype)
+    one = stored.pop() if len(stored) == 1 else np.float32  # layers that differ are stacked without loss
+    dtype = np.dtype(parameters.dtype_of(row.path, dtype, one))
 
     def part(index: tuple[slice, ...]) -> np.ndarray:
         if not row.layered:
-            return np.ascontiguousarray(row.from_torch(catalog.read(names[0]))[index], dtype)
+            return np.array(row.from_torch(catalog.read(names[0]))[index], dtype, order="C")  # not the file's pages
         chosen, stack = names[index[0]], None
         for slot, name in enumerate(chosen):
             tensor = row.from_torch(catalog.read(name))[index[1:]]
@@ -217,15 +287,18 @@ def _first_device() -> SingleDeviceSharding:
     return SingleDeviceSharding(jax.local_devices()[0])
 
 
-def _fresh_router(config: ModelConfig, mesh: Mesh | None, dtype: Any) -> parameters.Params:
-    logger.info("the checkpoint has no router: a fresh one is made (attention=%s)", config.router.attention)
+def _fresh(
+    config: ModelConfig, at: dict[str, Sharding], dtype: parameters.Dtype, stored: Any, seed: int
+) -> dict[str, jax.Array]:
+    """Initial values of the parameters with these paths, at their shardings; `stored` is the dtype of the others."""
+    trees = sorted({path.split("/")[0] for path in at})
+    logger.info("not in the checkpoint, so made fresh: %s (router.attention=%s)", trees, config.router.attention)
 
-    def make() -> parameters.Params:
-        params = {"router": avg_llava.init(config, jax.random.key(0))["router"]}
-        return jax.tree.map(lambda leaf: leaf.astype(dtype or leaf.dtype), params)
+    def make() -> dict[str, jax.Array]:
+        leaves = parameters.flat(avg_llava.init(config, jax.random.key(seed)))
+        return {path: leaves[path].astype(parameters.dtype_of(path, dtype, stored)) for path in at}
 
-    at = sharding.shardings(mesh, jax.eval_shape(make)) if mesh else None
-    return jax.jit(make, out_shardings=at)()["router"]
+    return jax.jit(make, out_shardings=at)()
 
 
 def _match(
@@ -234,7 +307,7 @@ def _match(
     """Every tensor of the model is there in its shape, and every tensor that is there is known; those of no use."""
     for name, shape in wanted.items():
         if name not in catalog.names:
-            spelled = llava_next.stored_name(name) if _is_llava_next(folder) else name
+            spelled = llava_next.stored_name(name) if layout_of(folder) == "transformers" else name
             raise ValueError(f"{folder}: tensor {spelled!r} is missing")
         if catalog.shape(name) != shape:
             raise ValueError(f"{catalog.where(name)} has shape {catalog.shape(name)}, its config says {shape}")
@@ -266,7 +339,7 @@ def _ignored(config: ModelConfig) -> Iterator[str]:
 def _catalog(folder: pathlib.Path, vision_tower: Folder | None) -> Catalog:
     """The folder's tensors, and the vision encoder's: those in the checkpoint itself, or in the CLIP folder."""
     own = Tensors(folder)
-    if _is_llava_next(folder):
+    if layout_of(folder) == "transformers":
         return Catalog({llava_next.released_name(name): (own, name) for name in own.names})
     values = read_json(folder / "config.json")
     inside = own.has(TOWER)

@@ -15,10 +15,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from avg_llava_jax import sharding
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.models import avg_llava
 from avg_llava_jax.models.language import KeyValues, extend
 from avg_llava_jax.models.router import Routing
+from avg_llava_jax.placement import constrain
 
 SMALLEST_LENGTH = 32
 SMALLEST_ROOM = 16
@@ -74,13 +76,13 @@ def room_bucket(new_tokens: int) -> int:
     return rung
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(sharding.jit, static_argnums=0)
 def see(config: ModelConfig, params: avg_llava.Params, pixels: jax.Array) -> jax.Array:
     """Encode every tile once, where nothing is left to route: uint8 (B, T, H, W, 3) -> pyramid (B, T, R, D)."""
     return avg_llava.pyramid_of(config, params, pixels)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(sharding.jit, static_argnums=0)
 def see_and_route(
     config: ModelConfig, params: avg_llava.Params, batch: dict[str, jax.Array]
 ) -> tuple[jax.Array, Routing]:
@@ -94,13 +96,13 @@ def see_and_route(
     return pyramid, avg_llava.route(config, params, pyramid, text, batch)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(sharding.jit, static_argnums=0)
 def route(config: ModelConfig, params: avg_llava.Params, pyramid: jax.Array, batch: dict[str, jax.Array]) -> Routing:
     """`see_and_route` of images that are encoded already: pyramid (B, T, R, D), the batch without its pixels."""
     return avg_llava.route(config, params, pyramid, avg_llava.embed(config, params, batch["text"]), batch)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(sharding.jit, static_argnums=0)
 def pack(
     config: ModelConfig, params: avg_llava.Params, pyramid: jax.Array, text: jax.Array, index: jax.Array
 ) -> jax.Array:
@@ -108,7 +110,7 @@ def pack(
     return avg_llava.assemble(params, pyramid, avg_llava.embed(config, params, text), index)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4))
+@functools.partial(sharding.jit, static_argnums=(0, 4))
 def prefill(
     config: ModelConfig, params: avg_llava.Params, embeds: jax.Array, length: jax.Array, room: int
 ) -> tuple[jax.Array, KeyValues]:
@@ -119,7 +121,8 @@ def prefill(
     hidden, cache = avg_llava.language(config, params, embeds)
     last = jnp.take_along_axis(hidden, (length - 1)[:, None, None], axis=1)[:, 0]
     spare = [(0, 0), (0, 0), (0, room), (0, 0), (0, 0)]
-    return avg_llava.unembed(config, params, last), KeyValues(jnp.pad(cache.k, spare), jnp.pad(cache.v, spare))
+    k, v = (constrain(jnp.pad(part, spare), "layers", "batch", None, "heads", None) for part in cache)
+    return avg_llava.unembed(config, params, last), KeyValues(k, v)
 
 
 @functools.partial(jax.jit, static_argnums=(4, 5))
@@ -134,7 +137,7 @@ def start(
     return length, tokens, count, done
 
 
-@functools.partial(jax.jit, static_argnums=(0, 6), donate_argnums=2)
+@functools.partial(sharding.jit, static_argnums=(0, 6), donate_argnums=2)
 def decode(
     config: ModelConfig,
     params: avg_llava.Params,

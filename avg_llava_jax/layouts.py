@@ -23,6 +23,9 @@ Folder = str | os.PathLike[str]
 KNOWN_TOWERS = {"openai/clip-vit-large-patch14-336": VisionConfig()}
 """Towers whose config needs no folder; their weights still do, unless the checkpoint has them."""
 
+LANGUAGE_FIXED = {"hidden_act": "silu", "mlp_bias": False}
+"""Config fields of a decoder of which this model has one value only."""
+
 FIXED = {
     "mm_projector_type": "mlp2x_gelu",
     "mm_patch_merge_type": "spatial_unpad",
@@ -30,10 +33,23 @@ FIXED = {
     "mm_vision_select_feature": "patch",
     "mm_use_im_start_end": False,
     "mm_use_im_patch_token": False,
-    "hidden_act": "silu",
-    "mlp_bias": False,
+    **LANGUAGE_FIXED,
 }
-"""Config fields of which this model has one value only."""
+"""The same of a released config.json."""
+
+COUNTS = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "vocab_size", "image_size", "patch_size"),
+)
+"""Config fields of encoder and decoder that are positive integers."""
+
+# What a MistralConfig may leave out, where its defaults are not LlamaConfig's.
+MISTRAL = {
+    "intermediate_size": 14336,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "sliding_window": 4096,
+}
 
 
 def read_config(folder: Folder, vision_tower: Folder | None, has_router: bool) -> ModelConfig:
@@ -44,9 +60,7 @@ def read_config(folder: Folder, vision_tower: Folder | None, has_router: bool) -
     """
     folder = pathlib.Path(folder)
     values = read_json(folder / "config.json")
-    for key, only in FIXED.items():
-        if values.get(key, only) != only:
-            raise ValueError(f"{folder}/config.json: {key}={values[key]!r} is not supported, only {only!r}")
+    check_fixed(folder / "config.json", values, FIXED)
     vision = _vision(folder, values, vision_tower)
     if values.get("mm_hidden_size", vision.width) != vision.width:
         raise ValueError(
@@ -66,7 +80,7 @@ def read_config(folder: Folder, vision_tower: Folder | None, has_router: bool) -
             language=language,
             pinpoints=_pinpoints(folder, values),
             unpad="released" if has_router else "exact",
-            template="vicuna_v1",
+            template="mistral_instruct" if values["model_type"] == "llava_mistral" else "vicuna_v1",
         )
     except ValueError as error:
         raise ValueError(f"{folder}/config.json: {error}") from None
@@ -76,6 +90,20 @@ def read_config(folder: Folder, vision_tower: Folder | None, has_router: bool) -
             f" {vision.grid} x {vision.grid} grid give {list(config.granularities)}"
         )
     return config
+
+
+def check_fixed(path: pathlib.Path, values: dict[str, Any], fixed: dict[str, Any], inside: str = "") -> None:
+    """Fields of which this model has one value have that value, or are left out; `path` and `inside` are for errors."""
+    for key, only in fixed.items():
+        if values.get(key, only) != only:
+            raise ValueError(f"{path}: {inside}{key}={values[key]!r} is not supported, only {only!r}")
+
+
+def _check_counts(path: pathlib.Path, values: dict[str, Any]) -> None:
+    for key in COUNTS:
+        value = values.get(key)
+        if value is not None and (type(value) is not int or value < 1):
+            raise ValueError(f"{path}: {key}={value!r} is no positive number")
 
 
 def _pinpoints(folder: pathlib.Path, values: dict[str, Any]) -> tuple[tuple[int, int], ...]:
@@ -98,13 +126,18 @@ def _vision(folder: pathlib.Path, values: dict[str, Any], vision_tower: Folder |
             raise FileNotFoundError(
                 f"{folder}/config.json names the vision tower {name!r}: give that CLIP folder as vision_tower"
             )
-        tower = KNOWN_TOWERS[name]
-        return VisionConfig(**{**vars(tower), "select_layer": select})
+        return VisionConfig(**{**vars(KNOWN_TOWERS[name]), "select_layer": select})
+    return read_tower(vision_tower, select)
 
+
+def read_tower(vision_tower: Folder, select: int) -> VisionConfig:
+    """The encoder that a CLIP folder holds."""
     path = pathlib.Path(vision_tower) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"vision_tower {vision_tower} is not a CLIP folder: it has no config.json")
     clip = read_json(path)
+    if clip.get("model_type") not in ("clip", "clip_vision_model"):
+        raise ValueError(f"{path}: model_type={clip.get('model_type')!r} is no CLIP")
     clip = clip.get("vision_config", clip)
     preprocessor = pathlib.Path(vision_tower) / "preprocessor_config.json"
     return clip_vision(path, clip, read_json(preprocessor) if preprocessor.is_file() else {}, select)
@@ -113,6 +146,7 @@ def _vision(folder: pathlib.Path, values: dict[str, Any], vision_tower: Folder |
 def clip_vision(path: pathlib.Path, clip: dict[str, Any], colours: dict[str, Any], select: int) -> VisionConfig:
     """The encoder behind a CLIPVisionConfig and the colours of its preprocessor; `path` is for errors."""
     default = VisionConfig()
+    _check_counts(path, clip)
     # The defaults are those of CLIPVisionConfig, whose config.json may leave them out.
     vision = VisionConfig(
         image_size=clip.get("image_size", 224),
@@ -133,7 +167,14 @@ def clip_vision(path: pathlib.Path, clip: dict[str, Any], colours: dict[str, Any
 
 
 def llama(folder: pathlib.Path, values: dict[str, Any]) -> LanguageConfig:
-    """The decoder behind a LlamaConfig; `folder` is for errors."""
+    """The decoder behind a LlamaConfig or MistralConfig; `folder` is for errors.
+
+    A Mistral's sliding window is a limit of `max_length`: up to it, attention is the same without it.
+    """
+    _check_counts(pathlib.Path(folder) / "config.json", values)
+    if values.get("model_type", "").endswith("mistral"):
+        values = MISTRAL | values
+    limit = values.get("tokenizer_model_max_length") or values.get("max_position_embeddings", 2048)
     # The defaults are those of LlamaConfig, whose config.json may leave them out.
     heads, width = values.get("num_attention_heads", 32), values.get("hidden_size", 4096)
     rope = values.get("rope_parameters") or values.get("rope_scaling")
@@ -150,7 +191,7 @@ def llama(folder: pathlib.Path, values: dict[str, Any]) -> LanguageConfig:
         rope_scaling=_rope_scaling(folder, rope),
         attention_bias=values.get("attention_bias", False),
         tied_embeddings=values.get("tie_word_embeddings", False),
-        max_length=values.get("tokenizer_model_max_length") or values.get("max_position_embeddings", 2048),
+        max_length=min(limit, values.get("sliding_window") or limit),
     )
 
 

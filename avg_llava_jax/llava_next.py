@@ -13,18 +13,29 @@ model.vision_tower.vision_tower. The left one is written: every
 version reads it.
 """
 
-import json
 import os
 import pathlib
 import re
 from typing import Any
 
+import tokenizers
+
 from avg_llava_jax import layouts
-from avg_llava_jax.config import LanguageConfig, ModelConfig
+from avg_llava_jax.chat_templates import chat_template
+from avg_llava_jax.config import LanguageConfig, ModelConfig, to_dict
+from avg_llava_jax.data.sentencepiece_json import write_tokenizer_json
+from avg_llava_jax.data.tokenizer import Tokenizer
+from avg_llava_jax.files import write_json
 from avg_llava_jax.tensors import read_json
 
 MODEL_TYPE = "llava_next"
 IMAGE = "<image>"
+
+MODELING = pathlib.Path(__file__).parent / "assets" / "pytorch" / "modeling_avg_llava.py"
+"""The PyTorch model that goes out with the weights; this package never imports it."""
+MODEL_CLASS = "AvgLlavaForConditionalGeneration"
+ADAPTIVE = "avg_llava"
+"""In config.json: the parts of our config that a LLaVA-NeXT has not, and modeling_avg_llava.py reads."""
 
 INWARD = (
     (r"^model\.(?=language_model\.|vision_tower\.|multi_modal_projector\.|image_newline$)", ""),
@@ -49,15 +60,6 @@ FIXED = {
     "projector_hidden_act": "gelu",
     "multimodal_projector_bias": True,
 }
-TEXT_FIXED = {"hidden_act": "silu", "mlp_bias": False}
-
-# What a text_config may leave out: MistralConfig's defaults, where they are not LlamaConfig's.
-MISTRAL = {
-    "intermediate_size": 14336,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131072,
-    "sliding_window": 4096,
-}
 TEMPLATES = {"llama": "vicuna_v1", "mistral": "mistral_instruct"}
 
 
@@ -80,8 +82,6 @@ def stored_name(name: str) -> str:
 def read_config(folder: str | os.PathLike[str]) -> ModelConfig:
     """The model config behind a llava_next config.json. There is no router yet: this project's defaults hold.
 
-    A Mistral's sliding window is a limit of `max_length`: up to it, attention is the same without it.
-
     Raises:
       ValueError: one line that names the field.
     """
@@ -89,10 +89,8 @@ def read_config(folder: str | os.PathLike[str]) -> ModelConfig:
     path = folder / "config.json"
     values = read_json(path)
     text, clip = values.get("text_config") or {}, values.get("vision_config") or {}
-    for where, given, fixed in (("", values, FIXED), ("text_config.", text, TEXT_FIXED)):
-        for key, only in fixed.items():
-            if given.get(key, only) != only:
-                raise ValueError(f"{path}: {where}{key}={given[key]!r} is not supported, only {only!r}")
+    layouts.check_fixed(path, values, FIXED)
+    layouts.check_fixed(path, text, layouts.LANGUAGE_FIXED, "text_config.")
     kind, tower = text.get("model_type", "llama"), clip.get("model_type", "clip_vision_model")
     if kind not in TEMPLATES:
         raise ValueError(f"{path}: text_config.model_type={kind!r} is not supported, only {', '.join(TEMPLATES)}")
@@ -101,13 +99,7 @@ def read_config(folder: str | os.PathLike[str]) -> ModelConfig:
     select = values.get("vision_feature_layer", -2)
     if not isinstance(select, int):
         raise ValueError(f"{path}: vision_feature_layer={select!r} is not supported, only one layer")
-    if kind == "mistral":
-        text = MISTRAL | text
-    window = text.get("sliding_window") or text.get("max_position_embeddings", 2048)
-    text = text | {
-        "tie_word_embeddings": text.get("tie_word_embeddings", False) or values.get("tie_word_embeddings", False),
-        "tokenizer_model_max_length": min(window, text.get("max_position_embeddings", 2048)),
-    }
+    tied = text.get("tie_word_embeddings", False) or values.get("tie_word_embeddings", False)
     preprocessor = folder / "preprocessor_config.json"
     colours = read_json(preprocessor) if preprocessor.is_file() else {}
     known = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
@@ -116,7 +108,7 @@ def read_config(folder: str | os.PathLike[str]) -> ModelConfig:
     try:
         return ModelConfig(
             vision=layouts.clip_vision(path, clip, colours, select),
-            language=layouts.llama(folder, text),
+            language=layouts.llama(folder, text | {"tie_word_embeddings": tied}),
             pinpoints=tuple((int(width), int(height)) for height, width in pinpoints),
             template=TEMPLATES[kind],
         )
@@ -128,11 +120,19 @@ DEFAULT_PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008
 """(height, width), as LlavaNextConfig has them; the other way round than in the released layout and in ours."""
 
 
-def to_config(config: ModelConfig, original: dict[str, Any], image_token: int, vocabulary: int) -> dict[str, Any]:
+def to_config(
+    config: ModelConfig, original: dict[str, Any], image_token: int, vocabulary: int, router: bool
+) -> dict[str, Any]:
     """config.json for the library, the inverse of `read_config`.
 
     original: the config.json that the weights came with; only one of this layout is used.
+    router: whether the folder has one, and modeling_avg_llava.py.
+
+    Raises:
+      ValueError: the library cannot cut images as this model does; names the field.
     """
+    if not config.pinpoints:
+        raise ValueError("the transformers library needs pinpoints, this model has none (model.pinpoints)")
     if original.get("model_type") != MODEL_TYPE:
         original = {}
     language = config.language
@@ -148,6 +148,8 @@ def to_config(config: ModelConfig, original: dict[str, Any], image_token: int, v
         "num_key_value_heads": language.kv_heads,
         "rms_norm_eps": language.norm_eps,
         "rope_parameters": _rope(language),
+        "rope_scaling": _rope(language) if language.rope_scaling else None,  # with the next, for versions before 5
+        "rope_theta": language.rope_theta,
         "tie_word_embeddings": language.tied_embeddings,
         "vocab_size": vocabulary,
     }
@@ -157,11 +159,15 @@ def to_config(config: ModelConfig, original: dict[str, Any], image_token: int, v
         "image_grid_pinpoints": [[height, width] for width, height in config.pinpoints],
         "image_seq_length": config.granularities[-1],
         "image_token_index": image_token,
-        "text_config": {key: value for key, value in text.items() if key not in ("rope_scaling", "rope_theta")},
+        "text_config": text,
         "tie_word_embeddings": language.tied_embeddings,
         "vision_config": original.get("vision_config", {}) | layouts.clip_config(config.vision),
         "vision_feature_layer": config.vision.select_layer,
     }
+    original = {key: value for key, value in original.items() if key not in ("auto_map", ADAPTIVE)}
+    if router:
+        values["auto_map"] = {"AutoModelForImageTextToText": f"{MODELING.stem}.{MODEL_CLASS}"}
+        values[ADAPTIVE] = {key: to_dict(config)[key] for key in ("scaler", "router", "unpad", "template")}
     return original | values | FIXED
 
 
@@ -200,6 +206,47 @@ def processor(config: ModelConfig) -> dict[str, Any]:
     }
 
 
+def save_tokenizer(folder: pathlib.Path, tokenizer: Tokenizer, image_token: int, template: str) -> None:
+    """Write tokenizer files from which the library makes the ids that our templates make, and the chat template.
+
+    It is to take tokenizer.json as it is, as we do: a Llama tokenizer it would rebuild. BOS has to stand in that file.
+    Where text after a special token begins no word, text after an image does nevertheless (as in the released code):
+    the chat template then puts a space there.
+    """
+    tokenizer.save(folder)
+    path = folder / "tokenizer_config.json"
+    values = read_json(path) if path.is_file() else {}
+    if not (folder / "tokenizer.json").is_file():
+        write_tokenizer_json(folder, tokenizer.special_tokens, legacy=values.pop("legacy", None) is not False)
+    _begin_with_bos(folder / "tokenizer.json", tokenizer)
+    values |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"]}
+    write_json(path, values)
+    name_image_token(folder, image_token)
+    after_image = " " if tokenizer.encode("\na") != tokenizer.encode("\na", after_special=True) else ""
+    chat = chat_template(template, after_image)
+    if chat is not None:
+        (folder / "chat_template.jinja").write_text(chat, encoding="utf-8")
+
+
+def _begin_with_bos(path: pathlib.Path, tokenizer: Tokenizer) -> None:
+    """Let a tokenizer.json put BOS before a text by itself, where our texts begin with one and it does not."""
+    if tokenizer.bos_id is None or tokenizers.Tokenizer.from_file(str(path)).encode("a").ids[:1] == [tokenizer.bos_id]:
+        return
+    spec = read_json(path)
+    bos = next(text for text, token in tokenizer.special_tokens.items() if token == tokenizer.bos_id)
+    begin = {"SpecialToken": {"id": bos, "type_id": 0}}
+    one, two = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+    add = {
+        "type": "TemplateProcessing",
+        "single": [begin, one],
+        "pair": [begin, one, begin, two],
+        "special_tokens": {bos: {"id": bos, "ids": [tokenizer.bos_id], "tokens": [bos]}},
+    }
+    before = spec.get("post_processor")
+    spec["post_processor"] = {"type": "Sequence", "processors": [before, add]} if before else add
+    write_json(path, spec)
+
+
 def name_image_token(folder: pathlib.Path, token: int) -> None:
     """Give the tokenizer files in `folder` the special token `<image>` under that id, where they have none."""
     entry = {
@@ -214,10 +261,10 @@ def name_image_token(folder: pathlib.Path, token: int) -> None:
     values = read_json(path) if path.is_file() else {}
     values["added_tokens_decoder"] = values.get("added_tokens_decoder", {}) | {str(token): entry}
     values |= {"extra_special_tokens": {"image_token": IMAGE}, "processor_class": "LlavaNextProcessor"}
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(path, values)
     path = folder / "tokenizer.json"
     if path.is_file():
         spec = read_json(path)
         if all(added["content"] != IMAGE for added in spec["added_tokens"]):
             spec["added_tokens"].append({"id": token, **entry})
-            path.write_text(json.dumps(spec, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            write_json(path, spec)

@@ -5,13 +5,15 @@ that no row covers, or that has another number of axes than its row says, is an 
 """
 
 import dataclasses
-from collections.abc import Callable, Collection
+import functools
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import PartitionSpec
 
+from avg_llava_jax import placement
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.models import avg_llava
 
@@ -32,23 +34,13 @@ Of `language`, grounding gives a gradient to the embeddings alone (the unembeddi
 them); the layers are merely decayed.
 """
 
-MESH_AXES: dict[str | None, str | None] = {
-    "width": "fsdp",
-    "heads": "tensor",
-    "mlp": "tensor",
-    "vocab": "tensor",
-    "layers": None,
-    None: None,
-}
-"""Logical axis -> mesh axis. Axes of a few kilobytes (norms, positions, votes) are None: replicated."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Row:
     """What there is to know of one parameter.
 
     path: its place in the tree, "language/layers/q/kernel".
-    axes: logical name of each of its axes, see `MESH_AXES`.
+    axes: logical name of each of its axes, see `placement.MESH_AXES`.
     component: one of `COMPONENTS`.
     torch: its name in a released checkpoint; `{n}` is the layer, one tensor for each index of the first axis.
     form: how that PyTorch tensor (of one layer) is laid out:
@@ -73,7 +65,7 @@ class Row:
     @property
     def spec(self) -> PartitionSpec:
         """The mesh axis of each array axis."""
-        return PartitionSpec(*(MESH_AXES[axis] for axis in self.axes))
+        return placement.spec(*self.axes)
 
     def torch_shape(self, shape: tuple[int, ...], patch_size: int) -> tuple[int, ...]:
         """Shape of the PyTorch tensor (of one layer) behind our parameter of this shape.
@@ -199,9 +191,33 @@ def _table() -> dict[str, Row]:
 TABLE = _table()
 
 
-def abstract(config: ModelConfig) -> Params:
-    """The tree of shapes and (fp32) dtypes of a model's parameters; computes nothing."""
+Dtype = Any
+"""What dtype parameters should have: one for all, a mapping from component to one, or None: as they are."""
+
+
+def dtype_of(path: str, wanted: Dtype, stored: Any) -> Any:
+    """The dtype of one parameter; dtype_of("router/voter", {"router": float32, ...}, float16) is float32."""
+    return (wanted[TABLE[path].component] if isinstance(wanted, Mapping) else wanted) or stored
+
+
+@functools.cache  # tracing a 7B takes a second; the tree is shared, so nobody may change it
+def _shapes(config: ModelConfig) -> Params:
     return jax.eval_shape(lambda: avg_llava.init(config, jax.random.key(0)))
+
+
+def abstract(config: ModelConfig, dtype: Dtype = None) -> Params:
+    """The tree of shapes and dtypes (None = fp32) of a model's parameters; computes nothing."""
+    return unflat(
+        {
+            path: jax.ShapeDtypeStruct(leaf.shape, dtype_of(path, dtype, leaf.dtype))
+            for path, leaf in flat(_shapes(config)).items()
+        }
+    )
+
+
+def init(config: ModelConfig, rng: jax.Array, dtype: Dtype = None) -> Params:
+    """Fresh parameters."""
+    return jax.tree.map(lambda leaf, to: leaf.astype(to.dtype), avg_llava.init(config, rng), abstract(config, dtype))
 
 
 def flat(params: Params) -> dict[str, Any]:

@@ -1,16 +1,17 @@
 """One mesh for everything: axes `data` (copies), `fsdp` (parts of parameters and batch), `tensor` (parts of layers)."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from avg_llava_jax import parameters
+from avg_llava_jax import parameters, placement
+from avg_llava_jax.config import ModelConfig
 
 AXES = ("data", "fsdp", "tensor")
-BATCH = PartitionSpec(("data", "fsdp"))
-"""Samples are split over all devices but those that share a layer."""
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -34,23 +35,40 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
+def read_sizes(text: str) -> dict[str, int]:
+    """Axis sizes as a command line writes them; an axis that is left out has size 1.
+
+    "fsdp=-1,tensor=2" is {"data": 1, "fsdp": -1, "tensor": 2}.
+
+    Raises:
+      ValueError: not of that form, or an axis that is none of `AXES`.
+    """
+    sizes = dict.fromkeys(AXES, 1)
+    for part in text.split(","):
+        axis, _, size = part.strip().partition("=")
+        if axis not in sizes or not size.removeprefix("-").isdecimal():
+            raise ValueError(f"mesh {text!r}: {part!r} is no AXIS=SIZE; the axes are {', '.join(AXES)}")
+        sizes[axis] = int(size)
+    return sizes
+
+
 def shardings(mesh: Mesh, params: parameters.Params) -> parameters.Params:
     """A NamedSharding for each parameter; an axis that its mesh axis does not divide stays whole."""
     return jax.tree.map(
-        lambda leaf, spec: NamedSharding(mesh, fitting(mesh, spec, leaf.shape)),
+        lambda leaf, spec: NamedSharding(mesh, placement.fitting(mesh, spec, leaf.shape)),
         params,
         parameters.partition_specs(params),
     )
 
 
-def fitting(mesh: Mesh, spec: PartitionSpec, shape: tuple[int, ...]) -> PartitionSpec:
-    """`spec` less the entries that do not divide their axis.
+def constrain(params: parameters.Params) -> parameters.Params:
+    """Parameters, or their gradients, inside a compiled function: each is kept where the table has it.
 
-    On a mesh with tensor=2, PartitionSpec("fsdp", "tensor") for shape (64, 5) becomes PartitionSpec("fsdp", None).
+    Without it XLA may hold a gradient whole on every device, or gather fp32 parameters where bf16 ones would do.
     """
-    return PartitionSpec(
-        *(name if name and size % mesh.shape[name] == 0 else None for name, size in zip(spec, shape, strict=True))
-    )
+    rows = parameters.describe(params)
+    leaves = parameters.flat(params).items()
+    return parameters.unflat({path: placement.constrain(leaf, *rows[path].axes) for path, leaf in leaves})
 
 
 def state_shardings(mesh: Mesh, params: parameters.Params, state: Any) -> Any:
@@ -72,9 +90,37 @@ def state_shardings(mesh: Mesh, params: parameters.Params, state: Any) -> Any:
     return jax.tree_util.tree_map_with_path(of, state)
 
 
+def jit(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """`jax.jit` of a function (config, params, ...) that runs on the mesh where its parameters lie, if on any."""
+    compiled = jax.jit(function, **options)
+
+    @functools.wraps(function)
+    def run(config: ModelConfig, params: parameters.Params, *arguments: Any) -> Any:
+        at = params["image_newline"].sharding
+        with jax.set_mesh(at.mesh) if isinstance(at, NamedSharding) else contextlib.nullcontext():
+            return compiled(config, params, *arguments)
+
+    run.trace = compiled.trace
+    return run
+
+
+def placed(shapes: Any, at: Any) -> Any:
+    """Shapes and dtypes of a tree with their shardings: ShapeDtypeStructs to restore into or to compile for."""
+    return jax.tree.map(lambda leaf, to: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=to), shapes, at)
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Sharding of every array of a batch: its first axis over `data` and `fsdp`."""
-    return NamedSharding(mesh, BATCH)
+    return NamedSharding(mesh, placement.spec("batch"))
+
+
+def process_rows(mesh: Mesh, batch_size: int) -> tuple[int, ...]:
+    """The rows of a batch that lie on this process's devices, ascending: those it has to read.
+
+    Processes that share a layer (`tensor` over several hosts) have the same rows.
+    """
+    slices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return tuple(sorted({row for (part,) in slices for row in range(*part.indices(batch_size))}))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -1,4 +1,7 @@
-"""Safetensors folders: read one tensor at a time, and written as they come, so that no file is ever held in memory."""
+"""Folders of weights: read one tensor at a time, and written as they come, so that no file is ever held in memory.
+
+Safetensors and PyTorch's `.bin` are read, safetensors are written.
+"""
 
 import json
 import math
@@ -7,15 +10,13 @@ import struct
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
-DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
-"""What weights may be stored as."""
+from avg_llava_jax import pickled, tensor_files
+from avg_llava_jax.tensor_files import COUNTERS, DTYPES, Place
 
-COUNTERS = {"I64": np.dtype(np.int64), "I32": np.dtype(np.int32)}
-"""What tensors that nothing computes with may be stored as besides, as `position_ids`."""
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+"""A folder's weights, or the names of their index less `.index.json`; the first that is there counts."""
 
 CODES = {dtype: code for code, dtype in (DTYPES | COUNTERS).items()}
 
@@ -34,39 +35,47 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     return values
 
 
+def index_file(folder: pathlib.Path) -> pathlib.Path | None:
+    """The index of a folder's shards, if it has one."""
+    found = (folder / f"{name}.index.json" for name in WEIGHTS)
+    return next((path for path in found if path.is_file()), None)
+
+
+def weight_files(folder: pathlib.Path) -> list[str]:
+    """Names of the folder's weight files, single or those that its index names; [] where it has neither."""
+    index = index_file(folder)
+    if index:
+        return sorted(set(weight_map(index).values()))
+    return [name for name in WEIGHTS if (folder / name).is_file()][:1]
+
+
+def weight_map(index: pathlib.Path) -> dict[str, str]:
+    """Tensor -> file, of an index file."""
+    listed = read_json(index).get("weight_map")
+    if type(listed) is not dict or not listed or any(type(file) is not str for file in listed.values()):
+        raise ValueError(f"{index} has no weight_map from tensors to files")
+    return listed
+
+
 class Tensors:
-    """The safetensors of a folder, single or sharded (or of the given `files` in it), read by name, one at a time.
+    """The weights of a folder (or the given `files` in it), read by name, one at a time; files are not held open.
 
     Raises:
-      FileNotFoundError, ValueError: no safetensors, a shard is missing, or a file is damaged.
+      FileNotFoundError, ValueError: no weights, a file is missing, or a file is damaged.
     """
 
     def __init__(self, folder: pathlib.Path, files: Sequence[str] = ()):
         self.folder = folder
-        self._files: dict[str, Any] = {}
-        for name in files or self._shards():
+        self._places: dict[str, Place] = {}
+        for name in files or weight_files(folder):
             path = folder / name
             if not path.is_file():
                 raise FileNotFoundError(f"{path} is missing, though the folder's index names it")
-            try:
-                file = safe_open(path, framework="numpy")
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"{path} is truncated or damaged: {error}") from None
-            self._files |= dict.fromkeys(file.keys(), file)
-        self.names = self._files.keys()
-
-    def _shards(self) -> list[str]:
-        index = self.folder / "model.safetensors.index.json"
-        if index.is_file():
-            return sorted(set(read_json(index).get("weight_map", {}).values()))
-        if (self.folder / "model.safetensors").is_file():
-            return ["model.safetensors"]
-        if list(self.folder.glob("*.bin")):
-            raise FileNotFoundError(
-                f"{self.folder} holds its weights as .bin only; save it once with transformers'"
-                " save_pretrained(safe_serialization=True)"
-            )
-        raise FileNotFoundError(f"{self.folder} holds no model.safetensors and no model.safetensors.index.json")
+            self._places |= (pickled if path.suffix == ".bin" else tensor_files).read_header(path)
+        if not self._places:
+            either = " and no ".join(f"{name} (or {name}.index.json)" for name in WEIGHTS)
+            raise FileNotFoundError(f"{folder} holds no {either}")
+        self.names = self._places.keys()
 
     def has(self, prefix: str) -> bool:
         """Whether any tensor's name starts so."""
@@ -74,20 +83,20 @@ class Tensors:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """From the header alone."""
-        return tuple(self._files[name].get_slice(name).get_shape())
+        return self._places[name].shape
 
     def dtype(self, name: str, counters: bool = False) -> np.dtype:
         """From the header alone; a ValueError where it is no float of 16 or 32 bits (nor, with `counters`, an int)."""
-        stored = self._files[name].get_slice(name).get_dtype()
-        if counters and stored in COUNTERS:
-            return COUNTERS[stored]
-        if stored not in DTYPES:
-            raise ValueError(f"{self.folder}: tensor {name!r} has dtype {stored}, not one of {', '.join(DTYPES)}")
-        return DTYPES[stored]
+        code = self._places[name].code
+        if counters and code in COUNTERS:
+            return COUNTERS[code]
+        if code not in DTYPES:
+            raise ValueError(f"{self.folder}: tensor {name!r} has dtype {code}, not one of {', '.join(DTYPES)}")
+        return DTYPES[code]
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor."""
-        return self._files[name].get_tensor(name)
+        """The tensor: a read-only view of its file, which is read where the view is."""
+        return self._places[name].map()
 
 
 class Catalog:

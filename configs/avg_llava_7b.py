@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
     config.steps = 7800
     config.batch_size = 128
     config.compute_dtype = "bfloat16"
-    config.remat = True
+    config.remat = "full"
     config.data.shapes = 12
     config.data.workers = 8
     config.optimizer.learning_rate = 1e-5

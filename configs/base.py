@@ -18,11 +18,12 @@ def get_config() -> ConfigDict:
             "steps": 1000,
             "batch_size": 128,  # samples a step, over all devices
             "checkpoint_every": 500,  # steps
-            "init_from": "",  # a checkpoint of ours or a released-layout folder; "" = fresh parameters
-            "vision_tower": "",  # the CLIP folder that a released-layout init_from names
+            "max_bad_steps": 0,  # steps passed over, unchanged, because their loss is not finite; one more ends the run
+            "init_from": "",  # a checkpoint of ours or a PyTorch folder; "" = fresh parameters
+            "vision_tower": "",  # the CLIP folder that init_from names, or that a Llama is joined with
             "tokenizer": "",  # folder for fresh parameters; init_from brings its own
-            "compute_dtype": "float32",  # float32 | bfloat16; parameters stay float32
-            "remat": False,  # recompute activations in the backward pass: less memory, a third more work
+            "compute_dtype": "float32",  # float32 | bfloat16; what learns is held in float32, what is frozen in this
+            "remat": "none",  # none | dots | full: how much of the forward pass is computed again in the backward pass
             "data": {
                 # LLaVA JSON or JSONL; or `jersey`, with settings as `jersey?split=router&turns=4`;
                 # or several by weight: `0.8*a.json, 0.2*jersey`.

@@ -41,20 +41,27 @@ STAGES = {
     },
     "finest": {
         "granularities": (64,),
-        "steps": 500,
-        "data.path": "jersey?roster=0.2&turns=5&near=0.4&seed=3",
+        "steps": 1200,
+        "data.path": "jersey?roster=0.3&turns=10&near=0.35&seed=3",
         "optimizer.learning_rate": 1.5e-3,
         "optimizer.encoder_learning_rate": 0.0,
     },
-    "full": {"steps": 750, "optimizer.learning_rate": 1e-3, "optimizer.encoder_learning_rate": 5e-4},
+    "full": {
+        "steps": 75,  # the longer, the more do coarse granularities carry, and the less is there to route
+        "data.path": "jersey?turns=8&coarse=0.4&near=0.4&seed=4",
+        "optimizer.learning_rate": 1e-3,
+        # Trained on, the encoder would spread every detail over all tokens, and little would be left to route.
+        "optimizer.encoder_learning_rate": 0.0,
+    },
     "router": {
         "phase": "rglf",
         "init_from": str(base.ASSETS / "jersey"),
-        "steps": 200,
-        "batch_size": 32,
-        "data.path": "jersey?split=router&turns=1&coarse=0.34&near=0.5&size=2048",
+        "steps": 600,
+        "data.path": "jersey?split=router&turns=1&coarse=0.5&near=0.25&size=2048",
         "data.shapes": 2,
+        "optimizer.learning_rate": 4e-3,
         "optimizer.weight_decay": 0.0,
+        "rglf.ce_weight": 0.3,  # the paper's 0.1 takes longer to tell one instruction from another
     },
     "tiny": {"steps": 20, "batch_size": 8, "checkpoint_every": 10, "data.shapes": 1, "data.workers": 0},
 }
@@ -67,14 +74,14 @@ def get_config(stage: str = "full") -> ConfigDict:
     config.batch_size = 16
     config.checkpoint_every = 100
     config.tokenizer = str(base.ASSETS / "tokenizer")
-    config.data.path = "jersey?roster=0.1&turns=5&near=0.4&neighbours=3"
+    config.data.path = "jersey"
     config.data.shapes = 3
     config.data.workers = 1
     config.optimizer.learning_rate = 1e-3
     config.optimizer.warmup = 0.05
     config.optimizer.b2 = 0.98
     config.optimizer.weight_decay = 0.01
-    config.rglf.tie_nats = 0.1
+    config.rglf.tie_nats = 0.004
     config.model = model()
     if stage == "tiny":
         config.model.vision.update({"patch_size": 16, "width": 32, "layers": 2, "heads": 2, "mlp_width": 64})

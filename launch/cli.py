@@ -16,10 +16,8 @@ from avg_llava_jax import SHIPPED
 if TYPE_CHECKING:
     from avg_llava_jax.api import AvgLlava
 
-CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", str(SHIPPED), "Checkpoint folder of ours, or one in the released layout."
-)
-VISION_TOWER = flags.DEFINE_string("vision_tower", None, "The CLIP folder that a released checkpoint names.")
+CHECKPOINT = flags.DEFINE_string("checkpoint", str(SHIPPED), "Checkpoint folder of ours, or a PyTorch folder.")
+VISION_TOWER = flags.DEFINE_string("vision_tower", None, "The CLIP folder that a PyTorch checkpoint names, or to join.")
 DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Converts the parameters; default: as stored.")
 MODEL_FLAGS = tuple(flag.name for flag in (CHECKPOINT, VISION_TOWER, DTYPE))
 TRACEBACK = flags.DEFINE_bool("traceback", False, "Where an error happened, not only what it is.")
@@ -33,7 +31,7 @@ def load_model() -> AvgLlava:
 
 
 def run(main: Callable[[], None], required: Sequence[str], model_flags: Sequence[str] = MODEL_FLAGS) -> None:
-    """Run a command. Bad flags and bad input end it with one line and exit code 2.
+    """Run a command. Bad flags and bad input end it with one line and exit code 2, a lost connection with 75.
 
     required: flags that must be given. model_flags: those of `MODEL_FLAGS` that the command reads; it has no others.
     """
@@ -66,11 +64,18 @@ def run(main: Callable[[], None], required: Sequence[str], model_flags: Sequence
         except (OSError, ValueError, RuntimeError, FloatingPointError) as error:
             if TRACEBACK.value:
                 raise
-            _fail(f"{error} (--traceback shows where)")
+            from avg_llava_jax import hosts
+
+            _say(f"{error} (--traceback shows where)")
+            hosts.leave(hosts.RESTART if isinstance(error, ConnectionError) else 2)
 
     app.run(guarded, flags_parser=parse)
 
 
 def _fail(message: object) -> NoReturn:
-    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    _say(message)
     sys.exit(2)
+
+
+def _say(message: object) -> None:
+    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)

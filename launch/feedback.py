@@ -4,7 +4,6 @@ Then, as often as you like: python -m launch.train --config=X --config.rglf.feed
 Killed, it goes on where it was.
 """
 
-import jax
 from absl import flags
 from ml_collections import config_flags
 
@@ -18,22 +17,21 @@ FEATURES = flags.DEFINE_bool(
 
 
 def main() -> None:
-    from avg_llava_jax import checkpoint, sharding
+    from avg_llava_jax import checkpoint, hosts, sharding
     from avg_llava_jax.data.tokenizer import load_tokenizer
     from avg_llava_jax.training import feedback, setup
-    from avg_llava_jax.training.optimizer import OptimizerConfig
 
     config = CONFIG.value
     if config.phase != "rglf":
         raise ValueError(f"phase={config.phase}: feedback is for phase rglf")
     mesh = sharding.make_mesh(config.mesh)
-    setup.check(config, OptimizerConfig(**config.optimizer), mesh)
+    setup.check(config, mesh)
     dtype = setup.DTYPES[config.compute_dtype]
     loaded = checkpoint.load(config.init_from, config.vision_tower or None, mesh, dtype)
     model = setup.override(loaded.config, config.model)
-    batches = setup.plan_batches(config, model, load_tokenizer(loaded.tokenizer_folder))
+    batches = setup.plan_batches(config, model, load_tokenizer(loaded.tokenizer_folder), mesh)
     feedback.measure(model, loaded.params, batches, config.steps, OUTPUT.value, mesh, FEATURES.value)
-    if jax.process_index() == 0:
+    if hosts.first():
         print(f"{OUTPUT.value}: train from it with --config.rglf.feedback={OUTPUT.value}")
 
 

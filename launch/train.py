@@ -1,6 +1,10 @@
 """Train a phase, or go on with it: python -m launch.train --config=configs/jersey.py --workdir=DIR
 
 Every field of the config can be overridden: --config.optimizer.learning_rate=1e-4
+
+Several processes, on one machine or many, become one run by --coordinator; they share the workdir. Exit codes:
+0 done; 2 what was given is wrong, so do not start it again; any other, start it again and it goes on (143 after
+SIGTERM, with a checkpoint; 75 where another process was lost).
 """
 
 from absl import flags
@@ -10,9 +14,18 @@ from launch import cli
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The config, configs/X.py.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Checkpoint folder of this run; an existing one is gone on with.")
+COORDINATOR = flags.DEFINE_string(
+    "coordinator", "", "auto (on SLURM, Cloud TPU, GKE TPU, Open MPI), or HOST:PORT of process 0; default: one process."
+)
+PROCESSES = flags.DEFINE_integer("processes", None, "How many processes there are, with --coordinator=HOST:PORT.")
+PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0.")
+HEARTBEAT = flags.DEFINE_integer("heartbeat", 60, "Seconds of silence after which a process counts as lost.", 5)
 
 
 def main() -> None:
+    from avg_llava_jax import hosts
+
+    hosts.start(COORDINATOR.value, PROCESSES.value, PROCESS.value, HEARTBEAT.value)
     from avg_llava_jax.training.loop import train
 
     train(CONFIG.value, WORKDIR.value)

@@ -11,8 +11,17 @@ from avg_llava_jax.config import LanguageConfig, ModelConfig, RouterConfig, Scal
 from avg_llava_jax.data.tokenizer import Tokenizer, load_tokenizer
 from avg_llava_jax.models import avg_llava
 from configs import base
+from tests.differences import LARGEST
 
 TOKENIZER = base.ASSETS / "tokenizer"
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """The largest difference of each comparison that ran, as docs/convert.md has them."""
+    if LARGEST:
+        terminalreporter.section("largest differences")
+    for what, difference in sorted(LARGEST.items()):
+        terminalreporter.write_line(f"{difference:.1e}  {what}")
 
 
 @pytest.fixture(scope="session")

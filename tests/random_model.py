@@ -1,10 +1,13 @@
 """A model with random weights that says something else to every picture and prompt."""
 
 import functools
+import pathlib
 
 import jax
 
+from avg_llava_jax import convert
 from avg_llava_jax.api import AvgLlava
+from avg_llava_jax.checkpoint import Loaded
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.data.tokenizer import Tokenizer
 from avg_llava_jax.models import avg_llava
@@ -18,3 +21,12 @@ def random_model(config: ModelConfig, tokenizer: Tokenizer) -> AvgLlava:
     params["language"]["embed"] *= 30
     params["router"]["logits"]["kernel"] *= 10
     return AvgLlava(config, params, tokenizer)
+
+
+def save_random_model(config: ModelConfig, tokenizer: Tokenizer, folder: pathlib.Path) -> AvgLlava:
+    """`random_model`, which also stands in `folder` as a checkpoint."""
+    model = random_model(config, tokenizer)
+    folder.mkdir(exist_ok=True)
+    meta = {"step": 1, "training": None, "granularities_trained": None}
+    convert.write_checkpoint(Loaded(config, model.params, tokenizer.folder, meta), folder)
+    return model

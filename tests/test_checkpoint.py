@@ -1,8 +1,10 @@
 """Checkpoint folders: written whole, read back exactly, and damage is named."""
 
+import itertools
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -74,6 +76,10 @@ def spoil(folder, how):
     path = max(files, key=lambda p: p.stat().st_size)
     if how == "truncated":
         os.truncate(path, path.stat().st_size // 2)
+    elif how == "flipped":
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
     else:
         path.unlink()
 
@@ -99,6 +105,19 @@ def test_parameters_alone_are_a_checkpoint(tmp_path, params):
     with checkpoint.Manager(tmp_path) as manager:
         manager.save(7, params)
     same(checkpoint.load(tmp_path).params, params)
+    for file in filter(pathlib.Path.is_file, tmp_path.rglob("*")):
+        assert str(tmp_path).encode() not in file.read_bytes(), file
+
+
+def test_any_number_of_processes_goes_on_from_a_checkpoint(workdir, params, optimizer):
+    """The position of the data is the same for all of them, and is read from the first one's file."""
+    (file,) = (workdir / "checkpoints" / "3" / "data").glob("process_*.json")
+    file.rename(file.with_name("process_0-of-64.json"))
+    (file.with_name("process_1-of-64.json")).write_text("{}")
+    pipeline = Pipeline()
+    with checkpoint.Manager(workdir) as manager:
+        assert manager.restore(params, optimizer, pipeline).step == 3
+    assert pipeline.state == {"next": 3}
 
 
 def test_resume(workdir, params, optimizer):
@@ -123,11 +142,23 @@ def test_a_new_workdir_has_nothing_to_restore(tmp_path, params, optimizer):
         assert manager.restore(params, optimizer) is None
 
 
-@pytest.mark.parametrize("how", ["truncated", "gone"])
-@pytest.mark.parametrize("part", ["params", "optimizer", "meta", "data"])
+@pytest.mark.parametrize(
+    ("part", "how"),
+    [
+        *itertools.product(["params", "optimizer", "meta", "data", "checksums"], ["truncated", "gone"]),
+        *itertools.product(["params", "optimizer"], ["flipped", "another"]),
+    ],
+)
 def test_damaged_newest_step(workdir, params, optimizer, part, how, caplog):
-    spoil(workdir / "checkpoints" / "3" / part, how)
-    if part == "params":
+    if how == "another":  # files that are whole, and not what was saved
+        other = workdir.parent / f"{workdir.name}-other"
+        with checkpoint.Manager(other) as manager:
+            manager.save(3, at_step(params, 4), jax.tree.map(lambda leaf: leaf + 1, optimizer))
+        shutil.rmtree(workdir / "checkpoints" / "3" / part)
+        shutil.copytree(other / "checkpoints" / "3" / part, workdir / "checkpoints" / "3" / part)
+    else:
+        spoil(workdir / "checkpoints" / "3" / part, how)
+    if part in ("params", "checksums"):
         same(checkpoint.load(workdir).params, at_step(params, 2))
         assert "3 is damaged" in caplog.text
     pipeline = Pipeline()

@@ -2,8 +2,12 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 import shutil
+import subprocess
+import sys
+import textwrap
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +17,11 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from avg_llava_jax import checkpoint, convert, foreign, parameters, tensors
+from avg_llava_jax import checkpoint, convert, foreign, parameters, sharding, tensors
 from avg_llava_jax.api import AvgLlava
 from avg_llava_jax.config import LanguageConfig, ModelConfig, RouterConfig
 from avg_llava_jax.training.loop import train
-from tests.conftest import TOKENIZER
-from tests.random_model import random_model
+from tests.random_model import save_random_model
 from tests.test_training import settings
 
 GOLDEN = pathlib.Path(__file__).parent / "data" / "golden"
@@ -39,10 +42,7 @@ def as_released(tiny, tokenizer, tmp_path_factory):
         tiny, router=RouterConfig("tiles", text_tokens=4), unpad="released", template="vicuna_v1"
     )
     folder = tmp_path_factory.mktemp("fresh")
-    checkpoint.save_config(folder, config)
-    checkpoint.copy_tokenizer(TOKENIZER, folder)
-    with checkpoint.Manager(folder) as manager:
-        manager.save(1, random_model(config, tokenizer).params)
+    save_random_model(config, tokenizer, folder)
     return folder
 
 
@@ -113,8 +113,49 @@ def test_half_precision_and_tensors_of_no_use(tmp_path):
     tower = load_file(TOWER / "model.safetensors")
     same_bits(tower, {name: back[foreign.TOWER + name] for name in tower})
     assert back["lm_head.weight"].dtype == np.float32
-    config, _ = foreign.load(tmp_path / "whole")  # finds the tower's config in it
+    config, *_ = foreign.load(tmp_path / "whole")  # finds the tower's config in it
     assert config.vision.width == 32
+
+
+SHARDED = """
+    import pathlib, sys, jax, numpy as np
+    jax.config.update("jax_num_cpu_devices", 8)
+    from absl import flags
+    from avg_llava_jax import checkpoint, foreign, sharding
+    from launch import import_torch
+
+    source, tower, output = sys.argv[1:]
+    flags.FLAGS(["x", f"--source={source}", f"--vision_tower={tower}", f"--output={output}", "--mesh=fsdp=-1,tensor=2"])
+    import_torch.main()
+
+    mesh = sharding.make_mesh({"data": 1, "fsdp": 4, "tensor": 2})
+    spread, plain = foreign.load(source, tower, mesh).params, foreign.load(source, tower).params
+    for params in (spread, checkpoint.load(output).params):
+        jax.tree.map(np.testing.assert_array_equal, params, plain)
+    up = spread["language"]["layers"]["up"]["kernel"]
+    assert {shard.data.shape for shard in up.addressable_shards} == {(2, 64 // 4, 160 // 2)}
+    (saved,) = pathlib.Path(output).glob("checkpoints/*/params/_sharding")
+    assert "fsdp" in saved.read_text()  # it was written from the mesh
+"""
+
+
+def test_onto_eight_devices(tmp_path):
+    """Forced CPU devices: every device gets its part, and the parts are what one device would have."""
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(SHARDED), SOURCE, TOWER, tmp_path / "out"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": ":".join(sys.path), "JAX_PLATFORMS": "cpu"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_mesh_as_written():
+    assert sharding.read_sizes("fsdp=-1, tensor=2") == {"data": 1, "fsdp": -1, "tensor": 2}
+    for text in ("fsdp", "fsdp=x", "model=2", ""):
+        with pytest.raises(ValueError, match="is no AXIS=SIZE; the axes are data, fsdp, tensor"):
+            sharding.read_sizes(text)
 
 
 def test_llava_next_keeps_no_router(tmp_path):
@@ -144,11 +185,15 @@ def test_ten_steps_out_and_in(as_released, llava_folder, tiny, tmp_path):
     train(config, tmp_path / "run")
     convert.export_released(tmp_path / "run", tmp_path / "trained")
     convert.import_folder(tmp_path / "trained", tmp_path / "again")
+    convert.export_transformers(tmp_path / "run", tmp_path / "torch")
 
     run, again, before = (AvgLlava.load(path) for path in (tmp_path / "run", tmp_path / "again", as_released))
     assert run.config == again.config == before.config
     jax.tree.map(np.testing.assert_array_equal, run.params, again.params)
     assert not np.array_equal(run.params["router"]["voter"], before.params["router"]["voter"])
+    router = load_file(tmp_path / "trained" / "model.safetensors")
+    router = {name.removeprefix(foreign.ROUTER): it for name, it in router.items() if name.startswith(foreign.ROUTER)}
+    same_bits(router, load_file(tmp_path / "torch" / "router" / "model.safetensors"))
     for size in ((40, 20), (20, 40)):
         image = Image.new("RGB", size, "red")
         one, other = (model.answer(image, "What?", max_new_tokens=8) for model in (run, again))
@@ -242,8 +287,89 @@ def test_what_is_not_whole_is_not_there(imported, tmp_path, monkeypatch):
 def test_sources_that_are_none(tmp_path, imported):
     with pytest.raises(FileNotFoundError, match="is no folder, and no hub id"):
         convert.import_folder(tmp_path / "nowhere", tmp_path / "out")
-    with pytest.raises(ValueError, match="its model_type is none of"):
+    with pytest.raises(ValueError, match="config.json: model_type=None is none of those that are known here"):
         convert.import_folder(imported, tmp_path / "out")
+
+
+HUB = """
+    import sys
+    from absl import app
+    from avg_llava_jax import convert
+
+    def main(argv):
+        for name in argv[1:]:
+            try:
+                print(convert.dry_run(name, "owner/tower"))
+            except FileNotFoundError as error:
+                print("error:", error)
+
+    app.run(main)
+"""
+
+
+def test_hub_ids(tmp_path):
+    """Found in the hub's cache without a network; what is not there is one line."""
+    for name, folder in (("tiny", SOURCE), ("tower", TOWER)):
+        repository = tmp_path / "hub" / f"models--owner--{name}"
+        shutil.copytree(folder, repository / "snapshots" / "abc123")
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text("abc123")
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(HUB), "owner/tiny", "owner/absent", "not/a valid id"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": ":".join(sys.path), "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)},
+    )
+    found, absent, invalid = done.stdout.strip().split("\n")
+    assert "tensors match in name, shape and dtype" in found and "owner--tiny" in found
+    assert absent.startswith("error: owner/absent is no folder here, and the hub's answer is: ")
+    assert invalid.startswith("error: not/a valid id is no folder here")
+
+
+def test_bin_is_asked_for_where_the_hub_has_nothing_else(tmp_path, monkeypatch):
+    """Many older repositories hold both; the safetensors alone are fetched then."""
+    asked = []
+
+    def download(name, allow_patterns):
+        asked.append(allow_patterns)
+        if name == "owner/safe":
+            (tmp_path / "model.safetensors").touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    convert.local_folder("owner/old")
+    assert [("pytorch_model*.bin" in patterns) for patterns in asked] == [False, True]
+    convert.local_folder("owner/safe")
+    assert len(asked) == 3
+
+
+@pytest.mark.parametrize("layout", ["released", "transformers"])
+def test_card_says_what_it_was_trained_and_measured_at(as_released, tmp_path, layout):
+    export = {"released": convert.export_released, "transformers": convert.export_transformers}[layout]
+    source = shutil.copytree(as_released, tmp_path / "run")
+    values = json.loads((source / "config.json").read_text())
+    training = {
+        "phase": "rglf",
+        "steps": 9,
+        "init_from": str(tmp_path / "secret" / "tuned"),
+        "data": {"path": "a.json"},
+    }
+    values |= {"training": training, "granularities_trained": [4, 16]}
+    (source / "config.json").write_text(json.dumps(values))
+    export(source, tmp_path / "unmeasured")
+    card = (tmp_path / "unmeasured" / "README.md").read_text()
+    assert "Phase `rglf`, step 1 of 9, on `a.json`, from `tuned`; tuned at 4, 16 tokens a tile." in card
+    assert "It was not measured" in card and str(tmp_path) not in card
+
+    rows = {"accuracy": {"all": 0.5}, "visual_tokens": 7.25}
+    report = {key: {"fixed": {"4": it}, "adaptive": it, "oracle": it} for key, it in rows.items()} | {"n": 40}
+    (source / "report.json").write_text(json.dumps(report))
+    export(source, tmp_path / "measured")
+    card = (tmp_path / "measured" / "README.md").read_text()
+    assert "to 40 questions" in card and "| always 4 | 0.500 | 7.2 |" in card and "| the router | 0.500 | 7.2 |" in card
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(ValueError, match="other.json is no report of launch.evaluate"):
+        export(source, tmp_path / "out", report=tmp_path / "other.json")
 
 
 def test_published_and_trained_checkpoints_keep_the_way_back(imported, tmp_path):

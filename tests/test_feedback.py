@@ -38,7 +38,7 @@ def test_stored_feedback_trains_as_live_does(tiny, asked, keep):
 
     mixed = next(number for number in range(16) if tile_counts(batches[number]) == {0, 3, 8})
     live = batches[mixed]
-    loss = phases.make_loss("rglf", tiny, tiny.granularities, phases.FeedbackConfig(), remat=False)
+    loss = phases.make_loss("rglf", tiny, tiny.granularities, phases.FeedbackConfig(), remat="none")
 
     @jax.jit
     def compiled(router, batch):

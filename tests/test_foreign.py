@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from avg_llava_jax import checkpoint, foreign, parameters, sharding
+from avg_llava_jax import checkpoint, foreign, layouts, parameters, sharding
 from avg_llava_jax.config import ModelConfig
 
 GOLDEN = pathlib.Path(__file__).parent / "data" / "golden"
@@ -47,7 +47,7 @@ def stacked(tensors, name):
 
 def test_every_tensor_arrives(tensors):
     """Spelled out name by name, apart from the table that the reader uses."""
-    config, params = foreign.load(SOURCE, TOWER)
+    config, params, _ = foreign.load(SOURCE, TOWER)
     t = tensors
     language, router, encoder = params["language"], params["router"], params["encoder"]
     pairs = [
@@ -113,12 +113,18 @@ def test_every_tensor_arrives(tensors):
 
 
 def test_config():
-    config, _ = foreign.load(SOURCE, TOWER)
+    config, *_ = foreign.load(SOURCE, TOWER)
     assert (config.router.attention, config.unpad, config.template) == ("tiles", "released", "vicuna_v1")
     assert config.granularities == (36, 72, 144, 288, 576)
     assert config.pinpoints == ModelConfig().pinpoints
     assert (config.vision.heads, config.vision.mlp_width) == (4, 64)  # from the tower's config
     assert (config.language.layers, config.language.max_length) == (2, 4096)
+
+
+def test_released_mistral(folder):
+    edit(folder, model_type="llava_mistral", sliding_window=1024, num_key_value_heads=2)
+    config = layouts.read_config(folder, TOWER, has_router=True)
+    assert (config.template, config.language.max_length, config.language.kv_heads) == ("mistral_instruct", 1024, 2)
 
 
 def test_checkpoint_load_reads_it_too():
@@ -130,7 +136,7 @@ def test_checkpoint_load_reads_it_too():
 
 def test_onto_a_mesh():
     mesh = sharding.make_mesh({"data": 1, "fsdp": -1, "tensor": 1})
-    _, params = foreign.load(SOURCE, TOWER, mesh)
+    _, params, _ = foreign.load(SOURCE, TOWER, mesh)
     assert jax.tree.map(lambda leaf: leaf.sharding, params) == sharding.shardings(mesh, params)
 
 
@@ -144,7 +150,7 @@ def test_shards_and_half_precision(folder, tensors):
         save_file({name: np.ascontiguousarray(tensors[name].astype(dtype)) for name in part}, folder / file)
         index |= dict.fromkeys(part, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-    _, params = foreign.load(folder, TOWER)
+    _, params, _ = foreign.load(folder, TOWER)
     assert params["image_newline"].dtype == jnp.bfloat16
     np.testing.assert_array_equal(params["image_newline"], tensors["model.image_newline"].astype(ml_dtypes.bfloat16))
     (folder / "b.safetensors").unlink()
@@ -155,10 +161,10 @@ def test_shards_and_half_precision(folder, tensors):
 def test_the_tower_folder_counts_where_the_checkpoint_did_not_train_it(folder, tensors):
     tower = load_file(TOWER / "model.safetensors")["vision_model.embeddings.class_embedding"]
     edit(folder, unfreeze_mm_vision_tower=False)
-    _, params = foreign.load(folder, TOWER)
+    _, params, _ = foreign.load(folder, TOWER)
     np.testing.assert_array_equal(params["encoder"]["class_token"], tower)
     write(folder, {name: tensor for name, tensor in tensors.items() if not name.startswith(CLIP)})
-    _, params = foreign.load(folder, TOWER)
+    _, params, _ = foreign.load(folder, TOWER)
     np.testing.assert_array_equal(params["encoder"]["class_token"], tower)
     edit(folder, mm_hidden_size=None)
     with pytest.raises(FileNotFoundError, match="give that CLIP folder as vision_tower"):
@@ -169,10 +175,11 @@ def test_without_a_router_a_fresh_one_is_made(folder, tensors, caplog):
     write(folder, {name: tensor for name, tensor in tensors.items() if not name.startswith("model.router.")})
     edit(folder, vis_token_granularity=None, filtered_text_num=None)
     with caplog.at_level("INFO"):
-        config, params = foreign.load(folder, TOWER)
-    assert "no router" in caplog.text
+        config, params, trained = foreign.load(folder, TOWER)
+    assert "made fresh: ['router']" in caplog.text
     assert (config.router.attention, config.unpad) == ("tokens", "exact")
     assert params["router"]["voter"].shape == (1148,)
+    assert trained == [576]  # a LLaVA-NeXT has seen nothing else
     parameters.describe(params)
 
 
@@ -214,8 +221,18 @@ def truncated(folder, _):
         file.truncate(100_000)
 
 
-def only_bin(folder, _):
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+def other_header(folder, _):
+    (folder / "model.safetensors").write_bytes((9).to_bytes(8, "little") + b'{"a": {}}' + bytes(9))
+
+
+def overlapping(folder, tensors):
+    write(folder, tensors)
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes().replace(b'"shape":[64],', b'"shape":[65],', 1))
+
+
+def no_index(folder, _):
+    (folder / "model.safetensors.index.json").write_text('{"metadata": {}}')
 
 
 def no_weights(folder, _):
@@ -231,8 +248,10 @@ def no_weights(folder, _):
         (wrong_dtype, r"tensor 'model\.image_newline' has dtype I32, not one of F32, F16, BF16"),
         (part_of_a_router, r"tensor 'model\.router\.merger\..*' is missing"),
         (truncated, r"model\.safetensors is truncated or damaged"),
-        (only_bin, r"as \.bin only; save it once"),
-        (no_weights, r"holds no model\.safetensors"),
+        (other_header, r"model\.safetensors is damaged, or no safetensors file"),
+        (overlapping, r"is damaged: tensor '.*' of shape \(65,\) does not take 256 bytes"),
+        (no_index, r"index\.json has no weight_map"),
+        (no_weights, r"holds no model\.safetensors \(.*\) and no pytorch_model\.bin"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -251,6 +270,8 @@ def test_damaged_weights(folder, tensors, spoil, message):
         ({"image_grid_pinpoints": "[[336"}, "image_grid_pinpoints="),
         ({"image_grid_pinpoints": [[300, 672]]}, "no multiple of the tile side 336"),
         ({"vis_token_granularity": [36, 144, 576]}, "vis_token_granularity="),
+        ({"num_attention_heads": 0}, "config.json: num_attention_heads=0 is no positive number"),
+        ({"hidden_size": "64"}, "config.json: hidden_size='64' is no positive number"),
         ({"rope_scaling": {"type": "yarn", "factor": 2}}, "rope scaling 'yarn' is not supported"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2}}, "rope scaling 'llama3' lacks"),
         ({"intermediate_size": 99}, r"down_proj.weight' has shape \(64, 160\), its config says \(64, 99\)"),

@@ -14,6 +14,7 @@ from avg_llava_jax.data.geometry import visual_index
 from avg_llava_jax.data.tiles import make_tiles
 from avg_llava_jax.models import avg_llava
 from avg_llava_jax.models.encoder import normalise
+from tests.differences import agree
 
 GOLDEN = pathlib.Path(__file__).parent / "data" / "golden"
 CASES = json.loads((GOLDEN / "index.json").read_text())
@@ -96,7 +97,7 @@ def compare(golden, name, array, tolerance):
     assert keys, name
     for key in keys:
         index = eval("np.s_" + key[len(name) :]) if "[" in key else ...
-        np.testing.assert_allclose(np.asarray(array)[index], golden[key], atol=tolerance, rtol=tolerance, err_msg=key)
+        agree(f"released code: {name.split('.')[0]}", np.asarray(array)[index], golden[key], tolerance, key)
 
 
 def packed_index(ours, granularity):

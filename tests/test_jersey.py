@@ -1,6 +1,7 @@
 """The embedded data set: seeded, honest about its answers, and not to be guessed from the wording."""
 
 import collections
+import itertools
 import json
 import random
 
@@ -44,7 +45,7 @@ def true_answer(scene, question):
 
 
 def test_every_answer_is_true():
-    source, seen = Jersey(turns=10), collections.Counter()
+    source, seen = Jersey(turns=10, neighbours=2), collections.Counter()
     for index in range(300):
         record = source[index]
         for question, answer in asked(record):
@@ -71,7 +72,7 @@ def test_no_turn_gives_another_ones_answer_away():
     for index in range(200):
         scene = source[index]["images"][0].scene
         rng = random.Random(index)
-        facts = [question.fact for coarse in (True, False) for question in jersey.questions(scene, rng, coarse)]
+        facts = [question.fact for coarse in (True, False) for question in jersey.questions(scene, rng, coarse, 3)]
         assert len(facts) == len(set(facts))
 
 
@@ -99,6 +100,22 @@ def test_wording_tells_fine_from_near_by_nothing():
             known = [w for w in question.strip("?.").split() if w in jersey.COLOURS or w.isdigit()]
             phrases[record["kind"]][question.replace(known[0], "{}")] += 1
     assert phrases["fine"].keys() == phrases["near"].keys()
+
+
+def test_lists_go_from_one_side_to_the_other():
+    ways = collections.Counter()
+    for index in range(40):
+        record = Jersey(roster=1.0, near=0.0)[index]
+        (question, answer), *rest = asked(record)
+        players, words = record["images"][0].scene.players, answer.split()
+        assert not rest and len(words) == 2 * len(players)
+        named = {frozenset((player.shirt, str(player.number))): player for player in players}
+        order = [named[frozenset(words[at : at + 2])] for at in range(0, len(words), 2)]
+        assert [player.row for player in order] == sorted(player.row for player in players)
+        way = 1 if question.rstrip(".?").endswith("right") else -1
+        assert all(way * (b.x - a.x) > 0 for a, b in itertools.pairwise(order) if a.row == b.row)
+        ways[way] += 1
+    assert min(ways.values()) > 5
 
 
 def test_tile_counts_and_unpadding_all_occur():

@@ -17,7 +17,7 @@ from avg_llava_jax.benchmarks.rows import Row
 
 SPEC = importlib.util.find_spec("lmms_eval")
 if SPEC is None:
-    pytest.skip("lmms-eval is not installed", allow_theirs_level=True)
+    pytest.skip("lmms-eval is not installed", allow_module_level=True)
 
 PAIRS = 6000
 

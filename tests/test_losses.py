@@ -93,11 +93,11 @@ def test_grounding_is_the_mean_over_words(tiny, params):
     words[0, 0, 3] = 5, 7  # a patch of two words, one of a single word, and nothing anywhere else
     words[1, 1, 9, 0] = 11
     batch = {"pixels": pixels, "patch_words": words}
-    loss = phases.make_loss("grounding", tiny, (16,), phases.FeedbackConfig(), remat=False)
+    loss = phases.make_loss("grounding", tiny, (16,), phases.FeedbackConfig(), remat="none")
     both = jax.jit(jax.value_and_grad(lambda p, b: loss(p, b, jax.random.key(0)), has_aux=True))
 
     (value, (weight, metrics)), grad = both(params, batch)
-    logits = np.asarray(avg_llava.unembed(tiny, params, avg_llava.see(tiny, params, pixels)), np.float64)
+    logits = 4 * np.asarray(avg_llava.unembed(tiny, params, avg_llava.see(tiny, params, pixels)), np.float64)  # D = 16
     log_probs = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
     by_hand = -(log_probs[0, 0, 3, 5] + log_probs[0, 0, 3, 7] + log_probs[1, 1, 9, 11]) / 3
     np.testing.assert_allclose(value, by_hand, rtol=1e-5)

@@ -14,8 +14,7 @@ from avg_llava_jax.config import LanguageConfig, ModelConfig, RouterConfig, Scal
 from avg_llava_jax.models.encoder import Encoder, normalise
 from avg_llava_jax.models.language import LanguageModel
 from avg_llava_jax.models.router import Router
-
-TOLERANCE = 1e-4
+from tests.differences import agree
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +61,7 @@ def test_clip_layer_by_layer(activation):
         encoder = Encoder(dataclasses.replace(config, select_layer=select))
         shapes = jax.eval_shape(encoder.init, jax.random.key(0), pixels)["params"]
         features = jax.jit(encoder.apply)({"params": ours("encoder", shapes, tensors)}, pixels)
-        np.testing.assert_allclose(features, states[select][:, 1:], atol=TOLERANCE, rtol=TOLERANCE)
+        agree("CLIP: hidden states", features, states[select][:, 1:])
 
 
 LLAMA3 = {
@@ -110,7 +109,7 @@ def test_decoder(family, changes, length):
         theirs = model(torch.tensor(ids)).logits.numpy()
     logits = jax.jit(lambda params, ids: decoder.apply({"params": params}, ids, method=whole))(params, ids)
     assert np.abs(theirs).max() > 0.5
-    np.testing.assert_allclose(logits, theirs, atol=TOLERANCE, rtol=TOLERANCE)
+    agree(f"{family}: logits", logits, theirs)
 
 
 def test_sizes_of_a_decoder_come_from_its_config():
@@ -154,5 +153,5 @@ def test_router_against_the_library_layer(attention):
     with torch.no_grad():
         pre_norm = (head(merger(x)) * voter).sum(1).mean(0)
         logits = norm(pre_norm)
-    np.testing.assert_allclose(routing.pre_norm[0, 0], pre_norm, atol=TOLERANCE, rtol=TOLERANCE)
-    np.testing.assert_allclose(routing.logits[0, 0], logits, atol=TOLERANCE, rtol=TOLERANCE)
+    agree("torch.nn.TransformerEncoderLayer: router", routing.pre_norm[0, 0], pre_norm)
+    agree("torch.nn.TransformerEncoderLayer: router", routing.logits[0, 0], logits)

@@ -117,6 +117,21 @@ def test_train_then_route(tiny, llava_folder, tmp_path):
         train(config, two)
 
 
+def test_what_is_frozen_is_held_in_the_compute_dtype(tiny, llava_folder, tmp_path):
+    """From fp32 parameters, through a checkpoint and on: what learns stays fp32, the rest is rounded once."""
+    config = settings(tiny, llava_folder)
+    config.phase, config.compute_dtype, config.steps = "rglf", "bfloat16", 1
+    train(config, tmp_path)
+    config.steps = 2
+    train(config, tmp_path)
+    assert checkpoint.steps(tmp_path) == [1, 2]
+    fresh = parameters.flat(jax.jit(lambda: avg_llava.init(tiny, jax.random.key(0)))())
+    for path, leaf in parameters.flat(checkpoint.load(tmp_path).params).items():
+        learns = parameters.TABLE[path].component == "router"
+        assert leaf.dtype == (jnp.float32 if learns else jnp.bfloat16), path
+        assert learns or np.array_equal(leaf, fresh[path].astype(jnp.bfloat16)), path
+
+
 def changed(before: dict, after: parameters.Params) -> set[str]:
     """The components of which a parameter is not what it was."""
     leaves, rows = parameters.flat(after), parameters.describe(after)
@@ -156,7 +171,7 @@ def test_visual_tokens_are_those_of_the_choice(tiny, params, batch):
 
 
 def test_accumulation_gives_the_gradients_of_the_whole_batch(tiny, params, batch):
-    loss = phases.make_loss("connector", tiny, (4,), phases.FeedbackConfig(), remat=True)
+    loss = phases.make_loss("connector", tiny, (4,), phases.FeedbackConfig(), remat="full")
     ours, frozen = parameters.split(params, ("connector",))
 
     def of_ours(ours, batch, rng):

@@ -3,8 +3,8 @@
 A scene shows players in rows before their fans. Three kinds of questions, the last two worded alike:
 
     coarse  the team's colour, the field, the weather: any granularity will do
-    fine    the number of the player in orange, the shirt of number 7, who stands left of 4, in a photo
-            of up to ten small players: there is much to know, so a few tokens cannot carry it all
+    fine    the number of the player in orange, the shirt of number 7, in a photo of up to ten small players:
+            there is much to know, so a few tokens cannot carry it all
     near    the same questions about one or two players who fill the picture: a glance is enough
 
 Everything follows from (seed, split, index); the splits share no scene.
@@ -53,7 +53,8 @@ PHRASES = {
     "weather": ("What is the weather?", "How is the sky?", "What is the weather like?"),
     "number": ("What number is the player in {}?", "Which number wears the {} shirt?", "Read the number on {}."),
     "shirt": ("What colour does number {} wear?", "Which shirt has the number {}?", "The shirt of number {}?"),
-    "roster": ("List the players.", "Who is there?", "Name everyone."),
+    "list right": ("List the players from left to right.", "Who is there, left to right?"),
+    "list left": ("List the players from right to left.", "Who is there, right to left?"),
     "left": ("Who stands left of {}?", "Which number is left of {}?", "Left of number {} is who?"),
     "right": ("Who stands right of {}?", "Which number is right of {}?", "Right of number {} is who?"),
 }
@@ -244,7 +245,7 @@ class Question:
     fact: tuple
 
 
-def questions(scene: Scene, rng: random.Random, coarse: bool, neighbours: int = 1) -> list[Question]:
+def questions(scene: Scene, rng: random.Random, coarse: bool, neighbours: int = 0) -> list[Question]:
     """The questions of one sort that the scene can answer, shuffled, one phrasing each.
 
     neighbours: how many of them ask who stands beside somebody, at most.
@@ -275,12 +276,17 @@ def questions(scene: Scene, rng: random.Random, coarse: bool, neighbours: int = 
 
 
 def roster(scene: Scene, rng: random.Random) -> Question:
-    """Every player, shirt first or number first: "red 7 blue 3". Teaches to look one up by the other."""
-    pairs = [(player.shirt, str(player.number)) for player in rng.sample(scene.players, len(scene.players))]
+    """Every player in order, row by row from the back, shirt first or number first: "red 7 blue 3".
+
+    Teaches to look one up by the other, and who stands beside whom.
+    """
+    way = rng.choice(("list right", "list left"))
+    players = sorted(scene.players, key=lambda player: (player.row, player.x if way == "list right" else -player.x))
+    pairs = [(player.shirt, str(player.number)) for player in players]
     if rng.random() < 0.5:
         pairs = [(number, shirt) for shirt, number in pairs]
     answer = " ".join(word for pair in pairs for word in pair)
-    return Question("near" if scene.near else "fine", rng.choice(PHRASES["roster"]), answer, ("roster",))
+    return Question("near" if scene.near else "fine", rng.choice(PHRASES[way]), answer, ("roster",))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -291,8 +297,9 @@ class Jersey:
     turns       questions about one picture in a conversation
     near        share of pictures with one or two players
     coarse      share of coarse questions, as long as there are any
-    roster      share of the conversations that instead list the players, shirt and number, in no order
-    neighbours  questions about who stands beside whom, of one picture at most
+    roster      share of the conversations that instead list the players, shirt and number, in order
+    neighbours  at most so many questions of a picture ask who stands beside whom. None by default: they are
+                hard for another reason than detail, and the shipped model has not learnt to answer them
     paired      single questions in threes, coarse, fine and near, two of them about the same picture
     """
 
@@ -303,7 +310,7 @@ class Jersey:
     near: float = 1 / 3
     coarse: float = 0.25
     roster: float = 0.0
-    neighbours: int = 1
+    neighbours: int = 0
     paired: bool = False
 
     def __post_init__(self) -> None:

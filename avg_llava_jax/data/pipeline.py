@@ -7,7 +7,7 @@ record is used once an epoch. Only then are the images decoded, by each process 
 
     window w      records w*K*B .. (w+1)*K*B - 1, in Grain's order
     batch b       the (b mod K)-th, in shuffled order, of window b // K
-    process p     rows p*B/n .. (p+1)*B/n - 1 of each batch
+    a process     the rows of each batch that lie on its devices
 
 The position of a pipeline is therefore one number, the next batch: it can be resumed with another
 number of workers, and on another number of processes.
@@ -83,7 +83,7 @@ class PlannedBatches:
     words: add `patch_words` for phase `grounding`.
     feedback: stored answers by sample id; adds `nll` float32 (rows, G) to the batch, NaN where there is none,
         and where features were kept `features` (rows, T, P, D) in place of `pixels`.
-    process, processes: whose rows.
+    rows: which rows of each batch are read, ascending; None = all of them.
     """
 
     parts: Sequence[Part]
@@ -95,49 +95,35 @@ class PlannedBatches:
     shapes: int = 6
     words: bool = False
     feedback: Mapping[str, Stored] | None = None
-    process: int = 0
-    processes: int = 1
-
-    def __post_init__(self) -> None:
-        if self.batch_size % self.processes:
-            raise ValueError(f"batch_size={self.batch_size} is no multiple of the {self.processes} processes")
+    rows: tuple[int, ...] | None = None
 
     def __len__(self) -> int:
         return 2**40  # no end: epochs follow one another
 
     def __getitem__(self, number: int) -> Batch:
-        """Batch `number`: what `packing.collate` gives for this process's rows, and
+        """Batch `number`: what `collate_rows` gives for this process's rows, and
 
-        visual   int32 (rows, I, G)  visual tokens of each image at each of `granularities`, 0 = no such image
         ids      the samples' ids, "" for an empty row
-        skipped  list of Skipped: this process's share of what planning left out, spread evenly over the
-                 batches of a window, and what of these rows turned out to be unreadable
+        skipped  list of Skipped: what planning left out, spread evenly over the batches of a window and there
+                 over the rows, so that one process reports it; and which of these rows cannot be read
         """
         window = self._window(number // WINDOW)
         members = window.batches[number % WINDOW]
-        skipped = window.skipped[number % WINDOW :: WINDOW][self.process :: self.processes]
+        rows = range(self.batch_size) if self.rows is None else self.rows
+        left_out = window.skipped[number % WINDOW :: WINDOW]
+        skipped = [one for at, one in enumerate(left_out) if at % self.batch_size in rows]
         shape = self._fit(merge([self._shape(member.sample) for member in members] or [self._shape(EMPTY)]))
 
-        each = self.batch_size // self.processes
-        samples, tiles = [EMPTY] * each, [self._tiles(EMPTY)] * each
-        for row, (record, sample) in enumerate(members[self.process * each : (self.process + 1) * each]):
+        samples, tiles = [EMPTY] * len(rows), [self._tiles(EMPTY)] * len(rows)
+        for row, (record, sample) in enumerate(members[at] for at in rows if at < len(members)):
             try:
                 tiles[row] = self._tiles(sample)
                 samples[row] = sample
             except BadSample as bad:
                 skipped.append(Skipped(record, sample.id, bad.reason, bad.detail))
-        batch = collate(samples, shape, self.config, self.granularities, tiles)
-        visual = np.zeros((each, shape.images, len(self.granularities)), np.int32)
-        for row, sample in enumerate(samples):
-            for image, size in enumerate(sample.sizes):
-                visual[row, image] = [visual_count(size, self.config, g) for g in self.granularities]
-        if self.words:
-            batch["patch_words"] = collate_words(samples, shape.tiles, self.config)
-        if self.feedback is not None:
-            batch["nll"] = np.stack([self._stored(sample).nll for sample in samples])
-            if self._nothing.features is not None:
-                batch["features"] = batch.pop("pixels")
-        return {**batch, "visual": visual, "ids": [sample.id for sample in samples], "skipped": skipped}
+        stored = None if self.feedback is None else [self._stored(sample) for sample in samples]
+        batch = collate_rows(samples, tiles, shape, self.config, self.granularities, words=self.words, stored=stored)
+        return {**batch, "ids": [sample.id for sample in samples], "skipped": skipped}
 
     def _tiles(self, sample: Sample) -> np.ndarray:
         """Of all images of a sample: pixels, or the features that are stored."""
@@ -224,6 +210,37 @@ def _cost(shape: Shape, config: ModelConfig, granularities: Sequence[int]) -> tu
     encoder = shape.tiles * config.vision.grid**2 * config.vision.used_layers * config.vision.width**2
     length = sum(shape.length(config, granularity) for granularity in granularities)
     return (encoder + length * config.language.layers * config.language.width**2, *dataclasses.astuple(shape))
+
+
+def collate_rows(
+    samples: Sequence[Sample],
+    tiles: Sequence[np.ndarray],
+    shape: Shape,
+    config: ModelConfig,
+    granularities: Sequence[int],
+    *,
+    words: bool = False,
+    stored: Sequence[Stored] | None = None,
+) -> dict[str, Any]:
+    """The arrays of a training batch: those of `packing.collate`, and
+
+    visual       int32 (rows, I, G)         visual tokens of each image at each of `granularities`, 0 = no such image
+    patch_words  int32 (rows, T, P, WORDS)  where `words` is asked for
+    nll          float32 (rows, G)          where feedback is `stored`, NaN = none
+    features     (rows, T, P, D)            instead of `pixels`, where these are stored too: `tiles` holds them
+    """
+    batch = collate(samples, shape, config, granularities, tiles)
+    batch["visual"] = np.zeros((len(samples), shape.images, len(granularities)), np.int32)
+    for row, sample in enumerate(samples):
+        for image, size in enumerate(sample.sizes):
+            batch["visual"][row, image] = [visual_count(size, config, g) for g in granularities]
+    if words:
+        batch["patch_words"] = collate_words(samples, shape.tiles, config)
+    if stored is not None:
+        batch["nll"] = np.stack([one.nll for one in stored])
+        if stored[0].features is not None:
+            batch["features"] = batch.pop("pixels")
+    return batch
 
 
 def choose_shapes(

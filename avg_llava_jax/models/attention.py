@@ -3,12 +3,26 @@
 import jax
 import jax.numpy as jnp
 
+from avg_llava_jax.models.flash import flash_attention
+
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool = False) -> jax.Array:
-    """q (B, S, H, d) over k, v (B, S, KV, d), KV a divisor of H -> (B, S, H, d)."""
-    if jax.default_backend() == "cpu" and jax.device_count() == 1:
+    """q (B, S, H, d) over k, v (B, S, KV, d), KV a divisor of H -> (B, S, H, d).
+
+    In bfloat16 on a GPU or TPU a flash kernel, which never forms the S x S scores in memory; otherwise plain XLA.
+    The platform is that of the mesh in use (`jax.set_mesh`), which may be compiled for without being there.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    here = mesh.empty or mesh.abstract_device is None
+    platform, devices = (
+        (jax.default_backend(), jax.device_count()) if here else (mesh.abstract_device.platform, mesh.size)
+    )
+    if platform == "cpu" and devices == 1:
         return _sample_by_sample(q, k, v, causal)
-    return jax.nn.dot_product_attention(q, k, v, is_causal=causal)
+    if platform == "tpu" and q.dtype == jnp.bfloat16:
+        return flash_attention(q, k, v, causal)
+    cudnn = platform in ("gpu", "cuda") and q.dtype == jnp.bfloat16 and q.shape[-1] % 8 == 0
+    return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn" if cudnn else "xla")
 
 
 def _sample_by_sample(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool) -> jax.Array:
@@ -30,8 +44,3 @@ def _sample_by_sample(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool) ->
         return (jnp.einsum("hqk,khd->qhd", weights.astype(v.dtype), v) / total).astype(v.dtype)
 
     return jax.lax.map(one, (q, k, v))
-
-
-def unrolled(layers: int) -> int:
-    """How many layers of a scanned stack to unroll: a shallow stack whole, since it runs faster and compiles soon."""
-    return layers if layers <= 6 else 1

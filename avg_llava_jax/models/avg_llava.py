@@ -18,6 +18,7 @@ from avg_llava_jax.models.encoder import Encoder
 from avg_llava_jax.models.language import KeyValues, LanguageModel
 from avg_llava_jax.models.router import Router, Routing
 from avg_llava_jax.models.scaler import scale
+from avg_llava_jax.models.stack import Remat
 
 Params = dict[str, Any]
 
@@ -48,7 +49,7 @@ def init(config: ModelConfig, rng: jax.Array) -> Params:
     }
 
 
-def see(config: ModelConfig, params: Params, pixels: jax.Array, remat: bool = False) -> jax.Array:
+def see(config: ModelConfig, params: Params, pixels: jax.Array, remat: Remat = "none") -> jax.Array:
     """Encode and connect every tile once: uint8 (B, T, H, W, 3) -> features (B, T, P, D)."""
     batch, tiles = pixels.shape[:2]
     patches = Encoder(config.vision, remat).apply({"params": params["encoder"]}, pixels.reshape(-1, *pixels.shape[2:]))
@@ -56,7 +57,7 @@ def see(config: ModelConfig, params: Params, pixels: jax.Array, remat: bool = Fa
     return features.reshape(batch, tiles, *features.shape[1:])
 
 
-def pyramid_of(config: ModelConfig, params: Params, pixels: jax.Array, remat: bool = False) -> jax.Array:
+def pyramid_of(config: ModelConfig, params: Params, pixels: jax.Array, remat: Remat = "none") -> jax.Array:
     """uint8 (B, T, H, W, 3) -> every granularity of every tile, (B, T, R, D)."""
     return scale(config, see(config, params, pixels, remat))
 
@@ -114,7 +115,7 @@ def language(
     positions: jax.Array | None = None,
     cache: KeyValues | None = None,
     cached: jax.Array | None = None,
-    remat: bool = False,
+    remat: Remat = "none",
 ) -> tuple[jax.Array, KeyValues]:
     """Packed embeddings (B, S, D) -> hidden states (B, S, D) and their keys and values; see `LanguageModel`."""
     model = LanguageModel(config.language, remat)

@@ -6,7 +6,9 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from avg_llava_jax.config import VisionConfig
-from avg_llava_jax.models.attention import attention, unrolled
+from avg_llava_jax.models.attention import attention
+from avg_llava_jax.models.stack import Remat, stack
+from avg_llava_jax.placement import constrain
 
 
 def normalise(config: VisionConfig, pixels: jax.Array) -> jax.Array:
@@ -27,21 +29,21 @@ class EncoderLayer(nn.Module):
             rearrange(nn.Dense(config.width, name=name)(y), "m p (h d) -> m p h d", h=config.heads) for name in "qkv"
         )
         y = rearrange(attention(q, k, v), "m p h d -> m p (h d)")
-        x = x + nn.Dense(config.width, name="out")(y)
+        x = constrain(x + nn.Dense(config.width, name="out")(y), "batch", None, None)
 
         y = nn.Dense(config.mlp_width, name="up")(layer_norm(config, "norm2")(x))
         y = y * jax.nn.sigmoid(1.702 * y) if config.activation == "quick_gelu" else jax.nn.gelu(y, approximate=False)
-        return x + nn.Dense(config.width, name="down")(y), None
+        return constrain(x + nn.Dense(config.width, name="down")(y), "batch", None, None), None
 
 
 class Encoder(nn.Module):
     """Tiles to patch features: the hidden state `select_layer`, class token dropped (paper, section 3.1).
 
-    `remat` recomputes each layer in the backward pass. Compute happens in the parameters' dtype.
+    Compute happens in the parameters' dtype.
     """
 
     config: VisionConfig
-    remat: bool = False
+    remat: Remat = "none"
 
     @nn.compact
     def __call__(self, pixels: jax.Array) -> jax.Array:
@@ -57,15 +59,7 @@ class Encoder(nn.Module):
         x = embed(patches.astype(position.dtype))
         x = jnp.concatenate([jnp.broadcast_to(class_token, (len(x), 1, config.width)), x], axis=1) + position
         x = layer_norm(config, "pre_norm")(x)
-        layer = nn.remat(EncoderLayer, prevent_cse=False) if self.remat else EncoderLayer
-        layers = nn.scan(
-            layer,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            length=config.used_layers,
-            unroll=unrolled(config.used_layers),
-        )
-        x, _ = layers(config, name="layers")(x)
+        x, _ = stack(EncoderLayer, config.used_layers, self.remat)(config, name="layers")(x)
         return x[:, 1:]
 
 

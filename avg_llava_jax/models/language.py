@@ -8,7 +8,9 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from avg_llava_jax.config import LanguageConfig
-from avg_llava_jax.models.attention import attention, unrolled
+from avg_llava_jax.models.attention import attention
+from avg_llava_jax.models.stack import Remat, stack
+from avg_llava_jax.placement import constrain
 
 
 class KeyValues(NamedTuple):
@@ -88,49 +90,45 @@ class DecoderLayer(nn.Module):
         q, k = rotate(heads("q", config.heads), *rope), rotate(heads("k", config.kv_heads), *rope)
         v = heads("v", config.kv_heads)
         y = attention(q, k, v, causal=True) if cache is None else attend_cached(q, (k, v), cache, cached)
-        x = x + nn.Dense(config.width, use_bias=config.attention_bias, name="out")(rearrange(y, "b s h d -> b s (h d)"))
+        y = nn.Dense(config.width, use_bias=config.attention_bias, name="out")(rearrange(y, "b s h d -> b s (h d)"))
+        x = constrain(x + y, "batch", None, None)
 
         y = nn.RMSNorm(config.norm_eps, name="norm2")(x)
         gate = nn.Dense(config.mlp_width, use_bias=False, name="gate")(y)
         up = nn.Dense(config.mlp_width, use_bias=False, name="up")(y)
-        x = x + nn.Dense(config.width, use_bias=False, name="down")(jax.nn.silu(gate) * up)
-        return x, (k, v)
+        y = nn.Dense(config.width, use_bias=False, name="down")(jax.nn.silu(gate) * up)
+        return constrain(x + y, "batch", None, None), (k, v)
 
 
 class LanguageModel(nn.Module):
     """Embeddings in, hidden states out; `embed` and `unembed` stand at the two ends.
 
-    `remat` recomputes each layer in the backward pass. Compute happens in the parameters' dtype.
+    Compute happens in the parameters' dtype.
     """
 
     config: LanguageConfig
-    remat: bool = False
+    remat: Remat = "none"
 
     def setup(self) -> None:
         config = self.config
         init = nn.initializers.normal(config.width**-0.5)
         self.embedding = self.param("embed", init, (config.vocab_size, config.width))
-        layer = nn.remat(DecoderLayer, prevent_cse=False) if self.remat else DecoderLayer
-        self.layers = nn.scan(
-            layer,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast, 0),
-            length=config.layers,
-            unroll=unrolled(config.layers),
-        )(config)
+        by_layer = (nn.broadcast, nn.broadcast, 0)  # rope, cached, cache
+        self.layers = stack(DecoderLayer, config.layers, self.remat, by_layer)(config)
         self.norm = nn.RMSNorm(config.norm_eps)
         if not config.tied_embeddings:
             self.head = nn.Dense(config.vocab_size, use_bias=False, name="unembed")
 
     def embed(self, ids: jax.Array) -> jax.Array:
         """Token ids (...) -> raw embeddings (..., D)."""
-        return self.embedding[ids]
+        # The table is gathered along its width first: rows of the batch and columns of the table lie on the same axis.
+        rows = constrain(self.embedding, "vocab", None)[ids]
+        return constrain(rows, "batch", *[None] * ids.ndim)
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """Hidden states (..., D) -> logits (..., V) in fp32."""
         logits = hidden @ self.embedding.T if self.config.tied_embeddings else self.head(hidden)
-        return logits.astype(jnp.float32)
+        return constrain(logits.astype(jnp.float32), "batch", *[None] * (hidden.ndim - 2), "vocab")
 
     def __call__(
         self,

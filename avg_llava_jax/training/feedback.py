@@ -17,7 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from avg_llava_jax import sharding
+from avg_llava_jax import hosts, sharding
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.data.feedback import FeedbackFolder, Stored
 from avg_llava_jax.data.pipeline import WINDOW, PlannedBatches
@@ -83,15 +83,16 @@ def measure(
     if len(batches.parts) == 1:  # else epochs end at different times, and how far to go is for `steps` to say
         windows = min(windows, math.ceil(len(batches.parts[0].source) / (WINDOW * batches.batch_size)))
     known: set[str] = set()
+    process = jax.process_index()
     with jax.set_mesh(mesh), tqdm(total=windows * WINDOW, unit="batch") as progress:
         for window in range(windows):
-            if not store.has(window, batches.process):
-                store.add(window, batches.process, _window(config, params, batches, window, known, mesh, keep_features))
-            known.update(store.ids(window, batches.process))
+            if not hosts.agree(store.has(window, process)):
+                store.add(window, process, _window(config, params, batches, window, known, mesh, keep_features))
+            known.update(store.ids(window, process))
             progress.update(WINDOW)
     multihost_utils.sync_global_devices("feedback is stored")
-    if batches.process == 0:
-        store.finish(windows, batches.processes)
+    if hosts.first():
+        store.finish(windows, jax.process_count())
 
 
 def _window(

@@ -5,9 +5,11 @@ depend on n alone, so a run that was killed goes on from its last checkpoint to 
 """
 
 import contextlib
-import functools
+import itertools
 import math
+import os
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -16,14 +18,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
-import optax
 
-from avg_llava_jax import checkpoint, parameters, sharding
-from avg_llava_jax.config import ModelConfig
+from avg_llava_jax import checkpoint, hosts, parameters, sharding
 from avg_llava_jax.data.pipeline import Batch, Batches
-from avg_llava_jax.training import curves, phases, setup
+from avg_llava_jax.training import curves, disk, setup
 from avg_llava_jax.training.metrics import MetricsLog, Progress, SkippedLog
-from avg_llava_jax.training.optimizer import OptimizerConfig, gradients, make_optimizer, rate_shape, trainable
+from avg_llava_jax.training.optimizer import OptimizerConfig, rate_shape
+from avg_llava_jax.training.step import Step
 
 TERMINATED = 128 + signal.SIGTERM
 """Exit code after SIGTERM, 143: what a shell reports for it, so that a scheduler sees who ended the run."""
@@ -33,28 +34,35 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> None:
     """Run a phase to its end, or on from where it was stopped.
 
     `configs/` says what there is to set. `workdir` becomes a checkpoint folder, with metrics.jsonl,
-    skipped.jsonl, tensorboard/ and plots/; processes after the first log into process_<n>/ below it.
+    skipped.jsonl, tensorboard/ and plots/. The processes of a run (see `hosts`) share it: all of them save
+    their part of a checkpoint, the first writes the logs.
 
     Raises:
       FileNotFoundError, ValueError: a setting or a file is wrong; one line that says which.
       RuntimeError: another process holds the workdir, or too many samples were skipped.
-      FloatingPointError: the loss or a gradient is not finite.
-      SystemExit: with TERMINATED after SIGTERM, once a checkpoint is written.
+      FloatingPointError: the loss or a gradient is not finite in more than `max_bad_steps` steps.
+      OSError: the disk is full.
+      ConnectionError: another process of the run is gone.
+      SystemExit: with TERMINATED after SIGTERM to any of the processes, once a checkpoint is written.
     """
     workdir = Path(workdir)
-    optimizer = OptimizerConfig(**config.optimizer)
-    names = trainable(config.phase, optimizer)
     mesh = sharding.make_mesh(config.mesh)
-    setup.check(config, optimizer, mesh)
-    with checkpoint.Manager(workdir) as manager, jax.set_mesh(mesh), _Termination() as termination:
+    setup.check(config, mesh)
+    with (
+        hosts.together(),
+        disk.watched(workdir),
+        checkpoint.Manager(workdir) as manager,
+        jax.set_mesh(mesh),
+        _Termination() as termination,
+    ):
         model, params = setup.begin(config, workdir, mesh)
-        with contextlib.closing(setup.open_batches(config, workdir, model)) as batches:
-            run = _Run(config, model, names, optimizer, mesh)
+        with contextlib.closing(setup.open_batches(config, workdir, model, mesh)) as batches:
+            run = _Run(Step(config, model, mesh))
             run.begin(manager, params, batches)
             del params  # the run has them, and gives their memory to its first step
             if run.step < config.steps:
-                _loop(config, workdir, run, manager, batches, termination)
-    if jax.process_index() == 0:
+                _loop(config, workdir, run, manager, batches, hosts.Votes(mesh), termination)
+    if hosts.first():
         curves.training_curves(workdir)
 
 
@@ -64,23 +72,27 @@ def _loop(
     run: "_Run",
     manager: checkpoint.Manager,
     batches: Batches,
+    votes: hosts.Votes,
     termination: "_Termination",
 ) -> None:
-    number = jax.process_index()
-    logs = workdir if number == 0 else workdir / f"process_{number}"  # two processes must not write one file
-    logs.mkdir(exist_ok=True)
     with contextlib.ExitStack() as stack:
-        log = stack.enter_context(contextlib.closing(MetricsLog(logs, run.step)))
-        skipped = stack.enter_context(contextlib.closing(SkippedLog(logs, config.data.max_skipped_share)))
-        progress = stack.enter_context(contextlib.closing(Progress(config.steps)))
+        log, out = None, stack.enter_context(open(os.devnull, "w"))
+        if hosts.first():
+            log, out = stack.enter_context(contextlib.closing(MetricsLog(workdir, run.step))), sys.stderr
+        skips = SkippedLog(workdir if hosts.first() else None, config.data.max_skipped_share)
+        stack.enter_context(contextlib.closing(skips))
+        progress = stack.enter_context(contextlib.closing(Progress(config.steps, out)))
         reporter = _Reporter(config, run, log, progress)
         while run.step < config.steps:
+            manager.check()
             batch = next(batches)
-            ids = batch.pop("ids")
-            skipped.add(sum(map(bool, ids)), batch.pop("skipped"))
+            ids, skipped = batch.pop("ids"), batch.pop("skipped")
+            # What one process knows alone, all must know before they act on it.
+            vote = votes.cast(termination.asked, sum(map(bool, ids)), len(skipped))
             # The device works on this step while the last one is reported.
             reporter.hand_over(run.advance(batch), ids, batch)
-            asked = termination.asked  # read once: the signal may come between saving and leaving
+            asked, used, any_skipped = jax.device_get(vote).tolist()
+            skips.add(used, list(itertools.chain(*hosts.gather(skipped))) if any_skipped else [])
             if asked or run.step == config.steps or run.step % config.checkpoint_every == 0:
                 reporter.report()  # never save a state whose loss was not looked at
                 run.save(manager, batches)
@@ -88,79 +100,35 @@ def _loop(
                 break
         reporter.report()
         manager.wait()
-        if skipped.reasons:
-            progress.say(f"skipped samples: {skipped.summary()}")
+        if skips.reasons:
+            progress.say(f"skipped samples: {skips.summary()}")
         if run.step < config.steps:
             progress.say(f"terminated: step {run.step} is saved, the same command goes on from there")
             raise SystemExit(TERMINATED)
 
 
 class _Run:
-    """Parameters, optimizer state, and the compiled step."""
+    """Parameters, optimizer state, and the step that moves them on."""
 
-    def __init__(
-        self,
-        config: ml_collections.ConfigDict,
-        model: ModelConfig,
-        names: tuple[str, ...],
-        settings: OptimizerConfig,
-        mesh: jax.sharding.Mesh,
-    ):
-        self._names = names
+    def __init__(self, step: Step):
         self.step = 0
-        self._optimizer = make_optimizer(settings, config.steps)
-        feedback = phases.FeedbackConfig(**config.rglf)
-        loss = phases.make_loss(config.phase, model, setup.granularities(config, model), feedback, config.remat)
-        dtype, seed = setup.DTYPES[config.compute_dtype], config.seed
-
-        def update(ours: Any, state: Any, frozen: Any, batch: Any, step: jax.Array) -> tuple[Any, Any, Any]:
-            cast = functools.partial(jax.tree.map, lambda x: x.astype(dtype))
-            still = cast(frozen)
-            rng = jax.random.fold_in(jax.random.key(seed), step)
-
-            def of_ours(ours: Any, batch: Any, rng: jax.Array) -> Any:
-                return loss(parameters.merge(cast(ours), still), batch, rng)
-
-            grads, value, metrics = gradients(of_ours, ours, batch, rng, settings.accumulate)
-            metrics |= {"loss": value, "grad_norm": optax.global_norm(grads)}
-            updates, state = self._optimizer.update(grads, state, ours)
-            return optax.apply_updates(ours, updates), state, metrics
-
-        whole = parameters.abstract(model)
-        ours, frozen = parameters.split(whole, names)
-        state = jax.eval_shape(self._optimizer.init, ours)
-        of_state = sharding.state_shardings(mesh, whole, state)
-        of_ours, of_frozen = (sharding.shardings(mesh, half) for half in (ours, frozen))
-        rows, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-        self._rows = rows
-        self._init = jax.jit(self._optimizer.init, out_shardings=of_state)
-        self._update = jax.jit(
-            update,
-            in_shardings=(of_ours, of_state, of_frozen, rows, everywhere),
-            out_shardings=(of_ours, of_state, everywhere),
-            donate_argnums=(0, 1),
-        )
-        targets = (whole, sharding.shardings(mesh, whole)), (state, of_state)
-        self._targets = [
-            jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), *pair)
-            for pair in targets
-        ]
+        self._compiled = step
 
     def begin(self, manager: checkpoint.Manager, params: parameters.Params | None, batches: Batches) -> None:
         """Take `params`, or where that is None the newest checkpoint of the run."""
         if params is None:
-            restored = manager.restore(*self._targets, batches)
-            self.step, params, self._state = restored.step, restored.params, restored.optimizer
-            self._ours, self._frozen = parameters.split(params, self._names)
+            restored = manager.restore(self._compiled.params, self._compiled.state, batches)
+            self.step, self._state = restored.step, restored.optimizer
+            self._ours, self._frozen = self._compiled.split(restored.params)
         else:
-            self._ours, self._frozen = parameters.split(params, self._names)
-            self._state = self._init(self._ours)
+            self._ours, self._frozen = self._compiled.split(params)
+            self._state = self._compiled.init(self._ours)
 
     def advance(self, batch: Batch) -> dict[str, jax.Array]:
         """One optimizer step; returns its metrics before they are computed."""
-        arrays = jax.tree.map(lambda x: jax.make_array_from_process_local_data(self._rows, x), batch)
+        arrays = jax.tree.map(lambda x: jax.make_array_from_process_local_data(self._compiled.rows, x), batch)
         step = jnp.asarray(self.step, jnp.int32)
-        self._ours, self._state, metrics = self._update(self._ours, self._state, self._frozen, arrays, step)
+        self._ours, self._state, metrics = self._compiled.update(self._ours, self._state, self._frozen, arrays, step)
         self.step += 1
         return metrics
 
@@ -171,8 +139,10 @@ class _Run:
 class _Reporter:
     """Writes the metrics of a step once the next one has been handed to the device."""
 
-    def __init__(self, config: ml_collections.ConfigDict, run: _Run, log: MetricsLog, progress: Progress):
+    def __init__(self, config: ml_collections.ConfigDict, run: _Run, log: MetricsLog | None, progress: Progress):
         self._phase, self._run, self._log, self._progress = config.phase, run, log, progress
+        self._batch_size, self._max_bad_steps = config.batch_size, config.max_bad_steps
+        self._bad_steps = hosts.gather(log.bad_steps if log else 0)[0]  # the first process has the log
         self._peak = config.optimizer.learning_rate
         self._rate = rate_shape(OptimizerConfig(**config.optimizer), config.steps)
         self._pending: tuple[int, dict[str, jax.Array], list[str], int] | None = None
@@ -180,7 +150,7 @@ class _Reporter:
         self._since = time.monotonic()
 
     def hand_over(self, metrics: dict[str, jax.Array], ids: list[str], batch: Batch) -> None:
-        shape = (*batch["pixels"].shape[:2], *batch["text"].shape[1:], *batch["targets"].shape[1:])
+        shape = (*batch["tile_image"].shape, *batch["text"].shape[1:], *batch["targets"].shape[1:])
         shape += tuple(index.shape[1] for index in batch["index"].values())
         if shape not in self._shapes:
             self._shapes.add(shape)
@@ -190,7 +160,7 @@ class _Reporter:
                 f"{answer} of them answer, packed to {', '.join(map(str, lengths))}"
             )
         self.report()
-        tokens = int(sum(length.sum() for length in batch["length"].values())) * jax.process_count()
+        tokens = int(sum(length.sum() for length in batch["length"].values())) * self._batch_size // len(ids)
         self._pending = self._run.step, metrics, ids, tokens
 
     def report(self) -> None:
@@ -201,10 +171,10 @@ class _Reporter:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         now = time.monotonic()
         seconds, self._since = now - self._since, now
-        for name in ("loss", "grad_norm"):
-            if not math.isfinite(values[name]):
-                known = ", ".join(filter(None, ids))
-                raise FloatingPointError(f"{name} is {values[name]} at step {step}; its samples are {known}")
+        bad = [f"{name} is {values[name]}" for name in ("loss", "grad_norm") if not math.isfinite(values[name])]
+        if bad:
+            self._pass_over(step, bad[0], ids)
+            return
         if values.get("visual_tokens") == 0:  # text alone: there was nothing to choose, and zeros would mislead
             values = {name: values[name] for name in ("loss", "grad_norm")}
         row = {
@@ -215,8 +185,20 @@ class _Reporter:
             "tokens_per_second": tokens / seconds,
             "step_seconds": seconds,
         }
-        self._log.write(row)
+        if self._log is not None:
+            self._log.write(row)
         self._progress.show(row)
+
+    def _pass_over(self, step: int, what: str, ids: list[str]) -> None:
+        """Note a step that was not finite, and so has changed nothing, or stop the run at it."""
+        ids = list(dict.fromkeys(filter(None, itertools.chain(*hosts.gather(ids)))))
+        what += f" at step {step}; its samples are {', '.join(ids)}"
+        self._bad_steps += 1
+        if self._bad_steps > self._max_bad_steps:
+            raise FloatingPointError(f"{what}; max_bad_steps={self._max_bad_steps} such steps may be passed over")
+        self._progress.say(f"{what}; passed over, {self._bad_steps} of at most {self._max_bad_steps}")
+        if self._log is not None:
+            self._log.write({"step": step, "phase": self._phase, "not_finite": what, "ids": ids})
 
 
 class _Termination:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.models import avg_llava
+from avg_llava_jax.models.stack import Remat
 
 Batch = dict[str, jax.Array | dict[int, jax.Array]]
 Execution = Literal["per_length", "vmap"]
@@ -21,7 +22,7 @@ def answer_nll(
     index: jax.Array,
     target_at: jax.Array,
     targets: jax.Array,
-    remat: bool = False,
+    remat: Remat = "none",
 ) -> tuple[jax.Array, jax.Array]:
     """Negative log-likelihood of each sample's answer at one granularity.
 
@@ -37,7 +38,8 @@ def answer_nll(
     hidden, _ = avg_llava.language(config, params, avg_llava.assemble(params, pyramid, text, index), remat=remat)
     at = jnp.take_along_axis(hidden, jnp.maximum(target_at, 0)[..., None], axis=1)
     log_probs = jax.nn.log_softmax(avg_llava.unembed(config, params, at))
-    nll = -jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
+    # Summed rather than looked up, so that each device reads its own part of the vocabulary.
+    nll = -jnp.sum(jnp.where(jnp.arange(log_probs.shape[-1]) == targets[..., None], log_probs, 0.0), axis=-1)
     counted = target_at >= 0
     return jnp.sum(jnp.where(counted, nll, 0.0), axis=1), jnp.sum(counted, axis=1).astype(jnp.float32)
 
@@ -50,12 +52,12 @@ def granularity_nll(
     batch: Batch,
     granularities: Sequence[int],
     execution: Execution = "per_length",
-    remat: bool = False,
+    remat: Remat = "none",
 ) -> tuple[jax.Array, jax.Array]:
     """`answer_nll` at each granularity: sums and counts, (G, B) each.
 
-    `per_length` runs one program part per granularity at its own static length; with `remat` the memory
-    is that of one granularity at a time. `vmap` pads all to the longest and maps over the granularity axis.
+    `per_length` runs one program part per granularity at its own static length. `vmap` pads all to the longest
+    and maps over the granularity axis.
     """
     shared = (batch["targets"], remat)
     if execution == "vmap":
@@ -66,11 +68,10 @@ def granularity_nll(
         target_at = jnp.stack([batch["target_at"][g] for g in granularities])
         return jax.vmap(lambda i, t: answer_nll(config, params, pyramid, text, i, t, *shared))(index, target_at)
 
-    def one(params, pyramid, text, index, target_at):
-        return answer_nll(config, params, pyramid, text, index, target_at, *shared)
-
-    one = jax.checkpoint(one) if remat else one
-    parts = [one(params, pyramid, text, batch["index"][g], batch["target_at"][g]) for g in granularities]
+    parts = [
+        answer_nll(config, params, pyramid, text, batch["index"][g], batch["target_at"][g], *shared)
+        for g in granularities
+    ]
     sums, counts = zip(*parts, strict=True)
     return jnp.stack(sums), jnp.stack(counts)
 
@@ -80,7 +81,7 @@ def language_loss(
     params: avg_llava.Params,
     batch: Batch,
     granularities: Sequence[int],
-    remat: bool = False,
+    remat: Remat = "none",
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Next-token cross-entropy of the answers, mean over tokens, then over granularities (paper, equation 5).
 
@@ -95,13 +96,17 @@ def language_loss(
     return jnp.mean(per_granularity), metrics
 
 
-def grounding_loss(config: ModelConfig, params: avg_llava.Params, batch: Batch, remat: bool = False):
+def grounding_loss(config: ModelConfig, params: avg_llava.Params, batch: Batch, remat: Remat = "none"):
     """Each patch names what it shows: cross-entropy of its words, read straight through the unembedding.
+
+    Scores are sharpened by sqrt(D), so that features come out about as long as the embeddings that they are
+    read by: the router attends to both, and would not notice the shorter ones.
 
     batch["patch_words"]: int (B, T, P, words) token ids, -1 = none; a patch's words share its probability.
     """
     features = avg_llava.see(config, params, batch["pixels"], remat)
-    log_probs = jax.nn.log_softmax(avg_llava.unembed(config, params, features))
+    scores = avg_llava.unembed(config, params, features) * config.language.width**0.5
+    log_probs = jax.nn.log_softmax(scores)
     words = batch["patch_words"]
     nll = -jnp.take_along_axis(log_probs, jnp.maximum(words, 0), axis=-1)
     loss = jnp.sum(jnp.where(words >= 0, nll, 0.0)) / jnp.maximum(jnp.sum(words >= 0), 1)

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-import tensorboardX
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 
 from avg_llava_jax.data.pipeline import Skipped
 from avg_llava_jax.files import write_whole
@@ -38,19 +40,33 @@ def _rewrite(path: Path, rows: list[dict[str, Any]]) -> TextIO:
 
 
 class MetricsLog:
-    """metrics.jsonl and TensorBoard. What was logged after step `start` is dropped: it will come again."""
+    """metrics.jsonl and TensorBoard. What was logged after step `start` is dropped: it will come again.
+
+    bad_steps: how many of the steps up to `start` were passed over because they were not finite.
+    """
+
+    FLUSH = 10.0  # seconds
 
     def __init__(self, workdir: Path, start: int):
         kept = [row for row in read_rows(workdir / METRICS) if row["step"] <= start]
+        self.bad_steps = sum("not_finite" in row for row in kept)
         self._file = _rewrite(workdir / METRICS, kept)
-        self._board = tensorboardX.SummaryWriter(str(workdir / TENSORBOARD), purge_step=start + 1, flush_secs=10)
+        (workdir / TENSORBOARD).mkdir(exist_ok=True)
+        # Not by tensorboardX's SummaryWriter: its thread dies of a full disk, and the run would wait for it forever.
+        self._board = EventsWriter(str(workdir / TENSORBOARD / "events"))
+        session = SessionLog(status=SessionLog.START)  # makes TensorBoard drop what an earlier one has from here on
+        self._board.write_event(Event(wall_time=time.time(), step=start + 1, session_log=session))
+        self._flushed = time.monotonic()
 
     def write(self, row: dict[str, Any]) -> None:
         """One step: a row with `step`, and numbers or texts."""
-        self._file.write(json.dumps(row) + "\n")
-        for name, value in row.items():
-            if name != "step" and isinstance(value, (int, float)):
-                self._board.add_scalar(name, value, row["step"])
+        self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        numbers = {name: value for name, value in row.items() if name != "step" and isinstance(value, (int, float))}
+        summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in numbers.items()])
+        self._board.write_event(Event(wall_time=time.time(), step=row["step"], summary=summary))
+        if time.monotonic() - self._flushed > self.FLUSH:
+            self._board.flush()
+            self._flushed = time.monotonic()
 
     def close(self) -> None:
         self._file.close()
@@ -58,14 +74,17 @@ class MetricsLog:
 
 
 class SkippedLog:
-    """skipped.jsonl, one row a record however often it comes, and the bound on how many may be skipped."""
+    """skipped.jsonl, one row a record however often it comes, and the bound on how many may be skipped.
 
-    def __init__(self, workdir: Path, max_share: float):
+    All processes of a run count the same; the file is written by the one that is given a `workdir`.
+    """
+
+    def __init__(self, workdir: Path | None, max_share: float):
         self._max_share = max_share
-        rows = read_rows(workdir / SKIPPED)
+        rows = [] if workdir is None else read_rows(workdir / SKIPPED)
         self._known = {row["record"] for row in rows}
         self.reasons = collections.Counter(row["reason"] for row in rows)
-        self._file = _rewrite(workdir / SKIPPED, rows)
+        self._file = None if workdir is None else _rewrite(workdir / SKIPPED, rows)
         self._seen = self._skipped = 0
 
     def add(self, used: int, skipped: Sequence[Skipped]) -> None:
@@ -80,11 +99,12 @@ class SkippedLog:
             if one.record not in self._known:
                 self._known.add(one.record)
                 self.reasons[one.reason] += 1
-                self._file.write(json.dumps(one._asdict(), ensure_ascii=False) + "\n")
+                if self._file is not None:
+                    self._file.write(json.dumps(one._asdict(), ensure_ascii=False) + "\n")
         if self._seen >= FEW and self._skipped > self._max_share * self._seen:
             raise RuntimeError(
                 f"{self._skipped} of {self._seen} samples could not be used, more than data.max_skipped_share="
-                f"{self._max_share} allows: {self.summary()}; see {self._file.name}"
+                f"{self._max_share} allows: {self.summary()}; {SKIPPED} in the workdir says which"
             )
 
     def summary(self) -> str:
@@ -92,7 +112,8 @@ class SkippedLog:
         return ", ".join(f"{count} {reason}" for reason, count in self.reasons.most_common())
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 class Progress:

@@ -7,8 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 
-from avg_llava_jax import parameters
+from avg_llava_jax import parameters, sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,25 +54,36 @@ def rate_shape(config: OptimizerConfig, steps: int) -> Callable[[jax.Array], jax
     return optax.warmup_cosine_decay_schedule(0.0 if warmup else 1.0, 1.0, warmup, max(steps, warmup + 1))
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Clip, AdamW, and the learning rate of each parameter's component."""
-    shape = rate_shape(config, steps)
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformationExtraArgs:
+    """Clip, AdamW, and the learning rate of each parameter's component.
 
-    def scale(updates: Any, state: optax.ScaleByScheduleState, params: Any = None) -> tuple[Any, Any]:
-        share = shape(state.count)
+    Where a gradient is not finite, or the `loss` that `update` may be given, the step changes neither parameters
+    nor moments. The learning rate goes on, so that the rate of step n depends on n alone.
+    """
+    shape = rate_shape(config, steps)
+    adam = optax.chain(
+        optax.clip_by_global_norm(config.clip),
+        optax.scale_by_adam(config.b1, config.b2, config.eps),
+        optax.add_decayed_weights(config.weight_decay, mask=_decayed),
+    )
+
+    def init(params: parameters.Params) -> tuple[Any, ...]:
+        return *adam.init(params), optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))
+
+    def update(grads: Any, state: tuple[Any, ...], params: Any, *, loss: Any = 0.0) -> tuple[Any, tuple[Any, ...]]:
+        *before, schedule = state
+        share = shape(schedule.count)
+        updates, after = adam.update(grads, tuple(before), params)
+        finite = jnp.isfinite(loss) & jnp.isfinite(optax.global_norm(grads))
         rates = jax.tree.map(
             lambda name: config.encoder_learning_rate if name == "encoder" else config.learning_rate,
             parameters.components(updates),
         )
-        updates = jax.tree.map(lambda update, rate: -share * rate * update, updates, rates)
-        return updates, optax.ScaleByScheduleState(optax.safe_increment(state.count))
+        updates = jax.tree.map(lambda update, rate: jnp.where(finite, -share * rate * update, 0.0), updates, rates)
+        after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, tuple(before))
+        return updates, (*after, optax.ScaleByScheduleState(optax.safe_increment(schedule.count)))
 
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip),
-        optax.scale_by_adam(config.b1, config.b2, config.eps),
-        optax.add_decayed_weights(config.weight_decay, mask=_decayed),
-        optax.GradientTransformation(lambda _: optax.ScaleByScheduleState(jnp.zeros((), jnp.int32)), scale),
-    )
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _decayed(params: parameters.Params) -> parameters.Params:
@@ -92,19 +104,40 @@ def gradients(
 
     Micro-batches count by their weight, so that where the answers' tokens lie makes no difference.
     Row i*k + j of the batch is row i of micro-batch j of k: each device cuts up its own rows.
+    Copies of the model (mesh axis `data`) add up for themselves, and are summed once at the end.
     """
-    value_and_grad = jax.value_and_grad(loss, has_aux=True)
+
+    def value_and_grad(params: parameters.Params, batch: Any, rng: jax.Array) -> Any:
+        found, grads = jax.value_and_grad(loss, has_aux=True)(params, batch, rng)
+        return found, sharding.constrain(grads)
+
     if accumulate == 1:
         (value, (_, metrics)), grads = value_and_grad(params, batch, rng)
         return grads, value, metrics
-    cut = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
 
-    def micro(total: Any, part: Any) -> tuple[Any, None]:
-        (value, (weight, metrics)), grads = value_and_grad(params, *part)
-        return jax.tree.map(lambda t, x: t + weight * x, total, (grads, value, metrics, jnp.ones(()))), None
+    def weighted(params: parameters.Params, batch: Any, rng: jax.Array) -> Any:
+        (value, (weight, metrics)), grads = value_and_grad(params, batch, rng)
+        return jax.tree.map(lambda x: weight * x, (grads, value, metrics, jnp.ones(())))
 
-    parts = cut, jax.random.split(rng, accumulate)
-    (value, (_, metrics)), grads = jax.eval_shape(value_and_grad, params, *jax.tree.map(lambda x: x[0], parts))
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (grads, value, metrics, jnp.ones(())))
-    (*sums, weight), _ = jax.lax.scan(micro, zeros, parts)
+    def summed(params: parameters.Params, batch: Any, rng: jax.Array) -> Any:
+        cut = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
+        parts = cut, jax.random.split(rng, accumulate)
+        zeros = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype),
+            jax.eval_shape(weighted, params, *jax.tree.map(lambda x: x[0], parts)),
+        )
+        return jax.lax.scan(
+            lambda sums, part: (jax.tree.map(jnp.add, sums, weighted(params, *part)), None), zeros, parts
+        )[0]
+
+    def summed_by_copies(params: parameters.Params, batch: Any, rng: jax.Array) -> Any:
+        sums = summed(params, batch, jax.random.fold_in(rng, jax.lax.axis_index("data")))
+        return jax.lax.psum(sums, "data")
+
+    if jax.sharding.get_abstract_mesh().shape.get("data", 1) > 1:
+        everywhere, rows = PartitionSpec(), PartitionSpec("data")
+        places = {"in_specs": (everywhere, rows, everywhere), "out_specs": everywhere, "axis_names": {"data"}}
+        *sums, weight = jax.shard_map(summed_by_copies, **places, check_vma=False)(params, batch, rng)
+    else:
+        *sums, weight = summed(params, batch, rng)
     return jax.tree.map(lambda x: x / jnp.maximum(weight, 1.0), tuple(sums))

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.models import avg_llava
 from avg_llava_jax.models.scaler import scale
+from avg_llava_jax.models.stack import Remat
 from avg_llava_jax.training import losses
 from avg_llava_jax.training.feedback import answer_feedback
 from avg_llava_jax.training.optimizer import Loss
@@ -46,7 +47,7 @@ class FeedbackConfig:
 
 
 def make_loss(
-    phase: str, config: ModelConfig, granularities: tuple[int, ...], feedback: FeedbackConfig, remat: bool
+    phase: str, config: ModelConfig, granularities: tuple[int, ...], feedback: FeedbackConfig, remat: Remat
 ) -> Loss:
     """The loss of a phase, (params, batch, rng) -> loss, (weight, metrics)."""
     if phase == "grounding":

@@ -4,26 +4,34 @@ import functools
 import json
 import logging
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 from jax.experimental import multihost_utils
 
-from avg_llava_jax import checkpoint, foreign, parameters, sharding
+from avg_llava_jax import checkpoint, foreign, hosts, parameters, sharding
 from avg_llava_jax.config import ModelConfig, from_dict, to_dict
 from avg_llava_jax.data.feedback import read_feedback
 from avg_llava_jax.data.pipeline import Batches, PlannedBatches
 from avg_llava_jax.data.sources import open_sources
 from avg_llava_jax.data.tokenizer import Tokenizer, load_tokenizer
-from avg_llava_jax.models import avg_llava
-from avg_llava_jax.training.optimizer import OptimizerConfig
+from avg_llava_jax.models.stack import Remat
+from avg_llava_jax.training.optimizer import OptimizerConfig, trainable
 
 logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-MAY_CHANGE = ("checkpoint_every", "data.workers", "data.max_skipped_share", "mesh", "rglf.execution", "remat")
+MAY_CHANGE = (
+    "checkpoint_every",
+    "max_bad_steps",
+    "data.workers",
+    "data.max_skipped_share",
+    "mesh",
+    "rglf.execution",
+    "remat",
+)
 """Settings that a run may be gone on with in another form: they do not change what it computes."""
 
 
@@ -45,19 +53,19 @@ def begin(config: ml_collections.ConfigDict, workdir: Path, mesh: jax.sharding.M
         _compare(workdir, values["training"] or {}, config.to_dict())
         return Start(model, None)
     if config.init_from:
-        loaded = checkpoint.load(config.init_from, config.vision_tower or None, mesh, jnp.float32)
+        loaded = checkpoint.load(config.init_from, config.vision_tower or None, mesh, dtypes(config), config.seed)
         model = override(loaded.config, config.model)
         params, tokenizer, trained = loaded.params, loaded.tokenizer_folder, loaded.meta["granularities_trained"]
         _same_shapes(params, parameters.abstract(model), config.init_from)
     else:
         model = override(ModelConfig(), config.model)
-        init = functools.partial(avg_llava.init, model)
+        init = functools.partial(parameters.init, model, dtype=dtypes(config))
         shardings = sharding.shardings(mesh, parameters.abstract(model))
         params = jax.jit(init, out_shardings=shardings)(jax.random.key(config.seed))
         tokenizer, trained = config.tokenizer, None
     if config.phase != "rglf":
         trained = list(granularities(config, model))
-    if jax.process_index() == 0:
+    if hosts.first():
         checkpoint.copy_tokenizer(tokenizer, workdir)
         if config.init_from:
             foreign.keep_unused(config.init_from, workdir, config.vision_tower or None)
@@ -88,21 +96,41 @@ def granularities(config: ml_collections.ConfigDict, model: ModelConfig) -> tupl
     return chosen
 
 
-def check(config: ml_collections.ConfigDict, optimizer: OptimizerConfig, mesh: jax.sharding.Mesh) -> None:
+def dtypes(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """The dtype in which the parameters of each component are held: fp32 where they learn, else that of the compute."""
+    learning = trainable(config.phase, OptimizerConfig(**config.optimizer))
+    frozen = DTYPES[config.compute_dtype]
+    return {name: jnp.float32 if name in learning else frozen for name in parameters.COMPONENTS}
+
+
+def check(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> None:
     """Settings that would only fail later.
 
     Raises:
       ValueError: names the setting.
     """
-    if config.compute_dtype not in DTYPES:
-        raise ValueError(f"compute_dtype={config.compute_dtype!r}: choose {' or '.join(DTYPES)}")
-    for name in ("steps", "batch_size", "checkpoint_every"):
-        if config[name] < 1:
-            raise ValueError(f"{name}={config[name]} must be at least 1")
+    check_step(config, mesh)
+    if config.checkpoint_every < 1:
+        raise ValueError(f"checkpoint_every={config.checkpoint_every} must be at least 1")
+    if config.max_bad_steps < 0:
+        raise ValueError(f"max_bad_steps={config.max_bad_steps} must not be negative")
     if not config.data.path:
         raise ValueError("data.path is not set: give a LLaVA JSON or JSONL, or `jersey`")
     if not config.init_from and not config.get("tokenizer"):
         raise ValueError("init_from is not set: give a checkpoint, or a `tokenizer` to begin with fresh parameters")
+
+
+def check_step(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> None:
+    """Those settings of `check` that the training step depends on."""
+    optimizer = OptimizerConfig(**config.optimizer)
+    trainable(config.phase, optimizer)
+    if config.compute_dtype not in DTYPES:
+        raise ValueError(f"compute_dtype={config.compute_dtype!r}: choose {' or '.join(DTYPES)}")
+    if config.remat not in get_args(Remat):
+        raise ValueError(f"remat={config.remat!r}: choose {' or '.join(get_args(Remat))}")
+    for name in ("steps", "batch_size"):
+        if config[name] < 1:
+            raise ValueError(f"{name}={config[name]} must be at least 1")
     parts = optimizer.accumulate * mesh.shape["data"] * mesh.shape["fsdp"]
     if config.batch_size % parts:
         raise ValueError(
@@ -111,14 +139,18 @@ def check(config: ml_collections.ConfigDict, optimizer: OptimizerConfig, mesh: j
         )
 
 
-def open_batches(config: ml_collections.ConfigDict, workdir: Path, model: ModelConfig) -> Batches:
-    """This process's batches, from the first on."""
+def open_batches(
+    config: ml_collections.ConfigDict, workdir: Path, model: ModelConfig, mesh: jax.sharding.Mesh
+) -> Batches:
+    """This process's rows of the batches, from the first batch on."""
     tokenizer = load_tokenizer(workdir / checkpoint.TOKENIZER)
-    return Batches(plan_batches(config, model, tokenizer), config.data.workers)
+    return Batches(plan_batches(config, model, tokenizer, mesh), config.data.workers)
 
 
-def plan_batches(config: ml_collections.ConfigDict, model: ModelConfig, tokenizer: Tokenizer) -> PlannedBatches:
-    """This process's batches by number."""
+def plan_batches(
+    config: ml_collections.ConfigDict, model: ModelConfig, tokenizer: Tokenizer, mesh: jax.sharding.Mesh | None = None
+) -> PlannedBatches:
+    """The batches by number: the rows that lie on this process's devices of the mesh, or all of them."""
     if tokenizer.vocab_size > model.language.vocab_size:
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, model.language.vocab_size={model.language.vocab_size}"
@@ -132,9 +164,8 @@ def plan_batches(config: ml_collections.ConfigDict, model: ModelConfig, tokenize
         seed=config.seed,
         shapes=config.data.shapes,
         words=config.phase == "grounding",
+        rows=None if mesh is None else sharding.process_rows(mesh, config.batch_size),
         feedback=read_feedback(config.rglf.feedback, model.granularities) if config.rglf.feedback else None,
-        process=jax.process_index(),
-        processes=jax.process_count(),
     )
 
 

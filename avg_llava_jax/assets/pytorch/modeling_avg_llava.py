@@ -1,0 +1,363 @@
+"""AVG-LLaVA for PyTorch: a LLaVA-NeXT that chooses how closely to look at each image.
+
+    processor = AutoProcessor.from_pretrained(FOLDER)
+    model = AutoModelForImageTextToText.from_pretrained(FOLDER, trust_remote_code=True)
+    model.generate(**processor(images=image, text=prompt, return_tensors="pt"), max_new_tokens=64)
+
+Lan et al., "AVG-LLaVA: An Efficient Large Multimodal Model with Adaptive Visual Granularity", Findings of ACL 2025.
+This file needs torch and transformers alone. The weights are those of a `LlavaNextForConditionalGeneration`, which
+reads the same folder and always looks as closely as possible, and a router's, in a file of their own.
+
+Prompts are prepared by the stock LlavaNextProcessor, which writes as many image tokens as the finest granularity
+has. They are replaced by as many as the granularity has that the router chooses:
+
+    input_ids    w w i i i i i i i i i i i i w w w      i: image token, w: text
+    packed               w w v v v v n v v n w w w      v: visual token, n: the learned newline
+
+Dims: T tiles of one image, P patches of a tile, R = rows of its pyramid (P + P/2 + ...), D width of the language
+model, K text tokens that the router reads, G granularities. A granularity is named by its tokens per tile.
+"""
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
+from transformers.models.llava_next.modeling_llava_next import (
+    LlavaNextCausalLMOutputWithPast,
+    get_anyres_image_grid_shape,
+    unpad_image,
+)
+from transformers.utils import cached_file
+
+ROUTER_FILE = "router/model.safetensors"
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+IGNORE = -100
+
+# The files have LLaVA-NeXT's older names, which its own class translates by itself, and a class of one's own does not.
+# Spelled as the library's, dots unescaped: some versions write the patterns back as names when they save.
+KEY_MAPPING = {
+    "^language_model.lm_head": "lm_head",
+    "^language_model.model": "model.language_model",
+    "^vision_tower": "model.vision_tower",
+    "^multi_modal_projector": "model.multi_modal_projector",
+    "^image_newline": "model.image_newline",
+}
+
+Size = tuple[int, int]  # (height, width) in pixels, as the processor's `image_sizes`
+Granularity = int | Sequence[int] | None
+
+
+class Router(nn.Module):
+    """The visual granularity router: one transformer layer, an opinion of each row, and a vote over the rows."""
+
+    def __init__(
+        self,
+        width: int,
+        granularities: Sequence[int],
+        attention: str,
+        text_tokens: int,
+        heads: int,
+        dropout: float,
+        norm_eps: float,
+    ):
+        """attention: `tokens` lets the rows of a tile see each other, `tiles` each row its like in the other tiles."""
+        super().__init__()
+        self.finest, self.text_tokens = granularities[-1], text_tokens
+        rows = sum(granularities) + text_tokens
+        self.merger = nn.TransformerEncoderLayer(
+            width, heads, width, dropout, layer_norm_eps=norm_eps, batch_first=attention == "tokens"
+        )
+        self.router = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, len(granularities)))
+        self.voter = nn.Parameter(torch.randn(rows, 1) * rows**-0.5)
+        self.norm = nn.LayerNorm(len(granularities), eps=norm_eps)
+
+    def forward(self, pyramid: Tensor, text: Tensor) -> Tensor:
+        """Pyramid (T, R, D) of one image and text embeddings (n, D) -> scores (G,) in fp32; the best one is chosen."""
+        x = torch.cat([pyramid, self.select_text(pyramid[0, -self.finest :], text).expand(len(pyramid), -1, -1)], 1)
+        opinions = self.router(self.merger(x)).float()
+        votes = (self.voter.float() * opinions).sum(1).mean(0)
+        return F.layer_norm(votes, votes.shape, self.norm.weight.float(), self.norm.bias.float(), self.norm.eps)
+
+    def select_text(self, patches: Tensor, text: Tensor) -> Tensor:
+        """The K of n text embeddings most similar to the patches (P, D) on average, then zeros: (K, D)."""
+        similarity = F.normalize(text.float(), dim=-1) @ F.normalize(patches.float(), dim=-1).mean(0)
+        best = similarity.topk(min(len(text), self.text_tokens)).indices
+        return F.pad(text[best], (0, 0, 0, self.text_tokens - len(best)))
+
+
+@dataclass
+class AvgLlavaOutput(LlavaNextCausalLMOutputWithPast):
+    """Of a prompt with images. Logits, labels and mask have the packed length, which ends with the last text token.
+
+    granularities: int (images,), what each image was seen at. router_logits: (images, G), None where it was given.
+    attention_mask: (B, S), False where a shorter row is padded on the left.
+    """
+
+    granularities: Tensor | None = None
+    router_logits: Tensor | None = None
+    attention_mask: Tensor | None = None
+
+
+class Packed(NamedTuple):
+    """A batch ready for the language model, padded on the left: embeds (B, S, D), mask and labels (B, S)."""
+
+    embeds: Tensor
+    mask: Tensor
+    labels: Tensor | None
+    granularities: Tensor
+    router_logits: Tensor | None
+
+
+class AvgLlavaForConditionalGeneration(LlavaNextForConditionalGeneration):
+    """`LlavaNextForConditionalGeneration` with a scaler and a router.
+
+    `forward` and `generate` take one argument more, `granularity`: None lets the router choose for each image, a
+    number is for all of them, a list has one for each. `config.avg_llava` says how scaler and router are built.
+    """
+
+    _auto_class = "AutoModelForImageTextToText"
+    _keys_to_ignore_on_load_missing = (r"^router\.",)  # they come from ROUTER_FILE
+
+    def __init__(self, config: LlavaNextConfig):
+        super().__init__(config)
+        settings, vision = config.avg_llava, config.vision_config
+        self.unpad = settings["unpad"]
+        rows = columns = self.side = vision.image_size // vision.patch_size
+        self.grids = {rows * columns: (rows, columns)}  # granularity -> (rows, columns) of a tile, finest first
+        self.halves_width = []
+        for level in range(settings["scaler"]["halvings"]):
+            self.halves_width.append((level % 2 == 0) == (settings["scaler"]["first_axis"] == "width"))
+            rows, columns = (rows, columns // 2) if self.halves_width[-1] else (rows // 2, columns)
+            self.grids[rows * columns] = rows, columns
+        self.granularities = sorted(self.grids)
+        self.router = Router(config.text_config.hidden_size, self.granularities, **settings["router"])
+        self._keys_to_ignore_on_save = [f"router.{name}" for name in self.router.state_dict()]
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, folder, *args, **kwargs):
+        """As the library's, then the router, whose file a plain LLaVA-NeXT does not look at."""
+        loaded = super().from_pretrained(folder, *args, **{"key_mapping": KEY_MAPPING} | kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        file = cached_file(folder, ROUTER_FILE, **{key: kwargs[key] for key in HUB_OPTIONS if key in kwargs})
+        model.router.load_state_dict(load_file(file))
+        return loaded
+
+    def save_pretrained(self, folder, *args, **kwargs):
+        """As the library's, with the router in its own file again."""
+        super().save_pretrained(folder, *args, **kwargs)
+        path = os.path.join(folder, ROUTER_FILE)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        weights = {name: tensor.contiguous() for name, tensor in self.router.state_dict().items()}
+        save_file(weights, path, {"format": "pt"})
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_sizes: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        granularity: Granularity = None,
+        **kwargs,
+    ) -> LlavaNextCausalLMOutputWithPast:
+        """The next-token logits; with `pixel_values` those of the packed sequence, as an `AvgLlavaOutput`."""
+        if pixel_values is None:
+            return super().forward(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                inputs_embeds=inputs_embeds,
+                labels=labels,
+                logits_to_keep=logits_to_keep,
+                **kwargs,
+            )
+        packed = self.pack(input_ids, pixel_values, image_sizes, attention_mask, labels, granularity)
+        output = super().forward(
+            inputs_embeds=packed.embeds,
+            attention_mask=packed.mask,
+            position_ids=(packed.mask.long().cumsum(1) - 1).clamp(min=0),
+            labels=packed.labels,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+        return AvgLlavaOutput(
+            **output,
+            granularities=packed.granularities,
+            router_logits=packed.router_logits,
+            attention_mask=packed.mask,
+        )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_sizes: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        granularity: Granularity = None,
+        **kwargs,
+    ):
+        """As the library's: token ids that begin with `input_ids`, as they were given."""
+        if pixel_values is None:
+            return super().generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        packed = self.pack(input_ids, pixel_values, image_sizes, attention_mask, granularity=granularity)
+        output = super().generate(inputs_embeds=packed.embeds, attention_mask=packed.mask, **kwargs)
+        new = output if isinstance(output, Tensor) else output.sequences
+        whole = torch.cat([input_ids.repeat_interleave(len(new) // len(input_ids), 0), new], 1)
+        if isinstance(output, Tensor):
+            return whole
+        output.sequences = whole
+        return output
+
+    def pack(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor,
+        image_sizes: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        granularity: Granularity = None,
+    ) -> Packed:
+        """See every image once, choose its granularity, and put its visual tokens where its image tokens stand.
+
+        The router reads all text of a row that has no label: where there are labels, the instruction.
+        """
+        sizes = [tuple(size) for size in torch.as_tensor(image_sizes).tolist()]
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        rows = [ids[kept.bool()] for ids, kept in zip(input_ids, mask, strict=True)]
+        targets = input_ids.new_full(input_ids.shape, IGNORE) if labels is None else labels
+        targets = [row[kept.bool()] for row, kept in zip(targets, mask, strict=True)]
+        pyramids = self.see(pixel_values, sizes)
+        wanted = list(granularity) if isinstance(granularity, Sequence) else [granularity] * len(sizes)
+        if len(wanted) != len(sizes):
+            raise ValueError(f"granularity={granularity!r} names {len(wanted)} for {len(sizes)} images")
+
+        embeds, packed_targets, scores = [], [], []
+        for row, target, places in zip(rows, targets, self.places(rows, sizes), strict=True):
+            text = self.get_input_embeddings()(row)
+            instruction = text[(row != self.config.image_token_index) & (target == IGNORE)]
+            pieces, of_pieces, at = [], [], 0
+            for start, stop, image in places:
+                levels = pyramids[image]
+                if wanted[image] is None:
+                    flat = torch.cat([levels[g].flatten(1, 2) for g in self.granularities], 1)
+                    scores.append(self.router(flat, instruction))
+                    wanted[image] = self.granularities[int(scores[-1].argmax())]
+                visual = self.lay_out(self.level(levels, wanted[image]), sizes[image])
+                pieces += [text[at:start], visual.to(text.dtype)]
+                of_pieces += [target[at:start], target.new_full((len(visual),), IGNORE)]
+                at = stop
+            embeds.append(torch.cat([*pieces, text[at:]]))
+            packed_targets.append(torch.cat([*of_pieces, target[at:]]))
+
+        longest = max(map(len, embeds))
+        return Packed(
+            embeds=torch.stack([F.pad(row, (0, 0, longest - len(row), 0)) for row in embeds]),
+            mask=torch.stack([F.pad(row.new_ones(len(row)), (longest - len(row), 0)) for row in packed_targets]).bool(),
+            labels=None
+            if labels is None
+            else torch.stack([F.pad(row, (longest - len(row), 0), value=IGNORE) for row in packed_targets]),
+            granularities=torch.tensor(wanted, device=input_ids.device),
+            router_logits=torch.stack(scores) if len(scores) == len(sizes) else None,
+        )
+
+    def see(self, pixel_values: Tensor, sizes: Sequence[Size]) -> list[dict[int, Tensor]]:
+        """Encode, connect and scale all tiles at once: for each image {granularity: (T, rows, columns, D)}.
+
+        pixel_values: (images, most tiles, 3, H, W), of which each image's first T are real. The scaler averages
+        neighbours, alternately along the two axes.
+        """
+        counts = [1 + math.prod(self.tile_grid(size)) for size in sizes]
+        tiles = torch.cat([image[:count] for image, count in zip(pixel_values, counts, strict=True)])
+        seen = self.model.vision_tower(tiles.to(self.dtype), output_hidden_states=True, return_dict=True)
+        features = self.model.multi_modal_projector(seen.hidden_states[self.config.vision_feature_layer][:, 1:])
+        level = features.unflatten(1, (self.side, self.side))
+        levels = [level]
+        for halve_width in self.halves_width:
+            level = level.unflatten(2, (-1, 2)).mean(3) if halve_width else level.unflatten(1, (-1, 2)).mean(2)
+            levels.append(level)
+        split = [level.split(counts) for level in levels]
+        return [dict(zip(self.grids, image, strict=True)) for image in zip(*split, strict=True)]
+
+    def level(self, levels: dict[int, Tensor], granularity: int) -> Tensor:
+        """The level of a pyramid; an error that names what there is where that is none."""
+        if granularity not in levels:
+            raise ValueError(f"granularity={granularity!r} is none of this model's: {self.granularities}")
+        return levels[granularity]
+
+    def lay_out(self, tiles: Tensor, size: Size) -> Tensor:
+        """Tiles (T, rows, columns, D) of an image -> its visual tokens (N, D).
+
+        The overview row-major, then the mosaic of the other tiles, cropped to the image, a newline after each row.
+        """
+        down, across = self.tile_grid(size)
+        mosaic = tiles[1:].unflatten(0, (down, across)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
+        top, bottom, left, right = self.kept_cells(size, *mosaic.shape[:2])
+        mosaic = mosaic[top:bottom, left:right]
+        newline = self.model.image_newline.to(tiles.dtype).expand(len(mosaic), 1, -1)
+        return torch.cat([tiles[0].flatten(0, 1), torch.cat([mosaic, newline], 1).flatten(0, 1)])
+
+    def kept_cells(self, size: Size, rows: int, columns: int) -> Size | tuple[int, int, int, int]:
+        """(top, bottom, left, right), half open, in cells of a mosaic of rows x columns: what un-padding leaves.
+
+        `exact` keeps every cell that holds a pixel of the image. `released` takes the aspect ratio in cells, which
+        cuts into the image where a cell is not square; weights that were trained so need it.
+        """
+        height, width = size
+        if self.unpad == "released":
+            if width / height > columns / rows:
+                cut = (rows - int(height * (columns / width))) // 2
+                return cut, rows - cut, 0, columns
+            cut = (columns - int(width * (rows / height))) // 2
+            return 0, rows, cut, columns - cut
+        high, wide = (n * self.config.vision_config.image_size for n in self.tile_grid(size))
+        shrunk_by_width = wide / width < high / height
+        new_height = min(math.ceil(height * (wide / width)), high) if shrunk_by_width else high
+        new_width = wide if shrunk_by_width else min(math.ceil(width * (high / height)), wide)
+        kept = []
+        for whole, part, cells in ((high, new_height, rows), (wide, new_width, columns)):
+            before, cell = (whole - part) // 2, whole // cells
+            kept += [before // cell, -(-(before + part) // cell)]
+        return tuple(kept)
+
+    def places(self, rows: Sequence[Tensor], sizes: Sequence[Size]) -> list[list[tuple[int, int, int]]]:
+        """Where the images of each row stand: (first, last + 1, image), images numbered through the batch."""
+        found, left = [], list(range(len(sizes)))
+        for row in rows:
+            found.append([])
+            tokens = (row == self.config.image_token_index).nonzero()[:, 0].tolist()
+            while tokens:
+                count = self.processor_count(sizes[left[0]]) if left else 0
+                if not count or tokens[:count] != list(range(tokens[0], tokens[0] + count)):
+                    raise ValueError(
+                        f"row {len(found) - 1} has {len(tokens)} image tokens where "
+                        + (f"an image takes {count}" if count else f"all {len(sizes)} images have their place")
+                        + ": prepare prompts with this folder's processor"
+                    )
+                found[-1].append((tokens[0], tokens[0] + count, left.pop(0)))
+                tokens = tokens[count:]
+        if left:
+            raise ValueError(f"{len(left)} of {len(sizes)} images have no image tokens in input_ids")
+        return found
+
+    def processor_count(self, size: Size) -> int:
+        """How many image tokens LlavaNextProcessor writes for an image; the library rounds where it un-pads."""
+        down, across = self.tile_grid(size)
+        cells = unpad_image(torch.empty(1, down * self.side, across * self.side, device="meta"), size)
+        return self.side**2 + cells.shape[1] * (cells.shape[2] + 1)
+
+    def tile_grid(self, size: Size) -> tuple[int, int]:
+        """Tiles of an image's mosaic, down and across."""
+        tile = self.config.vision_config.image_size
+        return get_anyres_image_grid_shape(size, self.config.image_grid_pinpoints, tile)

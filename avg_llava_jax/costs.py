@@ -1,0 +1,138 @@
+"""What a program costs, read off the program itself: operations from its trace, traffic from what XLA made of it.
+
+XLA's own `cost_analysis` counts the body of a loop once. Here a `lax.scan` counts as often as it runs. Of a loop
+whose length only the device knows (generation) one turn is counted.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from jax.extend import core
+
+
+def flops(jaxpr: core.Jaxpr) -> float:
+    """Floating-point operations of all matrix products of a trace, over all devices: 2 x M x N x K each.
+
+    `jax.make_jaxpr(f)(*args).jaxpr` of a scan of length 3 over products (4, 5) @ (5, 6) has 3 * 2*4*5*6 = 720.
+    """
+    total = 0.0
+    for equation in jaxpr.eqns:
+        params = equation.params
+        inner = sum(flops(each) for each in _inner(params.values()))
+        match equation.primitive.name:
+            case "dot_general":
+                (contracted, _), _ = params["dimension_numbers"]
+                left = equation.invars[0].aval.shape
+                total += 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
+            case "scan":
+                total += params["length"] * inner
+            case "cond":
+                total += max(flops(branch.jaxpr) for branch in params["branches"])
+            case "shard_map":  # traced for one of the devices
+                taken = params.get("newly_manual_axes", params.get("manual_axes"))  # by the version of JAX
+                total += math.prod(params["mesh"].shape[axis] for axis in taken) * inner
+            case "pallas_call":  # traced for one cell of the grid
+                total += math.prod(params["grid_mapping"].grid) * inner
+            case _:
+                total += inner
+    return total
+
+
+def _inner(values: Any) -> Iterator[core.Jaxpr]:
+    for value in values:
+        if isinstance(value, core.ClosedJaxpr):
+            yield value.jaxpr
+        elif isinstance(value, core.Jaxpr):
+            yield value
+        elif isinstance(value, (tuple, list)):
+            yield from _inner(value)
+
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+
+BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16} | {f"{kind}{bits}": bits for kind in "suf" for bits in (8, 16, 32, 64)}
+
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
+_INSTRUCTION = re.compile(r"^(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z][a-z\-]*)\((.*)$")
+_CALLED = re.compile(r"(?:calls|to_apply|body|called_computations)=\{?%?([\w.\-]+)")
+_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
+_GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]*)\})")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """What one kind of collective moves in one run of a program.
+
+    count: how many such operations run. sent: bytes that each device sends, over a ring: (n-1)/n of the whole array
+    for gathering and scattering among n devices, twice that for an all-reduce.
+    """
+
+    count: int = 0
+    sent: float = 0.0
+
+
+def collectives(hlo: str) -> dict[str, Traffic]:
+    """Traffic of each kind in a compiled program, `compiled.as_text()`; loops count as often as XLA knows they run."""
+    computations: dict[str, list[str]] = {}
+    entry, lines = "", []
+    for line in hlo.splitlines():
+        if found := _COMPUTATION.match(line):
+            lines = computations.setdefault(found[2], [])
+            entry = found[2] if found[1] else entry
+        else:
+            lines.append(line.strip())
+    known: dict[str, dict[str, Traffic]] = {}
+
+    def of(name: str) -> dict[str, Traffic]:
+        if name not in known:
+            known[name] = _total(_traffic(line, of) for line in computations.get(name, ()))
+        return known[name]
+
+    return of(entry)
+
+
+def _traffic(line: str, of: Any) -> Mapping[str, Traffic]:
+    found = _INSTRUCTION.match(line)
+    if not found:
+        return {}
+    result, operation, rest = found.groups()
+    kind = operation.removesuffix("-start")
+    if kind in KINDS:
+        return {kind: Traffic(1, _sent(kind, result, rest, operation != kind))}
+    if operation.endswith("-done") or operation.endswith("-update"):
+        return {}
+    trips = _TRIPS.search(rest) if operation == "while" else None
+    times = int(trips[1]) if trips else 1
+    called = _total(of(name) for name in _CALLED.findall(rest))
+    return {kind: Traffic(times * each.count, times * each.sent) for kind, each in called.items()}
+
+
+def _sent(kind: str, result: str, rest: str, started: bool) -> float:
+    """Bytes that one device sends. `result` is the type of what comes out; that of a -start names the operands too."""
+    arrays = [
+        math.prod(map(int, filter(None, shape.split(",")))) * BITS[dtype] / 8
+        for dtype, shape in _ARRAY.findall(result)
+        if dtype in BITS
+    ]
+    if started and kind == "all-gather":
+        arrays = arrays[len(arrays) // 2 :]
+    elif kind == "collective-permute":
+        return arrays[0]
+    groups = _GROUPS.search(rest)
+    devices = int(groups[1] or groups[2].count(",") + 1) if groups else math.inf
+    if kind == "reduce-scatter":
+        return sum(arrays) * (devices - 1)
+    return sum(arrays) * (1 - 1 / devices) * (2 if kind == "all-reduce" else 1)
+
+
+def _total(parts: Any) -> dict[str, Traffic]:
+    total: dict[str, Traffic] = {}
+    for part in parts:
+        for kind, each in part.items():
+            before = total.get(kind, Traffic())
+            total[kind] = Traffic(before.count + each.count, before.sent + each.sent)
+    return total

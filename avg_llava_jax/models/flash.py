@@ -1,0 +1,49 @@
+"""Flash attention on TPU: JAX's splash kernel, each device on its own samples and heads."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+from avg_llava_jax import placement
+
+BLOCKS = range(128, 769, 128)
+"""Sizes of the square tiles that the kernel can work in; it takes whole ones."""
+
+
+def flash_attention(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool, interpret: bool = False) -> jax.Array:
+    """q (B, S, H, d) over k, v (B, S, KV, d) -> (B, S, H, d); `interpret` runs the kernel on any platform, slowly."""
+    one_device = functools.partial(_one_device, causal=causal, interpret=interpret)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return one_device(q, k, v)
+    # Queries are spread as their keys are, so that each head stays with the one that it reads.
+    spec = placement.fitting(mesh, placement.spec("batch", None, "heads", None), k.shape)
+    return jax.shard_map(one_device, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(q, k, v)
+
+
+def _one_device(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool, interpret: bool) -> jax.Array:
+    length, heads = q.shape[1:3]
+    block = min(BLOCKS, key=lambda size: (-(-length // size) * size, -size))  # least padding, then largest tiles
+    padded = -(-length // block) * block
+    mask = masks.CausalMask((padded, padded)) if causal else masks.FullMask((padded, padded))
+    names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+    kernel = splash.make_splash_mha(
+        masks.MultiHeadMask([mask] * heads),
+        block_sizes=splash.BlockSizes(**{f"block_{name}": block for name in names}),
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+    )
+    # Padding lies to the right of every real token, where causal attention does not look.
+    behind = (jnp.arange(padded) >= length).astype(jnp.int32)
+    real = None if causal or padded == length else splash.SegmentIds(q=jnp.zeros_like(behind), kv=behind)
+    q, k, v = (
+        jnp.pad(rearrange(x, "b s h d -> b h s d"), [(0, 0), (0, 0), (0, padded - length), (0, 0)])
+        for x in (q * q.shape[-1] ** -0.5, k, v)
+    )
+    out = jax.vmap(lambda q, k, v: kernel(q, k, v, segment_ids=real))(q, k, v)
+    return rearrange(out[:, :, :length], "b h s d -> b s h d")

@@ -1,0 +1,29 @@
+"""Layers one after another: the same module scanned over stacked parameters, its activations kept or computed anew."""
+
+from typing import Literal
+
+import flax.linen as nn
+import jax
+
+Remat = Literal["none", "dots", "full"]
+"""What the backward pass computes anew: nothing; all but the products with parameters; all but each layer's input."""
+
+KEPT = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
+
+
+def stack(layer: type[nn.Module], length: int, remat: Remat, in_axes: tuple = ()) -> type[nn.Module]:
+    """`length` layers as one module; its parameters are those of one layer, stacked along a first axis.
+
+    A layer maps (x, *inputs) to (x, outputs); `in_axes` says of each input whether it is one for all layers
+    (`nn.broadcast`) or stacked (0). A shallow stack is unrolled: it runs faster so, and compiles soon.
+    """
+    if remat != "none":
+        layer = nn.remat(layer, prevent_cse=False, policy=KEPT[remat])
+    return nn.scan(
+        layer,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=in_axes,
+        length=length,
+        unroll=length if length <= 6 else 1,
+    )

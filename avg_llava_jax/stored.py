@@ -1,0 +1,129 @@
+"""One tree of arrays on disk, as Orbax wrote it: what it holds, and reading it so that damage is noticed.
+
+Every leaf has a checksum, taken on the devices when it is saved and again when it has been read, so it costs
+one pass over memory that is there anyway, and does not depend on how the leaf was or is sharded:
+
+    sum over all elements of  mix(bits, place)  modulo 2**32
+
+with `bits` the element's bit pattern as an unsigned integer and `place` its index in the flattened leaf. At each
+place `mix` is one to one, so one changed element always changes the sum. It scatters what it is given, by the
+multiplications and shifts of MurmurHash3, so that several changes cancel in one case of 2**32.
+"""
+
+import json
+import logging
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from jax.sharding import SingleDeviceSharding
+
+from avg_llava_jax import hosts
+
+logger = logging.getLogger(__name__)
+
+UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
+"""By bytes of an element; there are no wider ones in JAX unless it is told so."""
+
+
+def checksums(tree: Any) -> dict[str, int]:
+    """The checksum of each leaf by its path and dtype. Leaves are arrays that lie on the same devices."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    sums = jax.device_get(_checksums([leaf for _, leaf in leaves]))
+    return {f"{_name(path)} {leaf.dtype}": int(value) for (path, leaf), value in zip(leaves, sums, strict=True)}
+
+
+@jax.jit
+def _checksums(leaves: list[jax.Array]) -> list[jax.Array]:
+    def checksum(leaf: jax.Array) -> jax.Array:
+        bits = jax.lax.bitcast_convert_type(leaf, UNSIGNED[leaf.dtype.itemsize]).astype(jnp.uint32)
+        place, stride = jnp.zeros(leaf.shape, jnp.uint32), 1
+        for axis in reversed(range(leaf.ndim)):
+            place += jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis) * jnp.uint32(stride % 2**32)
+            stride *= leaf.shape[axis]
+        mixed = bits ^ (place * jnp.uint32(0x9E3779B1))
+        mixed = (mixed ^ (mixed >> 16)) * jnp.uint32(0x85EBCA6B)
+        mixed = (mixed ^ (mixed >> 13)) * jnp.uint32(0xC2B2AE35)
+        return jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)
+
+    return [checksum(leaf) for leaf in leaves]
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def targets(tree: Any) -> Any:
+    """Arrays or shapes as targets to read into; what has no sharding goes to the first device."""
+    first = SingleDeviceSharding(jax.local_devices()[0])
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or first),
+        tree,
+    )
+
+
+def shapes(folder: pathlib.Path) -> dict[str, jax.ShapeDtypeStruct] | None:
+    """Shapes and dtypes of a saved tree by path, None where they cannot be read."""
+    try:
+        tree = ocp.StandardCheckpointHandler().metadata(folder).tree
+    except (ValueError, OSError, KeyError, AttributeError):
+        return None
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: hasattr(node, "shape"))
+    return {_name(path): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in leaves}
+
+
+def read(folder: pathlib.Path, into: Any, expected: dict[str, int]) -> Any | None:
+    """A saved tree, None where it is damaged for any process; a warning says how.
+
+    into: ShapeDtypeStructs with shardings. expected: `checksums` when it was saved; those of leaves that are
+    read into another dtype have no counterpart and are not compared.
+    """
+    tree = _restore(folder, into)
+    if not hosts.agree(tree is not None):
+        return None
+    found = checksums(tree)
+    changed = sorted(name for name in found.keys() & expected.keys() if found[name] != expected[name])
+    if changed:
+        logger.warning("%s: %s is not what was saved (its checksum differs)", folder, ", ".join(changed[:3]))
+        return None
+    return tree
+
+
+def _restore(folder: pathlib.Path, into: Any) -> Any | None:
+    try:
+        return ocp.StandardCheckpointHandler().restore(folder, args=ocp.args.StandardRestore(into))
+    except Exception as error:
+        # Orbax raises an unreadable chunk as a bare Exception; others (out of memory, ...) are no damage.
+        if type(error) is not Exception and not isinstance(error, (ValueError, OSError, KeyError)):
+            raise
+        logger.warning("%s: %s", folder, str(error).splitlines()[0][:120])
+        return None
+
+
+def read_json(path: pathlib.Path) -> Any | None:
+    """A JSON file, None where it is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except (ValueError, OSError) as error:
+        logger.warning("%s: %s", path, error)
+        return None
+
+
+def require(where: str, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Saved parameters must be those that the config asks for.
+
+    Raises:
+      ValueError: names the first that is not.
+    """
+    for path, leaf in wanted.items():
+        if path not in stored:
+            raise ValueError(f"{where}: parameter {path!r} is missing")
+        if stored[path].shape != leaf.shape:
+            raise ValueError(
+                f"{where}: parameter {path!r} has shape {stored[path].shape}, its config says {leaf.shape}"
+            )
+    unknown = sorted(stored.keys() - wanted.keys())
+    if unknown:
+        raise ValueError(f"{where}: parameter {unknown[0]!r} is none of this model")

@@ -1,0 +1,67 @@
+"""The one training step: what it computes, and where every array that it takes and gives lies on the mesh.
+
+It is made from a config and shapes alone, so the same function can be run by the loop and be compiled
+ahead of time for devices that are not there.
+"""
+
+from typing import Any
+
+import jax
+import ml_collections
+import optax
+from jax.sharding import Mesh
+
+from avg_llava_jax import parameters, sharding
+from avg_llava_jax.config import ModelConfig
+from avg_llava_jax.training import phases, setup
+from avg_llava_jax.training.optimizer import OptimizerConfig, gradients, make_optimizer, trainable
+
+
+class Step:
+    """One optimizer step as compiled functions of sharded arrays.
+
+    params, state: ShapeDtypeStructs, with shardings, of all parameters and of the optimizer's state. What learns is
+        fp32, and cast anew for each step; what is frozen is in the compute dtype once and for all.
+    rows: the sharding of a batch's arrays.
+    init: trainable parameters -> state.
+    update: (trainable parameters, state, frozen parameters, batch, step int32 ()) -> the first two anew, and the
+        metrics; the first two are donated.
+    """
+
+    def __init__(self, config: ml_collections.ConfigDict, model: ModelConfig, mesh: Mesh):
+        settings = OptimizerConfig(**config.optimizer)
+        self._names = trainable(config.phase, settings)
+        optimizer = make_optimizer(settings, config.steps)
+        feedback = phases.FeedbackConfig(**config.rglf)
+        loss = phases.make_loss(config.phase, model, setup.granularities(config, model), feedback, config.remat)
+        dtype, seed = setup.DTYPES[config.compute_dtype], config.seed
+
+        def update(ours: Any, state: Any, frozen: Any, batch: Any, step: jax.Array) -> tuple[Any, Any, Any]:
+            def of_ours(ours: Any, batch: Any, rng: jax.Array) -> Any:
+                ours = sharding.constrain(jax.tree.map(lambda x: x.astype(dtype), ours))
+                return loss(parameters.merge(ours, frozen), batch, rng)
+
+            rng = jax.random.fold_in(jax.random.key(seed), step)
+            grads, value, metrics = gradients(of_ours, ours, batch, rng, settings.accumulate)
+            metrics |= {"loss": value, "grad_norm": optax.global_norm(grads)}
+            updates, state = optimizer.update(grads, state, ours, loss=value)
+            return optax.apply_updates(ours, updates), state, metrics
+
+        whole = parameters.abstract(model, setup.dtypes(config))
+        self.params = sharding.placed(whole, sharding.shardings(mesh, whole))
+        ours, frozen = self.split(self.params)
+        state = jax.eval_shape(optimizer.init, ours)
+        self.state = sharding.placed(state, sharding.state_shardings(mesh, whole, state))
+        self.rows, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+        of_ours, of_frozen, of_state = (jax.tree.map(lambda x: x.sharding, tree) for tree in (ours, frozen, self.state))
+        self.init = jax.jit(optimizer.init, out_shardings=of_state)
+        self.update = jax.jit(
+            update,
+            in_shardings=(of_ours, of_state, of_frozen, self.rows, everywhere),
+            out_shardings=(of_ours, of_state, everywhere),
+            donate_argnums=(0, 1),
+        )
+
+    def split(self, params: parameters.Params) -> tuple[parameters.Params, parameters.Params]:
+        """Parameters that learn in this phase, and those that are frozen."""
+        return parameters.split(params, self._names)

@@ -1,0 +1,86 @@
+"""What a run would cost on devices that you do not have: its real programs, compiled ahead of time.
+
+    python -m launch.plan --config=configs/avg_llava_7b.py --topology=v5e:8x8 [--config.remat=dots ...]
+    python -m launch.plan --config=configs/avg_llava_7b.py --topology=v5e:2x2 --answering --config.batch_size=8 \\
+        --config.mesh.fsdp=1 --config.mesh.tensor=4
+
+Topologies: v5e:4x4, v5p:2x2x4, v6e:4x4 and other slices of these (they need `pip install -e '.[plan]'`), and cpu:8.
+Where the step does not fit, settings that need less memory are tried in turn, and the first that fits is named.
+"""
+
+from typing import TYPE_CHECKING
+
+from absl import flags
+from ml_collections import config_flags
+
+from launch import cli
+
+if TYPE_CHECKING:
+    from avg_llava_jax.planning import Plan
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "The config, configs/X.py.", lock_config=True)
+TOPOLOGY = flags.DEFINE_string("topology", None, "v5e:8x8, v5p:2x2x4, v6e:4x4, cpu:8, ...")
+ANSWERING = flags.DEFINE_bool(
+    "answering", False, "Plan for answering batch_size questions at a time, not for training."
+)
+TILES = flags.DEFINE_integer("tiles", 0, "Tile slots of a sample; 0 = one image of the largest mosaic.", 0)
+TEXT = flags.DEFINE_integer("text", 512, "Text tokens of a sample.", 1)
+ANSWER = flags.DEFINE_integer("answer", 128, "Answer tokens of a sample, or new tokens with --answering.", 1)
+ADVISE = flags.DEFINE_bool("advise", True, "Compile other settings where these do not fit.")
+
+
+def table(plans: "list[Plan]") -> str:
+    """GiB a device by part, operations, traffic and the least time of each program, one line a figure."""
+    return "\n\n".join("\n".join(_lines(plan)) for plan in plans)
+
+
+def _lines(plan: "Plan") -> list[str]:
+    from avg_llava_jax.planning import GIB
+
+    devices, chip = len(plan.target.devices), plan.target.chip
+    lines = [f"{plan.program} on {plan.target.topology}, {devices} devices"]
+    lines += [f"  {kind:<22}{size / GIB:>10.2f} GiB a device" for kind, size in plan.held.items()]
+    if plan.temporaries is not None:
+        lines.append(
+            f"  {'temporaries':<22}{plan.temporaries / GIB:>10.2f} GiB a device: activations, gradients, buffers"
+        )
+    verdict = f" of {chip.memory / GIB:.2f}: {'fits' if plan.fits else 'DOES NOT FIT'}" if chip else ""
+    lines.append(f"  {'in all':<22}{plan.total / GIB:>10.2f} GiB a device{verdict}")
+    again = f", {plan.recomputed / plan.flops:.0%} of them again for the backward pass" if plan.recomputed else ""
+    lines.append(f"  {'operations':<22}{plan.flops / 1e12:>10.2f} TFLOP over all devices{again}")
+    for kind, each in sorted(plan.traffic.items()):
+        lines.append(f"  {kind:<22}{each.sent / 1e9:>10.2f} GB sent by each device, {each.count} times")
+    for resource, seconds in plan.seconds.items() if plan.fits else ():
+        bound = "  <- the roofline" if seconds == max(plan.seconds.values()) else ""
+        lines.append(f"  {resource + ' alone':<22}{seconds * 1e3:>10.1f} ms{bound}")
+    return lines
+
+
+def main() -> None:
+    from avg_llava_jax import planning
+
+    config = CONFIG.value
+    target = planning.target(TOPOLOGY.value)
+    shape = planning.largest_shape(planning.model_of(config), TILES.value, TEXT.value, ANSWER.value)
+    if ANSWERING.value:
+        print(table(list(planning.answering(config, target, shape, ANSWER.value))))
+        return
+    plan = planning.train_step(config, target, shape)
+    print(table([plan]), flush=True)
+    if plan.fits is not False or not ADVISE.value:
+        return
+    for flag, other in planning.knobs(config, len(target.devices)):
+        print(f"\ntrying {flag}", flush=True)
+        plan = planning.train_step(other, target, shape)
+        print(table([plan]), flush=True)
+        if plan.fits:
+            print(f"\nwith {flag} it fits")
+            return
+    state = sum(size for kind, size in plan.held.items() if kind != "batch") / planning.GIB
+    print(
+        f"\nno setting fits: parameters and optimizer alone are {state:.2f} GiB a device here; take a larger topology"
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main, required=["config", "topology"], model_flags=())

@@ -1,0 +1,110 @@
+"""Run by test_mesh.py, since a process chooses its number of devices once: python -m tests.on_eight_devices"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from avg_llava_jax import generate, parameters, sharding
+from avg_llava_jax.config import ScalerConfig
+from avg_llava_jax.costs import collectives
+from avg_llava_jax.models.flash import flash_attention
+from avg_llava_jax.training.step import Step
+from configs import base
+from tests.test_attention import draw, formula
+from tests.test_parameters import TINY
+
+MODEL = dataclasses.replace(
+    TINY,
+    vision=dataclasses.replace(TINY.vision, layers=2),
+    scaler=ScalerConfig(halvings=1),
+    router=dataclasses.replace(TINY.router, dropout=0.0),  # its mask depends on how a batch is cut up
+    language=dataclasses.replace(TINY.language, layers=1),
+)
+ROWS, TILES, TEXT, ANSWER, LENGTH, ROOM = 8, 2, 6, 3, 12, 4
+IMAGES = ("pixels", "tile_image", "first_tile", "text", "instruction")
+
+
+def random_batch():
+    draw = np.random.default_rng(0).integers
+    table = TEXT + TILES * MODEL.pyramid_rows + 1
+    ladder = MODEL.granularities
+    return {
+        "pixels": draw(0, 256, (ROWS, TILES, 16, 16, 3), np.uint8),
+        "tile_image": np.tile(np.array([0, -1], np.int32), (ROWS, 1)),
+        "first_tile": np.zeros((ROWS, 1), np.int32),
+        "text": draw(0, 64, (ROWS, TEXT), np.int32),
+        "instruction": np.ones((ROWS, TEXT), bool),
+        "index": {g: draw(0, table, (ROWS, LENGTH), np.int32) for g in ladder},
+        "length": {g: np.full(ROWS, LENGTH, np.int32) for g in ladder},
+        "targets": draw(0, 64, (ROWS, ANSWER), np.int32),
+        "target_at": {g: draw(0, LENGTH, (ROWS, ANSWER), np.int32) for g in ladder},
+        "visual": np.ones((ROWS, 1, len(ladder)), np.int32),
+    }
+
+
+def mesh_of(sizes):
+    return sharding.make_mesh(dict(zip(sharding.AXES, sizes, strict=True)), jax.devices()[: int(np.prod(sizes))])
+
+
+def trained(params, batch, phase, sizes, accumulate=1):
+    """Metrics and Adam's moments, which are the gradients, after one step; and its traffic."""
+    config = base.get_config()
+    config.phase, config.batch_size, config.optimizer.accumulate = phase, ROWS, accumulate
+    mesh = mesh_of(sizes)
+    with jax.set_mesh(mesh):
+        step = Step(config, MODEL, mesh)
+        ours, frozen = step.split(jax.tree.map(lambda x, to: jax.device_put(x, to.sharding), params, step.params))
+        arguments = (jax.tree.map(jnp.copy, ours), step.init(ours), frozen, jax.device_put(batch, step.rows))
+        compiled = step.update.lower(*arguments, jnp.int32(0)).compile()
+        _, state, metrics = compiled(*arguments, jnp.int32(0))
+    return jax.device_get((metrics, state)), collectives(compiled.as_text())
+
+
+def answered(params, batch, sizes):
+    """Router scores, the prompts' last logits, the cache and the tokens of greedy answers."""
+    mesh = mesh_of(sizes)
+    params = jax.device_put(params, sharding.shardings(mesh, params))
+    pyramid, routing = generate.see_and_route(MODEL, params, {key: batch[key] for key in IMAGES})
+    embeds = generate.pack(MODEL, params, pyramid, batch["text"], batch["index"][MODEL.granularities[0]])
+    length, zero, stops = np.full(ROWS, LENGTH, np.int32), np.zeros(ROWS, np.float32), np.array([-1], np.int32)
+    logits, cache = generate.prefill(MODEL, params, embeds, length, ROOM)
+    whole = zero.astype(np.int32)
+    sampling = generate.Sampling(zero, zero + 1, whole, whole.astype(np.uint32), whole + ROOM)
+    state = generate.State(cache, *generate.start(logits, sampling, stops, length, ROOM, True))
+    state = generate.decode(MODEL, params, state, sampling, stops, np.int32(ROOM), True)
+    assert np.all(state.count == ROOM)
+    return jax.device_get((routing.logits, logits, state.cache, state.tokens))
+
+
+def equal(one, other):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4), one, other)
+
+
+def main():
+    jax.config.update("jax_num_cpu_devices", 8)
+    batch = random_batch()
+    params = jax.jit(lambda: parameters.init(MODEL, jax.random.key(0)))()
+
+    for phase in ("multi_granularity", "rglf"):
+        one, _ = trained(params, batch, phase, (1, 1, 1))
+        assert one[0]["grad_norm"] > 1e-3
+        for sizes, accumulate in [((1, 4, 2), 1), ((2, 2, 2), 2)]:
+            equal(one, trained(params, batch, phase, sizes, accumulate)[0])
+    two, four = (trained(params, batch, "connector", (2, 1, 1), n)[1]["all-reduce"].sent for n in (2, 4))
+    assert four < 1.05 * two, f"copies of the model reduce once a step, not once a micro-batch: {two}, {four} bytes"
+
+    one = answered(params, batch, (1, 1, 1))
+    for sizes in [(4, 2, 1), (2, 2, 2)]:
+        equal(one, answered(params, batch, sizes))
+
+    arrays = draw(jnp.float32, 140)
+    with jax.set_mesh(mesh_of((2, 1, 2))):
+        out = jax.jit(lambda *arrays: flash_attention(*arrays, causal=True, interpret=True))(*arrays)
+    np.testing.assert_allclose(out, formula(*arrays, True), atol=1e-5)
+    print("equal")
+
+
+if __name__ == "__main__":
+    main()

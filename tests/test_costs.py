@@ -1,0 +1,56 @@
+"""Operations and traffic, counted by hand for programs small enough."""
+
+import jax
+import jax.numpy as jnp
+
+from avg_llava_jax.costs import Traffic, collectives, flops
+
+
+def test_flops_of_loops_branches_and_gradients():
+    a, b = jnp.zeros((4, 5)), jnp.zeros((5, 5))
+    product = 2 * 4 * 5 * 5
+
+    def count(function, *arguments):
+        return flops(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+    def loop(a, b):
+        return jax.lax.scan(lambda x, _: (jax.jit(jnp.dot)(x, b), None), a, None, length=3)[0]
+
+    assert count(loop, a, b) == 3 * product
+    assert count(jax.vmap(loop, (0, None)), jnp.zeros((2, 4, 5)), b) == 6 * product
+    assert count(lambda a, b: jax.lax.cond(a[0, 0] > 0, loop, jnp.dot, a, b), a, b) == 3 * product
+    assert count(jax.grad(lambda b, a: jnp.sum(jnp.sin(a @ b))), b, a) == 2 * product
+    again = jax.checkpoint(lambda b, a: jnp.sum(jnp.sin(jnp.sin(a @ b) @ b)))
+    assert count(jax.grad(again), b, a) > count(jax.grad(lambda b, a: jnp.sum(jnp.sin(jnp.sin(a @ b) @ b))), b, a)
+
+
+HLO = """HloModule jit_step, num_partitions=8
+
+%sum (x: f32[], y: f32[]) -> f32[] {
+  ROOT %add = f32[] add(%x, %y)
+}
+
+%body (state: (s32[], f32[8,16])) -> (s32[], f32[8,16]) {
+  %gathered = f32[64,16]{1,0:T(8,128)} all-gather(%part), channel_id=1, replica_groups=[2,4]<=[8], dimensions={0}
+  %summed = (f32[4]{0}, bf16[2,3]{1,0}) all-reduce(%a, %b), replica_groups={{0,1},{2,3},{4,5},{6,7}}, to_apply=%sum
+  ROOT %next = (s32[], f32[8,16]{1,0}) tuple(%i, %x)
+}
+
+ENTRY %main (p: f32[8,16]) -> f32[8,16] {
+  %loop = (s32[], f32[8,16]) while(%init), condition=%more, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  %start = (f32[8,16]{1,0}, f32[32,16]{1,0}) all-gather-start(%p), replica_groups=[2,4]<=[8], dimensions={0}
+  %done = f32[32,16]{1,0} all-gather-done(%start)
+  %own = f32[2,16]{1,0} reduce-scatter(%p), replica_groups=[2,4]<=[8], dimensions={0}, to_apply=%sum
+  ROOT %moved = f32[8,16]{1,0} collective-permute(%p), source_target_pairs={{0,1},{1,0}}
+}
+"""
+
+
+def test_traffic_over_a_ring_counts_loops():
+    found = collectives(HLO)
+    assert found == {
+        "all-gather": Traffic(6, 5 * 64 * 16 * 4 * 3 / 4 + 32 * 16 * 4 * 3 / 4),
+        "all-reduce": Traffic(5, 5 * (16 + 12) * 2 / 2),
+        "reduce-scatter": Traffic(1, 2 * 16 * 4 * 3),
+        "collective-permute": Traffic(1, 8 * 16 * 4),
+    }

@@ -1,0 +1,165 @@
+"""A Llama-family folder and a CLIP folder, joined: both compute what they computed in PyTorch, the rest is fresh."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.numpy import load_file, save_file
+
+from avg_llava_jax import checkpoint, convert, foreign
+from avg_llava_jax.models import avg_llava
+from avg_llava_jax.models.encoder import Encoder, normalise
+from avg_llava_jax.training.loop import train
+from configs import connector_7b
+from tests.conftest import TOKENIZER
+from tests.test_convert import SOURCE
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+FAMILIES = {
+    "SmolLM2": ("Llama", {"num_key_value_heads": 2, "tie_word_embeddings": True, "rms_norm_eps": 1e-5}),
+    "Llama 3": ("Llama", {"num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 4096,
+                          "rope_scaling": LLAMA3 | {"rope_theta": 5e5, "original_max_position_embeddings": 64}}),
+    "Mistral": ("Mistral", {"num_key_value_heads": 2, "sliding_window": 300, "rope_theta": 1e6}),
+}  # fmt: skip
+
+
+def save(model, folder, bits=torch.float32):
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():  # as initialised, everything is near zero
+        torch.nn.init.normal_(parameter, mean=float("norm" in name and name.endswith("weight")), std=0.15)
+    model.to(bits).eval().save_pretrained(folder)
+    return model
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """(torch's vision model, folder): a whole CLIP, its text side too, tiles of 8 x 8 patches."""
+    folder = tmp_path_factory.mktemp("clip")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config = transformers.CLIPConfig(
+        text_config=sizes | {"vocab_size": 99}, vision_config=sizes | {"image_size": 32, "patch_size": 4}
+    )
+    model = save(transformers.CLIPModel(config), folder)
+    (folder / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.25, 0.25]}')
+    return model.vision_model, folder
+
+
+def language(folder, family, tokenizer=TOKENIZER):
+    """(torch's decoder, its folder with a tokenizer)."""
+    kind, values = FAMILIES[family]
+    config = getattr(transformers, f"{kind}Config")(**SIZES | {"vocab_size": 600} | values)
+    model = save(getattr(transformers, f"{kind}ForCausalLM")(config), folder)
+    for path in tokenizer.iterdir():
+        shutil.copy(path, folder)
+    return model, folder
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_both_halves_compute_what_they_did(clip, tmp_path, family):
+    vision, tower = clip
+    decoder, folder = language(tmp_path, family)
+    loaded = checkpoint.load(folder, tower)
+    config, params = loaded.config, loaded.params
+    assert config.vision.mean == (0.5, 0.5, 0.5) and config.pinpoints[0] == (32, 64)
+    assert config.granularities == (4, 8, 16, 32, 64)
+    assert loaded.meta["granularities_trained"] is None  # nothing here has seen an image
+    assert config.language.max_length == {"SmolLM2": 2048, "Llama 3": 4096, "Mistral": 300}[family]
+    assert config.template == ("mistral_instruct" if family == "Mistral" else "vicuna_v1")
+
+    ids = np.random.default_rng(0).integers(0, 600, (2, 40))
+    pixels = np.random.default_rng(1).integers(0, 255, (2, 32, 32, 3), np.uint8)
+    inputs = torch.tensor(np.moveaxis(np.asarray(normalise(config.vision, pixels)), -1, 1))
+    with torch.no_grad():
+        logits = decoder(torch.tensor(ids)).logits.numpy()
+        patches = vision(inputs, output_hidden_states=True).hidden_states[-2][:, 1:].numpy()
+    with jax.default_matmul_precision("highest"):
+        hidden, _ = avg_llava.language(config, params, avg_llava.embed(config, params, ids))
+        ours = avg_llava.unembed(config, params, hidden)
+        seen = Encoder(config.vision).apply({"params": params["encoder"]}, pixels)
+    np.testing.assert_allclose(ours, logits, atol=1e-4, rtol=1e-4)
+    np.testing.assert_allclose(seen, patches, atol=1e-4, rtol=1e-4)
+
+
+def test_fresh_parts_come_from_the_seed(clip, tmp_path):
+    folder = language(tmp_path, "SmolLM2")[1]
+    one, same, other = (foreign.load(folder, clip[1], dtype=jnp.bfloat16, seed=seed).params for seed in (1, 1, 2))
+    assert {leaf.dtype for leaf in jax.tree.leaves(one)} == {jnp.dtype(jnp.bfloat16)}
+    jax.tree.map(np.testing.assert_array_equal, one, same)
+    for kernel in (("connector", "up", "kernel"), ("router", "q", "kernel"), ("image_newline",)):
+        a, b = one, other
+        for key in kernel:
+            a, b = a[key], b[key]
+        assert 0.01 < np.std(np.asarray(a, np.float32)) < 1 and not np.array_equal(a, b)
+    np.testing.assert_array_equal(one["language"]["embed"], other["language"]["embed"])
+
+
+def test_imported_and_trained(clip, llava_folder, tmp_path):
+    """Imported to a checkpoint of ours; and as it is in configs/connector_7b.py: the connector alone learns."""
+    folder, tower = language(tmp_path / "llama", "SmolLM2")[1], clip[1]
+    convert.import_folder(folder, tmp_path / "ours", tower)
+    imported = checkpoint.load(tmp_path / "ours")
+    jax.tree.map(np.testing.assert_array_equal, imported.params, checkpoint.load(folder, tower).params)
+
+    config = connector_7b.get_config()
+    config.init_from, config.vision_tower, config.granularities = str(folder), str(tower), (64,)
+    config.data.path, config.data.images = str(llava_folder / "captions.json"), str(llava_folder / "images")
+    config.data.workers, config.data.shapes, config.compute_dtype = 0, 1, "float32"
+    config.steps, config.batch_size = 2, 2
+    turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "red"}]
+    records = [{"id": str(n), "image": f"{n}-0.png", "conversations": turns} for n in (1, 4, 7)]
+    (llava_folder / "captions.json").write_text(json.dumps(records))
+    train(config, tmp_path / "run")
+    trained = checkpoint.load(tmp_path / "run")
+    assert trained.meta["granularities_trained"] == [64] and trained.config.template == "plain"
+    changed = {
+        name for name, tree in trained.params.items()
+        if not all(map(np.array_equal, jax.tree.leaves(tree), jax.tree.leaves(imported.params[name])))
+    }  # fmt: skip
+    assert changed == {"connector", "image_newline"}
+
+
+def test_template_is_what_the_tokenizer_speaks(clip, tmp_path):
+    folder = language(tmp_path, "SmolLM2")[1]
+    path = folder / "tokenizer_config.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(values | {"chat_template": "{{ messages }}"}))
+    assert foreign.inspect(folder, clip[1]).config.template == "tokenizer"
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    spec["added_tokens"].append(spec["added_tokens"][0] | {"id": 599, "content": "<|start_header_id|>"})
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    assert foreign.inspect(folder, clip[1]).config.template == "llama_3"
+
+
+def test_what_does_not_join(clip, tmp_path):
+    folder, tower = language(tmp_path / "llama", "SmolLM2")[1], clip[1]
+    values = json.loads((folder / "config.json").read_text())
+    weights = load_file(folder / "model.safetensors")
+
+    def fails(message, tower=tower, **changes):
+        (folder / "config.json").write_text(json.dumps(values | changes))
+        with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+            checkpoint.load(folder, tower)
+        assert "\n" not in str(error.value)
+
+    fails("is a language model alone: give the CLIP folder", tower=None)
+    fails("model_type='llava_llama' is no CLIP", tower=SOURCE)
+    fails("mlp_bias=True is not supported", mlp_bias=True)
+    fails("rope scaling 'yarn' is not supported", rope_parameters={"rope_type": "yarn", "factor": 2.0})
+    fails("tensor 'lm_head.weight' is missing", tie_word_embeddings=False)
+    fails(r"embed_tokens.weight' has shape \(600, 32\), its config says \(601, 32\)", vocab_size=601)
+    fails("tensor 'model.layers.1..*' is unknown", num_hidden_layers=1)
+    save_file(weights | {"lm_head.weight": weights["model.embed_tokens.weight"] + 1}, folder / "model.safetensors")
+    fails("'lm_head.weight' differs from 'model.embed_tokens.weight', but its config says tie_word_embeddings")
+    odd = shutil.copytree(tower, tmp_path / "odd")
+    clip_values = json.loads((odd / "config.json").read_text())
+    clip_values["vision_config"]["image_size"] = 28
+    (odd / "config.json").write_text(json.dumps(clip_values))
+    fails("7 x 7 patches cannot be halved", tower=odd)
+    with pytest.raises(ValueError, match="model_type='clip' is none of those that are known here: llava_llama"):
+        convert.import_folder(tower, tmp_path / "out")
