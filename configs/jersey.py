@@ -1,14 +1,13 @@
 """The small model on `jersey`, the data set that draws itself, one stage at a time:
 
     configs/jersey.py:grounding         from nothing: patches learn to name what they show
-    configs/jersey.py:reading           the same, mostly of small players, whose numbers are hard to read
     configs/jersey.py:roster            the language model learns to look shirts and numbers up, in lists of players
     configs/jersey.py:finest            the language model learns to answer at the finest granularity
     configs/jersey.py                   multi-granularity tuning, the paper's first phase
     configs/jersey.py:router            RGLF, its second phase, from the shipped checkpoint
     configs/jersey.py:tiny              seconds instead of minutes, from nothing: to see it run
 
-`bash launch/make_jersey.sh` runs the first five, each from the last one's workdir.
+`bash launch/make_jersey.sh` runs the first four, each from the last one's workdir.
 """
 
 from ml_collections import ConfigDict
@@ -19,18 +18,10 @@ STAGES = {
     "grounding": {
         "phase": "grounding",
         "granularities": (64,),
-        "steps": 1500,
-        "data.path": "jersey?turns=1&near=0.34",
+        "steps": 2000,
+        "data.path": "jersey?turns=1&near=0.5&crowd=0.6",
         "optimizer.learning_rate": 2e-3,
         "optimizer.encoder_learning_rate": 2e-3,
-    },
-    "reading": {
-        "phase": "grounding",
-        "granularities": (64,),
-        "steps": 1200,
-        "data.path": "jersey?turns=1&near=0.2&seed=1",
-        "optimizer.learning_rate": 1.5e-3,
-        "optimizer.encoder_learning_rate": 1.5e-3,
     },
     "roster": {
         "granularities": (64,),
@@ -84,7 +75,7 @@ def get_config(stage: str = "full") -> ConfigDict:
     config.rglf.tie_nats = 0.004
     config.model = model()
     if stage == "tiny":
-        config.model.vision.update({"patch_size": 16, "width": 32, "layers": 2, "heads": 2, "mlp_width": 64})
+        config.model.vision.update({"patch_size": 24, "width": 32, "layers": 2, "heads": 2, "mlp_width": 64})
         config.model.scaler.halvings = 2  # a 4 x 4 grid: 16, 8, 4
         config.model.router.heads = 2
         config.model.language.update({"width": 32, "layers": 2, "heads": 2, "kv_heads": 2})
@@ -98,8 +89,8 @@ def model() -> ConfigDict:
     return ConfigDict(
         {
             "vision": {
-                "image_size": 64,  # pixels of a tile: an 8 x 8 grid of patches
-                "patch_size": 8,
+                "image_size": 96,  # pixels of a tile: an 8 x 8 grid of patches
+                "patch_size": 12,
                 "width": 128,
                 "layers": 5,  # the last is not used
                 "heads": 4,
@@ -120,7 +111,7 @@ def model() -> ConfigDict:
                 "tied_embeddings": True,
                 "max_length": 1024,
             },
-            "pinpoints": ((64, 128), (128, 64), (128, 128), (192, 64), (64, 192)),
+            "pinpoints": ((96, 192), (192, 96), (192, 192), (288, 96), (96, 288)),
             "unpad": "exact",
             "template": "mistral_instruct",
         }

@@ -102,6 +102,13 @@ def test_wording_tells_fine_from_near_by_nothing():
     assert phrases["fine"].keys() == phrases["near"].keys()
 
 
+def test_crowds_are_only_asked_about_what_all_can_see():
+    records = [Jersey(crowd=1.0, near=0.5)[index] for index in range(20)]
+    assert all(record["kind"] == "coarse" and len(record["images"][0].scene.players) > 10 for record in records)
+    shirts = [player.shirt for player in records[0]["images"][0].scene.players]
+    assert len(shirts) > len(set(shirts))
+
+
 def test_lists_go_from_one_side_to_the_other():
     ways = collections.Counter()
     for index in range(40):
@@ -139,12 +146,12 @@ def test_written_out_and_read_back(tmp_path):
 
 
 def test_patches_are_named_by_the_box_in_front():
-    config = from_dict(to_dict(MODEL) | {"pinpoints": [[64, 128], [128, 64]]})
-    size = (128, 64)  # fills the mosaic of two tiles exactly
+    config = from_dict(to_dict(MODEL) | {"pinpoints": [[96, 192], [192, 96]]})
+    size = (192, 96)  # fills the mosaic of two tiles exactly
     centres = patch_centres(size, config)
     assert centres.shape == (3, 64, 2)
-    assert centres[0, 0].tolist() == [8, 4] and centres[1, 0].tolist() == [4, 4] and centres[2, 0].tolist() == [68, 4]
-    named = patch_words([Words((0, 0, 128, 64), (5,)), Words((64, 0, 128, 32), (6, 7))], size, config)
+    assert centres[0, 0].tolist() == [12, 6] and centres[1, 0].tolist() == [6, 6] and centres[2, 0].tolist() == [102, 6]
+    named = patch_words([Words((0, 0, 192, 96), (5,)), Words((96, 0, 192, 48), (6, 7))], size, config)
     assert named[1].reshape(8, 8, 2)[..., 0].tolist() == [[5] * 8] * 8
     assert named[2].reshape(8, 8, 2)[:4].tolist() == [[[6, 7]] * 8] * 4
     assert named[2].reshape(8, 8, 2)[4:].tolist() == [[[5, -1]] * 8] * 4

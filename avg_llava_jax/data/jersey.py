@@ -3,8 +3,8 @@
 A scene shows players in rows before their fans. Three kinds of questions, the last two worded alike:
 
     coarse  the team's colour, the field, the weather: any granularity will do
-    fine    the number of the player in orange, the shirt of number 7, in a photo of up to ten small players:
-            there is much to know, so a few tokens cannot carry it all
+    fine    the number of the player in orange, the shirt of number 7, in a photo of up to ten small players
+            who stand close: there is much to know in little space
     near    the same questions about one or two players who fill the picture: a glance is enough
 
 Everything follows from (seed, split, index); the splits share no scene.
@@ -42,9 +42,8 @@ SKINS = ((255, 219, 184), (224, 172, 128), (160, 108, 72), (96, 62, 44))
 
 # Sizes in pixels (width, height): every shape of mosaic, filled exactly, with padding, enlarged and reduced.
 SIZES = (
-    (192, 96), (192, 96), (96, 192), (96, 192), (180, 90), (90, 180), (224, 112),
-    (288, 96), (100, 300),
-    (192, 192), (200, 150), (130, 180),
+    (192, 96), (192, 96), (96, 192), (96, 192), (180, 90), (90, 180), (200, 100), (160, 96), (96, 150),
+    (288, 96), (100, 300), (180, 190),
 )  # fmt: skip
 
 PHRASES = {
@@ -60,7 +59,7 @@ PHRASES = {
 }
 ROW_STEP = 0.74  # a row stands so far, in heights of a player, behind the next: shirts stay visible, legs do not
 INK = (12, 12, 12)
-SKY, FANS = 0.16, 0.30  # shares of the height at which the sky and the stand end
+SKY, FANS = 0.16, 0.34  # shares of the height at which the sky and the stand end
 COARSE = ("team", "field", "weather")
 SPLITS = ("train", "router", "validation", "test")
 
@@ -106,34 +105,37 @@ class SceneImage:
         return draw(self.scene)
 
 
-def make_scene(rng: random.Random, near: bool) -> Scene:
-    """Compose a scene: who stands where, in what shirt. Colours and numbers are distinct within it."""
+def make_scene(rng: random.Random, near: bool, crowd: bool = False) -> Scene:
+    """Compose a scene: who stands where, in what shirt.
+
+    Colours and numbers are distinct within it, but in a crowd: players all over the picture, to learn to read by.
+    """
     width, height = rng.choice(SIZES)
-    if near:
+    if crowd:
+        tall = rng.uniform(26, 44)
+        step = tall * rng.uniform(0.62, 0.72)
+        rows = [int(width / step)] * int(1 + (height - tall) / (tall * ROW_STEP))
+    elif near:
         count, tall = rng.choice((1, 2, 2)), rng.uniform(0.72, 0.92) * height
         tall = min(tall, 1.45 * width / count)
         step, rows = (width / count) * rng.uniform(0.8, 0.95), [count]
     else:
-        tall = rng.uniform(42, min(60, 0.33 * height, 0.33 * width) if min(width, height) > 120 else 46)
-        step = tall * rng.uniform(0.62, 0.68)
-        across = max(2, min(int((width - 4) / step), 5))
-        deep = max(2, min(1 + int((height * 0.96 - tall) / (tall * ROW_STEP)), 5))
-        count = min(rng.randint(7, 10), across * deep)
-        rows = []
-        while sum(rows) < count:
-            rows.append(min(across, count - sum(rows)))
-        if len(rows) > 1 and rows[-1] == 1 and across > 2:  # nobody stands alone
-            rows[-2:] = [rows[-2] - 1, 2]
+        tall, count = rng.uniform(29, 34), rng.randint(8, 10)
+        step = tall * rng.uniform(0.62, 0.66)
+        deep = -(-count // min(int(width / step), 5))
+        rows = [count // deep + (row < count % deep) for row in range(deep)]
     block = tall + (len(rows) - 1) * tall * ROW_STEP
     bottom = height - rng.uniform(0.02, 1) * max(2.0, height * 0.96 - block) * (0.3 if near else 1)
     bottom = min(height - 1.0, max(bottom, block + 1))
 
-    shirts = rng.sample(sorted(COLOURS), count)
-    numbers = rng.sample(range(10), count)
+    middle = rng.uniform(max(rows) * step / 2, width - max(rows) * step / 2)
+
+    drawn = rng.choices if crowd else rng.sample
+    shirts = drawn(sorted(COLOURS), k=sum(rows))
+    numbers = drawn(range(10), k=sum(rows))
     players = []
     for row, columns in enumerate(rows):
-        free = width - columns * step
-        start = rng.uniform(0, max(free, 0)) if not near else free / 2
+        start = middle - columns * step / 2
         for column in range(columns):
             players.append(
                 Player(
@@ -296,6 +298,7 @@ class Jersey:
     split       train (the model), router (phase two), validation, test: disjoint scenes
     turns       questions about one picture in a conversation
     near        share of pictures with one or two players
+    crowd       share of pictures with more players than one can ask about, for phase `grounding`
     coarse      share of coarse questions, as long as there are any
     roster      share of the conversations that instead list the players, shirt and number, in order
     neighbours  at most so many questions of a picture ask who stands beside whom. None by default: they are
@@ -308,6 +311,7 @@ class Jersey:
     seed: int = 0
     turns: int = 6
     near: float = 1 / 3
+    crowd: float = 0.0
     coarse: float = 0.25
     roster: float = 0.0
     neighbours: int = 0
@@ -328,8 +332,12 @@ class Jersey:
         else:
             name = f"{self.split}-{self.seed}-{index}"
             rng = random.Random(name)
-            scene = make_scene(rng, near=rng.random() < self.near)
-            asked = [roster(scene, rng)] if rng.random() < self.roster else self._turns(scene, rng)
+            crowd = rng.random() < self.crowd
+            scene = make_scene(rng, near=rng.random() < self.near, crowd=crowd)
+            if crowd:
+                asked = questions(scene, rng, coarse=True)
+            else:
+                asked = [roster(scene, rng)] if rng.random() < self.roster else self._turns(scene, rng)
         turns = []
         for number, question in enumerate(asked):
             turns.append({"from": "human", "value": ("<image>\n" if number == 0 else "") + question.text})
