@@ -20,15 +20,16 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
-from avg_llava_jax import SHIPPED, batching, checkpoint, generate
+from avg_llava_jax import SHIPPED, checkpoint
+from avg_llava_jax.answering import batching, generate
+from avg_llava_jax.answering.requests import Answer, Granularity, ImageLike, Prepared, Request
+from avg_llava_jax.answering.streaming import TextStream
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.data.conversation import PLACEHOLDER, Turn, encode_prompt, encode_raw, stop_ids
 from avg_llava_jax.data.images import ImageRef, image_ref
 from avg_llava_jax.data.packing import Sample, make_sample
 from avg_llava_jax.data.tokenizer import Tokenizer, load_tokenizer
 from avg_llava_jax.models.avg_llava import Params
-from avg_llava_jax.requests import Answer, Granularity, ImageLike, Prepared, Request
-from avg_llava_jax.streaming import TextStream
 
 STEPS_BETWEEN_STOPS = 8
 """Tokens that are generated between two looks for a stop string."""

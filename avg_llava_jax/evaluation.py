@@ -27,9 +27,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from avg_llava_jax import batching, generate
+from avg_llava_jax.answering import batching, generate
+from avg_llava_jax.answering.batching import by_key, groups
+from avg_llava_jax.answering.requests import Prepared, Request
 from avg_llava_jax.api import AvgLlava, softmax
-from avg_llava_jax.batching import by_key, groups
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.data.conversation import PLACEHOLDER, encode_conversation, encode_prompt
 from avg_llava_jax.data.errors import BadSample
@@ -37,7 +38,6 @@ from avg_llava_jax.data.packing import Sample, Shape, load_tiles, make_sample
 from avg_llava_jax.data.sources import Source
 from avg_llava_jax.data.tokenizer import Tokenizer
 from avg_llava_jax.policies import Choice, Record, choices
-from avg_llava_jax.requests import Prepared, Request
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from avg_llava_jax import batching, generate
+from avg_llava_jax.answering import batching, generate
+from avg_llava_jax.answering.requests import Request
 from avg_llava_jax.api import AvgLlava, softmax
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.data.conversation import IMAGE
 from avg_llava_jax.data.geometry import kept_cells
 from avg_llava_jax.data.packing import load_tiles
 from avg_llava_jax.data.tiles import Size, best_resolution, grid_of, placement, tile_count
-from avg_llava_jax.requests import Request
 
 
 @dataclasses.dataclass(frozen=True)

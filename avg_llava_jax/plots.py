@@ -14,9 +14,9 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from PIL import Image
 
+from avg_llava_jax.answering.requests import Answer
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.explain import draw_grid
-from avg_llava_jax.requests import Answer
 
 PLOTS = "plots"
 KINDS = {"coarse": "tab:green", "near": "tab:blue", "fine": "tab:red", "all": "black"}

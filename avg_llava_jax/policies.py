@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from avg_llava_jax.batching import by_key
+from avg_llava_jax.answering.batching import by_key
 from avg_llava_jax.config import ModelConfig
 
 Record = dict[str, Any]

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.sharding import SingleDeviceSharding
 
-from avg_llava_jax import hosts
+from avg_llava_jax.parallel import hosts
 
 logger = logging.getLogger(__name__)
 

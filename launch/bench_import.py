@@ -34,8 +34,9 @@ def write_source(folder: pathlib.Path) -> None:
     """An AVG-LLaVA in the released layout; its weights are one random block over and over."""
     import numpy as np
 
-    from avg_llava_jax import checkpoint, convert, foreign, layouts, tensors
+    from avg_llava_jax import checkpoint
     from avg_llava_jax.config import LanguageConfig, ModelConfig, RouterConfig
+    from avg_llava_jax.weights import convert, foreign, layouts, tensors
     from configs import base
 
     config = ModelConfig(

@@ -33,8 +33,8 @@ SEED = flags.DEFINE_integer("seed", 0, "Of the random choice and of the bootstra
 
 def run_task(model: Any, task: Any, data: str) -> dict[str, Any]:
     """One benchmark, from its rows to its report."""
-    from avg_llava_jax import benchmarking, evaluation, plots
-    from avg_llava_jax.benchmarks import records
+    from avg_llava_jax import evaluation, plots
+    from avg_llava_jax.benchmarks import records, running
     from avg_llava_jax.files import same_run, write_whole
 
     folder = pathlib.Path(WORKDIR.value) / task.name
@@ -50,7 +50,7 @@ def run_task(model: Any, task: Any, data: str) -> dict[str, Any]:
     }
     same_run(folder, "benchmark.json", settings)
     print(f"{task.title}: {len(rows)} questions", flush=True)
-    questions, skipped = benchmarking.questions_of(task, rows, model, PROFILE.value)
+    questions, skipped = running.questions_of(task, rows, model, PROFILE.value)
     answered = evaluation.answer_all(
         model, questions, folder / "answers.jsonl", new_tokens, BATCH_SIZE.value, skipped=skipped
     )
@@ -60,8 +60,8 @@ def run_task(model: Any, task: Any, data: str) -> dict[str, Any]:
         print(f"not asked: {entry['where']}: {entry['reason']}: {entry['detail']}", file=sys.stderr)
     if not answered:
         raise ValueError(f"{task.name}: none of {len(rows)} rows can be asked, see {folder / 'skipped.jsonl'}")
-    seconds = benchmarking.seconds(model, questions, answered, TIMED.value, new_tokens)
-    report = benchmarking.report(task, model.config, rows, answered, seconds, SEED.value)
+    seconds = running.seconds(model, questions, answered, TIMED.value, new_tokens)
+    report = running.report(task, model.config, rows, answered, seconds, SEED.value)
     report["profile"] = PROFILE.value
     write_whole(folder / "report.json", json.dumps(report, indent=1) + "\n")
     plots.accuracy_against_tokens(report, folder / plots.PLOTS / "accuracy_against_tokens.png")
@@ -69,8 +69,8 @@ def run_task(model: Any, task: Any, data: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    from avg_llava_jax import benchmark_table, benchmarking, plots
-    from avg_llava_jax.benchmarks import records, tasks
+    from avg_llava_jax import plots
+    from avg_llava_jax.benchmarks import records, running, table, tasks
     from avg_llava_jax.files import write_whole
 
     names = list(tasks.BENCHMARKS) if TASK.value == ["all"] else TASK.value
@@ -81,11 +81,11 @@ def main() -> None:
     reports = []
     for task, data in zip(chosen, folders, strict=True):
         reports.append(run_task(model, task, data))
-        lines = benchmark_table.table(reports)
-        write_whole(workdir / "table.md", benchmark_table.markdown(lines))
-        write_whole(workdir / "table.csv", benchmark_table.comma_separated(lines))
-    plots.choices(benchmarking.over_tasks(reports), workdir / plots.PLOTS / "choices.png")
-    print(benchmark_table.markdown(lines))
+        lines = table.table(reports)
+        write_whole(workdir / "table.md", table.markdown(lines))
+        write_whole(workdir / "table.csv", table.comma_separated(lines))
+    plots.choices(running.over_tasks(reports), workdir / plots.PLOTS / "choices.png")
+    print(table.markdown(lines))
     print(workdir / "table.md")
 
 

@@ -64,7 +64,7 @@ def run(main: Callable[[], None], required: Sequence[str], model_flags: Sequence
         except (OSError, ValueError, RuntimeError, FloatingPointError) as error:
             if TRACEBACK.value:
                 raise
-            from avg_llava_jax import hosts
+            from avg_llava_jax.parallel import hosts
 
             _say(f"{error} (--traceback shows where)")
             hosts.leave(hosts.RESTART if isinstance(error, ConnectionError) else 2)

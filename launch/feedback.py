@@ -17,8 +17,9 @@ FEATURES = flags.DEFINE_bool(
 
 
 def main() -> None:
-    from avg_llava_jax import checkpoint, hosts, sharding
+    from avg_llava_jax import checkpoint
     from avg_llava_jax.data.tokenizer import load_tokenizer
+    from avg_llava_jax.parallel import hosts, sharding
     from avg_llava_jax.training import feedback, setup
 
     config = CONFIG.value

@@ -16,7 +16,7 @@ from ml_collections import config_flags
 from launch import cli
 
 if TYPE_CHECKING:
-    from avg_llava_jax.planning import Plan
+    from avg_llava_jax.parallel.planning import Plan
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The config, configs/X.py.", lock_config=True)
 TOPOLOGY = flags.DEFINE_string("topology", None, "v5e:8x8, v5p:2x2x4, v6e:4x4, cpu:8, ...")
@@ -35,7 +35,7 @@ def table(plans: "list[Plan]") -> str:
 
 
 def _lines(plan: "Plan") -> list[str]:
-    from avg_llava_jax.planning import GIB
+    from avg_llava_jax.parallel.planning import GIB
 
     def number(value: float) -> str:
         return f"{value:>10.2f}" if value >= 1 else f"{value:>10.2g}"
@@ -60,7 +60,7 @@ def _lines(plan: "Plan") -> list[str]:
 
 
 def main() -> None:
-    from avg_llava_jax import planning
+    from avg_llava_jax.parallel import planning
 
     config = CONFIG.value
     target = planning.target(TOPOLOGY.value)

@@ -15,8 +15,9 @@ OUTPUT = flags.DEFINE_string("output", None, "The folder to write; one that is t
 
 
 def main() -> None:
-    from avg_llava_jax import checkpoint, convert, foreign
+    from avg_llava_jax import checkpoint
     from avg_llava_jax.files import portable, whole
+    from avg_llava_jax.weights import convert, foreign
 
     source, output = pathlib.Path(cli.CHECKPOINT.value), pathlib.Path(OUTPUT.value)
     loaded = checkpoint.load(source)

@@ -30,7 +30,7 @@ ANSWERING = [
 
 
 def rows() -> Iterator[str]:
-    from avg_llava_jax import planning
+    from avg_llava_jax.parallel import planning
 
     def cells(plan: planning.Plan, name: str) -> str:
         kinds = ("trained", "frozen", "optimizer") if "trained" in plan.held else ("parameters", "cache")

@@ -23,7 +23,7 @@ HEARTBEAT = flags.DEFINE_integer("heartbeat", 60, "Seconds of silence after whic
 
 
 def main() -> None:
-    from avg_llava_jax import hosts
+    from avg_llava_jax.parallel import hosts
 
     hosts.start(COORDINATOR.value, PROCESSES.value, PROCESS.value, HEARTBEAT.value)
     from avg_llava_jax.training.loop import train

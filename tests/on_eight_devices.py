@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from avg_llava_jax import generate, parameters, sharding
+from avg_llava_jax import parameters
+from avg_llava_jax.answering import generate
 from avg_llava_jax.config import ScalerConfig
-from avg_llava_jax.costs import collectives
 from avg_llava_jax.models.flash import flash_attention
+from avg_llava_jax.parallel import sharding
+from avg_llava_jax.parallel.costs import collectives
 from avg_llava_jax.training.step import Step
 from configs import base
 from tests.test_attention import draw, formula

@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from avg_llava_jax import benchmark_table, benchmarking, evaluation
-from avg_llava_jax.benchmarks import records, scoring, tasks
+from avg_llava_jax import evaluation
+from avg_llava_jax.benchmarks import records, running, scoring, table, tasks
 from avg_llava_jax.config import ModelConfig
 from tests import benchmark_fixtures as fixtures
 from tests.random_model import random_model
@@ -25,11 +25,11 @@ def test_a_benchmark(name, model, tmp_path):
     """Every row is asked, what is reported is what launch.score says of the file, and a killed run goes on."""
     task = tasks.find(name)
     rows = records.read(task, fixtures.write_hub(tmp_path / "data", name))
-    questions, skipped = benchmarking.questions_of(task, rows, model, "lmms_eval")
+    questions, skipped = running.questions_of(task, rows, model, "lmms_eval")
     assert not skipped and sorted(int(question.sample.id) for question in questions) == list(range(len(rows)))
     file = tmp_path / "answers.jsonl"
     answered = evaluation.answer_all(model, questions, file, **OPTIONS)
-    report = benchmarking.report(task, model.config, rows, answered)
+    report = running.report(task, model.config, rows, answered)
 
     score = scoring.score(task, rows, scoring.read_answers(file, len(rows)))
     assert report["metrics"]["adaptive"] == score["metrics"]
@@ -43,7 +43,7 @@ def test_a_benchmark(name, model, tmp_path):
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
     file.write_text("".join(lines[:1]) + lines[1][:20], encoding="utf-8")
     again = evaluation.answer_all(model, questions, file, **OPTIONS)
-    assert benchmarking.report(task, model.config, rows, again) == report
+    assert running.report(task, model.config, rows, again) == report
     assert file.read_text(encoding="utf-8").splitlines(keepends=True)[0] == lines[0]
 
 
@@ -55,7 +55,7 @@ def test_what_cannot_be_asked_counts_as_wrong(model, tmp_path):
             for n, image in enumerate(images)]  # fmt: skip
     rows[5]["question"] = "red " * 300
     rows = records.read(tasks.CHARTQA, fixtures.write_hub(tmp_path, "chartqa", rows))
-    questions, skipped = benchmarking.questions_of(tasks.CHARTQA, rows, model, "lmms_eval")
+    questions, skipped = running.questions_of(tasks.CHARTQA, rows, model, "lmms_eval")
     answered = evaluation.answer_all(model, questions, skipped=skipped, **OPTIONS)
     reasons = {entry["id"]: entry["reason"] for entry in skipped}
     assert reasons == {
@@ -63,7 +63,7 @@ def test_what_cannot_be_asked_counts_as_wrong(model, tmp_path):
     }  # fmt: skip
     answered[0]["answer"] = answered[0]["answers"][4] = "4"  # as if it were right
     answered[0]["chosen"] = [4]
-    report = benchmarking.report(tasks.CHARTQA, model.config, rows, answered)
+    report = running.report(tasks.CHARTQA, model.config, rows, answered)
     assert (report["n"], report["answered"]) == (6, 1)
     assert report["metrics"]["adaptive"]["relaxed_overall"] == pytest.approx(1 / 6)
     assert report["metrics"]["fixed"]["16"]["relaxed_overall"] == 0
@@ -73,7 +73,7 @@ def test_what_cannot_be_asked_counts_as_wrong(model, tmp_path):
 def test_images_are_encoded_once(model, tmp_path, monkeypatch):
     """Questions about one image share its encoding, and are answered as they would be alone."""
     rows = records.read(tasks.POPE, fixtures.write_hub(tmp_path, "pope"))
-    questions, _ = benchmarking.questions_of(tasks.POPE, rows, model, "lmms_eval")
+    questions, _ = running.questions_of(tasks.POPE, rows, model, "lmms_eval")
     names = [question.sample.images[0].name for question in questions]
     assert names == sorted(names, key=names.index) and len(set(names)) == 2
     encoded = []
@@ -104,14 +104,14 @@ def test_figures():
         }
         for n, (cheap, fine, chosen) in enumerate(said)
     ]  # fmt: skip
-    report = benchmarking.report(tasks.GQA, config, rows, answered)
+    report = running.report(tasks.GQA, config, rows, answered)
     assert report["score"]["fixed"] == {"36": 25.0, "72": 25.0, "144": 25.0, "288": 25.0, "576": 75.0}
     assert report["score"]["adaptive"] == 50.0 and report["score"]["oracle"] == 75.0
     assert report["visual_tokens"]["adaptive"] == 2 * (36 + 576 + 36) / 3
     assert report["visual_tokens"]["oracle"] == 2 * (36 + 576 + 576) / 3
     assert report["token_cut"]["adaptive"] == pytest.approx(1 - (36 + 576 + 36) / 3 / 576)
     assert report["oracle_gap"] is None
-    lines = benchmark_table.table([report, report | {"title": "MME", "full": 2000.0}])
+    lines = table.table([report, report | {"title": "MME", "full": 2000.0}])
     shown = dict(zip(lines[0], lines[-1], strict=True))
     assert shown["task"] == "mean" and shown["n"] == "8" and shown["unanswered"] == "2"
     assert shown["router"] == "26.2"  # 50 of 100 and 50 of 2000
@@ -121,13 +121,13 @@ def test_figures():
 def test_seconds(model, tmp_path):
     """Only questions that fit at every granularity are timed, so that the same ones are compared."""
     rows = records.read(tasks.POPE, fixtures.write_hub(tmp_path, "pope"))
-    questions, _ = benchmarking.questions_of(tasks.POPE, rows, model, "lmms_eval")
+    questions, _ = running.questions_of(tasks.POPE, rows, model, "lmms_eval")
     answered = [{"id": question.sample.id, "answers": {4: "a", 16: None}} for question in questions]
-    assert benchmarking.seconds(model, questions, answered, 2, 2) is None
+    assert running.seconds(model, questions, answered, 2, 2) is None
     answered[0]["answers"][16] = "b"
-    seconds = benchmarking.seconds(model, questions, answered, 2, 2)
+    seconds = running.seconds(model, questions, answered, 2, 2)
     assert set(seconds["fixed"]) == {"4", "8", "16"} and seconds["adaptive"] > 0
-    assert benchmarking.seconds(model, questions, answered, 0, 2) is None
+    assert running.seconds(model, questions, answered, 0, 2) is None
 
 
 def test_the_command(folder, tmp_path):  # noqa: F811

@@ -17,8 +17,9 @@ import numpy as np
 import optax
 import pytest
 
-from avg_llava_jax import checkpoint, parameters, sharding
+from avg_llava_jax import checkpoint, parameters
 from avg_llava_jax.config import ModelConfig, to_dict
+from avg_llava_jax.parallel import sharding
 from tests.test_parameters import TINY
 
 TOKENIZER = pathlib.Path(__file__).parent / "data" / "golden" / "avg-llava-tiny"

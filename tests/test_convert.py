@@ -17,10 +17,12 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from avg_llava_jax import checkpoint, convert, foreign, parameters, sharding, tensors
+from avg_llava_jax import checkpoint, parameters
 from avg_llava_jax.api import AvgLlava
 from avg_llava_jax.config import LanguageConfig, ModelConfig, RouterConfig
+from avg_llava_jax.parallel import sharding
 from avg_llava_jax.training.loop import train
+from avg_llava_jax.weights import convert, foreign, tensors
 from tests.random_model import save_random_model
 from tests.test_training import settings
 
@@ -121,7 +123,9 @@ SHARDED = """
     import pathlib, sys, jax, numpy as np
     jax.config.update("jax_num_cpu_devices", 8)
     from absl import flags
-    from avg_llava_jax import checkpoint, foreign, sharding
+    from avg_llava_jax import checkpoint
+    from avg_llava_jax.parallel import sharding
+    from avg_llava_jax.weights import foreign
     from launch import import_torch
 
     source, tower, output = sys.argv[1:]
@@ -294,7 +298,7 @@ def test_sources_that_are_none(tmp_path, imported):
 HUB = """
     import sys
     from absl import app
-    from avg_llava_jax import convert
+    from avg_llava_jax.weights import convert
 
     def main(argv):
         for name in argv[1:]:

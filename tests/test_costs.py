@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from avg_llava_jax.costs import Traffic, collectives, flops
+from avg_llava_jax.parallel.costs import Traffic, collectives, flops
 
 
 def test_flops_of_loops_branches_and_gradients():

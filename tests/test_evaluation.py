@@ -7,10 +7,10 @@ import pytest
 from PIL import Image
 
 from avg_llava_jax import evaluation, policies
+from avg_llava_jax.answering.requests import Request
 from avg_llava_jax.data.images import image_ref
 from avg_llava_jax.data.jersey import Jersey
 from avg_llava_jax.data.sources import open_source
-from avg_llava_jax.requests import Request
 from tests.random_model import random_model
 
 OPTIONS = {"max_new_tokens": 4, "batch_size": 8, "progress": False}

@@ -139,7 +139,8 @@ def test_a_checksum_knows_every_bit_and_every_place():
 
 ON_OTHER_MESHES = """
     import jax, numpy as np, optax
-    from avg_llava_jax import checkpoint, parameters, sharding
+    from avg_llava_jax import checkpoint, parameters
+    from avg_llava_jax.parallel import sharding
     from tests.test_parameters import TINY
 
     def on(devices, sizes):

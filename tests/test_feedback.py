@@ -6,10 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from avg_llava_jax import sharding
 from avg_llava_jax.data.feedback import read_feedback
 from avg_llava_jax.data.pipeline import PlannedBatches
 from avg_llava_jax.data.sources import open_sources
+from avg_llava_jax.parallel import sharding
 from avg_llava_jax.training import feedback, phases
 from tests.conftest import write_llava
 from tests.random_model import random_model

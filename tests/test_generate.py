@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from avg_llava_jax import batching, generate
+from avg_llava_jax.answering import batching, generate
+from avg_llava_jax.answering.requests import Request
 from avg_llava_jax.api import AvgLlava
 from avg_llava_jax.data.packing import Shape
 from avg_llava_jax.models import avg_llava
-from avg_llava_jax.requests import Request
 from tests.random_model import random_model
 
 GOLDEN = pathlib.Path(__file__).parent / "data" / "golden"

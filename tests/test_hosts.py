@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from avg_llava_jax import checkpoint, hosts
+from avg_llava_jax import checkpoint
+from avg_llava_jax.parallel import hosts
 from avg_llava_jax.training.loop import TERMINATED
 from avg_llava_jax.training.metrics import read_rows
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from avg_llava_jax import generate
+from avg_llava_jax.answering import generate
 from avg_llava_jax.config import LanguageConfig, ModelConfig
 from avg_llava_jax.models import avg_llava
 

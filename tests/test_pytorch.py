@@ -17,7 +17,9 @@ from transformers import (
     LlavaNextForConditionalGeneration,
 )
 
-from avg_llava_jax import SHIPPED, batching, checkpoint, convert, generate, llava_next
+from avg_llava_jax import SHIPPED, checkpoint
+from avg_llava_jax.answering import batching, generate
+from avg_llava_jax.answering.requests import Request
 from avg_llava_jax.api import AvgLlava
 from avg_llava_jax.config import RouterConfig, ScalerConfig
 from avg_llava_jax.data.conversation import IMAGE, encode_prompt, encode_raw
@@ -27,7 +29,7 @@ from avg_llava_jax.data.tiles import make_tiles
 from avg_llava_jax.data.tokenizer import load_tokenizer
 from avg_llava_jax.models import avg_llava
 from avg_llava_jax.models.encoder import normalise
-from avg_llava_jax.requests import Request
+from avg_llava_jax.weights import convert, llava_next
 from tests.differences import agree
 from tests.random_model import save_random_model
 from tests.test_convert import GOLDEN, SOURCE, TOWER, same_bits

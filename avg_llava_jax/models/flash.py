@@ -8,7 +8,7 @@ from einops import rearrange
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-from avg_llava_jax import placement
+from avg_llava_jax.parallel import placement
 
 BLOCKS = range(128, 769, 128)
 """Sizes of the square tiles that the kernel can work in; it takes whole ones."""

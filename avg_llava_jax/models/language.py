@@ -10,7 +10,7 @@ from einops import rearrange
 from avg_llava_jax.config import LanguageConfig
 from avg_llava_jax.models.attention import attention
 from avg_llava_jax.models.stack import Remat, stack
-from avg_llava_jax.placement import constrain
+from avg_llava_jax.parallel.placement import constrain
 
 
 class KeyValues(NamedTuple):

@@ -17,12 +17,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from avg_llava_jax import hosts, sharding
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.data.feedback import FeedbackFolder, Stored
 from avg_llava_jax.data.pipeline import WINDOW, PlannedBatches
 from avg_llava_jax.models import avg_llava
 from avg_llava_jax.models.scaler import scale
+from avg_llava_jax.parallel import hosts, sharding
 from avg_llava_jax.training import losses
 
 NOT_ARRAYS = ("ids", "skipped")

@@ -19,8 +19,9 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from avg_llava_jax import checkpoint, hosts, parameters, sharding
+from avg_llava_jax import checkpoint, parameters
 from avg_llava_jax.data.pipeline import Batch, Batches
+from avg_llava_jax.parallel import hosts, sharding
 from avg_llava_jax.training import curves, disk, setup
 from avg_llava_jax.training.metrics import MetricsLog, Progress, SkippedLog
 from avg_llava_jax.training.optimizer import OptimizerConfig, rate_shape

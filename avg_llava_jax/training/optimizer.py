@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
 
-from avg_llava_jax import parameters, sharding
+from avg_llava_jax import parameters
+from avg_llava_jax.parallel import sharding
 
 
 @dataclasses.dataclass(frozen=True)

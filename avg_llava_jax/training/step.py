@@ -11,8 +11,9 @@ import ml_collections
 import optax
 from jax.sharding import Mesh
 
-from avg_llava_jax import parameters, sharding
+from avg_llava_jax import parameters
 from avg_llava_jax.config import ModelConfig
+from avg_llava_jax.parallel import sharding
 from avg_llava_jax.training import phases, setup
 from avg_llava_jax.training.optimizer import OptimizerConfig, gradients, make_optimizer, trainable
 

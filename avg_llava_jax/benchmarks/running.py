@@ -1,7 +1,7 @@
 """A model on the paper's benchmarks: the answers at every granularity, and what each way to choose makes of them.
 
     rows --questions_of--> questions --evaluation.answer_all--> records --report--> metrics, tokens, seconds, by policy
-    reports --benchmark_table.table--> ours beside the paper's, as Markdown and CSV
+    reports --table.table--> ours beside the paper's, as Markdown and CSV
 
 The policies are each fixed granularity, `random`, `adaptive` (the router) and `oracle` (the cheapest granularity whose
 answer scores best). A row that could not be asked counts as wrong in all of them.
@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from avg_llava_jax import batching, evaluation, policies
+from avg_llava_jax import evaluation, policies
+from avg_llava_jax.answering import batching
 from avg_llava_jax.api import AvgLlava
 from avg_llava_jax.benchmarks import records, scoring
 from avg_llava_jax.benchmarks.letters import Pick

@@ -22,7 +22,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from avg_llava_jax import sharding
+from avg_llava_jax.parallel import sharding
 
 AUTO = "auto"
 RESTART = 75

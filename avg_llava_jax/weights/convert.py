@@ -16,11 +16,12 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from avg_llava_jax import checkpoint, foreign, layouts, llava_next, model_card, parameters, tensors
+from avg_llava_jax import checkpoint, parameters
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.data.conversation import stop_ids
 from avg_llava_jax.data.tokenizer import Tokenizer, load_tokenizer
 from avg_llava_jax.files import whole, write_json
+from avg_llava_jax.weights import foreign, layouts, llava_next, model_card, tensors
 
 logger = logging.getLogger(__name__)
 

@@ -19,9 +19,11 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from loguru import logger
 from tqdm import tqdm
 
-from avg_llava_jax.requests import Answer, Request
+from avg_llava_jax.answering.requests import Answer, Request
 
-MANIFEST = ModelManifest("avg_llava_jax", simple_class_path="avg_llava_jax.lmms_eval_plugin.AvgLlavaForLmmsEval")
+MANIFEST = ModelManifest(
+    "avg_llava_jax", simple_class_path="avg_llava_jax.benchmarks.lmms_eval_plugin.AvgLlavaForLmmsEval"
+)
 
 NEW_TOKENS = 64
 """Where a task leaves the length of answers to the model (TextVQA, VizWiz)."""

@@ -13,7 +13,7 @@ import zipfile
 import zlib
 from typing import Any, BinaryIO, NamedTuple
 
-from avg_llava_jax.tensor_files import COUNTERS, DTYPES, Place, extent
+from avg_llava_jax.weights.tensor_files import COUNTERS, DTYPES, Place, extent
 
 OLD_FORMAT = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 """How `torch.save` before 1.6 began a file: a magic number, pickled."""

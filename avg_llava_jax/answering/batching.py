@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from avg_llava_jax import generate
+from avg_llava_jax.answering import generate
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.data.geometry import visual_count
 from avg_llava_jax.data.packing import Sample, Shape, collate, packed_length, prompt_index, shape_of

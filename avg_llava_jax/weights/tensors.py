@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from avg_llava_jax import pickled, tensor_files
-from avg_llava_jax.tensor_files import COUNTERS, DTYPES, Place
+from avg_llava_jax.weights import pickled, tensor_files
+from avg_llava_jax.weights.tensor_files import COUNTERS, DTYPES, Place
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 """A folder's weights, or the names of their index less `.index.json`; the first that is there counts."""

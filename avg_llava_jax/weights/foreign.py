@@ -18,10 +18,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from tqdm import tqdm
 
-from avg_llava_jax import joined, layouts, llava_next, parameters, placement, tensors
+from avg_llava_jax import parameters
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.models import avg_llava
-from avg_llava_jax.tensors import Catalog, Tensors, read_json
+from avg_llava_jax.parallel import placement
+from avg_llava_jax.weights import joined, layouts, llava_next, tensors
+from avg_llava_jax.weights.tensors import Catalog, Tensors, read_json
 
 logger = logging.getLogger(__name__)
 

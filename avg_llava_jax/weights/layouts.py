@@ -16,7 +16,7 @@ from avg_llava_jax.config import (
     ScalerConfig,
     VisionConfig,
 )
-from avg_llava_jax.tensors import read_json
+from avg_llava_jax.weights.tensors import read_json
 
 Folder = str | os.PathLike[str]
 

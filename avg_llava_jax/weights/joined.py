@@ -7,10 +7,10 @@ of the paper as far as the grid can be halved, and the template that the tokeniz
 import pathlib
 from typing import Any
 
-from avg_llava_jax import layouts
 from avg_llava_jax.config import ModelConfig, ScalerConfig
 from avg_llava_jax.data.tokenizer import load_tokenizer
-from avg_llava_jax.tensors import read_json
+from avg_llava_jax.weights import layouts
+from avg_llava_jax.weights.tensors import read_json
 
 MODEL_TYPES = ("llama", "mistral")
 FRESH = ("model.mm_projector.", "model.image_newline", "model.router.")

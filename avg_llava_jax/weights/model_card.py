@@ -8,7 +8,7 @@ from typing import Any, Literal
 from avg_llava_jax import parameters
 from avg_llava_jax.checkpoint import Loaded
 from avg_llava_jax.files import portable
-from avg_llava_jax.tensors import read_json
+from avg_llava_jax.weights.tensors import read_json
 
 CARD = "README.md"
 REPORT = "report.json"

@@ -15,12 +15,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from avg_llava_jax import sharding
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.models import avg_llava
 from avg_llava_jax.models.language import KeyValues, extend
 from avg_llava_jax.models.router import Routing
-from avg_llava_jax.placement import constrain
+from avg_llava_jax.parallel import sharding
+from avg_llava_jax.parallel.placement import constrain
 
 SMALLEST_LENGTH = 32
 SMALLEST_ROOM = 16

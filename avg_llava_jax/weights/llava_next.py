@@ -20,18 +20,18 @@ from typing import Any
 
 import tokenizers
 
-from avg_llava_jax import layouts
-from avg_llava_jax.chat_templates import chat_template
 from avg_llava_jax.config import LanguageConfig, ModelConfig, RouterConfig, ScalerConfig, to_dict
 from avg_llava_jax.data.sentencepiece_json import write_tokenizer_json
 from avg_llava_jax.data.tokenizer import Tokenizer
 from avg_llava_jax.files import write_json
-from avg_llava_jax.tensors import read_json
+from avg_llava_jax.weights import layouts
+from avg_llava_jax.weights.chat_templates import chat_template
+from avg_llava_jax.weights.tensors import read_json
 
 MODEL_TYPE = "llava_next"
 IMAGE = "<image>"
 
-MODELING = pathlib.Path(__file__).parent / "assets" / "pytorch" / "modeling_avg_llava.py"
+MODELING = pathlib.Path(__file__).parents[1] / "assets" / "pytorch" / "modeling_avg_llava.py"
 """The PyTorch model that goes out with the weights; this package never imports it."""
 MODEL_CLASS = "AvgLlavaForConditionalGeneration"
 ROUTER = "router"

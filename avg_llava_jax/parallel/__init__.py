@@ -1,0 +1,1 @@
+"""Many devices: meshes, placements, hosts, and what a run on them would take."""
