@@ -37,6 +37,7 @@ def get_config() -> ConfigDict:
             "optimizer": {
                 "learning_rate": 1e-5,
                 "encoder_learning_rate": 2e-5,  # 0 = the vision encoder is frozen
+                "connector_learning_rate": config_dict.placeholder(float),  # 0 = frozen; unset = like the rest
                 "warmup": 0.03,  # share of the steps, then a cosine to 0
                 "weight_decay": 0.0,
                 "b1": 0.9,

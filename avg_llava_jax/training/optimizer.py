@@ -17,7 +17,8 @@ from avg_llava_jax.parallel import sharding
 class OptimizerConfig:
     """Settings of AdamW.
 
-    learning_rate: the peak. encoder_learning_rate: that of the vision encoder; 0 freezes it.
+    learning_rate: the peak. encoder_learning_rate, connector_learning_rate: those of these components; 0 freezes
+      one. The connector's is None where it is like the rest.
     warmup: share of the steps in which the rate rises from 0; it then falls to 0 along a cosine.
     weight_decay: of kernels and embeddings; norms, biases and single vectors are spared.
     clip: the largest global norm of the gradients.
@@ -26,6 +27,7 @@ class OptimizerConfig:
 
     learning_rate: float
     encoder_learning_rate: float
+    connector_learning_rate: float | None = None
     warmup: float = 0.03
     weight_decay: float = 0.0
     b1: float = 0.9
@@ -40,13 +42,21 @@ class OptimizerConfig:
         if self.accumulate < 1:
             raise ValueError(f"optimizer.accumulate={self.accumulate} must be at least 1")
 
+    def rate(self, component: str) -> float:
+        """The peak learning rate of a component."""
+        own = {"encoder": self.encoder_learning_rate, "connector": self.connector_learning_rate}.get(component)
+        return self.learning_rate if own is None else own
+
 
 def trainable(phase: str, config: OptimizerConfig) -> tuple[str, ...]:
     """The components that learn in a phase."""
     if phase not in parameters.TRAINED_IN:
         raise ValueError(f"phase {phase!r} is not known; choose from {', '.join(parameters.TRAINED_IN)}")
-    frozen = {"encoder"} if config.encoder_learning_rate == 0 else set()
-    return tuple(name for name in parameters.TRAINED_IN[phase] if name not in frozen)
+    may_freeze = ("encoder", "connector")
+    names = tuple(name for name in parameters.TRAINED_IN[phase] if name not in may_freeze or config.rate(name) != 0)
+    if not names:
+        raise ValueError(f"phase {phase} would train nothing: optimizer.connector_learning_rate is 0")
+    return names
 
 
 def rate_shape(config: OptimizerConfig, steps: int) -> Callable[[jax.Array], jax.Array]:
@@ -76,10 +86,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         share = shape(schedule.count)
         updates, after = adam.update(grads, tuple(before), params)
         finite = jnp.isfinite(loss) & jnp.isfinite(optax.global_norm(grads))
-        rates = jax.tree.map(
-            lambda name: config.encoder_learning_rate if name == "encoder" else config.learning_rate,
-            parameters.components(updates),
-        )
+        rates = jax.tree.map(config.rate, parameters.components(updates))
         updates = jax.tree.map(lambda update, rate: jnp.where(finite, -share * rate * update, 0.0), updates, rates)
         after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, tuple(before))
         return updates, (*after, optax.ScaleByScheduleState(optax.safe_increment(schedule.count)))
