@@ -43,7 +43,7 @@ STAGES = {
     },
     "finest": {
         "granularities": (64,),
-        "steps": 1200,
+        "steps": 600,
         "data.path": "jersey?roster=0.3&turns=10&near=0.35&seed=3",
         "optimizer.learning_rate": 1.5e-3,
         "optimizer.encoder_learning_rate": 0.0,
