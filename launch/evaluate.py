@@ -2,7 +2,8 @@
 
     python -m launch.evaluate --checkpoint=W --data=test.json --images=DIR --workdir=OUT
 
-writes OUT/report.json, OUT/answers.jsonl (a run that was interrupted goes on) and OUT/skipped.jsonl.
+writes OUT/report.json, OUT/answers.jsonl (a run that was interrupted goes on), OUT/skipped.jsonl, and a picture of
+what was right though cheap, right because fine and wrong because cheap, OUT/plots/examples.png.
 """
 
 import json
@@ -37,7 +38,7 @@ def table(report: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    from avg_llava_jax import evaluation, policies
+    from avg_llava_jax import evaluation, plots, policies
     from avg_llava_jax.data.sources import open_source
     from avg_llava_jax.files import same_run, write_whole
 
@@ -70,6 +71,7 @@ def main() -> None:
     seconds = evaluation.seconds_per_answer(model, timed, max_new_tokens=MAX_NEW_TOKENS.value)
     report = policies.report(model.config, records, seconds, seed=SEED.value)
     write_whole(workdir / "report.json", json.dumps(report, indent=1) + "\n")
+    plots.examples(model.config, questions, records, workdir / plots.PLOTS / "examples.png")
     print(table(report))
     print(f"{report['n']} questions, {len(skipped)} skipped; {workdir / 'report.json'}")
 
