@@ -12,44 +12,60 @@ from avg_llava_jax.api import AvgLlava
 from avg_llava_jax.data.jersey import Jersey
 from avg_llava_jax.training import losses, setup
 from configs import ablations
-from launch import ablate
+from launch import ablate, quickstart
 from tests.random_model import random_model, save_random_model
 
 DOCUMENT = "Before.\n\n<!-- ablations: python -m launch.ablate -->\nold\n<!-- end of ablations -->\n\nAfter.\n"
 TINY = {"seeds": 1, "steps": 2, "pictures": 16, "questions": 6}
 
 
-def test_asks_once_trains_many_and_goes_on(tiny, tokenizer, tmp_path, capsys):
-    save_random_model(tiny, tokenizer, tmp_path / "model")
+def test_asks_once_trains_many_and_goes_on(tiny, tokenizer, tmp_path, capsys, monkeypatch):
+    model = save_random_model(tiny, tokenizer, tmp_path / "model")
     source, workdir, document = str(tmp_path / "model"), tmp_path / "run", tmp_path / "ablations.md"
     document.write_text(DOCUMENT)
-    ablate.run(workdir, source, ["full"], **TINY)
-    before = checkpoint.steps(workdir / "full-0"), (workdir / "full-0" / "outcome.json").read_text()
-    (workdir / "full-0" / "outcome.json").unlink()  # as if it had been killed just then
+    ablate.run(workdir, source, ["no_instruction"], **TINY)
+    router = workdir / "no_instruction-0"
+    before = checkpoint.steps(router), (router / "outcome.json").read_text()
+    (router / "outcome.json").unlink()  # as if it had been killed just then
+
+    asked, trained = [], []
+    original = quickstart.train_router
+
+    def train_router(config, stored, folder):
+        trained.append((folder.name, stored))
+        if config.model.unpad is None:
+            return original(config, stored, folder)
+        folder.mkdir()
+        return model
+
+    def collect_feedback(model, config, folder):
+        asked.append((folder.name, model.config.unpad))
+        return folder / "feedback"
+
+    monkeypatch.setattr(quickstart, "train_router", train_router)
+    monkeypatch.setattr(quickstart, "collect_feedback", collect_feedback)
     capsys.readouterr()
-
-    text = ablate.run(workdir, source, ["full", "no_instruction", "unpad_released"], **TINY, document=str(document))
+    text = ablate.run(workdir, source, ["no_instruction", "unpad_released"], **TINY, document=str(document))
     out, progress = capsys.readouterr()
-    assert (
-        "3 routers to train" in out and "3/3 unpad_released, seed 0: accuracy" in progress and "ETA 0:00:00" in progress
-    )
-    assert (checkpoint.steps(workdir / "full-0"), (workdir / "full-0" / "outcome.json").read_text()) == before
-    assert checkpoint.read_config(workdir / "no_instruction-0")[0].router.text_tokens == 0
-    model, values = checkpoint.read_config(workdir / "unpad_released-0")
-    assert model.unpad == "released" and values["training"]["rglf"]["feedback"] == str(
-        workdir / "released" / "feedback"
-    )
-    start, end = (checkpoint.load(folder).params["router"] for folder in (source, workdir / "full-0"))
+    assert asked == [("exact", "exact"), ("released", "released")]
+    assert trained == [
+        ("no_instruction-0", workdir / "exact" / "feedback"),
+        ("unpad_released-0", workdir / "released" / "feedback"),
+    ]
+    assert "2 routers to train" in out
+    assert "2/2 unpad_released, seed 0: accuracy" in progress and "ETA 0:00:00" in progress
+    assert (checkpoint.steps(router), (router / "outcome.json").read_text()) == before
+    assert checkpoint.read_config(router)[0].router.text_tokens == 0
+    start, end = (checkpoint.load(folder).params["router"] for folder in (source, router))
     moved = np.abs(start["logits"]["kernel"] - end["logits"]["kernel"]).max()
-    assert moved > 10 * 2 * 4e-3  # by more than two steps can: it began anew
+    assert moved > 10 * 2 * 4e-3  # further than two steps go: it began anew
 
-    assert (
-        document.read_text() == DOCUMENT.replace("old\n", f"\n{text}\n") and (workdir / "table.md").read_text() == text
-    )
+    assert document.read_text() == DOCUMENT.replace("old\n", f"\n{text}\n")
+    assert (workdir / "table.md").read_text() == text
     names = [line.split(" | ")[0].removeprefix("| ") for line in text.splitlines()[2:]]
     always = [f"always {g}" for g in tiny.granularities]
-    assert names == [*always, "oracle", "random choice", "full", "no_instruction", "unpad_released"]
-    assert text.count("71.1 / 66.3 / 1557 / 69.9") == 1
+    assert names == [*always, "oracle", "random choice", "no_instruction", "unpad_released"]
+    assert text.count("70.1 / 53.9 / 1525 / 69.0") == 1
     assert (workdir / "plots" / "ablations.png").stat().st_size > 5000
     with pytest.raises(ValueError, match=r"holds answers for steps=2, not 3: use another --workdir"):
         ablate.run(workdir, source, ["full"], **(TINY | {"steps": 3}))
@@ -122,11 +138,11 @@ def test_another_router_over_what_was_seen_once(tiny, tokenizer, changes):
     questions, _ = evaluation.read_questions(Jersey("test", 5, paired=True), tokenizer, tiny)
     samples = [question.sample for question in questions]
     seen = list(evaluation.see_all(model, samples, 4))
-    scaler = dataclasses.replace(tiny.scaler, halvings=1)
+    scaler = dataclasses.replace(tiny.scaler, halvings=3)
     config = dataclasses.replace(tiny, router=dataclasses.replace(tiny.router, **changes), scaler=scaler)
     router = random_model(config, tokenizer).params["router"]
     other = AvgLlava(config, {**model.params, "router": router}, tokenizer)
     kept, anew = evaluation.route_seen(other, seen), evaluation.route_all(other, samples, 4)
-    assert len(kept) == 5 and all(row.shape == (1, 2) for row in kept)
+    assert len(kept) == 5 and all(row.shape == (1, 4) for row in kept)
     np.testing.assert_allclose(np.stack(kept), np.stack(anew), atol=1e-5)
     assert np.std(np.stack(kept)[:, 0, 0]) > 1e-4
