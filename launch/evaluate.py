@@ -62,6 +62,7 @@ def answered(model: AvgLlava) -> tuple[list[Question], list[Record], int]:
             "step": model.step,
             "data": DATA.value if DATA.value.startswith("jersey") else str(pathlib.Path(DATA.value).resolve()),
             "max_new_tokens": MAX_NEW_TOKENS.value,
+            "quantize": cli.QUANTIZE.value,
         },
     )
     questions, skipped = evaluation.read_questions(source, model.tokenizer, model.config)

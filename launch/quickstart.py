@@ -191,4 +191,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, required=["workdir"])
+    cli.run(main, required=["workdir"], model_flags=cli.STORED_FLAGS)
