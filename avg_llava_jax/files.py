@@ -43,6 +43,21 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
     pathlib.Path(path).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def whole_lines(path: Path) -> list[bytes]:
+    """The lines of a file that is appended to, none where there is no file.
+
+    A last line that was cut off by an interruption is removed from the file.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        return []
+    # As bytes: a cut may go through a character, and a text's `splitlines` knows more line ends than JSON escapes.
+    lines = path.read_bytes().splitlines(keepends=True)
+    if lines and not lines[-1].endswith(b"\n"):
+        os.truncate(path, path.stat().st_size - len(lines.pop()))
+    return lines
+
+
 @contextlib.contextmanager
 def whole(output: Path, replace: bool = False) -> Iterator[pathlib.Path]:
     """A folder to fill, which becomes `output` when the block ends well and is gone when it does not.

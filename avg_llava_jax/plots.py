@@ -63,6 +63,32 @@ def ablations(fixed: dict[str, Any], points: dict[str, Any], path: Path) -> Path
     return _save(figure, path)
 
 
+def tradeoff(report: dict[str, Any], path: Path) -> Path:
+    """Accuracy against visual tokens, and against seconds: the price of tokens as a curve beside the other ways."""
+    figure, axes = plt.subplots(1, 2, figsize=(10.4, 4.2), sharey=True, layout="constrained")
+    curves = {"always": ("o-", "tab:gray"), "cost weight": ("*-", "tab:red")}
+    others = {"random": "X", "oracle": "D"}
+    points = {point["name"]: point for point in report["points"]}
+    for axis, (key, label) in zip(
+        axes, (("visual_tokens", "visual tokens a question"), ("seconds", "seconds an answer")), strict=True
+    ):
+        for name, (style, colour) in curves.items():
+            found = [point for point in points.values() if point["name"].startswith(name)]
+            across, up = [point[key] for point in found], [point["accuracy"]["all"] for point in found]
+            axis.plot(
+                across, up, style, color=colour, label="fixed" if name == "always" else "the router, by its price"
+            )
+            for point, x, y in zip(found, across, up, strict=True):
+                axis.annotate(point["name"].split()[-1], (x, y), xytext=(4, -9), textcoords="offset points", fontsize=7)
+        for name, marker in others.items():
+            axis.plot(points[name][key], points[name]["accuracy"]["all"], marker, color="black", label=name)
+        axis.set(xlabel=label)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("accuracy")
+    axes[0].legend(fontsize=8)
+    return _save(figure, path)
+
+
 def choices(report: dict[str, Any], path: Path) -> Path:
     """What the router chose for each kind of question, and in the two controls."""
     shown = [("the router", report["chosen"])]

@@ -44,6 +44,7 @@ def run_task(model: Any, task: Any, data: str) -> dict[str, Any]:
         "checkpoint": str(pathlib.Path(cli.CHECKPOINT.value).resolve()),
         "step": model.step,
         "dtype": cli.DTYPE.value,
+        "quantize": cli.QUANTIZE.value,
         "data": str(pathlib.Path(data).resolve()) if pathlib.Path(data).is_dir() else data,
         "profile": PROFILE.value,
         "max_new_tokens": new_tokens,

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from avg_llava_jax import checkpoint, evaluation, plots, policies
+from avg_llava_jax import checkpoint, evaluation, plots, policies, timing
 from avg_llava_jax.api import SHIPPED, AvgLlava
 from avg_llava_jax.data.jersey import Jersey
 from avg_llava_jax.files import same_run, write_whole
@@ -92,7 +92,7 @@ def compare(
     """
     config = adaptive.config
     records = evaluation.answer_all(adaptive, questions, workdir / "answers.jsonl", ANSWER_TOKENS)
-    seconds = evaluation.seconds_per_answer(adaptive, questions, max_new_tokens=ANSWER_TOKENS)
+    seconds = timing.seconds_per_answer(adaptive, questions, max_new_tokens=ANSWER_TOKENS)
     report = policies.report(config, records, seconds)
     samples = [question.sample for question in questions]
     others = {
@@ -193,4 +193,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, required=["workdir"])
+    cli.run(main, required=["workdir"], model_flags=cli.STORED_FLAGS)
