@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from avg_llava_jax.answering import batching
+from avg_llava_jax.answering import batching, generate
 from avg_llava_jax.answering.batching import groups
 from avg_llava_jax.answering.requests import Prepared, Request
 from avg_llava_jax.api import AvgLlava, softmax
