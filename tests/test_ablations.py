@@ -10,6 +10,7 @@ import pytest
 from avg_llava_jax import checkpoint, evaluation, policies
 from avg_llava_jax.api import AvgLlava
 from avg_llava_jax.data.jersey import Jersey
+from avg_llava_jax.parallel import sharding
 from avg_llava_jax.training import losses, setup
 from configs import ablations
 from launch import ablate, quickstart
@@ -129,6 +130,13 @@ def test_every_ablation_changes_one_thing_of_the_recipe():
     for name, changes in ablations.ABLATIONS.items():
         leaves, others = (setup._leaves(config) for config in (full, ablations.get_config(name).to_dict()))
         assert {key for key in leaves if leaves[key] != others[key]} == changes.keys(), name
+
+
+def test_fresh_names_components():
+    config = ablations.get_config()
+    config.fresh = ("voter",)
+    with pytest.raises(ValueError, match="fresh names 'voter': the components are encoder, connector, router"):
+        setup.check(config, sharding.make_mesh(config.mesh))
 
 
 @pytest.mark.parametrize("changes", [{"text_tokens": 0}, {"text_tokens": 40}, {"attention": "tiles"}], ids=str)
