@@ -25,8 +25,9 @@ from avg_llava_jax.training.optimizer import Loss
 
 @dataclasses.dataclass(frozen=True)
 class FeedbackConfig:
-    """RGLF (paper, section 3.5): weights of the two parts, and how the frozen model is run.
+    """RGLF (paper, section 3.5): weights of the loss's parts, and how the frozen model is run.
 
+    nll_weight: of the NLL expected under the router's probabilities; alone, it trains by instruction tuning instead.
     tie_nats: granularities within so many nats of the best count as equally good and rank cheapest first; 0 = paper.
     feedback: folder of the frozen model's answers to the data (see `feedback`); "" = they are measured on the way.
     execution: `per_length` runs each granularity at its own length, `vmap` pads all to the longest.
@@ -35,6 +36,7 @@ class FeedbackConfig:
     margin: float = 1.0
     rank_weight: float = 1.0
     ce_weight: float = 0.1
+    nll_weight: float = 0.0
     tie_nats: float = 0.0
     feedback: str = ""
     execution: losses.Execution = "per_length"
@@ -106,7 +108,9 @@ def feedback_loss(
     valid = ((batch["first_tile"] >= 0) & answered[:, None]).reshape(-1)
     nll = jnp.broadcast_to(nll[:, None], logits.shape).reshape(len(valid), -1)
     logits = logits.reshape(len(valid), -1)
-    weights = {name: getattr(feedback, name) for name in ("margin", "rank_weight", "ce_weight", "tie_nats")}
+    weights = {
+        name: getattr(feedback, name) for name in ("margin", "rank_weight", "ce_weight", "nll_weight", "tie_nats")
+    }
     loss, metrics = losses.feedback_loss(logits, nll, valid, **weights)
 
     count = jnp.sum(valid).astype(jnp.float32)
