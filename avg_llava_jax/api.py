@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from avg_llava_jax import SHIPPED, checkpoint
-from avg_llava_jax.answering import batching, generate
+from avg_llava_jax.answering import batching, choosing, generate
 from avg_llava_jax.answering.requests import Answer, Granularity, ImageLike, Prepared, Request
 from avg_llava_jax.answering.streaming import TextStream
 from avg_llava_jax.config import ModelConfig
@@ -133,6 +133,7 @@ class AvgLlava:
             raise ValueError("the prompt is empty")
         sample = make_sample("request", tokens, refs)
         choice = self._wanted(request.granularity, len(refs))
+        choosing.check_budget(self.config, sample.sizes, choice, request.max_visual_tokens)
         if len(tokens.ids) - len(refs) > self.config.language.max_length or None not in choice:
             batching.check_length(self.config, sample, [g or self.config.granularities[0] for g in choice])
         return Prepared(request, sample, batching.prompt_shape(sample, self.config), choice)
@@ -158,7 +159,7 @@ class AvgLlava:
         timings = {"see": time.perf_counter() - begin}
 
         scores = [seen.logits(row) for row in range(len(group))]
-        choices = [self.choose(p.choice, logits) for p, logits in zip(group, scores, strict=True)]
+        choices = [choosing.choose(self.config, p, logits) for p, logits in zip(group, scores, strict=True)]
         for prepared, choice in zip(group, choices, strict=True):
             batching.check_length(self.config, prepared.sample, choice)
         limit = self.config.language.max_length
@@ -188,13 +189,6 @@ class AvgLlava:
             for row, (stream, finish) in zip(rows, part.results(), strict=True):
                 answers[row] = self._answer(stream, finish, samples[row], choices[row], scores[row], part.timings)
         yield [""] * len(group), answers
-
-    def choose(self, wanted: Sequence[int | None], logits: np.ndarray) -> tuple[int, ...]:
-        """The granularity of each image: what was asked for, or the router's argmax, the first of a tie."""
-        return tuple(
-            self.config.granularities[int(np.argmax(logits[image]))] if granularity is None else granularity
-            for image, granularity in enumerate(wanted)
-        )
 
     def _answer(
         self,

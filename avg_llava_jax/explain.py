@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from avg_llava_jax.answering import batching, generate
+from avg_llava_jax.answering import batching, choosing, generate
 from avg_llava_jax.answering.requests import Request
 from avg_llava_jax.api import AvgLlava, softmax
 from avg_llava_jax.config import ModelConfig
@@ -88,7 +88,7 @@ def explain(model: AvgLlava, request: Request) -> Explanation:
     seen = batching.see(config, params, [sample], prepared.shape, tiles=[tiles])
     images = len(sample.sizes)
     scores = seen.logits(0)
-    choice = model.choose(prepared.choice, scores)
+    choice = choosing.choose(config, prepared, scores)
 
     ways: dict[int | str, tuple[int, ...]] = {g: (g,) * images for g in config.granularities} | {"router": choice}
     lengths = [batching.length_at(config, sample, way) for way in ways.values()]

@@ -12,6 +12,10 @@ PROMPT = flags.DEFINE_string("prompt", None, "The question; <image> in it says w
 GRANULARITY = flags.DEFINE_string(
     "granularity", "auto", "auto, tokens per tile, or one of these for each image: auto,36."
 )
+COST_WEIGHT = flags.DEFINE_float(
+    "cost_weight", 0.0, "What visual tokens cost the router; 0 is the paper's choice.", 0.0
+)
+MAX_VISUAL_TOKENS = flags.DEFINE_integer("max_visual_tokens", None, "At most so many, all images together.", 1)
 MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 256, "Longest answer.", lower_bound=1)
 TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 is greedy.", lower_bound=0.0)
 TOP_P = flags.DEFINE_float("top_p", 1.0, "Sample from the fewest tokens of this probability.", 0.0, 1.0)
@@ -34,6 +38,8 @@ def main() -> None:
         IMAGE.value,
         PROMPT.value,
         granularity=granularity_of(GRANULARITY.value),
+        cost_weight=COST_WEIGHT.value,
+        max_visual_tokens=MAX_VISUAL_TOKENS.value,
         max_new_tokens=MAX_NEW_TOKENS.value,
         temperature=TEMPERATURE.value,
         top_p=TOP_P.value,

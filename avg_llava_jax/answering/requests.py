@@ -26,6 +26,9 @@ class Request:
     images: one image or several: paths, encoded bytes, or Pillow images.
     granularity: "auto" (the router chooses for each image), tokens per tile, or a list with one of these
         for each image.
+    cost_weight: what tokens cost where the router chooses: of log p_g - cost_weight * (visual tokens of the image
+        at g / those at the finest g) the largest is taken. 0 is the paper's choice, much is the coarsest.
+    max_visual_tokens: at most so many for all images together, newlines included; None = no bound. See `choosing`.
     max_new_tokens: less where the model's `max_length` ends earlier.
     temperature: 0 is greedy. top_p, top_k: what is sampled from; 1 and 0 are off.
     seed: the same request with the same seed gets the same answer, alone or in any batch.
@@ -36,6 +39,8 @@ class Request:
     prompt: str | Sequence[Turn]
     images: ImageLike | Sequence[ImageLike] = ()
     granularity: Granularity | Sequence[Granularity] = "auto"
+    cost_weight: float = 0.0
+    max_visual_tokens: int | None = None
     max_new_tokens: int = 256
     temperature: float = 0.0
     top_p: float = 1.0
@@ -54,6 +59,8 @@ class Request:
         object.__setattr__(self, "stop", stops)
         object.__setattr__(self, "images", (self.images,) if single else tuple(self.images))
         for name, valid, rule in (
+            ("cost_weight", 0 <= self.cost_weight < float("inf"), "0 (off) or more, and finite"),
+            ("max_visual_tokens", self.max_visual_tokens is None or self.max_visual_tokens >= 1, "at least 1, or None"),
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
             ("temperature", self.temperature >= 0, "0 (greedy) or more"),
             ("top_p", 0 < self.top_p <= 1, "over 0 and at most 1"),

@@ -1,0 +1,87 @@
+"""The price of tokens and the budget: against every combination there is, and on a model."""
+
+import itertools
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from avg_llava_jax.answering import choosing
+from avg_llava_jax.answering.requests import Request
+from tests.random_model import random_model
+
+
+def brute_force(scores, costs, weight, budget):
+    """The best of all combinations, the cheapest of the best."""
+    values = scores - weight * costs / costs[:, -1:]
+    best, rows = None, range(len(scores))
+    for plan in itertools.product(range(scores.shape[1]), repeat=len(scores)):
+        tokens = sum(costs[row, place] for row, place in zip(rows, plan, strict=True))
+        worth = sum(values[row, place] for row, place in zip(rows, plan, strict=True))
+        if (budget is None or tokens <= budget) and worth > -np.inf:
+            best = max(best, (worth, -tokens, plan)) if best else (worth, -tokens, plan)
+    return best
+
+
+def test_the_best_within_a_budget_is_the_best_there_is():
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        images, levels = rng.integers(1, 5), rng.integers(2, 5)
+        costs = np.sort(rng.integers(1, 40, (images, levels)), axis=1)
+        scores = rng.normal(size=(images, levels))
+        scores[0, 1:] = -np.inf if rng.random() < 0.3 else scores[0, 1:]  # asked for
+        least = costs[:, 0].sum()
+        for budget, weight in itertools.product((None, least, least + 7, 2 * least, 1000), (0.0, 0.7, 5.0)):
+            plan = choosing.best_places(scores, costs, weight, budget)
+            worth, tokens, _ = brute_force(scores, costs, weight, budget)
+            values = scores - weight * costs / costs[:, -1:]
+            rows = np.arange(images)
+            np.testing.assert_allclose(values[rows, plan].sum(), worth)
+            assert costs[rows, plan].sum() == -tokens
+        with pytest.raises(ValueError, match="no choice of granularities keeps to it"):
+            choosing.best_places(scores, costs, 0.0, int(least) - 1)
+
+
+def test_a_tie_goes_to_the_cheapest():
+    costs = np.array([[4, 8, 16]] * 2)
+    assert choosing.best_places(np.zeros((2, 3)), costs, 0.0, None) == [0, 0]
+    assert choosing.best_places(np.array([[0.0, 2, 2]] * 2), costs, 0.0, 24) == [1, 1]
+
+
+def test_requests_keep_to_their_knobs(tiny, tokenizer):
+    model = random_model(tiny, tokenizer)
+    rng = np.random.default_rng(1)
+    photos = [Image.fromarray(rng.integers(0, 256, (h, w, 3), np.uint8)) for h, w in ((32, 32), (16, 30))]
+    options = {"max_new_tokens": 2}
+
+    def tokens(granularity):
+        return model.answer(photos, "Who?", granularity=granularity, **options).visual_tokens
+
+    free = model.answer(photos, "Who?", **options)
+    dear = model.answer(photos, "Who?", cost_weight=1e6, **options)
+    assert dear.granularity == (4, 4) and dear.probabilities == free.probabilities
+    assert model.answer(photos, "Who?", cost_weight=1e6, granularity=[16, "auto"], **options).granularity == (16, 4)
+    for budget in (tokens(4), tokens([4, 8]), tokens(8), tokens(16)):
+        held = model.answer(photos, "Who?", max_visual_tokens=budget, **options)
+        assert held.visual_tokens <= budget
+        logs = [np.log(list(shares.values())) for shares in held.probabilities]
+        costs = choosing.token_costs(tiny, [photo.size for photo in photos])
+        _, spent, plan = brute_force(np.stack(logs), costs, 0.0, budget)
+        assert (held.granularity, held.visual_tokens) == (tuple(tiny.granularities[place] for place in plan), -spent)
+    together = model.answer_batch(
+        [Request("Who?", photos, cost_weight=weight, **options) for weight in (0.0, 1e6, 0.5)]
+    )
+    assert [answer.granularity for answer in together[:2]] == [free.granularity, (4, 4)]
+
+    least = tokens(4)
+    with pytest.raises(ValueError, match=f"max_visual_tokens={least - 1}: .* take {least} visual tokens at least"):
+        model.prepare(Request("Who?", photos, max_visual_tokens=least - 1))
+    with pytest.raises(ValueError, match=f"take {tokens(16)} visual tokens at least"):
+        model.prepare(Request("Who?", photos, granularity=16, max_visual_tokens=least))
+    for options, message in (
+        ({"cost_weight": -1.0}, "cost_weight=-1.0 must be 0"),
+        ({"cost_weight": float("nan")}, "cost_weight=nan must be 0"),
+        ({"max_visual_tokens": 0}, "max_visual_tokens=0 must be at least 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Request("Who?", photos, **options)
