@@ -1,13 +1,14 @@
 """The small model on `jersey`, the data set that draws itself, one stage at a time:
 
     configs/jersey.py:grounding         from nothing: patches learn to name what they show
+    configs/jersey.py:reading           more of it: single digits take their time
     configs/jersey.py:roster            the language model learns to look shirts and numbers up, in lists of players
     configs/jersey.py:finest            the language model learns to answer at the finest granularity
     configs/jersey.py                   multi-granularity tuning, the paper's first phase
     configs/jersey.py:router            RGLF, its second phase, from the shipped checkpoint
     configs/jersey.py:tiny              seconds instead of minutes, from nothing: to see it run
 
-`bash launch/make_jersey.sh` runs the first four, each from the last one's workdir.
+`bash launch/make_jersey.sh` runs the first five, each from the last one's workdir.
 """
 
 from ml_collections import ConfigDict
@@ -22,6 +23,14 @@ STAGES = {
         "data.path": "jersey?turns=1&near=0.5&crowd=0.6",
         "optimizer.learning_rate": 2e-3,
         "optimizer.encoder_learning_rate": 2e-3,
+    },
+    "reading": {
+        "phase": "grounding",
+        "granularities": (64,),
+        "steps": 1500,
+        "data.path": "jersey?turns=1&near=0.6&crowd=0.5&seed=1",
+        "optimizer.learning_rate": 1.5e-3,
+        "optimizer.encoder_learning_rate": 1.5e-3,
     },
     "roster": {
         "granularities": (64,),
