@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from avg_llava_jax.answering import choosing
+from avg_llava_jax.answering import batching, choosing
 from avg_llava_jax.answering.requests import Request
 from tests.random_model import random_model
 
@@ -54,29 +54,31 @@ def test_requests_keep_to_their_knobs(tiny, tokenizer):
     photos = [Image.fromarray(rng.integers(0, 256, (h, w, 3), np.uint8)) for h, w in ((32, 32), (16, 30))]
     options = {"max_new_tokens": 2}
 
-    def tokens(granularity):
-        return model.answer(photos, "Who?", granularity=granularity, **options).visual_tokens
+    def tokens(*each):
+        return sum(batching.visual_tokens(tiny, model.prepare(Request("Who?", photos)).sample, each))
+
+    def chosen(logits, **knobs):
+        return choosing.choose(tiny, model.prepare(Request("Who?", photos, **knobs)), np.array(logits))
+
+    costs = choosing.token_costs(tiny, [photo.size for photo in photos])
+    logits = [[0.1, 0.0, 2.0], [0.3, 0.0, 0.5]]
+    assert chosen(logits) == (16, 16)
+    assert chosen(logits, cost_weight=0.5) == (16, 4)
+    assert chosen(logits, cost_weight=0.5, granularity=["auto", 8]) == (16, 8)
+    for budget in (tokens(4, 4), tokens(4, 8), tokens(8, 8), tokens(16, 16)):
+        _, spent, plan = brute_force(np.array(logits), costs, 0.0, budget)
+        picked = chosen(logits, max_visual_tokens=budget)
+        assert picked == tuple(tiny.granularities[place] for place in plan) and tokens(*picked) == -spent <= budget
 
     free = model.answer(photos, "Who?", **options)
-    dear = model.answer(photos, "Who?", cost_weight=1e6, **options)
-    assert dear.granularity == (4, 4) and dear.probabilities == free.probabilities
-    assert model.answer(photos, "Who?", cost_weight=1e6, granularity=[16, "auto"], **options).granularity == (16, 4)
-    for budget in (tokens(4), tokens([4, 8]), tokens(8), tokens(16)):
-        held = model.answer(photos, "Who?", max_visual_tokens=budget, **options)
-        assert held.visual_tokens <= budget
-        logs = [np.log(list(shares.values())) for shares in held.probabilities]
-        costs = choosing.token_costs(tiny, [photo.size for photo in photos])
-        _, spent, plan = brute_force(np.stack(logs), costs, 0.0, budget)
-        assert (held.granularity, held.visual_tokens) == (tuple(tiny.granularities[place] for place in plan), -spent)
-    together = model.answer_batch(
-        [Request("Who?", photos, cost_weight=weight, **options) for weight in (0.0, 1e6, 0.5)]
-    )
-    assert [answer.granularity for answer in together[:2]] == [free.granularity, (4, 4)]
+    knobs = ({}, {"cost_weight": 1e6}, {"max_visual_tokens": tokens(4, 4)})
+    together = model.answer_batch([Request("Who?", photos, **each, **options) for each in knobs])
+    assert [answer.granularity for answer in together] == [free.granularity, (4, 4), (4, 4)] != [(4, 4)] * 3
 
-    least = tokens(4)
+    least = tokens(4, 4)
     with pytest.raises(ValueError, match=f"max_visual_tokens={least - 1}: .* take {least} visual tokens at least"):
         model.prepare(Request("Who?", photos, max_visual_tokens=least - 1))
-    with pytest.raises(ValueError, match=f"take {tokens(16)} visual tokens at least"):
+    with pytest.raises(ValueError, match=f"take {tokens(16, 16)} visual tokens at least"):
         model.prepare(Request("Who?", photos, granularity=16, max_visual_tokens=least))
     for options, message in (
         ({"cost_weight": -1.0}, "cost_weight=-1.0 must be 0"),
