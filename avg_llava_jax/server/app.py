@@ -231,6 +231,8 @@ class Service:
         return Refusal(401, "this server wants its API key: Authorization: Bearer KEY", code="invalid_api_key")
 
     def _refused(self, error: Exception) -> Refusal:
+        if self.draining and isinstance(error, RuntimeError):  # the engine is closed
+            error = Cancelled()
         refusal = refusal_of(error, self.metrics.retry_after())
         if refusal.status == 500:
             logger.error("a request failed", exc_info=error)
