@@ -34,9 +34,9 @@ LIMITS = Limits(body_bytes=1 << 20, pixels=250_000, images=3, new_tokens=64, sec
 class Served:
     """A service on a double, in this process, and OpenAI's client of it."""
 
-    def __init__(self, model, key=None, limits=LIMITS):
+    def __init__(self, model, key=None, limits=LIMITS, places=72):
         self.engine = EngineDouble(model)
-        self.service = Service(model, self.engine, "tiny", limits, key)
+        self.service = Service(model, self.engine, "tiny", limits, key, places)
         self.serving = Serving(self.service, bind("127.0.0.1", 0))
         self.serving.start()
         self.url = self.serving.url
@@ -176,6 +176,7 @@ def linked(url):
     return [user([{"type": "image_url", "image_url": {"url": url}}])]
 
 
+HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
 ONE = [user("hello")]
 MALFORMED = {
     "no messages": ({}, "messages is missing"),
@@ -331,14 +332,25 @@ def test_a_full_queue_asks_to_come_again(model):
     served.close()
 
 
+def test_what_has_no_place_is_not_read(model):
+    """Whose body does not come takes a place, no more than one."""
+    served = Served(model, places=1)
+    with socket.create_connection(("127.0.0.1", served.serving.port)) as connection:
+        connection.sendall(HEAD + b"Content-Length: 9\r\n\r\n{")
+        served.until(lambda: served.service.running == 1)
+        assert served.post(messages=ONE).status_code == 429
+    served.until(lambda: served.service.running == 0)
+    assert served.post(messages=ONE).status_code == 200
+    served.close()
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_its_slot(served, stream):
     served.engine.held.set()
     before = served.engine.ends["Cancelled"]
     body = json.dumps({"messages": [user("c b a")], "stream": stream}).encode()
     with socket.create_connection(("127.0.0.1", served.serving.port)) as connection:
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
-        connection.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
+        connection.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
         if stream:
             assert b"200 OK" in connection.recv(100)
         served.until(lambda: served.engine.running == 1)
@@ -358,8 +370,7 @@ def test_what_takes_too_long_is_given_up(model):
     served.until(lambda: served.engine.ends["Cancelled"] == 2)
 
     with socket.create_connection(("127.0.0.1", served.serving.port)) as connection:  # a body that never comes
-        connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n")
-        connection.sendall(b"Content-Type: application/json\r\n\r\n{")
+        connection.sendall(HEAD + b"Content-Length: 9\r\n\r\n{")
         assert b" 408 " in connection.recv(100)
     served.close()
 

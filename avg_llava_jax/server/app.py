@@ -61,18 +61,19 @@ class Service:
     """A model and its engine behind HTTP.
 
     name: what clients call the model. key: what they must send as a bearer token, if anything.
-    threads: how many requests are followed at once, at least the engine's slots and queue together.
+    places: chat completions at once, the engine's slots and queue together; more are refused before they are read.
     draining: set it to accept nothing new. running: chat completions that are not replied to yet.
     """
 
     def __init__(
-        self, model: AvgLlava, engine: Engine, name: str, limits: Limits, key: str | None = None, threads: int = 72
+        self, model: AvgLlava, engine: Engine, name: str, limits: Limits, key: str | None = None, places: int = 72
     ):
         self.model, self.engine, self.name, self.limits = model, engine, name, limits
         self.draining, self.running = False, 0
         self.metrics = Metrics()
         self._key = None if key is None else key.encode()
-        self._threads = concurrent.futures.ThreadPoolExecutor(threads, thread_name_prefix="ticket")
+        self._places = places
+        self._threads = concurrent.futures.ThreadPoolExecutor(places, thread_name_prefix="ticket")
         self._since = int(time.time())
         self.app = Starlette(
             routes=[
@@ -102,8 +103,7 @@ class Service:
 
     async def models(self, request: Request) -> Response:
         """The one model, as a list or by its name; `avg_llava` says what it can do and what a request may ask for."""
-        refusal = self._unauthorized(request)
-        if refusal:
+        if refusal := self._unauthorized(request):
             raise refusal
         config, limits = self.model.config, self.limits
         ours = {
@@ -220,7 +220,9 @@ class Service:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
             return Refusal(415, f"Content-Type must be application/json, not {kind!r}", code="invalid_content_type")
-        return self._unauthorized(request)
+        if refusal := self._unauthorized(request):
+            return refusal
+        return self._refused(QueueFull()) if self.running > self._places else None
 
     def _unauthorized(self, request: Request) -> Refusal | None:
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
