@@ -150,7 +150,9 @@ def decode(
     """
     row = jnp.arange(len(rows.slot))
     tokens = jnp.zeros((len(row), cache.k.shape[2]), jnp.int32).at[row, jnp.maximum(rows.count - 1, 0)].set(rows.last)
-    begun = generate.State(_near(cache, rows.slot, window), rows.cached, tokens, rows.count, rows.count >= sampling.limit)
+    begun = generate.State(
+        _near(cache, rows.slot, window), rows.cached, tokens, rows.count, rows.count >= sampling.limit
+    )
     end = generate.advance(config, params, begun, sampling, stops, steps, False)
 
     ahead = jnp.arange(STEPS)
