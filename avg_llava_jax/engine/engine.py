@@ -183,7 +183,7 @@ class Engine:
         return [*self._waiting, *self._looking, *self._seen, *scheduler.reading, *scheduler.decoding]
 
     def _look(self) -> None:
-        """Encode one micro-batch of tiles and route one of images, of the first that wait, as many as there are slots."""
+        """Encode a micro-batch of tiles and route one of images; as many requests are looked at as there are slots."""
         while self._waiting and len(self._looking) + len(self._seen) < self.ladders.slots:
             job = self._waiting[0]
             job.pages = self._images.take(job.images)
