@@ -84,7 +84,7 @@ class Device:
         for window in sizes.windows:
             self.copy(0, 0, window)
         jax.block_until_ready((self._cache, self._pool))
-        return 1 + sum(map(len, (sizes.tiles, sizes.routes, sizes.prefills, sizes.decodes, sizes.windows)))
+        return 2 + sum(map(len, (sizes.tiles, sizes.routes, sizes.prefills, sizes.decodes, sizes.windows)))
 
     def see(self, tiles: Sequence[np.ndarray], pages: Sequence[int]) -> None:
         """Encode tiles (H, W, 3), at most the largest rung of them, into pages."""
@@ -115,12 +115,12 @@ class Device:
         for row, part in zip(rows, parts, strict=True):
             slot[row], start[row], length[row] = part.slot, part.start, len(part.ids)
             ids[row, : len(part.ids)], places[row, : len(part.ids)] = part.ids, part.places
-        sampling = _sampling(count, rows, [part.request for part in parts], [1] * len(parts))
         arrays = programs.Chunk(slot, start, length, ids, places)
-        self._cache, token = programs.prefill(*self._model, self._cache, self._pool, arrays, sampling, window)
-        if not any(part.ends for part in parts):
+        self._cache, logits = programs.prefill(*self._model, self._cache, self._pool, arrays, window)
+        if parts and not any(part.ends for part in parts):
             return None  # and the host need not wait
-        return np.asarray(token)[rows].tolist()
+        sampling = _sampling(count, rows, [part.request for part in parts], [1] * len(parts))
+        return np.asarray(programs.first(*self._model, logits, sampling))[rows].tolist()
 
     def decode(self, answers: Sequence[Growing], count: int, window: int, steps: int) -> list[list[int]]:
         """The next tokens of each answer, at most `steps`, in `count` rows."""

@@ -90,9 +90,8 @@ def pack(config: ModelConfig, job: Job, pages: int) -> None:
     job.choice = choosing.choose(config, job.prepared, logits)
     batching.check_length(config, sample, job.choice)
     index, length = prompt_index(sample, shape, config, job.choice)
-    job.ids, job.places = places_of(
-        config, index[:length], job.text, shape.text, shape.tiles, sum(job.pages or [], []), pages
-    )
+    own = [page for image in job.pages or () for page in image]
+    job.ids, job.places = places_of(config, index[:length], job.text, shape.text, shape.tiles, own, pages)
     visual = batching.visual_tokens(config, sample, job.choice)
     images = iter(zip(job.digests, job.choice, visual, strict=True))
     for token in sample.tokens.ids:
@@ -118,7 +117,7 @@ def places_of(
     """
     stride = config.pyramid_rows
     is_text = index < room
-    ids = np.where(is_text, text[np.minimum(index, len(text) - 1)], 0).astype(np.int32)
+    ids = np.append(text, 0)[np.where(is_text, index, len(text))].astype(np.int32)
     tile, row = np.divmod(index - room, stride)
     page = np.array([*own, *[0] * (tiles - len(own)), pages])[np.where(is_text, tiles, tile)]
     places = np.where(is_text, TEXT, page * stride + row).astype(np.int32)

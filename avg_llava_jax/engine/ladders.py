@@ -13,6 +13,7 @@ STEPS = 8
 """Tokens that a row decodes at most in one call."""
 
 SMALLEST_CHUNK = 32
+SMALLEST_WINDOW = 128
 ROUTED_TEXT = 256
 MICRO_BATCH = 8
 
@@ -71,7 +72,7 @@ def make_ladders(config: ModelConfig, slots: int, chunk: int, pages: int, lanes:
         pages=max(pages, *counts),
         lanes=min(lanes, slots),
         chunks=_powers(SMALLEST_CHUNK, 2, chunk),
-        windows=tuple(sorted({_round(-(-capacity // part)) for part in (8, 4, 2, 1)})),
+        windows=_windows(capacity),
         rows=_powers(1, 4, slots),
         tiles=tuple(sorted({*counts, max(MICRO_BATCH, *counts)})),
         images=(1, 4),
@@ -86,7 +87,9 @@ def rung(ladder: tuple[int, ...], need: int) -> int:
 
 
 def chunk_rung(ladder: tuple[int, ...], left: int) -> int:
-    """The chunk to read next of so many positions: a larger one where at most a quarter of it stays empty.
+    """The chunk to read next of so many positions: the one that holds them, or a smaller one if it would be half empty.
+
+    Half empty is under three quarters, counted in smallest chunks: one call for 170, two for 130.
 
     >>> chunk_rung((32, 64, 128, 256), 130), chunk_rung((32, 64, 128, 256), 170), chunk_rung((32, 64, 128, 256), 900)
     (128, 256, 256)
@@ -104,6 +107,14 @@ def _powers(first: int, factor: int, last: int) -> tuple[int, ...]:
         sizes.append(first)
         first *= factor
     return (*sizes, last)
+
+
+def _windows(capacity: int) -> tuple[int, ...]:
+    """`capacity` and at most three halves of it in turn, none below SMALLEST_WINDOW."""
+    sizes = [capacity]
+    while len(sizes) < 4 and sizes[-1] >= 2 * SMALLEST_WINDOW:
+        sizes.append(_round(-(-sizes[-1] // 2)))
+    return tuple(reversed(sizes))
 
 
 def _round(size: int) -> int:

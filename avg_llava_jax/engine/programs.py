@@ -2,7 +2,8 @@
 
     pixels --see--> pool                         pyramids of tiles, one page each, kept for later requests
     pool, text --route--> router scores          an image a row
-    pool, ids, places --prefill--> cache, token  a chunk of a prompt into its slot
+    pool, ids, places --prefill--> cache, logits a chunk of a prompt into its slot
+    logits --first--> token                      of the answer
     cache --decode--> cache, tokens              several rows, several steps
     cache --copy--> cache                        the beginning that two prompts share, from slot to slot
 
@@ -95,19 +96,18 @@ def route(
     return avg_llava.route(config, params, pyramid, avg_llava.embed(config, params, text), batch).logits[:, 0]
 
 
-@functools.partial(sharding.jit, static_argnums=(0, 6), donate_argnums=2)
+@functools.partial(sharding.jit, static_argnums=(0, 5), donate_argnums=2)
 def prefill(
     config: ModelConfig,
     params: Params,
     cache: KeyValues,
     pool: jax.Array,
     chunk: Chunk,
-    sampling: Sampling,
     window: int,
 ) -> tuple[KeyValues, jax.Array]:
     """Read one chunk of each row's prompt into its slot, where `start` <= `window` positions are cached already.
 
-    Returns the cache, and the token (B,) that follows the chunk, which counts where the prompt ends with it.
+    Returns the cache, and the logits (B, V) at the chunk's last position.
     """
     x = assemble(config, params, pool, chunk.ids, chunk.places)
     if window == 0:
@@ -116,8 +116,14 @@ def prefill(
         positions = chunk.start[:, None] + jnp.arange(x.shape[1])
         hidden, new = avg_llava.language(config, params, x, positions, _near(cache, chunk.slot, window), chunk.start)
     last = jnp.take_along_axis(hidden, jnp.maximum(chunk.length - 1, 0)[:, None, None], axis=1)[:, 0]
-    token = generate.sample(avg_llava.unembed(config, params, last), sampling, jnp.zeros_like(chunk.slot), False)
-    return _written(cache, new, chunk.slot, chunk.start, chunk.length), token
+    logits = avg_llava.unembed(config, params, last)
+    return _written(cache, new, chunk.slot, chunk.start, chunk.length), logits
+
+
+@functools.partial(sharding.jit, static_argnums=0)
+def first(config: ModelConfig, params: Params, logits: jax.Array, sampling: Sampling) -> jax.Array:
+    """The first token (B,) of answers, by the logits (B, V) at the end of their prompts."""
+    return generate.sample(logits, sampling, jnp.zeros_like(sampling.limit), False)
 
 
 def assemble(config: ModelConfig, params: Params, pool: jax.Array, ids: jax.Array, places: jax.Array) -> jax.Array:
@@ -150,7 +156,9 @@ def decode(
     """
     row = jnp.arange(len(rows.slot))
     tokens = jnp.zeros((len(row), cache.k.shape[2]), jnp.int32).at[row, jnp.maximum(rows.count - 1, 0)].set(rows.last)
-    begun = generate.State(_near(cache, rows.slot, window), rows.cached, tokens, rows.count, rows.count >= sampling.limit)
+    begun = generate.State(
+        _near(cache, rows.slot, window), rows.cached, tokens, rows.count, rows.count >= sampling.limit
+    )
     end = generate.advance(config, params, begun, sampling, stops, steps, False)
 
     ahead = jnp.arange(STEPS)
