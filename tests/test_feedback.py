@@ -42,7 +42,7 @@ def test_stored_feedback_trains_as_live_does(tiny, asked, keep):
 
     @jax.jit
     def compiled(router, batch):
-        return loss({**model.params, "router": router}, batch, jax.random.key(0))
+        return loss({**model.params, "router": router}, batch, jax.random.split(jax.random.key(0), len(batch["text"])))
 
     def rglf(batch):
         arrays = {key: value for key, value in batch.items() if key not in feedback.NOT_ARRAYS}

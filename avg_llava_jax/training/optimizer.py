@@ -102,7 +102,10 @@ def _decayed(params: parameters.Params) -> parameters.Params:
 
 Aux = tuple[jax.Array, dict[str, jax.Array]]
 Loss = Callable[[parameters.Params, Mapping[str, Any], jax.Array], tuple[jax.Array, Aux]]
-"""(params, batch, rng) -> mean loss, (weight, metrics): over how many things the loss and the metrics are means."""
+"""(params, batch, keys) -> mean loss, (weight, metrics): over how many things the loss and the metrics are means.
+
+keys (B,): one a sample, for whatever it draws at random.
+"""
 
 
 def gradients(
@@ -113,23 +116,24 @@ def gradients(
     Micro-batches count by their weight, so that where the answers' tokens lie makes no difference.
     Row i*k + j of the batch is row i of micro-batch j of k: each device cuts up its own rows.
     Copies of the model (mesh axis `data`) add up for themselves, and are summed once at the end.
+    Row r draws by key r of `rng`, so what it draws depends neither on how a batch is cut up nor on where it lies.
     """
+    keys = jax.random.split(rng, len(jax.tree.leaves(batch)[0]))
 
-    def value_and_grad(params: parameters.Params, batch: Any, rng: jax.Array) -> Any:
-        found, grads = jax.value_and_grad(loss, has_aux=True)(params, batch, rng)
+    def value_and_grad(params: parameters.Params, batch: Any, keys: jax.Array) -> Any:
+        found, grads = jax.value_and_grad(loss, has_aux=True)(params, batch, keys)
         return found, sharding.constrain(grads)
 
     if accumulate == 1:
-        (value, (_, metrics)), grads = value_and_grad(params, batch, rng)
+        (value, (_, metrics)), grads = value_and_grad(params, batch, keys)
         return grads, value, metrics
 
-    def weighted(params: parameters.Params, batch: Any, rng: jax.Array) -> Any:
-        (value, (weight, metrics)), grads = value_and_grad(params, batch, rng)
+    def weighted(params: parameters.Params, batch: Any, keys: jax.Array) -> Any:
+        (value, (weight, metrics)), grads = value_and_grad(params, batch, keys)
         return jax.tree.map(lambda x: weight * x, (grads, value, metrics, jnp.ones(())))
 
-    def summed(params: parameters.Params, batch: Any, rng: jax.Array) -> Any:
-        cut = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
-        parts = cut, jax.random.split(rng, accumulate)
+    def summed(params: parameters.Params, batch: Any, keys: jax.Array) -> Any:
+        parts = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), (batch, keys))
         zeros = jax.tree.map(
             lambda x: jnp.zeros(x.shape, x.dtype),
             jax.eval_shape(weighted, params, *jax.tree.map(lambda x: x[0], parts)),
@@ -138,14 +142,13 @@ def gradients(
             lambda sums, part: (jax.tree.map(jnp.add, sums, weighted(params, *part)), None), zeros, parts
         )[0]
 
-    def summed_by_copies(params: parameters.Params, batch: Any, rng: jax.Array) -> Any:
-        sums = summed(params, batch, jax.random.fold_in(rng, jax.lax.axis_index("data")))
-        return jax.lax.psum(sums, "data")
+    def summed_by_copies(params: parameters.Params, batch: Any, keys: jax.Array) -> Any:
+        return jax.lax.psum(summed(params, batch, keys), "data")
 
     if jax.sharding.get_abstract_mesh().shape.get("data", 1) > 1:
         everywhere, rows = PartitionSpec(), PartitionSpec("data")
-        places = {"in_specs": (everywhere, rows, everywhere), "out_specs": everywhere, "axis_names": {"data"}}
-        *sums, weight = jax.shard_map(summed_by_copies, **places, check_vma=False)(params, batch, rng)
+        places = {"in_specs": (everywhere, rows, rows), "out_specs": everywhere, "axis_names": {"data"}}
+        *sums, weight = jax.shard_map(summed_by_copies, **places, check_vma=False)(params, batch, keys)
     else:
-        *sums, weight = summed(params, batch, rng)
+        *sums, weight = summed(params, batch, keys)
     return jax.tree.map(lambda x: x / jnp.maximum(weight, 1.0), tuple(sums))
