@@ -20,6 +20,10 @@ NAME = flags.DEFINE_string("name", None, "What clients call the model; default: 
 API_KEY_FILE = flags.DEFINE_string("api_key_file", None, "A file with the key that clients must send.")
 SLOTS = flags.DEFINE_integer("slots", 8, "Requests that are decoded together.", lower_bound=1)
 QUEUE = flags.DEFINE_integer("queue", 64, "Requests that may wait; more are told to come again.", lower_bound=1)
+MAX_LENGTH = flags.DEFINE_integer(
+    "max_length", None, "Tokens of prompt and answer; less than the model's saves memory."
+)
+IMAGE_CACHE_MB = flags.DEFINE_integer("image_cache_mb", 256, "Device memory for encoded images.", lower_bound=1)
 IMAGE_HOSTS = flags.DEFINE_list("image_hosts", [], "Hosts whose image URLs are fetched: a.com,b.org:8080; none else.")
 MAX_BODY_MB = flags.DEFINE_integer("max_body_mb", 32, "Largest request, images included.", lower_bound=1)
 MAX_MEGAPIXELS = flags.DEFINE_float("max_megapixels", 24, "Largest image.", lower_bound=0)
@@ -56,12 +60,18 @@ def main() -> None:
     )
     bound = bind(HOST.value, PORT.value)
     model = cli.load_model()
-    engine = Engine(model, slots=SLOTS.value, queue=QUEUE.value)
+    engine = Engine(
+        model,
+        slots=SLOTS.value,
+        max_length=MAX_LENGTH.value,
+        image_cache_bytes=IMAGE_CACHE_MB.value << 20,
+        queue=QUEUE.value,
+    )
     say("compiling ...")
     engine.warm_up()
     engine.start()
     name = NAME.value or pathlib.Path(cli.CHECKPOINT.value).resolve().name
-    serving = Serving(Service(model, engine, name, limits, key, SLOTS.value + QUEUE.value), bound)
+    serving = Serving(Service(engine, name, limits, key, SLOTS.value + QUEUE.value), bound)
     serving.start()
 
     stop, hurry = threading.Event(), threading.Event()

@@ -19,7 +19,7 @@ class EngineDouble:
 
     def __init__(self, model, places=4):
         self.model, self.places, self.held = model, places, threading.Event()
-        self.requests, self.ends, self.running = [], Counter(), 0
+        self.requests, self.ends, self.running, self.open = [], Counter(), 0, True
 
     def submit(self, request):
         self.model.prepare(request)

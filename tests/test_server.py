@@ -36,7 +36,7 @@ class Served:
 
     def __init__(self, model, key=None, limits=LIMITS, places=72):
         self.engine = EngineDouble(model)
-        self.service = Service(model, self.engine, "tiny", limits, key, places)
+        self.service = Service(self.engine, "tiny", limits, key, places)
         self.serving = Serving(self.service, bind("127.0.0.1", 0))
         self.serving.start()
         self.url = self.serving.url
@@ -299,6 +299,9 @@ def test_models_health_and_metrics(served, tiny):
     assert entry.id == "tiny" and served.openai.models.retrieve("tiny").id == "tiny"
     assert entry.model_extra["avg_llava"]["granularities"] == list(tiny.granularities)
     assert served.http.get("/health").json() == {"status": "ok"}
+    served.engine.open = False
+    assert served.http.get("/health").status_code == 503
+    served.engine.open = True
     served.ask("one two three")
     lines = served.http.get("/metrics").text.splitlines()
     values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))

@@ -16,7 +16,7 @@ import logging
 import pathlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -26,16 +26,13 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from avg_llava_jax.answering.requests import Answer
-from avg_llava_jax.api import AvgLlava
+from avg_llava_jax.engine.engine import Engine
 from avg_llava_jax.engine.tickets import Cancelled, QueueFull, Ticket
 from avg_llava_jax.server import reading
 from avg_llava_jax.server.limits import Limits
 from avg_llava_jax.server.metrics import CONTENT_TYPE, Metrics
 from avg_llava_jax.server.refusal import Refusal, json_response, refusal_of
 from avg_llava_jax.server.replies import DONE, Reply, event
-
-if TYPE_CHECKING:
-    from avg_llava_jax.engine.engine import Engine
 
 logger = logging.getLogger(__name__)
 
@@ -58,17 +55,15 @@ class _Left(Exception):
 
 
 class Service:
-    """A model and its engine behind HTTP.
+    """An engine behind HTTP.
 
     name: what clients call the model. key: what they must send as a bearer token, if anything.
     places: chat completions at once, the engine's slots and queue together; more are refused before they are read.
     draining: set it to accept nothing new. running: chat completions that are not replied to yet.
     """
 
-    def __init__(
-        self, model: AvgLlava, engine: Engine, name: str, limits: Limits, key: str | None = None, places: int = 72
-    ):
-        self.model, self.engine, self.name, self.limits = model, engine, name, limits
+    def __init__(self, engine: Engine, name: str, limits: Limits, key: str | None = None, places: int = 72):
+        self.engine, self.model, self.name, self.limits = engine, engine.model, name, limits
         self.draining, self.running = False, 0
         self.metrics = Metrics()
         self._key = None if key is None else key.encode()
@@ -96,7 +91,8 @@ class Service:
         return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=headers)
 
     async def health(self, _: Request) -> Response:
-        return json_response({"status": "draining"}, 503) if self.draining else json_response({"status": "ok"})
+        status = "draining" if self.draining else "ok" if self.engine.open else "failed"
+        return json_response({"status": status}, 200 if status == "ok" else 503)
 
     async def measured(self, _: Request) -> Response:
         return PlainTextResponse(self.metrics.text(self.engine.stats()), media_type=CONTENT_TYPE)
