@@ -193,10 +193,10 @@ class AvgLlava:
                     whole[row] = piece
                 yield whole, None
             for row, (stream, finish) in zip(rows, part.results(), strict=True):
-                answers[row] = self._answer(stream, finish, samples[row], choices[row], scores[row], part.timings)
+                answers[row] = self.answer_of(stream, finish, samples[row], choices[row], scores[row], part.timings)
         yield [""] * len(group), answers
 
-    def _answer(
+    def answer_of(
         self,
         stream: TextStream,
         finish: Literal["stop", "length"],
@@ -205,6 +205,7 @@ class AvgLlava:
         logits: np.ndarray,
         timings: dict[str, float],
     ) -> Answer:
+        """The answer of a request that has ended; `logits` are its router scores (images, G), no rows without."""
         shares = tuple(dict(zip(self.config.granularities, softmax(row), strict=True)) for row in logits)
         return Answer(
             text=stream.text,

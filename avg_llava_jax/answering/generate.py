@@ -152,6 +152,19 @@ def decode(
     The state is donated: its cache is updated in place, and the argument must not be used again.
     `stops`: int (K,), the ids that end a row. `greedy`: whether every row is; that program sorts nothing.
     """
+    return advance(config, params, state, sampling, stops, steps, greedy)
+
+
+def advance(
+    config: ModelConfig,
+    params: avg_llava.Params,
+    state: State,
+    sampling: Sampling,
+    stops: jax.Array,
+    steps: jax.Array,
+    greedy: bool,
+) -> State:
+    """`decode` as part of a larger program."""
 
     def unfinished(carry: tuple[jax.Array, State]) -> jax.Array:
         step, state = carry
@@ -180,7 +193,8 @@ def sample(logits: jax.Array, sampling: Sampling, count: jax.Array, greedy: bool
     """One token a row: logits fp32 (B, V), `count` (B,) tokens were picked before -> int (B,).
 
     Temperature first, then the top_k best, then of those the smallest set whose probability reaches
-    top_p. `greedy` says that every temperature is 0.
+    top_p. `greedy` says that every temperature is 0; where it is only found on the device that they are,
+    nothing is sorted either.
     """
     best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     if greedy:
@@ -198,5 +212,8 @@ def sample(logits: jax.Array, sampling: Sampling, count: jax.Array, greedy: bool
         key = jax.random.fold_in(jax.random.key(seed), number)
         return order[jax.random.categorical(key, jnp.where(kept, scores, -jnp.inf))].astype(jnp.int32)
 
-    drawn = jax.vmap(draw)(logits, sampling.temperature, sampling.top_p, sampling.top_k, sampling.seed, count)
-    return jnp.where(sampling.temperature > 0, drawn, best)
+    def drawn() -> jax.Array:
+        tokens = jax.vmap(draw)(logits, sampling.temperature, sampling.top_p, sampling.top_k, sampling.seed, count)
+        return jnp.where(sampling.temperature > 0, tokens, best)
+
+    return jax.lax.cond(jnp.any(sampling.temperature > 0), drawn, lambda: best)

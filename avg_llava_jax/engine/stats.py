@@ -1,0 +1,66 @@
+"""What the engine has done so far, in numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections import Counter
+
+
+@dataclasses.dataclass(frozen=True)
+class Stats:
+    """A snapshot. All but `waiting` and `running` only ever grow.
+
+    waiting: requests without a slot. running: those with one.
+    admitted, finished, cancelled, failed: requests that got a slot, and how they ended. rejected: those that `submit`
+        refused, as malformed or because the queue was full.
+    tokens: generated ones, those after a stop string included. visual_tokens: of all prompts that got a slot.
+    granularities: images by the granularity they were read at.
+    image_hits, image_misses: images that were encoded already when asked for, and those that were not.
+    prefix_hits: prompts of which a part was cached; prefix_tokens: the positions that need not be read.
+    ttft_seconds, ttft_count: sum and count of times from `submit` to the first token.
+    token_seconds, token_count: the same of the tokens after the first.
+    """
+
+    waiting: int = 0
+    running: int = 0
+    admitted: int = 0
+    finished: int = 0
+    cancelled: int = 0
+    failed: int = 0
+    rejected: int = 0
+    tokens: int = 0
+    visual_tokens: int = 0
+    granularities: dict[int, int] = dataclasses.field(default_factory=dict)
+    image_hits: int = 0
+    image_misses: int = 0
+    prefix_hits: int = 0
+    prefix_tokens: int = 0
+    ttft_seconds: float = 0.0
+    ttft_count: int = 0
+    token_seconds: float = 0.0
+    token_count: int = 0
+
+
+class Counters:
+    """Thread-safe sums under the names of `Stats`."""
+
+    def __init__(self, granularities: tuple[int, ...]):
+        self._lock = threading.Lock()
+        self._sums: Counter[str] = Counter()
+        self._granularities = dict.fromkeys(granularities, 0)
+
+    def add(self, **amounts: float) -> None:
+        with self._lock:
+            self._sums.update(amounts)
+
+    def read_at(self, choice: tuple[int, ...]) -> None:
+        """A prompt got a slot whose images have these granularities."""
+        with self._lock:
+            for granularity in choice:
+                self._granularities[granularity] += 1
+
+    def snapshot(self, **now: int) -> Stats:
+        """The sums, and values that are known `now`."""
+        with self._lock:
+            return Stats(**self._sums, **now, granularities=dict(self._granularities))

@@ -1,0 +1,175 @@
+"""The engine's host side, without a model: ladders, slots and what they share, pages of images."""
+
+import numpy as np
+import pytest
+
+from avg_llava_jax.config import ModelConfig
+from avg_llava_jax.engine.images import ImagePages, digest_of
+from avg_llava_jax.engine.intake import places_of
+from avg_llava_jax.engine.ladders import STEPS, chunk_rung, make_ladders, rung
+from avg_llava_jax.engine.scheduler import STEPS_BETWEEN_CHUNKS, Scheduler, Work
+
+LADDERS = make_ladders(ModelConfig(), slots=3, chunk=64, pages=20)
+
+
+def test_ladders_of_the_7b_model():
+    ladders = make_ladders(ModelConfig(), slots=8, chunk=256, pages=1)
+    assert (ladders.chunks, ladders.rows, ladders.texts) == ((32, 64, 128, 256), (1, 4, 8), (256, 4096))
+    assert ladders.windows == (528, 1040, 2064, 4112) and ladders.capacity == 4112
+    assert ladders.tiles == (3, 4, 5, 8) and ladders.image_tiles == 5
+    assert ladders.pages == 5  # one image fits, however little memory is given
+    assert len(ladders.prefills) == 20 and len(ladders.decodes) == 12 and len(ladders.routes) == 4
+    assert [rung((4, 8), need) for need in (0, 4, 5, 9)] == [4, 4, 8, 8]
+
+
+def test_chunks_waste_little():
+    for left in range(1, 2000):
+        read, calls = 0, 0
+        while read < left:
+            read += chunk_rung((32, 64, 128, 256), left - read)
+            calls += 1
+        assert read - left < 32 + read / 4 and calls <= left // 256 + 3
+
+
+def advance(scheduler, work):
+    """Read the prompt of the only work that reads."""
+    while work in scheduler.reading:
+        scheduler.read(scheduler.next_reading())
+    work.tokens.append(1000)
+
+
+def test_prompts_take_turns_chunk_by_chunk():
+    scheduler = Scheduler(LADDERS)
+    long, short = Work(list(range(200))), Work(list(range(500, 540)))
+    assert scheduler.admit(long).slot != scheduler.admit(short).slot
+    seen = []
+    while (reading := scheduler.next_reading()) is not None:
+        (work,), (length,) = reading.works, reading.lengths
+        assert length <= reading.chunk and work.cached <= reading.window and (reading.window > 0) == (work.cached > 0)
+        seen.append(("long" if work is long else "short", length))
+        ended = scheduler.read(reading)
+        assert ended == ([work] if work.cached == len(work.keys) else [])
+    assert seen == [("long", 64), ("short", 40), ("long", 64), ("long", 64), ("long", 8)]
+    assert scheduler.decoding == [short, long]
+    assert scheduler.slots[long.slot].keys == long.keys
+
+
+def test_answers_grow_together_in_the_smallest_program_that_holds_them():
+    scheduler = Scheduler(LADDERS)
+    works = [Work(list(range(n, n + 600))) for n in (0, 1000)]
+    scheduler.admit(works[0])
+    advance(scheduler, works[0])
+    one = scheduler.next_decoding()
+    assert (one.rows, one.window, one.steps) == (1, 1040, STEPS)
+    scheduler.admit(works[1])
+    assert scheduler.next_decoding().steps == STEPS_BETWEEN_CHUNKS
+    advance(scheduler, works[1])
+    both = scheduler.next_decoding()
+    assert both.rows == 3 and both.works == works
+    scheduler.decoded(works[0], [7, 8, 9])
+    assert works[0].cached == 603 and works[0].tokens == [1000, 7, 8, 9]
+    assert scheduler.slots[works[0].slot].keys[600:] == [1000, 7, 8]  # the newest token is in no cache yet
+
+
+def finish(scheduler, keys, tokens=()):
+    """A work that was answered; its slot."""
+    work = Work(list(keys))
+    admission = scheduler.admit(work)
+    advance(scheduler, work)
+    scheduler.decoded(work, list(tokens))
+    scheduler.leave(work)
+    return admission
+
+
+def test_a_chat_goes_on_in_its_slot():
+    scheduler = Scheduler(LADDERS)
+    image = [("a", 36)] * 50
+    first = finish(scheduler, [7, 8, *image, 9], [5, 2])
+    other = finish(scheduler, range(100, 140))
+    assert other.slot != first.slot
+    again = scheduler.admit(Work([7, 8, *image, 9, 1000, 5, 6, 4]))
+    assert (again.slot, again.shared, again.source) == (first.slot, 55, None)
+    # Seen at another granularity, an image shares nothing.
+    assert scheduler.admit(Work([7, 8, *[("a", 72)] * 50, 9])).shared == 0
+
+
+def test_a_shared_beginning_is_copied_and_the_oldest_slot_goes():
+    scheduler = Scheduler(LADDERS)
+    system = list(range(20))
+    first = finish(scheduler, [*system, *range(100, 160)])
+    second = finish(scheduler, [*system, *range(200, 260)])
+    assert (second.shared, second.source) == (20, first.slot) and second.slot != first.slot
+    third = finish(scheduler, range(300, 340))
+    assert {first.slot, second.slot, third.slot} == {0, 1, 2}
+    running = Work([*system, *range(400, 460)])
+    fourth = scheduler.admit(running)
+    assert (fourth.slot, fourth.shared) == (first.slot, 20)  # the oldest is taken, and begins as the prompt does itself
+    fifth = scheduler.admit(Work([*system[:18], 1, 1]))
+    assert (fifth.slot, fifth.shared, fifth.source) == (second.slot, 18, None)
+    # Of a prompt that is cached as a whole the last position is read again.
+    assert scheduler.admit(Work(list(range(300, 340)))).shared == 39
+    assert scheduler.admit(Work([1])) is None
+
+
+def test_what_was_given_up_keeps_what_was_read():
+    scheduler = Scheduler(LADDERS)
+    work = Work(list(range(200)))
+    scheduler.admit(work)
+    scheduler.read(scheduler.next_reading())
+    scheduler.leave(work)
+    assert scheduler.next_reading() is None and scheduler.next_decoding() is None
+    assert scheduler.admit(Work(list(range(200)))).shared == 64
+
+
+def tiles(count, value):
+    return np.full((count, 2, 2, 3), value, np.uint8)
+
+
+def test_pages_are_shared_and_the_longest_unused_image_goes():
+    pages = ImagePages(6)
+    a, b, c = (("a", tiles(3, 1)), ("b", tiles(2, 2)), ("c", tiles(2, 3)))
+    (of_a,), (again, of_b) = pages.take([a]), pages.take([a, b])
+    assert again == of_a and len({*of_a, *of_b}) == 5
+    assert (pages.hits, pages.misses) == (1, 2)
+    missing = pages.missing(4)
+    assert list(missing) == [*of_a, of_b[0]] and missing[of_b[0]][0, 0, 0] == 2
+    pages.encoded(missing)
+    assert pages.ready("a") and not pages.ready("b")
+    assert pages.take([c]) is None  # everything is in use
+    pages.leave("a")
+    assert pages.take([c]) is None
+    pages.leave("ab")  # b was not encoded yet: nobody waits for it, so it is forgotten, and a is kept
+    assert pages.missing(9) == {}
+    (of_c,) = pages.take([c])
+    assert not {*of_c} & {*of_a}
+    pages.take([a])
+    assert (pages.hits, pages.misses) == (2, 3)
+    assert pages.take([("d", tiles(2, 4))]) is None
+    pages.leave("a")
+    assert {*pages.take([("d", tiles(4, 4))])[0]} == set(range(6)) - {*of_c}  # a went
+
+
+def test_an_image_is_known_by_its_pixels_and_its_size():
+    one = tiles(3, 7)
+    assert digest_of(one, (5, 4)) == digest_of(one.copy(), (5, 4))
+    other = one.copy()
+    other[2, 1, 1, 2] += 1
+    assert len({digest_of(one, (5, 4)), digest_of(one, (4, 5)), digest_of(other, (5, 4))}) == 3
+
+
+def test_places_in_the_pool(tiny):
+    """The docstring's example, with this model's R = 28."""
+    index = np.array([0, 1, 6, 6 + 28, 6 + 2 * 28, 2])
+    ids, places = places_of(tiny, index, np.array([7, 8, 9]), 6, 2, [4, 2], 10)
+    assert ids.tolist() == [7, 8, 0, 0, 0, 9]
+    assert places.tolist() == [-1, -1, 4 * 28, 2 * 28, 10 * 28, -1]
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_several_lanes_read_several_prompts(lanes):
+    scheduler = Scheduler(make_ladders(ModelConfig(), slots=3, chunk=64, pages=20, lanes=lanes))
+    works = [Work(list(range(n, n + 30))) for n in (0, 100, 200)]
+    for work in works:
+        scheduler.admit(work)
+    reading = scheduler.next_reading()
+    assert reading.works == works[:lanes] and reading.chunk == 32 and reading.window == 0
