@@ -30,6 +30,7 @@ from avg_llava_jax.data.images import ImageRef, image_ref
 from avg_llava_jax.data.packing import Sample, make_sample
 from avg_llava_jax.data.tokenizer import Tokenizer, load_tokenizer
 from avg_llava_jax.models.avg_llava import Params
+from avg_llava_jax.weights.quantize import quantized
 
 STEPS_BETWEEN_STOPS = 8
 """Tokens that are generated between two looks for a stop string."""
@@ -72,14 +73,19 @@ class AvgLlava:
         vision_tower: str | os.PathLike[str] | None = None,
         mesh: Mesh | None = None,
         dtype: Any = None,
+        quantize: Literal["int8"] | None = None,
     ) -> AvgLlava:
         """Load a checkpoint folder of ours, or one in the released layout; see `checkpoint.load`.
 
         vision_tower: the CLIP folder that a released config names.
         mesh: spreads the parameters over devices. dtype: converts them; compute follows it.
+        quantize: "int8" holds the language model's weights so, see `weights.quantize`.
         """
+        if quantize not in (None, "int8"):
+            raise ValueError(f"quantize={quantize!r}: choose int8 or None")
         loaded = checkpoint.load(path, vision_tower, mesh, dtype)
-        return cls(loaded.config, loaded.params, load_tokenizer(loaded.tokenizer_folder), loaded.meta["step"])
+        params = quantized(loaded.params) if quantize else loaded.params
+        return cls(loaded.config, params, load_tokenizer(loaded.tokenizer_folder), loaded.meta["step"])
 
     def answer(self, images: ImageLike | Sequence[ImageLike], prompt: str | Sequence[Turn], **options: Any) -> Answer:
         """Answer one question about one image, several or none (`()`); `options` are the fields of `Request`."""

@@ -2,7 +2,7 @@
 
     a source --read_questions--> questions --answer_all--> records: answers at each granularity, router scores
     records --policies.report--> accuracy, visual tokens and shares: fixed, random, adaptive, oracle
-    a few questions --seconds_per_answer--> measured times, one answer after another
+    a few questions --timing.seconds_per_answer--> measured times, one answer after another
 
 A record is made once. Where all images of a question get one granularity, what the adaptive, random or
 oracle choice answers is the answer at that fixed granularity (answers do not depend on the batch), so it
@@ -14,21 +14,19 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import itertools
 import json
 import os
 import pathlib
 import random
-import time
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from avg_llava_jax.answering import batching, generate
-from avg_llava_jax.answering.batching import by_key, groups
+from avg_llava_jax.answering.batching import groups
 from avg_llava_jax.answering.requests import Prepared, Request
 from avg_llava_jax.api import AvgLlava, softmax
 from avg_llava_jax.config import ModelConfig
@@ -37,6 +35,8 @@ from avg_llava_jax.data.errors import BadSample
 from avg_llava_jax.data.packing import Sample, Shape, load_tiles, make_sample
 from avg_llava_jax.data.sources import Source
 from avg_llava_jax.data.tokenizer import Tokenizer
+from avg_llava_jax.files import whole_lines
+from avg_llava_jax.models.scaler import scale
 from avg_llava_jax.policies import Choice, Record, choices
 
 
@@ -139,17 +139,10 @@ def answer_all(
 
 def read_records(file: str | os.PathLike[str]) -> dict[str, Record]:
     """Records by id; a last line that was cut off by an interruption is removed from the file."""
-    path = pathlib.Path(file)
-    if not path.is_file():
-        return {}
-    # As bytes: a cut may go through a character, and a text's `splitlines` knows more line ends than JSON escapes.
-    lines = path.read_bytes().splitlines(keepends=True)
-    if lines and not lines[-1].endswith(b"\n"):
-        os.truncate(path, path.stat().st_size - len(lines.pop()))
     try:
-        records = [json.loads(line) for line in lines]
+        records = [json.loads(line) for line in whole_lines(file)]
     except ValueError as error:
-        raise ValueError(f"{path} is not a file of answers ({error}); use another folder") from None
+        raise ValueError(f"{file} is not a file of answers ({error}); use another folder") from None
     return {record["id"]: _with_int_keys(record) for record in records}
 
 
@@ -160,12 +153,33 @@ def _with_int_keys(record: Record) -> Record:
 
 def route_all(model: AvgLlava, samples: Sequence[Sample], batch_size: int = 32) -> list[np.ndarray]:
     """Router scores (images, G) of each prompt; nothing is answered."""
-    scores: list[np.ndarray] = [np.zeros((0, 0))] * len(samples)
+    return route_seen(model, see_all(model, samples, batch_size))
+
+
+def see_all(
+    model: AvgLlava, samples: Sequence[Sample], batch_size: int = 32
+) -> Iterator[tuple[list[int], batching.Seen]]:
+    """Each prompt's images encoded, a batch at a time: row numbers and what was seen. Kept, they serve many routers."""
     for rows, shape in _batches(model.config, samples, batch_size):
-        seen = batching.see(model.config, model.params, [samples[row] for row in rows], shape, batch_size)
-        for at, row in enumerate(rows):
-            scores[row] = seen.logits(at)
-    return scores
+        group = [samples[row] for row in rows]
+        yield rows, batching.see(model.config, model.params, group, shape, batch_size, route=False)
+
+
+def route_seen(model: AvgLlava, seen: Iterable[tuple[list[int], batching.Seen]]) -> list[np.ndarray]:
+    """Router scores (images, G) of prompts that `see_all` has encoded, in their order.
+
+    model: the one that saw them, or one that differs from it in its router and its ladder alone.
+    """
+    config, params = model.config, model.params
+    scores: dict[int, np.ndarray] = {}
+    for rows, batch in seen:
+        if batch.inputs:
+            pyramid = batch.pyramid
+            if pyramid.shape[2] != config.pyramid_rows:  # another ladder: the finest rows hold all that there is
+                pyramid = scale(config, pyramid[:, :, -config.granularities[-1] :])
+            batch = dataclasses.replace(batch, routing=generate.route(config, params, pyramid, batch.inputs))
+        scores |= {row: batch.logits(at) for at, row in enumerate(rows)}
+    return [scores[row] for row in range(len(scores))]
 
 
 def shuffled(questions: Sequence[Question], what: str, seed: int = 0) -> list[Sample]:
@@ -285,42 +299,46 @@ def _right(text: str | None, question: Question) -> bool | float:
     return question.grade(text)
 
 
-def seconds_per_answer(
-    model: AvgLlava, questions: Sequence[Question], count: int = 16, max_new_tokens: int = 16
-) -> dict[str, Any]:
-    """Measured seconds from a prompt to its greedy answer: {"fixed": {g: mean}, "adaptive": mean}.
+def answer_mixed(
+    model: AvgLlava,
+    questions: Sequence[Question],
+    records: Sequence[Record],
+    wanted: Sequence[Choice],
+    file: str | os.PathLike[str],
+    max_new_tokens: int = 16,
+    batch_size: int = 32,
+) -> None:
+    """Answers where the images of a question get different granularities, and not those that `answer_all` saw chosen.
 
-    One after another, compilation left out. Over `count` questions of the commonest static sizes, so that
-    few programs are needed, its kinds in equal parts as far as they go.
+    questions, records, wanted: one each a question. What is new is answered and appended to `file` (JSON lines: `id,
+    choice, answer, right, visual_tokens`); all of the file goes into the records: record["mixed"][choice].
     """
-    config = model.config
-
-    def prepare(question: Question, choice: tuple[int | None, ...]) -> Prepared:
-        sample, request = question.sample, Request("", max_new_tokens=max_new_tokens)
-        return Prepared(request, sample, batching.prompt_shape(sample, config), choice)
-
-    def sizes(question: Question) -> tuple[Any, ...]:
-        sample = question.sample
-        lengths = [batching.length_at(config, sample, (g,) * len(sample.sizes)) for g in config.granularities]
-        limit = config.language.max_length
-        rungs = tuple(generate.length_bucket(n, limit) for n in lengths) if max(lengths) <= limit else None
-        return batching.prompt_shape(sample, config), bool(sample.sizes), rungs
-
-    rows = max(
-        by_key(questions, sizes).values(), key=lambda rows: (sizes(questions[rows[0]])[2] is not None, len(rows))
-    )
-    of_kind = by_key([questions[row] for row in rows], lambda question: question.sample.kind).values()
-    turns = [rows[row] for turn in itertools.zip_longest(*of_kind) for row in turn if row is not None]
-    subset = [questions[row] for row in turns[:count]]
-
-    policies: dict[Any, list[Prepared]] = {
-        g: [prepare(question, (g,) * len(question.sample.sizes)) for question in subset] for g in config.granularities
-    }
-    policies["adaptive"] = [prepare(question, (None,) * len(question.sample.sizes)) for question in subset]
-    seconds = {}
-    for policy, prepared in policies.items():
-        model.answer_prepared(prepared[:1] if policy != "adaptive" else prepared, batch_size=1)
-        begin = time.perf_counter()
-        model.answer_prepared(prepared, batch_size=1)
-        seconds[policy] = (time.perf_counter() - begin) / len(prepared)
-    return {"fixed": {str(g): seconds[g] for g in config.granularities}, "adaptive": seconds["adaptive"]}
+    path = pathlib.Path(file)
+    by_id = {record["id"]: record for record in records}
+    for entry in map(json.loads, whole_lines(path)):
+        if entry["id"] in by_id:
+            by_id[entry["id"]].setdefault("mixed", {})[tuple(entry["choice"])] = entry
+    todo: list[tuple[Question, Choice]] = [
+        (question, choice)
+        for question, record, choice in zip(questions, records, wanted, strict=True)
+        if len(set(choice)) > 1 and list(choice) != record["chosen"] and choice not in record.get("mixed", {})
+    ]
+    request = Request("", max_new_tokens=max_new_tokens)
+    with open(path, "a", encoding="utf-8") as sink:
+        for at in range(0, len(todo), batch_size):
+            part = todo[at : at + batch_size]
+            prepared = [
+                Prepared(request, question.sample, batching.prompt_shape(question.sample, model.config), choice)
+                for question, choice in part
+            ]
+            for (question, choice), answer in zip(part, model.answer_prepared(prepared, batch_size), strict=True):
+                entry = {
+                    "id": question.sample.id,
+                    "choice": list(choice),
+                    "answer": answer.text,
+                    "right": _right(answer.text, question),
+                    "visual_tokens": answer.visual_tokens,
+                }
+                by_id[question.sample.id].setdefault("mixed", {})[choice] = entry
+                sink.write(json.dumps(entry, ensure_ascii=False) + "\n")
+            sink.flush()

@@ -23,9 +23,39 @@ def write_whole(path: Path, content: str | Callable[[BinaryIO], object]) -> None
     os.replace(beside, path)
 
 
+def around(path: Path, begin: str, end: str) -> tuple[str, str]:
+    """What a text file holds up to the line `begin` and from the line `end` on, for something to be put between.
+
+    Raises:
+      ValueError: the file does not have each of them once.
+    """
+    text = pathlib.Path(path).read_text(encoding="utf-8")
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(
+            f"{path} does not say where the tables go: it needs the lines {begin.strip()} and {end.strip()}"
+        )
+    before, after = text.split(begin)[0], text.split(end)[1]
+    return f"{before}{begin}\n", f"\n{end}{after}"
+
+
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """One JSON object, readable."""
     pathlib.Path(path).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def whole_lines(path: Path) -> list[bytes]:
+    """The lines of a file that is appended to, none where there is no file.
+
+    A last line that was cut off by an interruption is removed from the file.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        return []
+    # As bytes: a cut may go through a character, and a text's `splitlines` knows more line ends than JSON escapes.
+    lines = path.read_bytes().splitlines(keepends=True)
+    if lines and not lines[-1].endswith(b"\n"):
+        os.truncate(path, path.stat().st_size - len(lines.pop()))
+    return lines
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ that no row covers, or that has another number of axes than its row says, is an 
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -42,7 +43,8 @@ class Row:
     path: its place in the tree, "language/layers/q/kernel".
     axes: logical name of each of its axes, see `placement.MESH_AXES`.
     component: one of `COMPONENTS`.
-    torch: its name in a released checkpoint; `{n}` is the layer, one tensor for each index of the first axis.
+    torch: its name in a released checkpoint; `{n}` is the layer, one tensor for each index of the first axis. The
+        scales of quantized weights (`weights.quantize`) have none: "".
     form: how that PyTorch tensor (of one layer) is laid out:
         `same`         as ours
         `transposed`   a linear weight, (out, in)
@@ -140,6 +142,12 @@ def _norm(path: str, torch: str) -> tuple[Row, ...]:
     )
 
 
+def _scales(row: Row) -> Row:
+    """The row of a quantized weight's scales, which lie along all of its axes but the one that is summed over."""
+    axes = row.axes[:-1] if row.path.endswith("embed") else (*row.axes[:-2], row.axes[-1])
+    return Row(row.path + "_scale", axes, row.component, "", "same")
+
+
 def _table() -> dict[str, Row]:
     rows: list[Row] = [
         Row("encoder/patch_embed/kernel", (None, "width"), "encoder", f"{EMBED}.patch_embedding.weight", "patches"),
@@ -182,6 +190,7 @@ def _table() -> dict[str, Row]:
         *_norm("language/norm", "model.norm"),
         *_linear("language/unembed", "lm_head", "width", "vocab"),
     ]  # fmt: skip
+    rows += [_scales(row) for row in rows if re.fullmatch("language/(.*/kernel|embed)", row.path)]
     table = {row.path: row for row in rows}
     if len(table) != len(rows):
         raise AssertionError("two rows of the parameter table have the same path")
@@ -255,10 +264,16 @@ class Part(NamedTuple):
 
 
 def torch_parts(params: Params) -> dict[str, list[Part]]:
-    """The parameters behind each PyTorch tensor, by its name; more than one where query, key and value are stacked."""
+    """The parameters behind each PyTorch tensor, by its name; more than one where query, key and value are stacked.
+
+    Raises:
+      ValueError: they are quantized.
+    """
     parts: dict[str, list[Part]] = {}
     leaves = flat(params)
     for path, row in describe(params).items():
+        if not row.torch:
+            raise ValueError(f"parameter {path!r} belongs to quantized weights: take those they were made from")
         for layer in range(leaves[path].shape[0]) if row.layered else (None,):
             parts.setdefault(row.torch.format(n=layer), []).append(Part(row, layer))
     return {name: sorted(group, key=lambda part: part.row.form) for name, group in parts.items()}

@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from avg_llava_jax.answering import choosing
 from avg_llava_jax.answering.batching import by_key
 from avg_llava_jax.config import ModelConfig
+from avg_llava_jax.data.tiles import Size
 
 Record = dict[str, Any]
 Choice = tuple[int, ...]
@@ -21,6 +23,15 @@ Choice = tuple[int, ...]
 def choices(config: ModelConfig, scores: Sequence[np.ndarray]) -> list[Choice]:
     """The router's argmax for each image of each question, the first of a tie."""
     return [tuple(config.granularities[int(np.argmax(row))] for row in rows) for rows in scores]
+
+
+def weighted_choices(
+    config: ModelConfig, scores: Sequence[np.ndarray], sizes: Sequence[Sequence[Size]], cost_weight: float
+) -> list[Choice]:
+    """What `Request.cost_weight` makes of each question's router scores; `sizes` are those of its images."""
+    costs = [choosing.token_costs(config, each) for each in sizes]
+    places = [choosing.best_places(rows, cost, cost_weight, None) for rows, cost in zip(scores, costs, strict=True)]
+    return [tuple(config.granularities[place] for place in row) for row in places]
 
 
 def random_choices(config: ModelConfig, records: Sequence[Record], seed: int = 0) -> list[Choice]:
@@ -40,15 +51,16 @@ def outcome(config: ModelConfig, records: Sequence[Record], picked: Sequence[Cho
     """Accuracy, mean visual tokens (all, and by kind) and the share of each granularity by kind.
 
     For `picked[i]`, the granularities of question i's images. Images that get different ones are known
-    only where the router of `answer_all` chose them: ValueError otherwise.
+    only where the router of `answer_all` chose them, or `answer_mixed` was asked: ValueError otherwise.
     """
     right, cost, chosen = [], [], []
     for record, choice in zip(records, picked, strict=True):
         if len(set(choice)) > 1:
-            if list(choice) != record["chosen"]:
+            known = record.get("mixed", {}) | {tuple(record["chosen"]): record["adaptive"]}
+            if choice not in known:
                 raise ValueError(f"question {record['id']} was never answered at granularities {list(choice)}")
-            right.append(record["adaptive"]["right"])
-            cost.append(record["adaptive"]["visual_tokens"])
+            right.append(known[choice]["right"])
+            cost.append(known[choice]["visual_tokens"])
         else:
             granularity = choice[0] if choice else config.granularities[0]
             right.append(record["right"][granularity])
@@ -66,6 +78,39 @@ def outcome(config: ModelConfig, records: Sequence[Record], picked: Sequence[Cho
         "visual_tokens_by_kind": tokens,
         "chosen": shares,
     }
+
+
+def examples(config: ModelConfig, records: Sequence[Record], count: int) -> dict[str, list[int]]:
+    """Row numbers of telling questions about one image, at most `count` of each sort, the most telling first.
+
+    right, cheap          right with less than the finest
+    right, fine           right, and wrong with anything coarser
+    wrong because cheap   wrong, and right with something finer
+
+    A grade of at least 0.5 counts as right.
+    """
+    found: dict[str, list[tuple[int, int]]] = {"right, cheap": [], "right, fine": [], "wrong because cheap": []}
+    for row, record in enumerate(records):
+        if len(record["chosen"]) != 1:
+            continue
+        place = config.granularities.index(record["chosen"][0])
+        coarser, (right, *finer) = (
+            [record["right"][g] >= 0.5 for g in part]
+            for part in (config.granularities[:place], config.granularities[place:])
+        )
+        if right and finer:
+            found["right, cheap"].append((place, row))
+        if right and coarser and not any(coarser):
+            found["right, fine"].append((-place, row))
+        if not right and any(finer):
+            found["wrong because cheap"].append((place, row))
+    return {sort: [row for _, row in sorted(rows)[:count]] for sort, rows in found.items()}
+
+
+def oracle_gap(score: float, best_fixed: float, oracle: float) -> float | None:
+    """The part of what the oracle gains over the best fixed granularity that a choice gets, None where that is 0."""
+    gain = oracle - best_fixed
+    return (score - best_fixed) / gain if gain > 1e-9 else None
 
 
 def report(
@@ -105,6 +150,41 @@ def report(
         "n": len(records),
         "n_by_kind": {kind: len(rows) for kind, rows in _kinds(records).items()},
     }
+
+
+TEMPERATURES = np.geomspace(0.05, 20, 241)
+"""What `temperature` searches: steps of 2.5 %."""
+
+
+def temperature(config: ModelConfig, records: Sequence[Record]) -> dict[str, float]:
+    """The router's temperature T under which softmax(scores / T) says best which granularity the oracle takes.
+
+    Fitted to the mean negative log likelihood (nats an image) of the oracle's choices of every other question, and
+    measured on those between: {"temperature", "nll", "nll_at_1"}. Nothing needs it to choose, and no checkpoint has
+    it: argmax(scores / T - w cost) = argmax(scores - w T cost), so T only changes the unit of `cost_weight`. To state
+    that in nats of a calibrated router, give w * T.
+
+    Raises ValueError where there are not two questions with images.
+    """
+    oracle = oracle_choices(config, records)
+    rows = [
+        (np.asarray(record["scores"]), [config.granularities.index(g) for g in best])
+        for record, best in zip(records, oracle, strict=True)
+        if best
+    ]
+    if len(rows) < 2:
+        raise ValueError("a temperature is fitted on one half of the questions with images and measured on the other")
+
+    def nll(part: Sequence[tuple[np.ndarray, list[int]]], temperatures: np.ndarray) -> np.ndarray:
+        scores = np.concatenate([scores for scores, _ in part]) / temperatures[:, None, None]
+        best = np.concatenate([places for _, places in part])
+        scores = scores - scores.max(axis=-1, keepdims=True)
+        logs = scores - np.log(np.exp(scores).sum(axis=-1, keepdims=True))
+        return -logs[:, np.arange(len(best)), best].mean(axis=-1)
+
+    fitted = float(TEMPERATURES[np.argmin(nll(rows[::2], TEMPERATURES))])
+    held_out, plain = nll(rows[1::2], np.array([fitted, 1.0]))
+    return {"temperature": fitted, "nll": float(held_out), "nll_at_1": float(plain)}
 
 
 def _kinds(records: Sequence[Record]) -> dict[str, list[int]]:

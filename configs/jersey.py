@@ -37,14 +37,17 @@ STAGES = {
         "steps": 800,
         "data.path": "jersey?roster=0.9&turns=3&near=0.3&seed=2",
         "optimizer.learning_rate": 2e-3,
-        "optimizer.encoder_learning_rate": 0.0,  # it can read already, and this is half the work
+        # They can read already, and at this rate they would forget it before the language model makes use of it.
+        "optimizer.encoder_learning_rate": 0.0,
+        "optimizer.connector_learning_rate": 0.0,
     },
     "finest": {
         "granularities": (64,),
-        "steps": 1200,
+        "steps": 600,
         "data.path": "jersey?roster=0.3&turns=10&near=0.35&seed=3",
         "optimizer.learning_rate": 1.5e-3,
         "optimizer.encoder_learning_rate": 0.0,
+        "optimizer.connector_learning_rate": 0.0,
     },
     "full": {
         "steps": 75,  # the longer, the more do coarse granularities carry, and the less is there to route

@@ -44,6 +44,7 @@ def run_task(model: Any, task: Any, data: str) -> dict[str, Any]:
         "checkpoint": str(pathlib.Path(cli.CHECKPOINT.value).resolve()),
         "step": model.step,
         "dtype": cli.DTYPE.value,
+        "quantize": cli.QUANTIZE.value,
         "data": str(pathlib.Path(data).resolve()) if pathlib.Path(data).is_dir() else data,
         "profile": PROFILE.value,
         "max_new_tokens": new_tokens,
@@ -65,6 +66,7 @@ def run_task(model: Any, task: Any, data: str) -> dict[str, Any]:
     report["profile"] = PROFILE.value
     write_whole(folder / "report.json", json.dumps(report, indent=1) + "\n")
     plots.accuracy_against_tokens(report, folder / plots.PLOTS / "accuracy_against_tokens.png")
+    plots.examples(model.config, questions, answered, folder / plots.PLOTS / "examples.png")
     return report
 
 

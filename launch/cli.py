@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 CHECKPOINT = flags.DEFINE_string("checkpoint", str(SHIPPED), "Checkpoint folder of ours, or a PyTorch folder.")
 VISION_TOWER = flags.DEFINE_string("vision_tower", None, "The CLIP folder that a PyTorch checkpoint names, or to join.")
 DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Converts the parameters; default: as stored.")
-MODEL_FLAGS = tuple(flag.name for flag in (CHECKPOINT, VISION_TOWER, DTYPE))
+QUANTIZE = flags.DEFINE_enum("quantize", None, ["int8"], "Hold the language model's weights so; default: as they are.")
+STORED_FLAGS = tuple(flag.name for flag in (CHECKPOINT, VISION_TOWER, DTYPE))
+MODEL_FLAGS = (*STORED_FLAGS, QUANTIZE.name)
 TRACEBACK = flags.DEFINE_bool("traceback", False, "Where an error happened, not only what it is.")
 
 
@@ -27,7 +29,7 @@ def load_model() -> AvgLlava:
     """The model that the flags name."""
     from avg_llava_jax.api import AvgLlava
 
-    return AvgLlava.load(CHECKPOINT.value, VISION_TOWER.value, dtype=DTYPE.value)
+    return AvgLlava.load(CHECKPOINT.value, VISION_TOWER.value, dtype=DTYPE.value, quantize=QUANTIZE.value)
 
 
 def run(main: Callable[[], None], required: Sequence[str], model_flags: Sequence[str] = MODEL_FLAGS) -> None:

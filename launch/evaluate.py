@@ -2,16 +2,24 @@
 
     python -m launch.evaluate --checkpoint=W --data=test.json --images=DIR --workdir=OUT
 
-writes OUT/report.json, OUT/answers.jsonl (a run that was interrupted goes on) and OUT/skipped.jsonl.
+writes OUT/report.json, OUT/answers.jsonl (a run that was interrupted goes on), OUT/skipped.jsonl, and a picture of
+what was right though cheap, right because fine and wrong because cheap, OUT/plots/examples.png.
 """
+
+from __future__ import annotations
 
 import json
 import pathlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
 from launch import cli
+
+if TYPE_CHECKING:
+    from avg_llava_jax.api import AvgLlava
+    from avg_llava_jax.evaluation import Question
+    from avg_llava_jax.policies import Record
 
 DATA = flags.DEFINE_string("data", None, "A LLaVA JSON or JSONL; `kind` of a record is the kind of its question.")
 IMAGES = flags.DEFINE_string("images", "", "Where its images lie: a folder, a .zip or a .tar.")
@@ -36,14 +44,17 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    from avg_llava_jax import evaluation, policies
+def answered(model: AvgLlava) -> tuple[list[Question], list[Record], int]:
+    """Ask all questions that the flags name: those that can be asked, a record of each, and how many cannot.
+
+    What WORKDIR holds already is not asked again.
+    """
+    from avg_llava_jax import evaluation
     from avg_llava_jax.data.sources import open_source
     from avg_llava_jax.files import same_run, write_whole
 
     workdir = pathlib.Path(WORKDIR.value)
     source = open_source(DATA.value, IMAGES.value)
-    model = cli.load_model()
     same_run(
         workdir,
         "evaluation.json",
@@ -52,6 +63,7 @@ def main() -> None:
             "step": model.step,
             "data": DATA.value if DATA.value.startswith("jersey") else str(pathlib.Path(DATA.value).resolve()),
             "max_new_tokens": MAX_NEW_TOKENS.value,
+            "quantize": cli.QUANTIZE.value,
         },
     )
     questions, skipped = evaluation.read_questions(source, model.tokenizer, model.config)
@@ -65,13 +77,23 @@ def main() -> None:
             f"{len(skipped)} of {len(source)} records cannot be used, the first for {skipped[0]['reason']}: "
             f"see {workdir / 'skipped.jsonl'}, or raise --max_skipped_share"
         )
-    answered = {record["id"] for record in records}
-    timed = [question for question in questions if question.sample.id in answered]
-    seconds = evaluation.seconds_per_answer(model, timed, max_new_tokens=MAX_NEW_TOKENS.value)
+    known = {record["id"] for record in records}
+    return [question for question in questions if question.sample.id in known], records, len(skipped)
+
+
+def main() -> None:
+    from avg_llava_jax import plots, policies, timing
+    from avg_llava_jax.files import write_whole
+
+    model = cli.load_model()
+    questions, records, skipped = answered(model)
+    seconds = timing.seconds_per_answer(model, questions, max_new_tokens=MAX_NEW_TOKENS.value)
     report = policies.report(model.config, records, seconds, seed=SEED.value)
-    write_whole(workdir / "report.json", json.dumps(report, indent=1) + "\n")
+    path = pathlib.Path(WORKDIR.value) / "report.json"
+    write_whole(path, json.dumps(report, indent=1) + "\n")
+    plots.examples(model.config, questions, records, path.parent / plots.PLOTS / "examples.png")
     print(table(report))
-    print(f"{report['n']} questions, {len(skipped)} skipped; {workdir / 'report.json'}")
+    print(f"{report['n']} questions, {skipped} skipped; {path}")
 
 
 if __name__ == "__main__":

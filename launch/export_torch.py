@@ -29,4 +29,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, required=["output"])
+    cli.run(main, required=["output"], model_flags=cli.STORED_FLAGS)

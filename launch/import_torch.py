@@ -39,4 +39,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, required=["source"])
+    cli.run(main, required=["source"], model_flags=cli.STORED_FLAGS)

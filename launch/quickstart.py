@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from avg_llava_jax import checkpoint, evaluation, plots, policies
+from avg_llava_jax import checkpoint, evaluation, plots, policies, timing
 from avg_llava_jax.api import SHIPPED, AvgLlava
 from avg_llava_jax.data.jersey import Jersey
 from avg_llava_jax.files import same_run, write_whole
@@ -27,9 +27,11 @@ QUESTIONS = 1008  # a third of them coarse, fine and near each
 ANSWER_TOKENS = 4  # the longest answer of jersey has one and the end of the text
 
 
-def router_config(checkpoint: str = str(SHIPPED), steps: int | None = None, pictures: int | None = None) -> Any:
-    """`configs/jersey.py:router` from a checkpoint; fewer steps, or fewer pictures, for a shorter run."""
-    config = jersey.get_config("router")
+def router_config(
+    checkpoint: str = str(SHIPPED), steps: int | None = None, pictures: int | None = None, config: Any = None
+) -> Any:
+    """`configs/jersey.py:router`, or another config, from a checkpoint; fewer steps or pictures for a shorter run."""
+    config = config or jersey.get_config("router")
     config.init_from = str(checkpoint)
     config.steps = steps or config.steps
     if pictures:
@@ -90,7 +92,7 @@ def compare(
     """
     config = adaptive.config
     records = evaluation.answer_all(adaptive, questions, workdir / "answers.jsonl", ANSWER_TOKENS)
-    seconds = evaluation.seconds_per_answer(adaptive, questions, max_new_tokens=ANSWER_TOKENS)
+    seconds = timing.seconds_per_answer(adaptive, questions, max_new_tokens=ANSWER_TOKENS)
     report = policies.report(config, records, seconds)
     samples = [question.sample for question in questions]
     others = {
@@ -191,4 +193,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, required=["workdir"])
+    cli.run(main, required=["workdir"], model_flags=cli.STORED_FLAGS)

@@ -4,7 +4,6 @@ They hold what `launch.plan` says of the 7B, both phases and answering, on sever
 """
 
 import importlib
-import pathlib
 import sys
 from collections.abc import Iterator
 
@@ -77,20 +76,14 @@ SHOWN = ("all-gather", "all-reduce", "reduce-scatter")
 
 
 def main() -> None:
-    from avg_llava_jax.files import write_whole
+    from avg_llava_jax.files import around, write_whole
 
-    path = pathlib.Path(DOCUMENT.value)
-    text = path.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(
-            f"{path} does not say where the tables go: it needs the lines {BEGIN.strip()} and {END.strip()}"
-        )
-    before, _, rest = text.partition(BEGIN)
+    before, after = around(DOCUMENT.value, BEGIN, END)
     lines = []
     for row in rows():
         print(row, end="", file=sys.stderr, flush=True)
         lines.append(row)
-    write_whole(path, before + BEGIN + "\n" + "".join(lines) + "\n" + END + rest.partition(END)[2])
+    write_whole(DOCUMENT.value, before + "".join(lines) + after)
 
 
 if __name__ == "__main__":

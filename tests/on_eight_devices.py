@@ -5,15 +5,23 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
 from avg_llava_jax import parameters
 from avg_llava_jax.answering import generate
+from avg_llava_jax.answering.requests import Request
+from avg_llava_jax.api import AvgLlava
 from avg_llava_jax.config import ScalerConfig
+from avg_llava_jax.data.tokenizer import load_tokenizer
+from avg_llava_jax.engine.engine import Engine
+from avg_llava_jax.engine.stress import compilations
 from avg_llava_jax.models.flash import flash_attention
 from avg_llava_jax.parallel import sharding
 from avg_llava_jax.parallel.costs import collectives
 from avg_llava_jax.training.step import Step
 from configs import base
+from tests.conftest import TOKENIZER
+from tests.random_model import random_model
 from tests.test_attention import draw, formula
 from tests.test_parameters import TINY
 
@@ -21,8 +29,7 @@ MODEL = dataclasses.replace(
     TINY,
     vision=dataclasses.replace(TINY.vision, layers=2),
     scaler=ScalerConfig(halvings=1),
-    router=dataclasses.replace(TINY.router, dropout=0.0),  # its mask depends on how a batch is cut up
-    language=dataclasses.replace(TINY.language, layers=1),
+    language=dataclasses.replace(TINY.language, layers=1, vocab_size=600, max_length=256),
 )
 ROWS, TILES, TEXT, ANSWER, LENGTH, ROOM = 8, 2, 6, 3, 12, 4
 IMAGES = ("pixels", "tile_image", "first_tile", "text", "instruction")
@@ -80,6 +87,25 @@ def answered(params, batch, sizes):
     return jax.device_get((routing.logits, logits, state.cache, state.tokens))
 
 
+def engine_answers(model, sizes):
+    """Tokens of four requests by an engine on a mesh, asked twice: what is compiled at first serves ever after."""
+    params = jax.device_put(model.params, sharding.shardings(mesh_of(sizes), model.params))
+    engine = Engine(AvgLlava(MODEL, params, model.tokenizer), slots=4, chunk=32, image_cache_bytes=2**16)
+    for _ in range(2):
+        with compilations() as compiled:
+            tickets = [engine.submit(request) for request in questions()]
+            while engine.step():
+                pass
+    assert compiled() == 0
+    return [ticket.result(0).token_ids for ticket in tickets]
+
+
+def questions():
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
+    images = [Image.fromarray(pixels + np.uint8(n)) for n in range(3)]
+    return [Request("who wears " * (1 + 5 * n), image, max_new_tokens=12) for n, image in enumerate([*images, ()])]
+
+
 def equal(one, other):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4), one, other)
 
@@ -100,6 +126,11 @@ def main():
     one = answered(params, batch, (1, 1, 1))
     for sizes in [(4, 2, 1), (2, 2, 2)]:
         equal(one, answered(params, batch, sizes))
+
+    model = random_model(MODEL, load_tokenizer(TOKENIZER))
+    alone = [model.answer_batch([question])[0].token_ids for question in questions()]
+    assert len(set(alone)) == len(alone)
+    assert engine_answers(model, (2, 2, 2)) == alone
 
     arrays = draw(jnp.float32, 140)
     with jax.set_mesh(mesh_of((2, 1, 2))):

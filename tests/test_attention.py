@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from avg_llava_jax.models.attention import _sample_by_sample
+from avg_llava_jax.models.attention import BLOCK, _block_by_block
 from avg_llava_jax.models.flash import flash_attention
 
 
@@ -29,15 +29,17 @@ def cudnn(q, k, v, causal):
 
 
 WAYS = {
-    "cpu": _sample_by_sample,
+    "cpu": _block_by_block,
     "xla": lambda q, k, v, causal: jax.nn.dot_product_attention(q, k, v, is_causal=causal),
     "tpu": lambda q, k, v, causal: flash_attention(q, k, v, causal, interpret=jax.default_backend() != "tpu"),
     "gpu": cudnn,
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("causal, length", [(True, 200), (False, 130)])  # neither is a multiple of a kernel's tile
+CASES = [(way, *case) for way in WAYS for case in ((True, 200), (False, 130))]  # no multiples of a kernel's tile
+
+
+@pytest.mark.parametrize("way, causal, length", [*CASES, ("cpu", True, 2 * BLOCK + 9), ("cpu", False, BLOCK + 1)])
 def test_attention_is_the_formula(way, causal, length):
     if way == "gpu" and jax.default_backend() != "gpu":
         pytest.skip("cuDNN runs on a GPU alone")

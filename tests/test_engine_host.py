@@ -28,7 +28,7 @@ def test_chunks_waste_little():
         while read < left:
             read += chunk_rung((32, 64, 128, 256), left - read)
             calls += 1
-        assert read - left < 32 + left / 3 and calls <= left // 256 + 3
+        assert read - left < 32 + read / 4 and calls <= left // 256 + 3
 
 
 def advance(scheduler, work):

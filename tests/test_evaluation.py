@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from avg_llava_jax import evaluation, policies
+from avg_llava_jax import evaluation, plots, policies, timing
 from avg_llava_jax.answering.requests import Request
 from avg_llava_jax.data.images import image_ref
 from avg_llava_jax.data.jersey import Jersey
@@ -148,6 +148,31 @@ def test_the_figures(tiny):
         policies.report(tiny, [])
 
 
+def test_telling_examples(tiny, model, questions, records, tmp_path):
+    found = [
+        record("a", "coarse", (True, True, True), 8),
+        record("b", "coarse", (0.4, 0.9, 0.6), 4),
+        record("c", "fine", (False, False, True), 16),
+        record("d", "fine", (False, False, False), 4),
+        record("e", "coarse", (True, True, True), 4),
+        record("f", "fine", (True, False, True), 16) | {"chosen": [16, 16]},
+        record("g", "fine", (False, True, True), 8),
+    ]
+    shown = policies.examples(tiny, found, 2)
+    assert shown == {"right, cheap": [4, 0], "right, fine": [2, 6], "wrong because cheap": [1]}
+
+    def told(at: int, right: tuple[bool, ...], chosen: int) -> dict:
+        adaptive = {"right": dict(zip((4, 8, 16), right, strict=True))[chosen], "visual_tokens": chosen}
+        made = record(None, None, right, chosen) | {"id": questions[at].sample.id, "adaptive": adaptive}
+        return records[at] | made | {"answer": "$5", "answers": {4: "$5", 8: None, 16: "x^2 & $"}}
+
+    path = tmp_path / "plots" / "examples.png"
+    assert plots.examples(tiny, questions, [told(0, (False, False, False), 4)], path) is None and not path.exists()
+    several = [told(0, (True, True, True), 4), told(1, (False, False, True), 4), told(2, (False, False, True), 16)]
+    assert plots.examples(tiny, questions, several, path, count=2) == path
+    assert Image.open(path).size == (1056, 1440)  # three sorts, two columns
+
+
 @pytest.mark.parametrize(
     "one, other", [("Seven!", "seven"), (" The  team. ", "the team"), ("«Ünï»", "ünï"), ("No. 7", "no 7")]
 )
@@ -157,7 +182,7 @@ def test_normalised_answers(one, other):
 
 
 def test_seconds(model, questions):
-    seconds = evaluation.seconds_per_answer(model, questions, count=2, max_new_tokens=4)
+    seconds = timing.seconds_per_answer(model, questions, count=2, max_new_tokens=4)
     assert set(seconds["fixed"]) == {"4", "8", "16"}
     assert all(value > 0 for value in (*seconds["fixed"].values(), seconds["adaptive"]))
 
@@ -165,3 +190,50 @@ def test_seconds(model, questions):
 def test_requests_say_what_they_cannot_do():
     with pytest.raises(ValueError, match="raw=True takes the prompt as one text"):
         Request([{"from": "human", "value": "a"}], raw=True)
+
+
+def test_images_that_cost_differently(model, llava_folder, tmp_path):
+    """Questions about two images: what a price chooses for each is answered once, and then known."""
+    source = open_source(str(llava_folder / "train.json"), str(llava_folder / "images"))
+    questions, _ = evaluation.read_questions(source, model.tokenizer, model.config)
+    questions = [question for question in questions if len(question.sample.sizes) == 2][:3]
+    records = evaluation.answer_all(model, questions, **OPTIONS)
+    options = tmp_path / "mixed.jsonl", 4, 8
+    wanted = [(4, 8), (8, 8), tuple(records[2]["chosen"])]
+    with pytest.raises(ValueError, match="was never answered"):
+        policies.outcome(model.config, records, wanted)
+    evaluation.answer_mixed(model, questions, records, wanted, *options)
+    (line,) = options[0].read_text().splitlines()
+    answer = model.answer(questions[0].sample.images, questions[0].text, granularity=[4, 8], max_new_tokens=4)
+    assert json.loads(line)["answer"] == answer.text
+    tokens = answer.visual_tokens + records[1]["visual_tokens"][8] + records[2]["adaptive"]["visual_tokens"]
+    assert policies.outcome(model.config, records, wanted)["visual_tokens"] == pytest.approx(tokens / 3)
+    for record in records:
+        record.pop("mixed", None)
+    options[0].write_text(line + "\n" + '{"id": "cut o')
+    evaluation.answer_mixed(None, questions[:1], records[:1], wanted[:1], *options)  # no model: nothing is answered
+    assert records[0]["mixed"][4, 8]["answer"] == answer.text
+
+
+def test_a_temperature_is_found_again(tiny):
+    """Oracles drawn from softmax(scores / T): the fit finds T, and it says so on the other half."""
+    rng = np.random.default_rng(0)
+    records = []
+    for _ in range(4000):
+        scores = rng.normal(size=3) * 2
+        shares = np.exp(scores / 2.5)
+        best = rng.choice(3, p=shares / shares.sum())
+        right = {g: place >= best for place, g in enumerate(tiny.granularities)}
+        records.append({"scores": [scores.tolist()], "chosen": [4], "right": right})
+    found = policies.temperature(tiny, records)
+    assert found["temperature"] == pytest.approx(2.5, rel=0.1)
+    assert found["nll"] < found["nll_at_1"] - 0.05
+    scores = [np.asarray(record["scores"]) for record in records]
+    for weight in (0.0, 0.3, 2.0):
+        calibrated = [rows / found["temperature"] for rows in scores]
+        sizes = [((32, 32),)] * len(scores)
+        assert policies.weighted_choices(tiny, calibrated, sizes, weight) == policies.weighted_choices(
+            tiny, scores, sizes, weight * found["temperature"]
+        )
+    with pytest.raises(ValueError, match="one half of the questions"):
+        policies.temperature(tiny, records[:1])

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from avg_llava_jax.answering import batching, generate
+from avg_llava_jax.answering import batching, choosing, generate
 from avg_llava_jax.answering.requests import Request
 from avg_llava_jax.api import AvgLlava
 from avg_llava_jax.data.packing import Shape
@@ -34,10 +34,11 @@ def test_golden_tokens(golden_model, case):
     model, config = golden_model, golden_model.config
     with np.load(GOLDEN / case["file"]) as file:
         golden = dict(file)
-    sample = model.prepare(Request(case["prompt"], GOLDEN / case["image"], raw=True)).sample
+    prepared = model.prepare(Request(case["prompt"], GOLDEN / case["image"], raw=True))
+    sample = prepared.sample
     assert sample.tokens.ids == golden["input_ids"].tolist()
     seen = batching.see(config, model.params, [sample], SHAPE)
-    (choice,) = model.choose([None], seen.logits(0))
+    (choice,) = choosing.choose(config, prepared, seen.logits(0))
     assert choice == golden["router_choice_granularity"][0]
     stops = np.array(model.stop_ids, np.int32)
     zero = np.zeros(1, np.float32)

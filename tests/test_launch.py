@@ -102,6 +102,17 @@ def test_evaluate(folder, tmp_path):
     assert set(report["seconds"]["answer"]["fixed"]) == set(report["accuracy"]["fixed"]) == {"4", "8", "16"}
     lines = (tmp_path / "answers.jsonl").read_text(encoding="utf-8").splitlines()
     assert len({json.loads(line)["id"] for line in lines}) == 12
+
+    answers = (tmp_path / "answers.jsonl").stat()
+    code, out, error = run("tradeoff", *flags, "--cost_weights=0,1e6", "--timed=2", "--rounds=1")
+    assert code == 0, error
+    assert (tmp_path / "answers.jsonl").stat().st_mtime == answers.st_mtime  # nothing was asked again
+    points = {point["name"]: point for point in json.loads((tmp_path / "tradeoff.json").read_text())["points"]}
+    assert points["cost weight 0"]["accuracy"] == report["accuracy"]["adaptive"]
+    assert points["cost weight 1e+06"]["visual_tokens"] == points["always 4"]["visual_tokens"]
+    assert points["oracle"]["seconds"] > 0 and "cost weight 1e+06" in out
+    assert (tmp_path / "plots" / "tradeoff.png").stat().st_size > 10000
+
     code, _, error = run("evaluate", *flags, "--max_new_tokens=3")
     assert code == 2 and "holds answers for max_new_tokens=2, not 3: use another --workdir" in error
 
@@ -114,6 +125,7 @@ def test_evaluate(folder, tmp_path):
         ("explain", ["--prompt=a", "--image=a.png", "--output=nowhere/x.npz"], "its folder does not exist"),
         ("explain", ["--prompt=a"], "--image is missing"),
         ("evaluate", ["--data=nowhere.json", "--workdir=w"], "nowhere.json does not exist"),
+        ("tradeoff", ["--data=x", "--workdir=w", "--cost_weights=1,-2"], "--cost_weights=1,-2: give numbers of 0 or"),
         ("train", ["--config=configs/base.py", "--workdir=w", "--config.depth=3"], "the config has no setting 'depth'"),
         ("train", ["--config=configs/jersey.py:nope", "--workdir=w"], "configs/jersey.py:nope: choose grounding"),
         ("train", ["--config=configs/base.py", "--workdir=w", "--checkpoint=x"], "Unknown command line flag"),

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from avg_llava_jax import SHIPPED, checkpoint
-from avg_llava_jax.answering import batching, generate
+from avg_llava_jax.answering import batching, choosing, generate
 from avg_llava_jax.answering.requests import Request
 from avg_llava_jax.api import AvgLlava
 from avg_llava_jax.config import RouterConfig, ScalerConfig
@@ -107,7 +107,8 @@ def our_logits(pair, requests):
     """Granularities of all images, or None -> logits (S, V) of each prompt, router logits of each image."""
     model = pair[0]
     config, params = model.config, model.params
-    samples = [model.prepare(request).sample for request in requests]
+    prepared = [model.prepare(request) for request in requests]
+    samples = [each.sample for each in prepared]
     shape = dataclasses.replace(merge(batching.prompt_shape(s, config) for s in samples), answer=1, fill=1.0)
 
     @jax.jit
@@ -118,7 +119,8 @@ def our_logits(pair, requests):
         with jax.default_matmul_precision("highest"):
             seen = batching.see(config, params, samples, shape)
             routed = [seen.logits(row) for row in range(len(samples))]
-            choices = [model.choose([granularity] * len(scores), scores) for scores in routed]
+            wanted = [dataclasses.replace(each, choice=(granularity,) * len(each.choice)) for each in prepared]
+            choices = [choosing.choose(config, *each) for each in zip(wanted, routed, strict=True)]
             index, lengths = batching.packed_index(config, samples, shape, choices, static=192)
             packed = read(params, generate.pack(config, params, seen.pyramid, seen.text, index))
         return (

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from avg_llava_jax import evaluation, policies
+from avg_llava_jax import policies, timing
 from avg_llava_jax.answering import batching
 from avg_llava_jax.api import AvgLlava
 from avg_llava_jax.benchmarks import records, scoring
@@ -82,7 +82,7 @@ def report(
     """What report.json holds of one benchmark.
 
     answered: records of `answer_all` for the questions of `questions_of`; rows that have none count as wrong.
-    seconds: of `evaluation.seconds_per_answer`.
+    seconds: of `timing.seconds_per_answer`.
 
     By policy, as {"fixed": {g: ...}, "random": ..., "adaptive": ..., "oracle": ...}: `metrics` by name; `score`, the
     headline metric as the paper's table has it, and its 95 % `interval`; `accuracy`, the mean grade; `visual_tokens`
@@ -102,7 +102,6 @@ def report(
     for part in parts.values():
         part["token_cut"] = 1 - part["visual_tokens"] / finest if finest else 0.0
     best = max(parts[str(g)]["score"] for g in config.granularities)
-    gain = parts["oracle"]["score"] - best
     ladder = [str(g) for g in config.granularities]
     by_policy = {
         key: {"fixed": {g: parts[g][key] for g in ladder}} | {name: parts[name][key] for name in _CHOOSING}
@@ -116,7 +115,7 @@ def report(
         "n": len(rows),
         "answered": len(answered),
         **by_policy,
-        "oracle_gap": (parts["adaptive"]["score"] - best) / gain if gain > 1e-9 else None,
+        "oracle_gap": policies.oracle_gap(parts["adaptive"]["score"], best, parts["oracle"]["score"]),
         "seconds": {"answer": seconds},
         "speedup": None if seconds is None else seconds["fixed"][ladder[-1]] / seconds["adaptive"],
         "paper": {
@@ -193,7 +192,7 @@ def over_tasks(reports: Sequence[Report]) -> dict[str, Any]:
 def seconds(
     model: AvgLlava, questions: Sequence[Question], answered: Sequence[Record], count: int, max_new_tokens: int
 ) -> dict[str, Any] | None:
-    """`evaluation.seconds_per_answer` over questions answered at every granularity; None where there is none."""
+    """`timing.seconds_per_answer` over questions answered at every granularity; None where there is none."""
     everywhere = {record["id"] for record in answered if None not in record["answers"].values()}
     timed = [question for question in questions if question.sample.id in everywhere]
-    return evaluation.seconds_per_answer(model, timed, count, max_new_tokens) if count and timed else None
+    return timing.seconds_per_answer(model, timed, count, max_new_tokens) if count and timed else None

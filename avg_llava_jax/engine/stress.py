@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from avg_llava_jax.answering.requests import Request
 from avg_llava_jax.engine.engine import Engine
@@ -59,7 +60,9 @@ def compilations() -> Iterator[Callable[[], int]]:
         jax.monitoring.unregister_event_duration_listener(heard)
 
 
-def stress(engine: Engine, count: int, in_flight: int, seed: int = 0, largest: int = 200) -> Report:
+def stress(
+    engine: Engine, count: int, in_flight: int, seed: int = 0, largest: int = 200, progress: bool = False
+) -> Report:
     """Send `count` random requests to a started engine, `in_flight` at once; pictures have sides up to `largest`."""
     rng = random.Random(seed)
     pictures = [random_picture(rng, largest) for _ in range(max(4, count // 10))]
@@ -70,16 +73,13 @@ def stress(engine: Engine, count: int, in_flight: int, seed: int = 0, largest: i
 
     def settle() -> None:
         number, ticket, cancel = running.popleft()
-        if cancel:
-            next(ticket.pieces(), None)
-            ticket.cancel()
         outcome, trouble = _outcome(ticket, cancel)
         outcomes[outcome] += 1
         if trouble:
             wrong.append(f"request {number}: {trouble}")
 
     with compilations() as compiled:
-        for number in range(count):
+        for number in tqdm(range(count), unit="request", disable=not progress):
             while len(running) >= in_flight:
                 settle()
             if number == count // 4:
@@ -163,16 +163,20 @@ def malformed_request(rng: random.Random, engine: Engine, pictures: list[Image.I
 
 
 def _outcome(ticket: Ticket, cancel: bool) -> tuple[str, str | None]:
-    """How a request ended, and what is wrong with that."""
+    """How a request ended, and what is wrong with that. One to cancel is cancelled after its first piece."""
+    pieces = ticket.pieces()
     try:
-        pieces = "".join(ticket.pieces())
+        if cancel:
+            next(pieces, None)
+            ticket.cancel()
+        text = "".join(pieces)
         answer = ticket.result()
     except Cancelled:
         return "cancelled", None if cancel else "was cancelled by nobody"
     except (ValueError, RuntimeError) as error:
         return "failed", str(error)
-    if not cancel and answer.text != pieces:
-        return "answered", f"its pieces are {pieces!r}, its text {answer.text!r}"
+    if not cancel and answer.text != text:
+        return "answered", f"its pieces are {text!r}, its text {answer.text!r}"
     return "answered", None
 
 

@@ -73,6 +73,20 @@ def attend_cached(
     return rearrange(out, "b s g r d -> b s (g r) d")
 
 
+class Linear(nn.Dense):
+    """`nn.Dense`, also with an int8 kernel (in, out) and its scales (out,), see `weights.quantize`: x @ (q * s).
+
+    The scales are taken out of the sum, y = (x @ q) * s: weights stay int8 in memory, XLA converts what it multiplies.
+    """
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        if not self.has_variable("params", "kernel_scale"):
+            return super().__call__(x)
+        y = x @ self.get_variable("params", "kernel").astype(x.dtype)
+        y = y * self.get_variable("params", "kernel_scale")
+        return y + self.get_variable("params", "bias") if self.use_bias else y
+
+
 class DecoderLayer(nn.Module):
     """Pre-norm decoder layer: (B, S, D) -> the same shape, and this layer's new keys and values."""
 
@@ -84,26 +98,26 @@ class DecoderLayer(nn.Module):
         y = nn.RMSNorm(config.norm_eps, name="norm1")(x)
 
         def heads(name: str, count: int) -> jax.Array:
-            y_out = nn.Dense(count * config.head_dim, use_bias=config.attention_bias, name=name)(y)
+            y_out = Linear(count * config.head_dim, use_bias=config.attention_bias, name=name)(y)
             return rearrange(y_out, "b s (h d) -> b s h d", h=count)
 
         q, k = rotate(heads("q", config.heads), *rope), rotate(heads("k", config.kv_heads), *rope)
         v = heads("v", config.kv_heads)
         y = attention(q, k, v, causal=True) if cache is None else attend_cached(q, (k, v), cache, cached)
-        y = nn.Dense(config.width, use_bias=config.attention_bias, name="out")(rearrange(y, "b s h d -> b s (h d)"))
+        y = Linear(config.width, use_bias=config.attention_bias, name="out")(rearrange(y, "b s h d -> b s (h d)"))
         x = constrain(x + y, "batch", None, None)
 
         y = nn.RMSNorm(config.norm_eps, name="norm2")(x)
-        gate = nn.Dense(config.mlp_width, use_bias=False, name="gate")(y)
-        up = nn.Dense(config.mlp_width, use_bias=False, name="up")(y)
-        y = nn.Dense(config.width, use_bias=False, name="down")(jax.nn.silu(gate) * up)
+        gate = Linear(config.mlp_width, use_bias=False, name="gate")(y)
+        up = Linear(config.mlp_width, use_bias=False, name="up")(y)
+        y = Linear(config.width, use_bias=False, name="down")(jax.nn.silu(gate) * up)
         return constrain(x + y, "batch", None, None), (k, v)
 
 
 class LanguageModel(nn.Module):
     """Embeddings in, hidden states out; `embed` and `unembed` stand at the two ends.
 
-    Compute happens in the parameters' dtype.
+    Compute happens in the parameters' dtype; of quantized ones, in that of their scales.
     """
 
     config: LanguageConfig
@@ -117,17 +131,25 @@ class LanguageModel(nn.Module):
         self.layers = stack(DecoderLayer, config.layers, self.remat, by_layer)(config)
         self.norm = nn.RMSNorm(config.norm_eps)
         if not config.tied_embeddings:
-            self.head = nn.Dense(config.vocab_size, use_bias=False, name="unembed")
+            self.head = Linear(config.vocab_size, use_bias=False, name="unembed")
 
     def embed(self, ids: jax.Array) -> jax.Array:
         """Token ids (...) -> raw embeddings (..., D)."""
         # The table is gathered along its width first: rows of the batch and columns of the table lie on the same axis.
         rows = constrain(self.embedding, "vocab", None)[ids]
+        if self.has_variable("params", "embed_scale"):
+            scale = self.get_variable("params", "embed_scale")
+            rows = rows.astype(scale.dtype) * scale[ids][..., None]
         return constrain(rows, "batch", *[None] * ids.ndim)
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """Hidden states (..., D) -> logits (..., V) in fp32."""
-        logits = hidden @ self.embedding.T if self.config.tied_embeddings else self.head(hidden)
+        if not self.config.tied_embeddings:
+            logits = self.head(hidden)
+        else:
+            logits = hidden @ self.embedding.T.astype(hidden.dtype)
+            if self.has_variable("params", "embed_scale"):
+                logits = logits * self.get_variable("params", "embed_scale")
         return constrain(logits.astype(jnp.float32), "batch", *[None] * (hidden.ndim - 2), "vocab")
 
     def __call__(
