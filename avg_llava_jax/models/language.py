@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from avg_llava_jax.config import LanguageConfig
-from avg_llava_jax.models.attention import attention
+from avg_llava_jax.models.attention import attend_cached, attention
 from avg_llava_jax.models.stack import Remat, stack
 from avg_llava_jax.parallel.placement import constrain
 
@@ -47,30 +47,6 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([-second, first], axis=-1)
     return (x.astype(jnp.float32) * cos + turned * sin).astype(x.dtype)
-
-
-def attend_cached(
-    q: jax.Array, new: tuple[jax.Array, jax.Array], cache: tuple[jax.Array, jax.Array], cached: jax.Array
-) -> jax.Array:
-    """Attention of new tokens over a cache and over themselves, without joining the two in memory.
-
-    Args:
-      q: (B, S, H, d); new: k, v (B, S, KV, d), causal among themselves.
-      cache: k, v (B, C, KV, d) of which the first `cached` (B,) entries are real.
-    Returns: (B, S, H, d).
-    """
-    (k, v), (old_k, old_v) = new, cache
-    steps = q.shape[1]
-    q = rearrange(q, "b s (g r) d -> b s g r d", g=k.shape[2]) * q.shape[-1] ** -0.5
-    old = jnp.einsum("bsgrd,bcgd->bgrsc", q, old_k, preferred_element_type=jnp.float32)
-    real = jnp.arange(old_k.shape[1]) < cached[:, None]
-    old = jnp.where(real[:, None, None, None], old, -jnp.inf)
-    own = jnp.einsum("bsgrd,bcgd->bgrsc", q, k, preferred_element_type=jnp.float32)
-    own = jnp.where(jnp.tri(steps, dtype=bool), own, -jnp.inf)
-    weights = jax.nn.softmax(jnp.concatenate([old, own], axis=-1), axis=-1).astype(v.dtype)
-    out = jnp.einsum("bgrsc,bcgd->bsgrd", weights[..., :-steps], old_v)
-    out = out + jnp.einsum("bgrsc,bcgd->bsgrd", weights[..., -steps:], v)
-    return rearrange(out, "b s g r d -> b s (g r) d")
 
 
 class Linear(nn.Dense):
