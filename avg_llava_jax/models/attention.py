@@ -16,13 +16,18 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool = False) ->
     In bfloat16 on a GPU or TPU a flash kernel, which never forms the S x S scores in memory; otherwise plain XLA.
     The platform is that of the mesh in use (`jax.set_mesh`), which may be compiled for without being there.
     """
-    platform, devices = _platform()
-    if platform == "cpu" and devices == 1:
+    if on_one_cpu():
         return _block_by_block(q, k, v, causal)
+    platform, _ = _platform()
     if platform == "tpu" and q.dtype == jnp.bfloat16:
         return flash_attention(q, k, v, causal)
     cudnn = platform in ("gpu", "cuda") and q.dtype == jnp.bfloat16 and q.shape[-1] % 8 == 0
     return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn" if cudnn else "xla")
+
+
+def on_one_cpu() -> bool:
+    """Whether what is compiled runs on one CPU device, whose caches are small and whose copies are dear."""
+    return _platform() == ("cpu", 1)
 
 
 def _platform() -> tuple[str, int]:
@@ -76,7 +81,7 @@ def attend_cached(
       cache: k, v (B, C, KV, d) of which the first `cached` (B,) entries are real.
     Returns: (B, S, H, d).
     """
-    way = _cached_by_head if _platform() == ("cpu", 1) else _cached_at_once
+    way = _cached_by_head if on_one_cpu() else _cached_at_once
     return way(q, *new, *cache, cached)
 
 

@@ -1,6 +1,7 @@
 """The language model: a Llama-family decoder whose KV cache is an argument and a result."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -150,6 +151,36 @@ class LanguageModel(nn.Module):
             positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
         x, new = self.layers(x, rotary(self.config, positions), cached, None if cache is None else tuple(cache))
         return self.norm(x), KeyValues(*new)
+
+
+def apart(stacked: Any) -> list[Any]:
+    """Parameters or a cache of all layers as a list with one tree a layer; the first axis stays, of size 1."""
+
+    def layer(at: int) -> Any:
+        return jax.tree.map(lambda leaf: leaf[at : at + 1], stacked)
+
+    return [layer(at) for at in range(len(jax.tree.leaves(stacked)[0]))]
+
+
+def layer_by_layer(
+    config: LanguageConfig,
+    params: dict[str, Any],
+    layers: Sequence[Any],
+    x: jax.Array,
+    cache: Sequence[KeyValues],
+    cached: jax.Array,
+) -> tuple[jax.Array, list[KeyValues]]:
+    """`LanguageModel` on one new token a row, x (B, 1, D), with the layers and their caches `apart`; also the result.
+
+    In a loop over tokens on a CPU, where a scan over stacked layers copies each before it is read, this takes half of
+    the time. `params` are those of the language model; of them the last norm is read.
+    """
+    rope, new = rotary(config, cached[:, None]), []
+    for layer, (k, v) in zip(layers, cache, strict=True):
+        values = {"params": jax.tree.map(lambda leaf: leaf[0], layer)}
+        x, fresh = DecoderLayer(config).apply(values, x, rope, cached, (k[0], v[0]))
+        new.append(extend(KeyValues(k, v), KeyValues(*(part[None] for part in fresh)), cached))
+    return nn.RMSNorm(config.norm_eps).apply({"params": params["norm"]}, x), new
 
 
 def extend(cache: KeyValues, new: KeyValues, cached: jax.Array) -> KeyValues:
