@@ -50,7 +50,7 @@ STAGES = {
         "optimizer.connector_learning_rate": 0.0,
     },
     "full": {
-        "steps": 75,  # the longer, the more do coarse granularities carry, and the less is there to route
+        "steps": 150,  # the longer, the more do coarse granularities carry, and the less is there to route
         "data.path": "jersey?turns=8&coarse=0.4&near=0.4&seed=4",
         "optimizer.learning_rate": 1e-3,
         # Trained on, the encoder would spread every detail over all tokens, and little would be left to route.
@@ -60,8 +60,8 @@ STAGES = {
         "phase": "rglf",
         "init_from": str(base.ASSETS / "jersey"),
         "steps": 600,
-        "data.path": "jersey?split=router&turns=1&coarse=0.5&near=0.25&size=2048",
-        "data.shapes": 2,
+        "data.path": "jersey?split=router&turns=1&coarse=0.4&near=0.5&size=2048",
+        "data.shapes": 1,  # so that a batch holds pictures of all shapes
         "optimizer.learning_rate": 4e-3,
         "optimizer.weight_decay": 0.0,
         "rglf.ce_weight": 0.3,  # the paper's 0.1 takes longer to tell one instruction from another

@@ -44,12 +44,13 @@ def api_key() -> str | None:
 
 
 def main() -> None:
+    key = api_key()
+
     from avg_llava_jax.engine.engine import Engine
     from avg_llava_jax.server.app import Service
     from avg_llava_jax.server.limits import Limits
     from avg_llava_jax.server.serving import Serving, bind
 
-    key = api_key()
     limits = Limits(
         body_bytes=MAX_BODY_MB.value << 20,
         pixels=int(MAX_MEGAPIXELS.value * 1e6),

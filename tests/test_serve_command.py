@@ -36,7 +36,7 @@ def test_answers_equal_the_models_until_sigterm_drains(tiny, tokenizer, photos, 
     model = save_random_model(tiny, tokenizer, tmp_path / "small")
     key = tmp_path / "key"
     key.write_text("secret\n")
-    flags = (f"--checkpoint={tmp_path / 'small'}", "--port=0", "--slots=2", f"--api_key_file={key}")
+    flags = (f"--checkpoint={tmp_path / 'small'}", "--port=0", "--slots=2", "--max_length=128", f"--api_key_file={key}")
     env = {**os.environ, "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
     command = [sys.executable, "-m", "launch.serve", *flags]
     process = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
@@ -55,10 +55,8 @@ def test_answers_equal_the_models_until_sigterm_drains(tiny, tokenizer, photos, 
 
         cases = [
             ("Who stands left of 4?", photos[:1], {}),
-            ("Compare these.", photos[1:], {}),
+            ("Compare these.", photos[1:], {"granularity": 4}),
             ("What is the weather?", [], {}),
-            ("Who stands left of 4?", photos[:1], {"granularity": 4}),
-            ("Who?", photos[2:], {"cost_weight": 50.0}),
         ]
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
             bad = [pool.submit(ask, "<image>", photos[:2]) for _ in range(3)]
