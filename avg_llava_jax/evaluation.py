@@ -311,7 +311,7 @@ def answer_mixed(
     """Answers where the images of a question get different granularities, and not those that `answer_all` saw chosen.
 
     questions, records, wanted: one each a question. What is new is answered and appended to `file` (JSON lines: `id,
-    choice, answer, right, visual_tokens`); all of the file goes into the records: record["mixed"][choice].
+    choice, answer, right, visual_tokens`); all of the file goes into the records: `record["mixed"][choice]`.
     """
     path = pathlib.Path(file)
     by_id = {record["id"]: record for record in records}

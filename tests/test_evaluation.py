@@ -119,6 +119,7 @@ def record(name, kind, right, chosen):
         "right": dict(zip((4, 8, 16), right, strict=True)),
         "visual_tokens": {4: 8, 8: 16, 16: 32},
         "chosen": [chosen],
+        "adaptive": {},
     }
 
 
