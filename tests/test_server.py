@@ -450,6 +450,19 @@ def test_draining_finishes_what_runs_and_takes_nothing_new(model):
         httpx.get(f"{served.url}/health")
 
 
+def test_what_does_not_finish_while_draining_is_told_so(model):
+    served = Served(model)
+    served.engine.held.set()
+    stream = served.ask("c b a", stream=True)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        whole = pool.submit(served.ask, "c b a")
+        served.until(lambda: served.engine.running == 2)
+        served.serving.drain(0.1)
+        with pytest.raises(openai.APIError, match="shutting down"):
+            list(stream)
+        assert isinstance(whole.exception(), openai.APIStatusError) and whole.exception().status_code == 503
+
+
 def test_lattices_lie_on_the_image(tiny):
     """A worked case: 32 x 20 pixels lie on a mosaic of 32 x 32, 6 rows of padding above and below."""
     drawn = lattices((32, 20), tiny, 16)  # cells of 4 x 4 pixels: the first row of them is padding alone
