@@ -465,9 +465,9 @@ def test_what_does_not_finish_while_draining_is_told_so(model):
 
 def test_lattices_lie_on_the_image(tiny):
     """A worked case: 32 x 20 pixels lie on a mosaic of 32 x 32, 6 rows of padding above and below."""
-    drawn = lattices((32, 20), tiny, 16)  # cells of 4 x 4 pixels: the first row of them is padding alone
+    drawn = lattices((32, 20), tiny, 8)  # cells of 8 x 4 pixels: the first row of them is padding alone
     assert drawn["tiles"] == {"left": 0, "top": -6, "width": 32, "height": 32, "columns": 2, "rows": 2}
-    assert drawn["cells"] == {"left": 0, "top": -2, "width": 32, "height": 24, "columns": 8, "rows": 6}
+    assert drawn["cells"] == {"left": 0, "top": -2, "width": 32, "height": 24, "columns": 4, "rows": 6}
     without = lattices((30, 10), ModelConfig(pinpoints=()), 36)
     assert without["cells"] == {"left": 0, "top": 0, "width": 30, "height": 10, "columns": 6, "rows": 6}
     assert without["tiles"] == without["cells"] | {"columns": 1, "rows": 1}
