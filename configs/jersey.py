@@ -50,8 +50,8 @@ STAGES = {
         "optimizer.connector_learning_rate": 0.0,
     },
     "full": {
-        "steps": 150,  # the longer, the more do coarse granularities carry, and the less is there to route
-        "data.path": "jersey?turns=8&coarse=0.4&near=0.4&seed=4",
+        "steps": 250,  # the longer, the more do coarse granularities carry, and the less is there to route
+        "data.path": "jersey?turns=8&coarse=0.45&near=0.7&seed=4",
         "optimizer.learning_rate": 1e-3,
         # Trained on, the encoder would spread every detail over all tokens, and little would be left to route.
         "optimizer.encoder_learning_rate": 0.0,

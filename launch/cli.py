@@ -68,16 +68,16 @@ def run(main: Callable[[], None], required: Sequence[str], model_flags: Sequence
                 raise
             from avg_llava_jax.parallel import hosts
 
-            _say(f"{error} (--traceback shows where)")
-            hosts.leave(hosts.RESTART if isinstance(error, ConnectionError) else 2)
+            message = f"{_one_line(error)} (--traceback shows where)"
+            hosts.leave(hosts.RESTART if isinstance(error, ConnectionError) else 2, message)
 
     app.run(guarded, flags_parser=parse)
 
 
 def _fail(message: object) -> NoReturn:
-    _say(message)
+    print(f"error: {_one_line(message)}", file=sys.stderr)
     sys.exit(2)
 
 
-def _say(message: object) -> None:
-    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+def _one_line(message: object) -> str:
+    return " ".join(str(message).split())

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from avg_llava_jax.models.attention import BLOCK, _block_by_block
+from avg_llava_jax.models.attention import BLOCK, _block_by_block, _cached_at_once, _cached_by_head
 from avg_llava_jax.models.flash import flash_attention
 
 
@@ -62,3 +62,20 @@ def test_attention_is_the_formula(way, causal, length):
     np.testing.assert_allclose(WAYS[way](*exact, causal), formula(*exact, causal), atol=1e-5)
     for ours, wanted in zip(both(WAYS[way])(*exact)[1], both(formula)(*exact)[1], strict=True):
         np.testing.assert_allclose(ours, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("way", [_cached_at_once, _cached_by_head])
+@pytest.mark.parametrize("steps", [1, 5])
+def test_attention_over_a_cache_is_the_formula(way, steps):
+    """Rows of unequal length, and a cache whose end is garbage: as if what is real stood in one sequence."""
+    real = [9, 4]
+    q, k, v = draw(jnp.float32, 9 + steps)
+    whole = [
+        formula(*(x[row : row + 1, 9 - cached :] for x in (q, k, v)), True)[0, -steps:]
+        for row, cached in enumerate(real)
+    ]
+    garbage = jnp.full((2, 3, *k.shape[2:]), 1e4)
+    old = [jnp.stack([jnp.roll(x[row, :9], cached - 9, axis=0) for row, cached in enumerate(real)]) for x in (k, v)]
+    new = [x[:, 9:] for x in (k, v)]
+    out = way(q[:, 9:], *new, *(jnp.concatenate([x, garbage], axis=1) for x in old), jnp.array(real))
+    np.testing.assert_allclose(out, jnp.stack(whole), atol=1e-5)

@@ -175,7 +175,7 @@ def test_bad_requests_fail_alone(model, engine, photos):
     # The router's choice decides whether this one fits.
     long = Request("long " * 60 + "Who?", photos[2:3] * 2)
     outcomes = answers(engine, [long, good])
-    assert isinstance(outcomes[0], ValueError) and "granularity=4 would fit" in str(outcomes[0])
+    assert isinstance(outcomes[0], ValueError) and "granularity=8 would fit" in str(outcomes[0])
     assert outcomes[1] == plain(ticket.result(0)) == alone(model, good)
     assert engine.stats().failed == failed + 1 and engine.stats().rejected >= 4
 
@@ -233,10 +233,11 @@ def test_a_failing_device_fails_what_runs_and_nothing_else(model, engine, photos
 
 def test_a_thread_answers_streams_and_closes(model, photos):
     engine = make(model, queue=3)
-    with pytest.raises(QueueFull):
-        for _ in range(4):
-            engine.submit(Request("Who?", photos[0], max_new_tokens=12))
+    first = [engine.submit(Request("Who?", photos[0], max_new_tokens=12)) for _ in range(3)]
+    with pytest.raises(QueueFull, match="3 requests wait already"):
+        engine.submit(Request("Who?", photos[0], max_new_tokens=12))
     engine.start()
+    assert len({ticket.result().text for ticket in first}) == 1
     pieces = {}
 
     def ask(number):

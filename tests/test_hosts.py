@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -21,8 +20,8 @@ ROOT = Path(__file__).parents[1]
 STEPS, EVERY = 30, 6
 
 
-def start(folder: Path, workdir: Path, *flags: str, devices: int = 1) -> subprocess.Popen:
-    command = [sys.executable, "-m", "launch.train", "--config=configs/jersey.py:tiny", f"--workdir={workdir}"]
+def start(folder: Path, workdir: Path, *flags: str, devices: int = 1, cwd: Path = ROOT) -> subprocess.Popen:
+    command = [sys.executable, "-m", "launch.train", f"--config={ROOT}/configs/jersey.py:tiny", f"--workdir={workdir}"]
     command += [f"--config.steps={STEPS}", f"--config.checkpoint_every={EVERY}", "--config.granularities=(4,)"]
     command += ["--config.batch_size=4", "--config.data.max_skipped_share=0.5"]
     command += [f"--config.data.path={folder / 'train.json'}", f"--config.data.images={folder / 'images'}"]
@@ -31,19 +30,23 @@ def start(folder: Path, workdir: Path, *flags: str, devices: int = 1) -> subproc
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}",
         "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
+        "PYTHONPATH": str(ROOT),
     }
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
 
 
-def start_two(folder: Path, workdir: Path, *flags_of_the_second: str) -> list[subprocess.Popen]:
+def start_two(
+    folder: Path, workdir: Path, *flags: str, second: tuple[str, ...] = (), cwds: tuple[Path, Path] = (ROOT, ROOT)
+) -> list[subprocess.Popen]:
+    """Two processes with the same flags; the second may have more of them, and each a folder where it is started."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         both = f"--coordinator=localhost:{free.getsockname()[1]}", "--processes=2"
     return [
-        start(folder, workdir, *both, "--process=0"),
-        start(folder, workdir, *both, "--process=1", *flags_of_the_second),
+        start(folder, workdir, *both, "--process=0", *flags, cwd=cwds[0]),
+        start(folder, workdir, *both, "--process=1", *flags, *second, cwd=cwds[1]),
     ]
 
 
@@ -96,12 +99,28 @@ def test_two_processes_are_one_run(llava_folder):
     assert not list(shared.glob("process_*"))
 
 
-def test_a_process_that_fails_alone_does_not_hold_up_the_others(llava_folder):
-    first, second = start_two(llava_folder, llava_folder / "run", "--config.data.path=nowhere.json")
-    output, _ = second.communicate()
-    assert second.returncode == 2 and "error: data.path: nowhere.json does not exist" in output
-    output, _ = first.communicate()
-    assert first.returncode in (hosts.RESTART, -signal.SIGABRT), output  # JAX aborts it where it is faster than we
+@pytest.mark.parametrize("wrong", ["a setting that makes no sense", "another setting", "a file that is not there"])
+def test_what_is_wrong_on_one_process_ends_all_of_them(llava_folder, wrong):
+    """In one line, soon, and with the exit code after which nobody starts them again."""
+    workdir = llava_folder / "run"
+    if wrong == "a file that is not there":
+        message = "data.path: train.json does not exist"
+        cwds = llava_folder, llava_folder / "images"
+        pair = start_two(llava_folder, workdir, "--config.data.path=train.json", cwds=cwds)
+    else:
+        flag, message = {
+            "a setting that makes no sense": ("--config.remat=some", "remat='some': choose none or dots or full"),
+            "another setting": ("--config.seed=7", "seed=7 on process 1, 0 on process 0: start them alike"),
+        }[wrong]
+        pair = start_two(llava_folder, workdir, second=(flag,))
+    outputs = [pair[1].communicate()[0]]
+    since = time.monotonic()
+    outputs.insert(0, pair[0].communicate()[0])
+    assert [process.returncode for process in pair] == [2, 2], outputs
+    assert time.monotonic() - since < 30 and not checkpoint.steps(workdir)
+    for output in outputs:
+        assert [message in line for line in output.splitlines() if line.startswith("error: ")] == [True], output
+    assert wrong == "another setting" or "error: process 1 of 2 failed: " in outputs[0], outputs
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from tests.random_model import save_random_model
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = ("quickstart", "evaluate_and_tradeoff", "train_your_own_data", "convert_checkpoints")
+FORGET = r"%reset_selective -f ^(?!(In|Out|get_ipython|exit|quit|open)$)[^_]"  # no notebook uses another one's names
 POLICIES = {"fixed", "random", "adaptive", "adaptive_paper", "oracle"}
 LADDER = ["4", "8", "16", "32", "64"]
 
@@ -38,7 +39,7 @@ def folder(tiny, tokenizer, tmp_path_factory):
         notebook = read(name)
         (cell,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
         cell.source += "\n" + settings[name]
-        together.cells += [nbformat.v4.new_code_cell("%reset -f"), *notebook.cells]  # nothing is left of the one before
+        together.cells += [nbformat.v4.new_code_cell(FORGET), *notebook.cells]
     NotebookClient(together, timeout=600, resources={"metadata": {"path": str(ROOT)}}).execute()
     return folder
 

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.models import avg_llava
-from avg_llava_jax.models.language import KeyValues, extend
+from avg_llava_jax.models.attention import on_one_cpu
+from avg_llava_jax.models.language import KeyValues, apart, extend, layer_by_layer
 from avg_llava_jax.models.router import Routing
 from avg_llava_jax.parallel import sharding
 from avg_llava_jax.parallel.placement import constrain
@@ -165,6 +166,10 @@ def advance(
     greedy: bool,
 ) -> State:
     """`decode` as part of a larger program."""
+    # Taken apart once for all tokens, which costs as much as one token does otherwise.
+    split = on_one_cpu()
+    layers = apart(params["language"]["layers"]) if split else None
+    begun = state._replace(cache=apart(state.cache)) if split else state
 
     def unfinished(carry: tuple[jax.Array, State]) -> jax.Array:
         step, state = carry
@@ -175,8 +180,11 @@ def advance(
         rows = jnp.arange(len(tokens))
         last = tokens[rows, jnp.maximum(count - 1, 0)]
         x = avg_llava.embed(config, params, last)[:, None]
-        hidden, new = avg_llava.language(config, params, x, cached[:, None], cache, cached)
-        cache = extend(cache, new, cached)
+        if split:
+            hidden, cache = layer_by_layer(config.language, params["language"], layers, x, cache, cached)
+        else:
+            hidden, new = avg_llava.language(config, params, x, cached[:, None], cache, cached)
+            cache = extend(cache, new, cached)
         token = sample(avg_llava.unembed(config, params, hidden[:, 0]), sampling, count, greedy)
 
         at = jnp.minimum(count, tokens.shape[1] - 1)
@@ -186,7 +194,8 @@ def advance(
         done = done | jnp.isin(token, stops) | (count >= sampling.limit)
         return step + 1, State(cache, cached + going, tokens, count, done)
 
-    return jax.lax.while_loop(unfinished, one_token, (jnp.zeros((), jnp.int32), state))[1]
+    end = jax.lax.while_loop(unfinished, one_token, (jnp.zeros((), jnp.int32), begun))[1]
+    return end._replace(cache=jax.tree.map(lambda *parts: jnp.concatenate(parts), *end.cache)) if split else end
 
 
 def sample(logits: jax.Array, sampling: Sampling, count: jax.Array, greedy: bool) -> jax.Array:

@@ -75,7 +75,7 @@ def empty(config: ModelConfig, params: Params, slots: int, capacity: int, pages:
 def see(config: ModelConfig, params: Params, pool: jax.Array, pixels: jax.Array, pages: jax.Array) -> jax.Array:
     """Encode tiles, of whatever images, into their pages: uint8 (M, H, W, 3), int (M,)."""
     pyramid = avg_llava.pyramid_of(config, params, pixels[:, None])[:, 0]
-    return _pooled(pool.at[pages].set(pyramid, mode="drop"))
+    return _pooled(pool.at[pages].set(constrain(pyramid, None, None, None), mode="drop"))
 
 
 @functools.partial(sharding.jit, static_argnums=0)
@@ -92,7 +92,7 @@ def route(
         "first_tile": jnp.zeros((len(pages), 1), jnp.int32),
         "instruction": jnp.arange(text.shape[1]) < count[:, None],
     }
-    pyramid = constrain(pool.at[jnp.maximum(pages, 0)].get(mode="clip"), "batch", None, None, None)
+    pyramid = _taken(pool, pages)
     return avg_llava.route(config, params, pyramid, avg_llava.embed(config, params, text), batch).logits[:, 0]
 
 
@@ -131,8 +131,7 @@ def assemble(config: ModelConfig, params: Params, pool: jax.Array, ids: jax.Arra
     rows = pool.reshape(-1, pool.shape[-1])
     text = avg_llava.embed(config, params, ids)
     newline = params["image_newline"].astype(text.dtype)
-    visual = constrain(rows.at[jnp.maximum(places, 0)].get(mode="clip"), "batch", None, None).astype(text.dtype)
-    visual = jnp.where((places == len(rows))[..., None], newline, visual)
+    visual = jnp.where((places == len(rows))[..., None], newline, _taken(rows, places).astype(text.dtype))
     return jnp.where((places == TEXT)[..., None], text, visual)
 
 
@@ -209,5 +208,13 @@ def _spread(cache: KeyValues) -> KeyValues:
 
 
 def _pooled(pool: jax.Array) -> jax.Array:
-    """Pages lie on every device, each with a part of the width: rows are gathered where they are."""
+    """Pages lie on every device, each with a part of the width."""
     return constrain(pool, None, None, "width")
+
+
+def _taken(rows: jax.Array, at: jax.Array) -> jax.Array:
+    """Rows of the pool, at (B, n): gathered where they lie, then as a whole, and then each sample where it runs."""
+    taken = rows.at[jnp.maximum(at, 0)].get(mode="clip")
+    for axes in ((None, "width"), (None, None), ("batch", None)):
+        taken = constrain(taken, axes[0], *[None] * (taken.ndim - 2), axes[1])
+    return taken

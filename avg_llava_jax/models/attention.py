@@ -1,4 +1,4 @@
-"""Softmax attention over a whole sequence, by the fastest way the platform has."""
+"""Softmax attention over a whole sequence, or over a cache, by the fastest way the platform has."""
 
 import jax
 import jax.numpy as jnp
@@ -16,17 +16,26 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool = False) ->
     In bfloat16 on a GPU or TPU a flash kernel, which never forms the S x S scores in memory; otherwise plain XLA.
     The platform is that of the mesh in use (`jax.set_mesh`), which may be compiled for without being there.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    here = mesh.empty or mesh.abstract_device is None
-    platform, devices = (
-        (jax.default_backend(), jax.device_count()) if here else (mesh.abstract_device.platform, mesh.size)
-    )
-    if platform == "cpu" and devices == 1:
+    if on_one_cpu():
         return _block_by_block(q, k, v, causal)
+    platform, _ = _platform()
     if platform == "tpu" and q.dtype == jnp.bfloat16:
         return flash_attention(q, k, v, causal)
     cudnn = platform in ("gpu", "cuda") and q.dtype == jnp.bfloat16 and q.shape[-1] % 8 == 0
     return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn" if cudnn else "xla")
+
+
+def on_one_cpu() -> bool:
+    """Whether what is compiled runs on one CPU device, whose caches are small and whose copies are dear."""
+    return _platform() == ("cpu", 1)
+
+
+def _platform() -> tuple[str, int]:
+    """What is compiled for, and how many devices of it."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.abstract_device is None:
+        return jax.default_backend(), jax.device_count()
+    return mesh.abstract_device.platform, mesh.size
 
 
 def _block_by_block(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool) -> jax.Array:
@@ -60,3 +69,68 @@ def _block_by_block(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool) -> j
 
     out = jax.lax.map(one, (by_head(q * q.shape[-1] ** -0.5), by_head(k), by_head(v)))
     return rearrange(out, "(b h) s d -> b s h d", b=batch)
+
+
+def attend_cached(
+    q: jax.Array, new: tuple[jax.Array, jax.Array], cache: tuple[jax.Array, jax.Array], cached: jax.Array
+) -> jax.Array:
+    """Attention of new tokens over a cache and over themselves, without joining the two in memory.
+
+    Args:
+      q: (B, S, H, d); new: k, v (B, S, KV, d), causal among themselves.
+      cache: k, v (B, C, KV, d) of which the first `cached` (B,) entries are real.
+    Returns: (B, S, H, d).
+    """
+    way = _cached_by_head if on_one_cpu() else _cached_at_once
+    return way(q, *new, *cache, cached)
+
+
+def _cached_at_once(
+    q: jax.Array, k: jax.Array, v: jax.Array, old_k: jax.Array, old_v: jax.Array, cached: jax.Array
+) -> jax.Array:
+    """`attend_cached`, all heads in one product."""
+    steps = q.shape[1]
+    q = rearrange(q, "b s (g r) d -> b s g r d", g=k.shape[2]) * q.shape[-1] ** -0.5
+    old = jnp.einsum("bsgrd,bcgd->bgrsc", q, old_k, preferred_element_type=jnp.float32)
+    real = jnp.arange(old_k.shape[1]) < cached[:, None]
+    old = jnp.where(real[:, None, None, None], old, -jnp.inf)
+    own = jnp.einsum("bsgrd,bcgd->bgrsc", q, k, preferred_element_type=jnp.float32)
+    own = jnp.where(jnp.tri(steps, dtype=bool), own, -jnp.inf)
+    weights = jax.nn.softmax(jnp.concatenate([old, own], axis=-1), axis=-1).astype(v.dtype)
+    out = jnp.einsum("bgrsc,bcgd->bsgrd", weights[..., :-steps], old_v)
+    out = out + jnp.einsum("bgrsc,bcgd->bsgrd", weights[..., -steps:], v)
+    return rearrange(out, "b s g r d -> b s (g r) d")
+
+
+def _cached_by_head(
+    q: jax.Array, k: jax.Array, v: jax.Array, old_k: jax.Array, old_v: jax.Array, cached: jax.Array
+) -> jax.Array:
+    """`attend_cached`, one head of one sample at a time: its scores fit a CPU's cache, and its keys are read in place.
+
+    A quarter of the time for 256 new tokens behind 3000, the same for one; a third for one each in 8 samples.
+    """
+    batch, steps, heads, width = q.shape
+    capacity, groups = old_k.shape[1:3]
+    shared = heads // groups
+    causal = jnp.repeat(jnp.where(jnp.tri(steps, dtype=bool), 0.0, -jnp.inf), shared, axis=0)
+    real = jnp.where(jnp.arange(capacity) < cached[:, None], 0.0, -jnp.inf)
+
+    def one(head: tuple[jax.Array, ...]) -> jax.Array:
+        q, k, v, row, group = head
+        before_k, before_v = (
+            jax.lax.dynamic_slice(x, (row, 0, group, 0), (1, capacity, 1, width))[0, :, 0] for x in (old_k, old_v)
+        )
+        old = jnp.einsum("qd,kd->qk", q, before_k, preferred_element_type=jnp.float32) + real[row]
+        own = jnp.einsum("qd,kd->qk", q, k, preferred_element_type=jnp.float32) + causal
+        largest = jnp.maximum(jnp.max(old, axis=-1), jnp.max(own, axis=-1))[:, None]
+        old, own = jnp.exp(old - largest), jnp.exp(own - largest)
+        total = (jnp.sum(old, axis=-1) + jnp.sum(own, axis=-1))[:, None]
+        return ((old.astype(v.dtype) @ before_v + own.astype(v.dtype) @ v) / total).astype(v.dtype)
+
+    by_head = (
+        rearrange(q * width**-0.5, "b s (g r) d -> (b g) (s r) d", r=shared),
+        *(rearrange(x, "b s g d -> (b g) s d") for x in (k, v)),
+        jnp.repeat(jnp.arange(batch), groups),
+        jnp.tile(jnp.arange(groups), batch),
+    )
+    return rearrange(jax.lax.map(one, by_head), "(b g) (s r) d -> b s (g r) d", b=batch, s=steps)

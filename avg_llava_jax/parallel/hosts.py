@@ -7,8 +7,12 @@ anything is decided by it: processes that decide alone wait for each other forev
 Where a process is lost the others notice when they next wait for it, at once where its connections close,
 otherwise after the `heartbeat` seconds that `start` was given; JAX then ends them too. The run is started
 again as a whole, on as many processes as there are then, and goes on from its last checkpoint.
+
+Where a process ends because what it was given is wrong, starting again mends nothing: it says so where the
+others look every second (`leave`), and all of them end as it does.
 """
 
+import atexit
 import contextlib
 import json
 import os
@@ -19,6 +23,7 @@ from typing import Any, NoReturn
 
 import jax
 import numpy as np
+from jax._src import distributed  # its client's keys and values have no public name yet
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -30,6 +35,11 @@ RESTART = 75
 
 PATIENCE = 10.0
 """Seconds that a process which failed waits for the others to fail as well."""
+
+FAILED = "avg_llava_jax/failed"
+"""The key under which the coordinator keeps what the first process that failed said."""
+
+_leaving = threading.Lock()  # taken for good by whoever ends this process
 
 
 def start(coordinator: str, processes: int | None = None, process: int | None = None, heartbeat: int = 60) -> None:
@@ -70,16 +80,44 @@ def start(coordinator: str, processes: int | None = None, process: int | None = 
         ) from None
     except jax.errors.JaxRuntimeError as error:
         raise ConnectionError(f"the other processes did not come: {_first_line(error)}") from error
+    over = threading.Event()
+    watch = threading.Thread(target=_watch, args=(distributed.global_state.client, over), daemon=True)
+    watch.start()
+    atexit.register(lambda: (over.set(), watch.join()))  # not in the middle of a call when the interpreter ends
 
 
-def leave(code: int) -> NoReturn:
-    """End a process that failed, with this exit code.
+def _watch(client: Any, over: threading.Event) -> None:
+    """End this process as soon as another one has said that it failed."""
+    while not over.wait(1.0):
+        if said := _said(client):
+            leave(2, said)
 
-    Where all of them failed alike they end in order. A process that failed alone does not wait long for the
-    others, who cannot know: its connections close, and they end too.
+
+def _said(client: Any) -> str:
+    """What the first process that failed said, "" where none has, or the coordinator is gone."""
+    try:
+        return client.key_value_try_get(FAILED)
+    except jax.errors.JaxRuntimeError:
+        return ""
+
+
+def leave(code: int, message: str) -> NoReturn:
+    """Say why, and end with this exit code; the other processes end likewise, unless the code is `RESTART`.
+
+    They end in order then, with the same message. Where a process was lost because it failed, what it said counts.
     """
-    if not jax.distributed.is_initialized():
+    if not jax.distributed.is_initialized() and not _leaving.locked():  # locked: another thread ends it already
+        print(f"error: {message}", file=sys.stderr)
         sys.exit(code)
+    _leaving.acquire()
+    client = distributed.global_state.client
+    if said := _said(client):
+        code, message = 2, said
+    elif code != RESTART:
+        where = f"process {jax.process_index()} of {jax.process_count()} failed"
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one was first, or the coordinator is gone
+            client.key_value_set(FAILED, f"{where}: {message}")
+    print(f"error: {message}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     if code != RESTART:  # then there is nobody to wait for

@@ -49,6 +49,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> None:
     workdir = Path(workdir)
     mesh = sharding.make_mesh(config.mesh)
     setup.check(config, mesh)
+    with hosts.together():
+        setup.check_alike(config, workdir)
     with (
         hosts.together(),
         disk.watched(workdir),

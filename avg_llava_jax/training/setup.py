@@ -141,6 +141,19 @@ def check(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> None:
         raise ValueError("init_from is not set: give a checkpoint, or a `tokenizer` to begin with fresh parameters")
 
 
+def check_alike(config: ml_collections.ConfigDict, workdir: Path) -> None:
+    """All processes of a run were given the same; all must call it.
+
+    Raises:
+      ValueError: names a setting that differs, and where.
+    """
+    first, *others = hosts.gather(_leaves({"workdir": str(workdir), **config.to_dict()}))
+    for process, other in enumerate(others, 1):
+        for name in sorted(first.keys() | other.keys()):
+            if (here := first.get(name)) != (there := other.get(name)):
+                raise ValueError(f"{name}={there!r} on process {process}, {here!r} on process 0: start them alike")
+
+
 def check_step(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> None:
     """Those settings of `check` that the training step depends on."""
     optimizer = OptimizerConfig(**config.optimizer)
