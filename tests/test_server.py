@@ -4,7 +4,6 @@ import concurrent.futures
 import http.server
 import json
 import math
-import pathlib
 import socket
 import threading
 
@@ -19,8 +18,6 @@ from avg_llava_jax.server.limits import Limits
 from avg_llava_jax.server.replies import lattices
 from avg_llava_jax.server.serving import bind
 from tests.served import HEAD, ONE, Served, encoded, link, linked, text, user
-
-ROOT = pathlib.Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
