@@ -35,9 +35,9 @@ class EngineDouble:
         words = [word for word in request.prompt[-1]["value"].split() if word != "<image>"][::-1]
         outcome = None
         for number, word in enumerate(words[: request.max_new_tokens]):
-            while self.held.is_set() and number and not ticket.cancelled:
+            while self.held.is_set() and number and self.open and not ticket.cancelled:
                 time.sleep(0.005)
-            if ticket.cancelled:
+            if ticket.cancelled or not self.open:
                 outcome = Cancelled()
             elif word in ("crash", "damaged"):
                 outcome = RuntimeError("boom") if word == "crash" else BadSample("corrupt_image", "image: damaged")
@@ -71,4 +71,4 @@ class EngineDouble:
         return Stats(running=self.running, finished=self.ends["NoneType"], cancelled=self.ends["Cancelled"])
 
     def close(self, drain=True):
-        self.held.clear()
+        self.open = drain

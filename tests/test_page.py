@@ -7,7 +7,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from avg_llava_jax.api import AvgLlava
-from tests.test_server import Served
+from tests.served import Served
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="the page's tests need playwright")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

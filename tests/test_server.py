@@ -1,67 +1,23 @@
 """The server as OpenAI's own client sees it, and as clients that mean no good do."""
 
-import base64
 import concurrent.futures
 import http.server
-import io
 import json
 import math
-import pathlib
 import socket
-import struct
 import threading
-import time
-import zlib
 
 import httpx
 import openai
 import pytest
-from PIL import Image
 
 from avg_llava_jax.api import AvgLlava
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.data.geometry import visual_count
-from avg_llava_jax.server.app import Service
 from avg_llava_jax.server.limits import Limits
 from avg_llava_jax.server.replies import lattices
-from avg_llava_jax.server.serving import Serving, bind
-from tests.engine_double import EngineDouble
-
-ROOT = pathlib.Path(__file__).parents[1]
-LIMITS = Limits(body_bytes=1 << 20, pixels=250_000, images=3, new_tokens=64, seconds=20, image_bytes=50_000)
-
-
-class Served:
-    """A service on a double, in this process, and OpenAI's client of it."""
-
-    def __init__(self, model, key=None, limits=LIMITS, places=72):
-        self.engine = EngineDouble(model)
-        self.service = Service(self.engine, "tiny", limits, key, places)
-        self.serving = Serving(self.service, bind("127.0.0.1", 0))
-        self.serving.start()
-        self.url = self.serving.url
-        self.http = httpx.Client(base_url=self.url, timeout=20)
-        self.openai = openai.OpenAI(base_url=f"{self.url}/v1", api_key=key or "none", max_retries=0, timeout=20)
-
-    def ask(self, content, **options):
-        """One question through OpenAI's client."""
-        messages = content if isinstance(content, list) and "role" in content[0] else [user(content)]
-        return self.openai.chat.completions.create(model="tiny", messages=messages, **options)
-
-    def post(self, **body):
-        return self.http.post("/v1/chat/completions", json=body)
-
-    def until(self, holds):
-        """Wait for what other threads do."""
-        deadline = time.monotonic() + 30
-        while not holds():
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-
-    def close(self):
-        self.http.close()
-        self.openai.close()
-        self.serving.drain(0)
+from avg_llava_jax.server.serving import bind
+from tests.served import HEAD, ONE, Served, encoded, link, linked, text, user
 
 
 @pytest.fixture(scope="module")
@@ -74,26 +30,6 @@ def served(model):
     served = Served(model)
     yield served
     served.close()
-
-
-def user(content):
-    return {"role": "user", "content": content}
-
-
-def encoded(size=(32, 16), kind="PNG", colour="red"):
-    file = io.BytesIO()
-    Image.new("RGB", size, colour).save(file, kind)
-    return file.getvalue()
-
-
-def link(content=None, **rest):
-    """A part of a message that holds an image."""
-    data = base64.b64encode(encoded() if content is None else content).decode()
-    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}", **rest}}
-
-
-def text(words):
-    return {"type": "text", "text": words}
 
 
 def test_openai_client_several_turns_and_images(served, tiny):
@@ -158,121 +94,6 @@ def test_what_is_not_said_is_the_default(served):
         assert served.post(messages=[user("a")], temperature=1).status_code == 200
         seeds.add(served.engine.requests[-1].seed)
     assert len(seeds) == 3  # whoever names no seed gets another sample
-
-
-def bomb(side):
-    """A PNG of side x side pixels in a few hundred bytes."""
-    head = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-
-    def part(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    return (
-        b"\x89PNG\r\n\x1a\n" + part(b"IHDR", head) + part(b"IDAT", zlib.compress(bytes(100_000))) + part(b"IEND", b"")
-    )
-
-
-def linked(url):
-    return [user([{"type": "image_url", "image_url": {"url": url}}])]
-
-
-HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-ONE = [user("hello")]
-MALFORMED = {
-    "no messages": ({}, "messages is missing"),
-    "messages empty": ({"messages": []}, "must end with a message from the user"),
-    "messages not a list": ({"messages": "hello"}, "messages must be a list, not 'hello'"),
-    "message not an object": ({"messages": [1]}, "messages[0] must be a JSON object, not 1"),
-    "role": ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role='tool' is not supported"),
-    "answer last": ({"messages": [*ONE, {"role": "assistant", "content": "x"}]}, "must end with"),
-    "answer first": ({"messages": [{"role": "assistant", "content": "x"}, *ONE]}, "must be from the user"),
-    "answer empty": ({"messages": [*ONE, {"role": "assistant", "content": ""}, *ONE]}, "answer without text"),
-    "tool calls": ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [1]}, *ONE]}, "tool_calls is not"),
-    "content": ({"messages": [user(5)]}, "messages[0].content must be a string or a list of parts, not 5"),
-    "content null": ({"messages": [user(None)]}, "must be a string or a list of parts"),
-    "question empty": ({"messages": [user("  ")]}, "a question without text"),
-    "part": ({"messages": [user([{"type": "audio"}])]}, "content[0].type='audio' must be text or image_url"),
-    "part's text": ({"messages": [user([text(5)])]}, "content[0].text must be a string, not 5"),
-    "part's field": ({"messages": [user([{**text("x"), "colour": 1}])]}, "field 'messages[0].content[0].colour'"),
-    "image of the system": ({"messages": [{"role": "system", "content": [link()]}, *ONE]}, "must be text in a message"),
-    "image count": ({"messages": [user([text("<image> <image>"), link()])]}, "1 images for 2 <image>"),
-    "placeholder": ({"messages": [user("see <image>")]}, "0 images for 1 <image>"),
-    "images": ({"messages": [user([link()] * 4)]}, "over 3 images"),
-    "detail": ({"messages": [user([link(detail="best")])]}, "detail must be auto, low or high"),
-    "unknown field": ({"messages": ONE, "beams": 4}, "unknown field 'beams'"),
-    "n": ({"messages": ONE, "n": 2}, "n=2 is not supported, only 1"),
-    "tools": ({"messages": ONE, "tools": [{}]}, "tools=[{}] is not supported"),
-    "stream": ({"messages": ONE, "stream": "yes"}, "stream must be true or false, not 'yes'"),
-    "stream options": ({"messages": ONE, "stream_options": {"x": 1}}, "unknown field 'stream_options.x'"),
-    "tokens": ({"messages": ONE, "max_tokens": 65}, "max_tokens=65 must be in 1 .. 64"),
-    "tokens huge": ({"messages": ONE, "max_tokens": 10**40}, "must be in 1 .. 64"),
-    "tokens true": ({"messages": ONE, "max_tokens": True}, "max_tokens must be an integer, not True"),
-    "tokens twice": ({"messages": ONE, "max_tokens": 1, "max_completion_tokens": 2}, "differ: give one"),
-    "temperature": ({"messages": ONE, "temperature": 2.5}, "temperature=2.5 must be in 0 .. 2"),
-    "temperature text": ({"messages": ONE, "temperature": "hot"}, "temperature must be a number, not 'hot'"),
-    "top_p": ({"messages": ONE, "top_p": 0}, "top_p=0.0 must be over 0"),
-    "stop": ({"messages": ONE, "stop": ["a"] * 5}, "stop takes up to 4 strings"),
-    "stop number": ({"messages": ONE, "stop": 5}, "stop must be a string or a list of strings, not 5"),
-    "granularity": ({"messages": ONE, "granularity": 5}, "granularity=5 is none of this model's: auto, 4, 8, 16"),
-    "granularity text": ({"messages": ONE, "granularity": "fine"}, "granularity='fine' must be"),
-    "granularities": ({"messages": [user([link()])], "granularity": [4, 4]}, "names 2 for 1 images"),
-    "cost": ({"messages": ONE, "cost_weight": -1}, "cost_weight=-1 must be in"),
-    "budget": ({"messages": [user([link(), text("x")])], "max_visual_tokens": 2}, "max_visual_tokens=2: the images"),
-    "surrogate": ({"messages": [user("\ud800")]}, "messages[0].content[0].text is not valid Unicode"),
-    "long": ({"messages": [user("x" * 9000)]}, "the text is too long"),
-    "over length": ({"messages": [user("word " * 600)]}, "the model's limit is 256"),
-    "base64": ({"messages": linked("data:image/png;base64,@@@@")}, "not valid base64"),
-    "base64 cut": ({"messages": linked("data:image/png;base64,AAAAA")}, "not valid base64"),
-    "no base64": ({"messages": linked("data:image/png,xx")}, "a data URI reads data:image/png;base64"),
-    "no data": ({"messages": linked("data:image/png;base64,")}, "the data URI is empty"),
-    "file": ({"messages": linked("file:///etc/passwd")}, "an image is a data URI"),
-    "remote": ({"messages": linked("https://example.com/x.png")}, "does not fetch images from 'example.com'"),
-    "no image": ({"messages": [user([link(b"hello")])]}, "not an image in a known format (known: PNG"),
-    "format": ({"messages": [user([link(encoded(kind="TIFF"))])]}, "not an image in a known format"),
-    "bomb": ({"messages": [user([link(bomb(9000))])]}, "image_url: 9000 x 9000 is over 250000 pixels"),
-    "bomb for Pillow": ({"messages": [user([link(bomb(30000))])]}, "900000000 pixels"),
-    "damaged": ({"messages": [user("damaged")]}, "image: damaged"),
-}  # fmt: skip
-
-
-@pytest.fixture
-def neighbour(served):
-    """A good request that is being answered while a bad one comes."""
-    served.engine.held.set()
-    stream = served.ask("neighbour good a", stream=True)
-    yield stream
-    served.engine.held.clear()
-    assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == "a good neighbour"
-
-
-@pytest.mark.parametrize("name", MALFORMED)
-def test_a_malformed_request_is_told_what_is_wrong(served, neighbour, name):
-    body, message = MALFORMED[name]
-    # json.dumps: half a surrogate pair passes it, as it does JavaScript's
-    headers = {"Content-Type": "application/json"}
-    reply = served.http.post("/v1/chat/completions", content=json.dumps(body), headers=headers)
-    assert reply.status_code == 400, reply.text
-    error = reply.json()["error"]
-    assert message in error["message"]
-    assert error["type"] == "invalid_request_error" and {"param", "code"} <= set(error)
-
-
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        (b"", "not valid JSON"),
-        (b"{", "not valid JSON"),
-        (b"[1]", "the body must be a JSON object, not [1]"),
-        (b"\xff\xfe", "not valid JSON"),
-        (b'{"temperature": NaN}', "NaN is no JSON number"),
-        (b"[" * 100_000, "not valid JSON"),
-        (b'{"max_tokens": ' + b"9" * 5000 + b"}", "not valid JSON"),
-    ],
-)
-def test_a_body_that_is_no_json(served, content, message):
-    headers = {"Content-Type": "application/json"}
-    reply = served.http.post("/v1/chat/completions", content=content, headers=headers)
-    assert reply.status_code == 400 and message in reply.json()["error"]["message"], reply.text
 
 
 def test_statuses_in_the_shape_of_openai(served):
@@ -450,11 +271,24 @@ def test_draining_finishes_what_runs_and_takes_nothing_new(model):
         httpx.get(f"{served.url}/health")
 
 
+def test_what_does_not_finish_while_draining_is_told_so(model):
+    served = Served(model)
+    served.engine.held.set()
+    stream = served.ask("c b a", stream=True)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        whole = pool.submit(served.ask, "c b a")
+        served.until(lambda: served.engine.running == 2)
+        served.serving.drain(0.1)
+        with pytest.raises(openai.APIError, match="shutting down"):
+            list(stream)
+        assert isinstance(whole.exception(), openai.APIStatusError) and whole.exception().status_code == 503
+
+
 def test_lattices_lie_on_the_image(tiny):
     """A worked case: 32 x 20 pixels lie on a mosaic of 32 x 32, 6 rows of padding above and below."""
-    drawn = lattices((32, 20), tiny, 16)  # cells of 4 x 4 pixels: the first row of them is padding alone
+    drawn = lattices((32, 20), tiny, 8)  # cells of 8 x 4 pixels: the first row of them is padding alone
     assert drawn["tiles"] == {"left": 0, "top": -6, "width": 32, "height": 32, "columns": 2, "rows": 2}
-    assert drawn["cells"] == {"left": 0, "top": -2, "width": 32, "height": 24, "columns": 8, "rows": 6}
+    assert drawn["cells"] == {"left": 0, "top": -2, "width": 32, "height": 24, "columns": 4, "rows": 6}
     without = lattices((30, 10), ModelConfig(pinpoints=()), 36)
     assert without["cells"] == {"left": 0, "top": 0, "width": 30, "height": 10, "columns": 6, "rows": 6}
     assert without["tiles"] == without["cells"] | {"columns": 1, "rows": 1}
