@@ -30,8 +30,10 @@ def main() -> None:
     print(f"{stats.tokens} tokens; granularities {stats.granularities}; {stats.image_hits} images and")
     print(f"{stats.prefix_tokens} prompt positions were there already; {report.compilations} compilations")
     print(f"memory since the first quarter: {report.host_bytes:+} bytes; left on the device: {report.device_bytes:+}")
-    if report.wrong or report.compilations or report.device_bytes:
-        raise RuntimeError("; ".join([f"{len(report.wrong)} ended wrongly", *report.wrong[:3]]))
+    if report.wrong:
+        raise RuntimeError(f"{len(report.wrong)} ended wrongly: {'; '.join(report.wrong[:3])}")
+    if report.compilations or report.device_bytes:
+        raise RuntimeError(f"{report.compilations} programs compiled, {report.device_bytes} bytes left on the device")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,9 @@ SIZES = ((32, 16), (16, 40), (30, 30), (50, 31))
 
 @pytest.fixture(scope="module")
 def model(tiny, tokenizer):
-    return random_model(tiny, tokenizer)
+    """Its parameters are bound to a device, as those of a checkpoint are: that decides what compiles."""
+    params = jax.device_put(random_model(tiny, tokenizer).params, jax.devices()[0])
+    return AvgLlava(tiny, params, tokenizer)
 
 
 @pytest.fixture(scope="module")

@@ -64,7 +64,9 @@ class Device:
     def reset(self) -> None:
         """Forget everything: after a failure the donated arrays may be gone."""
         sizes = self.ladders
-        self._cache, self._pool = programs.empty(*self._model, sizes.slots, sizes.capacity, sizes.pages)
+        arrays = programs.empty(*self._model, sizes.slots, sizes.capacity, sizes.pages)
+        # Bound to their devices, as what the programs return is: otherwise those that come first compile twice.
+        self._cache, self._pool = jax.device_put(arrays, jax.tree.map(lambda array: array.sharding, arrays))
 
     @property
     def _model(self) -> tuple:

@@ -214,7 +214,7 @@ def _pooled(pool: jax.Array) -> jax.Array:
 
 def _taken(rows: jax.Array, at: jax.Array) -> jax.Array:
     """Rows of the pool, at (B, n): gathered where they lie, then as a whole, and then each sample where it runs."""
-    taken = rows.at[jnp.maximum(at, 0)].get(mode="clip")
+    taken = rows.at[constrain(jnp.maximum(at, 0), None, None)].get(mode="clip")
     for axes in ((None, "width"), (None, None), ("batch", None)):
         taken = constrain(taken, axes[0], *[None] * (taken.ndim - 2), axes[1])
     return taken
