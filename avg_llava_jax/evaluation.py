@@ -19,13 +19,13 @@ import os
 import pathlib
 import random
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from avg_llava_jax.answering import batching
+from avg_llava_jax.answering import batching, generate
 from avg_llava_jax.answering.batching import groups
 from avg_llava_jax.answering.requests import Prepared, Request
 from avg_llava_jax.api import AvgLlava, softmax
@@ -36,6 +36,7 @@ from avg_llava_jax.data.packing import Sample, Shape, load_tiles, make_sample
 from avg_llava_jax.data.sources import Source
 from avg_llava_jax.data.tokenizer import Tokenizer
 from avg_llava_jax.files import whole_lines
+from avg_llava_jax.models.scaler import scale
 from avg_llava_jax.policies import Choice, Record, choices
 
 
@@ -152,12 +153,33 @@ def _with_int_keys(record: Record) -> Record:
 
 def route_all(model: AvgLlava, samples: Sequence[Sample], batch_size: int = 32) -> list[np.ndarray]:
     """Router scores (images, G) of each prompt; nothing is answered."""
-    scores: list[np.ndarray] = [np.zeros((0, 0))] * len(samples)
+    return route_seen(model, see_all(model, samples, batch_size))
+
+
+def see_all(
+    model: AvgLlava, samples: Sequence[Sample], batch_size: int = 32
+) -> Iterator[tuple[list[int], batching.Seen]]:
+    """Each prompt's images encoded, a batch at a time: row numbers and what was seen. Kept, they serve many routers."""
     for rows, shape in _batches(model.config, samples, batch_size):
-        seen = batching.see(model.config, model.params, [samples[row] for row in rows], shape, batch_size)
-        for at, row in enumerate(rows):
-            scores[row] = seen.logits(at)
-    return scores
+        group = [samples[row] for row in rows]
+        yield rows, batching.see(model.config, model.params, group, shape, batch_size, route=False)
+
+
+def route_seen(model: AvgLlava, seen: Iterable[tuple[list[int], batching.Seen]]) -> list[np.ndarray]:
+    """Router scores (images, G) of prompts that `see_all` has encoded, in their order.
+
+    model: the one that saw them, or one that differs from it in its router and its ladder alone.
+    """
+    config, params = model.config, model.params
+    scores: dict[int, np.ndarray] = {}
+    for rows, batch in seen:
+        if batch.inputs:
+            pyramid = batch.pyramid
+            if pyramid.shape[2] != config.pyramid_rows:  # another ladder: the finest rows hold all that there is
+                pyramid = scale(config, pyramid[:, :, -config.granularities[-1] :])
+            batch = dataclasses.replace(batch, routing=generate.route(config, params, pyramid, batch.inputs))
+        scores |= {row: batch.logits(at) for at, row in enumerate(rows)}
+    return [scores[row] for row in range(len(scores))]
 
 
 def shuffled(questions: Sequence[Question], what: str, seed: int = 0) -> list[Sample]:

@@ -16,7 +16,7 @@ from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.data.conversation import IMAGE
 from avg_llava_jax.data.geometry import kept_cells
 from avg_llava_jax.data.packing import load_tiles
-from avg_llava_jax.data.tiles import Size, best_resolution, grid_of, placement, tile_count
+from avg_llava_jax.data.tiles import Size, grid_of, mosaic_box, tile_count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +144,7 @@ def draw(explanation: Explanation, path: str | os.PathLike[str]) -> None:
 
         maps = vote_maps(config, image.size, explanation.votes[i][:, :, chosen])
         bound = max(float(np.abs(cells).max()) for cells in maps.values()) or 1.0
-        top, bottom, left, right = _mosaic_box(config, image.size)
+        top, bottom, left, right = mosaic_box(image.size, config)
         axes = below.subplots(1, len(levels), squeeze=False)[0]
         for axis, (g, cells) in zip(axes, maps.items(), strict=True):
             _backdrop(axis, image.convert("L"))
@@ -172,21 +172,10 @@ def vote_maps(config: ModelConfig, size: Size, votes: np.ndarray) -> dict[int, n
     return maps
 
 
-def _mosaic_box(config: ModelConfig, size: Size) -> tuple[float, float, float, float]:
-    """(top, bottom, left, right) of the whole mosaic, padding included, in pixels of the image."""
-    width, height = size
-    if not config.pinpoints:
-        return 0.0, height, 0.0, width
-    target = best_resolution(size, config.pinpoints)
-    left, top, placed_width, placed_height = placement(size, target)
-    x, y = width / placed_width, height / placed_height
-    return -top * y, (target[1] - top) * y, -left * x, (target[0] - left) * x
-
-
 def draw_grid(axis: Any, config: ModelConfig, image: Image.Image, granularity: int) -> None:
     """The image with the borders of the cells that one granularity packs, and of the tiles, on a Matplotlib axis."""
     _backdrop(axis, image)
-    top, bottom, left, right = _mosaic_box(config, image.size)
+    top, bottom, left, right = mosaic_box(image.size, config)
     grid = dict(zip(config.granularities, config.grids, strict=True))[granularity]
     rows, columns = (max(1, n) for n in grid_of(image.size, config))
     kept = kept_cells(image.size, config, granularity) if config.pinpoints else (0, grid[0], 0, grid[1])

@@ -23,6 +23,21 @@ def write_whole(path: Path, content: str | Callable[[BinaryIO], object]) -> None
     os.replace(beside, path)
 
 
+def around(path: Path, begin: str, end: str) -> tuple[str, str]:
+    """What a text file holds up to the line `begin` and from the line `end` on, for something to be put between.
+
+    Raises:
+      ValueError: the file does not have each of them once.
+    """
+    text = pathlib.Path(path).read_text(encoding="utf-8")
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(
+            f"{path} does not say where the tables go: it needs the lines {begin.strip()} and {end.strip()}"
+        )
+    before, after = text.split(begin)[0], text.split(end)[1]
+    return f"{before}{begin}\n", f"\n{end}{after}"
+
+
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """One JSON object, readable."""
     pathlib.Path(path).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from PIL import Image
 
+from avg_llava_jax import policies
 from avg_llava_jax.answering.requests import Answer
 from avg_llava_jax.config import ModelConfig
+from avg_llava_jax.evaluation import Question
 from avg_llava_jax.explain import draw_grid
 
 PLOTS = "plots"
@@ -39,6 +42,24 @@ def accuracy_against_tokens(report: dict[str, Any], path: Path) -> Path:
     axis.set(xlabel="visual tokens a question", ylabel="accuracy", ylim=(0, 1.02))
     axis.grid(alpha=0.3)
     axis.legend(fontsize=7)
+    return _save(figure, path)
+
+
+def ablations(fixed: dict[str, Any], points: dict[str, Any], path: Path) -> Path:
+    """Routers trained in different ways, each with its deviation over seeds, beside the fixed granularities.
+
+    fixed, points: {name: {"visual_tokens": (mean, deviation), "accuracy": (mean, deviation)}}.
+    """
+    figure, axis = plt.subplots(figsize=(8.4, 5), layout="constrained")
+    tokens, accuracy = ([point[key][0] for point in fixed.values()] for key in ("visual_tokens", "accuracy"))
+    axis.plot(tokens, accuracy, "o-", color="black", alpha=0.4, label="fixed")
+    for place, (name, point) in enumerate(points.items()):
+        (x, x_error), (y, y_error) = point["visual_tokens"], point["accuracy"]
+        look = {"color": plt.get_cmap("tab20")(place % 20), "marker": "sD^vP*X"[place % 7]}
+        axis.errorbar(x, y, xerr=x_error, yerr=y_error, label=name, linewidth=0.8, markersize=7, **look)
+    axis.set(xlabel="visual tokens a question", ylabel="accuracy", ylim=(min(accuracy[1:] or accuracy) - 0.02, 1.0))
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     return _save(figure, path)
 
 
@@ -112,6 +133,39 @@ def one_scene(
     for axis, question, answer in zip(axes[0], asked, answers, strict=True):
         draw_grid(axis, config, image, answer.granularity)
         axis.set_title(f"{question}\n{answer.text}   ({answer.visual_tokens} visual tokens)", fontsize=10)
+    return _save(figure, path)
+
+
+def examples(
+    config: ModelConfig, questions: Sequence[Question], records: Sequence[policies.Record], path: Path, count: int = 3
+) -> Path | None:
+    """Questions that were right though cheap, right because fine, and wrong because cheap, each image with its grid.
+
+    records: of `evaluation.answer_all`, any of the questions'. Returns None where there is nothing of the kind.
+    """
+    by_id = {question.sample.id: question for question in questions}
+    shown = {sort: rows for sort, rows in policies.examples(config, records, count).items() if rows}
+    if not shown:
+        return None
+    figure, axes = plt.subplots(
+        len(shown), count, figsize=(4.4 * count, 4 * len(shown)), layout="constrained", squeeze=False
+    )
+    for line, (sort, rows) in zip(axes, shown.items(), strict=True):
+        for axis in line[len(rows) :]:
+            axis.set_axis_off()
+        for axis, row in zip(line, rows, strict=False):
+            record = records[row]
+            (granularity,), text = record["chosen"], record["answer"]
+            draw_grid(axis, config, by_id[record["id"]].sample.images[0].load(), granularity)
+            asked = textwrap.fill(textwrap.shorten(record["question"], 160, placeholder=" ..."), 52)
+            said = textwrap.shorten(f"{text}   ({record['adaptive']['visual_tokens']} visual tokens)", 60)
+            caption = f"{asked}\n{said}"
+            if record["right"][granularity] < 0.5:
+                finer = next(g for g in config.granularities if g > granularity and record["right"][g] >= 0.5)
+                answer = textwrap.shorten(record["answers"][finer], 40, placeholder=" ...")
+                caption += f"\nwith {record['visual_tokens'][finer]}: {answer}"
+            axis.set_title(caption.replace("$", r"\$"), fontsize=8)
+        line[0].set_ylabel(sort)
     return _save(figure, path)
 
 

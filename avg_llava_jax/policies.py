@@ -80,6 +80,39 @@ def outcome(config: ModelConfig, records: Sequence[Record], picked: Sequence[Cho
     }
 
 
+def examples(config: ModelConfig, records: Sequence[Record], count: int) -> dict[str, list[int]]:
+    """Row numbers of telling questions about one image, at most `count` of each sort, the most telling first.
+
+    right, cheap          right with less than the finest
+    right, fine           right, and wrong with anything coarser
+    wrong because cheap   wrong, and right with something finer
+
+    A grade of at least 0.5 counts as right.
+    """
+    found: dict[str, list[tuple[int, int]]] = {"right, cheap": [], "right, fine": [], "wrong because cheap": []}
+    for row, record in enumerate(records):
+        if len(record["chosen"]) != 1:
+            continue
+        place = config.granularities.index(record["chosen"][0])
+        coarser, (right, *finer) = (
+            [record["right"][g] >= 0.5 for g in part]
+            for part in (config.granularities[:place], config.granularities[place:])
+        )
+        if right and finer:
+            found["right, cheap"].append((place, row))
+        if right and coarser and not any(coarser):
+            found["right, fine"].append((-place, row))
+        if not right and any(finer):
+            found["wrong because cheap"].append((place, row))
+    return {sort: [row for _, row in sorted(rows)[:count]] for sort, rows in found.items()}
+
+
+def oracle_gap(score: float, best_fixed: float, oracle: float) -> float | None:
+    """The part of what the oracle gains over the best fixed granularity that a choice gets, None where that is 0."""
+    gain = oracle - best_fixed
+    return (score - best_fixed) / gain if gain > 1e-9 else None
+
+
 def report(
     config: ModelConfig,
     records: Sequence[Record],

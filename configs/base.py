@@ -20,6 +20,7 @@ def get_config() -> ConfigDict:
             "checkpoint_every": 500,  # steps
             "max_bad_steps": 0,  # steps passed over, unchanged, because their loss is not finite; one more ends the run
             "init_from": "",  # a checkpoint of ours or a PyTorch folder; "" = fresh parameters
+            "fresh": (),  # components that begin anew all the same, as ("router",): they may have another form
             "vision_tower": "",  # the CLIP folder that init_from names, or that a Llama is joined with
             "tokenizer": "",  # folder for fresh parameters; init_from brings its own
             "compute_dtype": "float32",  # float32 | bfloat16; what learns is held in float32, what is frozen in this
@@ -37,6 +38,7 @@ def get_config() -> ConfigDict:
             "optimizer": {
                 "learning_rate": 1e-5,
                 "encoder_learning_rate": 2e-5,  # 0 = the vision encoder is frozen
+                "connector_learning_rate": config_dict.placeholder(float),  # 0 = frozen; unset = like the rest
                 "warmup": 0.03,  # share of the steps, then a cosine to 0
                 "weight_decay": 0.0,
                 "b1": 0.9,
@@ -49,6 +51,7 @@ def get_config() -> ConfigDict:
                 "margin": 1.0,
                 "rank_weight": 1.0,
                 "ce_weight": 0.1,
+                "nll_weight": 0.0,  # of the answer's NLL expected under the router's probabilities: instruction tuning
                 "tie_nats": 0.0,  # this close to the best is as good, and the cheapest of those wins; 0 = paper
                 "feedback": "",  # folder made by launch.feedback; "" = the frozen model is asked on the way
                 "execution": "per_length",  # per_length | vmap
@@ -67,7 +70,8 @@ def as_in_checkpoint() -> ConfigDict:
             "unpad": unset(str),
             "template": unset(str),
             "pinpoints": unset(tuple),
-            "router": {"attention": unset(str), "dropout": unset(float)},
+            "scaler": {"halvings": unset(int)},  # another ladder, or router, needs fresh=("router",)
+            "router": {"attention": unset(str), "text_tokens": unset(int), "dropout": unset(float)},
             "language": {"max_length": unset(int)},
         }
     )

@@ -37,17 +37,20 @@ STAGES = {
         "steps": 800,
         "data.path": "jersey?roster=0.9&turns=3&near=0.3&seed=2",
         "optimizer.learning_rate": 2e-3,
-        "optimizer.encoder_learning_rate": 0.0,  # it can read already, and this is half the work
+        # They can read already, and at this rate they would forget it before the language model makes use of it.
+        "optimizer.encoder_learning_rate": 0.0,
+        "optimizer.connector_learning_rate": 0.0,
     },
     "finest": {
         "granularities": (64,),
-        "steps": 1200,
+        "steps": 600,
         "data.path": "jersey?roster=0.3&turns=10&near=0.35&seed=3",
         "optimizer.learning_rate": 1.5e-3,
         "optimizer.encoder_learning_rate": 0.0,
+        "optimizer.connector_learning_rate": 0.0,
     },
     "full": {
-        "steps": 75,  # the longer, the more do coarse granularities carry, and the less is there to route
+        "steps": 150,  # the longer, the more do coarse granularities carry, and the less is there to route
         "data.path": "jersey?turns=8&coarse=0.4&near=0.4&seed=4",
         "optimizer.learning_rate": 1e-3,
         # Trained on, the encoder would spread every detail over all tokens, and little would be left to route.
@@ -57,8 +60,8 @@ STAGES = {
         "phase": "rglf",
         "init_from": str(base.ASSETS / "jersey"),
         "steps": 600,
-        "data.path": "jersey?split=router&turns=1&coarse=0.5&near=0.25&size=2048",
-        "data.shapes": 2,
+        "data.path": "jersey?split=router&turns=1&coarse=0.4&near=0.5&size=2048",
+        "data.shapes": 1,  # so that a batch holds pictures of all shapes
         "optimizer.learning_rate": 4e-3,
         "optimizer.weight_decay": 0.0,
         "rglf.ce_weight": 0.3,  # the paper's 0.1 takes longer to tell one instruction from another

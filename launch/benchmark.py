@@ -66,6 +66,7 @@ def run_task(model: Any, task: Any, data: str) -> dict[str, Any]:
     report["profile"] = PROFILE.value
     write_whole(folder / "report.json", json.dumps(report, indent=1) + "\n")
     plots.accuracy_against_tokens(report, folder / plots.PLOTS / "accuracy_against_tokens.png")
+    plots.examples(model.config, questions, answered, folder / plots.PLOTS / "examples.png")
     return report
 
 

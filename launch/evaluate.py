@@ -2,7 +2,8 @@
 
     python -m launch.evaluate --checkpoint=W --data=test.json --images=DIR --workdir=OUT
 
-writes OUT/report.json, OUT/answers.jsonl (a run that was interrupted goes on) and OUT/skipped.jsonl.
+writes OUT/report.json, OUT/answers.jsonl (a run that was interrupted goes on), OUT/skipped.jsonl, and a picture of
+what was right though cheap, right because fine and wrong because cheap, OUT/plots/examples.png.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def answered(model: AvgLlava) -> tuple[list[Question], list[Record], int]:
 
 
 def main() -> None:
-    from avg_llava_jax import policies, timing
+    from avg_llava_jax import plots, policies, timing
     from avg_llava_jax.files import write_whole
 
     model = cli.load_model()
@@ -90,6 +91,7 @@ def main() -> None:
     report = policies.report(model.config, records, seconds, seed=SEED.value)
     path = pathlib.Path(WORKDIR.value) / "report.json"
     write_whole(path, json.dumps(report, indent=1) + "\n")
+    plots.examples(model.config, questions, records, path.parent / plots.PLOTS / "examples.png")
     print(table(report))
     print(f"{report['n']} questions, {skipped} skipped; {path}")
 

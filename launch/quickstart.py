@@ -27,9 +27,11 @@ QUESTIONS = 1008  # a third of them coarse, fine and near each
 ANSWER_TOKENS = 4  # the longest answer of jersey has one and the end of the text
 
 
-def router_config(checkpoint: str = str(SHIPPED), steps: int | None = None, pictures: int | None = None) -> Any:
-    """`configs/jersey.py:router` from a checkpoint; fewer steps, or fewer pictures, for a shorter run."""
-    config = jersey.get_config("router")
+def router_config(
+    checkpoint: str = str(SHIPPED), steps: int | None = None, pictures: int | None = None, config: Any = None
+) -> Any:
+    """`configs/jersey.py:router`, or another config, from a checkpoint; fewer steps or pictures for a shorter run."""
+    config = config or jersey.get_config("router")
     config.init_from = str(checkpoint)
     config.steps = steps or config.steps
     if pictures:

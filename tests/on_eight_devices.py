@@ -29,7 +29,6 @@ MODEL = dataclasses.replace(
     TINY,
     vision=dataclasses.replace(TINY.vision, layers=2),
     scaler=ScalerConfig(halvings=1),
-    router=dataclasses.replace(TINY.router, dropout=0.0),  # its mask depends on how a batch is cut up
     language=dataclasses.replace(TINY.language, layers=1, vocab_size=600, max_length=256),
 )
 ROWS, TILES, TEXT, ANSWER, LENGTH, ROOM = 8, 2, 6, 3, 12, 4

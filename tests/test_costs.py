@@ -2,8 +2,16 @@
 
 import jax
 import jax.numpy as jnp
+import pytest
 
-from avg_llava_jax.parallel.costs import Traffic, collectives, flops
+from avg_llava_jax import parameters
+from avg_llava_jax.config import LanguageConfig, from_dict
+from avg_llava_jax.parallel.costs import Traffic, collectives, flops, language_flops, step_flops
+from avg_llava_jax.parallel.planning import largest_shape
+from avg_llava_jax.training import phases
+from avg_llava_jax.training.optimizer import OptimizerConfig, trainable
+from configs import jersey
+from launch.bench_parts import random_batch
 
 
 def test_flops_of_loops_branches_and_gradients():
@@ -22,6 +30,31 @@ def test_flops_of_loops_branches_and_gradients():
     assert count(jax.grad(lambda b, a: jnp.sum(jnp.sin(a @ b))), b, a) == 2 * product
     again = jax.checkpoint(lambda b, a: jnp.sum(jnp.sin(jnp.sin(a @ b) @ b)))
     assert count(jax.grad(again), b, a) > count(jax.grad(lambda b, a: jnp.sum(jnp.sin(jnp.sin(a @ b) @ b))), b, a)
+
+
+def test_flops_of_a_sequence_by_hand():
+    one = LanguageConfig(vocab_size=3, width=1, layers=1, heads=1, kv_heads=1, head_dim=1, mlp_width=1)
+    assert language_flops(one, rows=1, length=2, answer=1) == 50
+
+
+@pytest.mark.parametrize("phase", ["multi_granularity", "rglf"])
+def test_the_formula_counts_what_the_step_computes(phase, monkeypatch):
+    """Against the trace to 0.01 %; against XLA, which counts additions, softmax and the like as well, to 5 %."""
+    monkeypatch.setattr(jax, "device_count", lambda: 2)  # plain attention: on one CPU it forms its scores twice
+    model = from_dict(jersey.model().to_dict())
+    shape = largest_shape(model, text=64, answer=16)
+    loss = phases.make_loss(phase, model, model.granularities, phases.FeedbackConfig(), "none")
+    whole = parameters.abstract(model)
+    ours, frozen = parameters.split(whole, trainable(phase, OptimizerConfig(1e-3, 1e-3)))
+
+    @jax.jit
+    def grad(ours, frozen, batch, keys):
+        return jax.grad(lambda ours: loss(parameters.merge(ours, frozen), batch, keys)[0])(ours)
+
+    traced = grad.trace(ours, frozen, random_batch(model, 2, shape), jax.random.split(jax.random.key(0), 2))
+    formula = sum(step_flops(model, phase, model.granularities, 2, shape).values())
+    assert formula == pytest.approx(flops(traced.jaxpr.jaxpr), rel=1e-4)
+    assert formula == pytest.approx(traced.lower().cost_analysis()["flops"], rel=0.05)
 
 
 HLO = """HloModule jit_step, num_partitions=8

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from avg_llava_jax import evaluation, policies, timing
+from avg_llava_jax import evaluation, plots, policies, timing
 from avg_llava_jax.answering.requests import Request
 from avg_llava_jax.data.images import image_ref
 from avg_llava_jax.data.jersey import Jersey
@@ -146,6 +146,31 @@ def test_the_figures(tiny):
         policies.outcome(tiny, records[:1], [(4, 8)])
     with pytest.raises(ValueError, match="no question"):
         policies.report(tiny, [])
+
+
+def test_telling_examples(tiny, model, questions, records, tmp_path):
+    found = [
+        record("a", "coarse", (True, True, True), 8),
+        record("b", "coarse", (0.4, 0.9, 0.6), 4),
+        record("c", "fine", (False, False, True), 16),
+        record("d", "fine", (False, False, False), 4),
+        record("e", "coarse", (True, True, True), 4),
+        record("f", "fine", (True, False, True), 16) | {"chosen": [16, 16]},
+        record("g", "fine", (False, True, True), 8),
+    ]
+    shown = policies.examples(tiny, found, 2)
+    assert shown == {"right, cheap": [4, 0], "right, fine": [2, 6], "wrong because cheap": [1]}
+
+    def told(at: int, right: tuple[bool, ...], chosen: int) -> dict:
+        adaptive = {"right": dict(zip((4, 8, 16), right, strict=True))[chosen], "visual_tokens": chosen}
+        made = record(None, None, right, chosen) | {"id": questions[at].sample.id, "adaptive": adaptive}
+        return records[at] | made | {"answer": "$5", "answers": {4: "$5", 8: None, 16: "x^2 & $"}}
+
+    path = tmp_path / "plots" / "examples.png"
+    assert plots.examples(tiny, questions, [told(0, (False, False, False), 4)], path) is None and not path.exists()
+    several = [told(0, (True, True, True), 4), told(1, (False, False, True), 4), told(2, (False, False, True), 16)]
+    assert plots.examples(tiny, questions, several, path, count=2) == path
+    assert Image.open(path).size == (1056, 1440)  # three sorts, two columns
 
 
 @pytest.mark.parametrize(

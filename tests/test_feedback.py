@@ -42,7 +42,7 @@ def test_stored_feedback_trains_as_live_does(tiny, asked, keep):
 
     @jax.jit
     def compiled(router, batch):
-        return loss({**model.params, "router": router}, batch, jax.random.key(0))
+        return loss({**model.params, "router": router}, batch, jax.random.split(jax.random.key(0), len(batch["text"])))
 
     def rglf(batch):
         arrays = {key: value for key, value in batch.items() if key not in feedback.NOT_ARRAYS}
@@ -87,10 +87,17 @@ def tile_counts(batch):
     return set((batch["tile_image"] >= 0).sum(axis=1).tolist())
 
 
+def test_a_set_serves_a_shorter_ladder(tiny, asked):
+    whole, part = (read_feedback(asked[2][True], ladder) for ladder in (tiny.granularities, (8, 16)))
+    assert whole.keys() == part.keys()
+    assert all((part[name].nll == whole[name].nll[1:]).all() for name in whole)
+    assert all((part[name].features == whole[name].features).all() for name in whole)
+
+
 def test_feedback_that_does_not_fit_is_refused(tiny, asked, tmp_path):
     model, batches, folders, mesh = asked
-    with pytest.raises(ValueError, match=r"is on granularities \(4, 8, 16\), the model has \(4, 16\)"):
-        read_feedback(folders[False], (4, 16))
+    with pytest.raises(ValueError, match=r"is on granularities \(4, 8, 16\), the model has \(8, 32\)"):
+        read_feedback(folders[False], (8, 32))
     with pytest.raises(ValueError, match="was begun with features none, not float32: give another folder"):
         feedback.measure(tiny, model.params, batches, 100, folders[False], mesh, keep_features=True)
     with pytest.raises(FileNotFoundError, match=r"has no feedback.json: make it with launch.feedback"):

@@ -1,5 +1,6 @@
 """The loop and its phases: what learns, what is logged, and that a run that was stopped goes on as before."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -187,13 +188,20 @@ def test_accumulation_gives_the_gradients_of_the_whole_batch(tiny, params, batch
 def test_optimizer_knows_components_and_matrices(tiny, params):
     config = OptimizerConfig(learning_rate=1e-2, encoder_learning_rate=1e-3, warmup=0.0, weight_decay=0.1, clip=1e9)
     assert trainable("multi_granularity", config) == ("encoder", "connector", "language")
-    optimizer = make_optimizer(config, steps=10)
+    still = dataclasses.replace(config, connector_learning_rate=0.0)
+    assert trainable("multi_granularity", still) == ("encoder", "language")
+    with pytest.raises(ValueError, match="would train nothing"):
+        trainable("connector", still)
+    optimizer = make_optimizer(dataclasses.replace(config, connector_learning_rate=2e-2), steps=10)
     ours, _ = parameters.split(params, trainable("multi_granularity", config))
     zeros = jax.tree.map(jnp.zeros_like, ours)
     decay, _ = optimizer.update(zeros, optimizer.init(ours), ours)
-    np.testing.assert_allclose(decay["connector"]["up"]["kernel"], -1e-3 * ours["connector"]["up"]["kernel"], rtol=1e-5)
+    np.testing.assert_allclose(decay["connector"]["up"]["kernel"], -2e-3 * ours["connector"]["up"]["kernel"], rtol=1e-5)
     np.testing.assert_allclose(
         decay["encoder"]["layers"]["q"]["kernel"], -1e-4 * ours["encoder"]["layers"]["q"]["kernel"], rtol=1e-5
+    )
+    np.testing.assert_allclose(
+        decay["language"]["layers"]["q"]["kernel"], -1e-3 * ours["language"]["layers"]["q"]["kernel"], rtol=1e-5
     )
     for vector in (
         decay["connector"]["up"]["bias"],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,13 +22,17 @@ SMALLEST_TEXT = 64
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-    """Prompts whose images are encoded: text ids (B, L), pyramid (B, T, R, D), routing (None if not asked for)."""
+    """Prompts whose images are encoded: text ids (B, L), pyramid (B, T, R, D), routing (None if not asked for).
+
+    inputs: what a router reads besides the pyramid, see `collate`; nothing where there is no image.
+    """
 
     samples: Sequence[Sample]
     shape: Shape
     text: np.ndarray
     pyramid: jax.Array
     routing: Routing | None
+    inputs: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     def logits(self, row: int) -> np.ndarray:
         """Router scores (images, G) of one sample; no rows where there was no routing."""
@@ -98,16 +102,16 @@ def see(
     first = _first_of_each(tiles, rows)
     if route and first is None:
         pyramid, routing = generate.see_and_route(config, params, batch)
-        return Seen(samples, shape, batch["text"], pyramid, routing)
+        del batch["pixels"]
+        return Seen(samples, shape, batch["text"], pyramid, routing, batch)
     pixels = batch.pop("pixels")
     if first is None:
         pyramid = generate.see(config, params, pixels)
     else:
         distinct, place = first
         pyramid = generate.see(config, params, pixels[distinct])[place]
-    return Seen(
-        samples, shape, batch["text"], pyramid, generate.route(config, params, pyramid, batch) if route else None
-    )
+    routing = generate.route(config, params, pyramid, batch) if route else None
+    return Seen(samples, shape, batch["text"], pyramid, routing, batch)
 
 
 def _first_of_each(tiles: Sequence[np.ndarray] | None, rows: int) -> tuple[np.ndarray, np.ndarray] | None:

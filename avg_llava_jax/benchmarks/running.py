@@ -102,7 +102,6 @@ def report(
     for part in parts.values():
         part["token_cut"] = 1 - part["visual_tokens"] / finest if finest else 0.0
     best = max(parts[str(g)]["score"] for g in config.granularities)
-    gain = parts["oracle"]["score"] - best
     ladder = [str(g) for g in config.granularities]
     by_policy = {
         key: {"fixed": {g: parts[g][key] for g in ladder}} | {name: parts[name][key] for name in _CHOOSING}
@@ -116,7 +115,7 @@ def report(
         "n": len(rows),
         "answered": len(answered),
         **by_policy,
-        "oracle_gap": (parts["adaptive"]["score"] - best) / gain if gain > 1e-9 else None,
+        "oracle_gap": policies.oracle_gap(parts["adaptive"]["score"], best, parts["oracle"]["score"]),
         "seconds": {"answer": seconds},
         "speedup": None if seconds is None else seconds["fixed"][ladder[-1]] / seconds["adaptive"],
         "paper": {

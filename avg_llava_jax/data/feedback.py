@@ -91,21 +91,24 @@ class FeedbackFolder:
 
 
 def read_feedback(path: str | os.PathLike[str], granularities: Sequence[int]) -> dict[str, Stored]:
-    """A whole set by sample id; the features stay on disk until they are looked at.
+    """A whole set by sample id, of some of its granularities; the features stay on disk until they are looked at.
 
     Raises:
-      FileNotFoundError, ValueError: there is none, it is not whole, or it is of another ladder.
+      FileNotFoundError, ValueError: there is none, it is not whole, or it lacks a granularity.
     """
     path = Path(path)
     about = _read_about(path)
-    _expect(path, about, granularities, about["features"])
+    ladder = about["granularities"]
+    if not set(granularities) <= set(ladder):
+        raise ValueError(f"{path} is on granularities {tuple(ladder)}, the model has {tuple(granularities)}")
+    columns = [ladder.index(granularity) for granularity in granularities]
     if "files" not in about:
         raise ValueError(f"rglf.feedback={path} is not whole: run launch.feedback again, it goes on where it was")
     found: dict[str, Stored] = {}
     for name in about["files"]:
         try:
             with np.load(path / name) as stored:
-                ids, nll, tiles = stored["ids"].tolist(), stored["nll"], stored["tiles"]
+                ids, nll, tiles = stored["ids"].tolist(), stored["nll"][:, columns], stored["tiles"]
             features = None
             if about["features"] and ids:
                 raw = np.load(path / name.replace(".npz", ".features.npy"), mmap_mode="r")

@@ -77,6 +77,21 @@ def grid_of(size: Size, config: ModelConfig) -> tuple[int, int]:
     return height // side, width // side
 
 
+def mosaic_box(size: Size, config: ModelConfig) -> tuple[float, float, float, float]:
+    """(top, bottom, left, right) of the whole mosaic, padding included, in pixels of the image.
+
+    Without pinpoints it is the image. 640 x 480 on 672 x 672 is resized by 1.05, so the 84 rows of padding are 80 of
+    the image's: (-80, 560, 0, 640).
+    """
+    width, height = size
+    if not config.pinpoints:
+        return 0.0, height, 0.0, width
+    target = best_resolution(size, config.pinpoints)
+    left, top, placed_width, placed_height = placement(size, target)
+    x, y = width / placed_width, height / placed_height
+    return -top * y, (target[1] - top) * y, -left * x, (target[0] - left) * x
+
+
 def tile_count(size: Size, config: ModelConfig) -> int:
     """All tiles of an image, the overview included."""
     rows, columns = grid_of(size, config)

@@ -138,6 +138,11 @@ class Engine:
         else:
             self._go_round()
 
+    @property
+    def open(self) -> bool:
+        """Whether requests are taken: not after `close`, nor where an error that nobody foresaw ended the thread."""
+        return not self._closed
+
     def stats(self) -> Stats:
         """What was done so far."""
         with self._news:

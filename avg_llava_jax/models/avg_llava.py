@@ -77,7 +77,7 @@ def route(
 ) -> Routing:
     """Score the granularities of each image: pyramid (B, T, R, D), text embeddings (B, L, D) -> logits (B, I, G).
 
-    `batch` gives `instruction`, `tile_image` and `first_tile`; `dropout` is an rng key, None at inference.
+    `batch` gives `instruction`, `tile_image` and `first_tile`; `dropout` are keys (B,), None at inference.
     """
     return Router(config).apply(
         {"params": params["router"]},
@@ -86,8 +86,7 @@ def route(
         batch["instruction"],
         batch["tile_image"],
         batch["first_tile"],
-        deterministic=dropout is None,
-        rngs={} if dropout is None else {"dropout": dropout},
+        dropout,
     )
 
 

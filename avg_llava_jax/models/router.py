@@ -1,5 +1,7 @@
 """The visual granularity router: pyramid and instruction in, a score per granularity out (paper, section 3.3)."""
 
+import itertools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -8,6 +10,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from avg_llava_jax.config import ModelConfig
+from avg_llava_jax.parallel.placement import constrain
 
 
 class Routing(NamedTuple):
@@ -56,6 +59,24 @@ def unit(x: jax.Array) -> jax.Array:
     return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
+def dropper(rate: float, keys: jax.Array | None) -> Callable[[jax.Array], jax.Array]:
+    """Dropout of arrays (B, ...) by one key a sample, keys (B,); None leaves everything as it is.
+
+    A sample's mask is drawn from its own key and from how often was drawn before, so it is the same wherever the
+    sample lies: on which device, in which micro-batch.
+    """
+    if keys is None or rate == 0:
+        return lambda x: x
+    calls = itertools.count()
+
+    def drop(x: jax.Array) -> jax.Array:
+        call = next(calls)
+        kept = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, call), 1 - rate, x.shape[1:]))(keys)
+        return jnp.where(constrain(kept, "batch", *[None] * (x.ndim - 1)), x / (1 - rate), 0)
+
+    return drop
+
+
 class Router(nn.Module):
     """One post-norm transformer layer, an MLP to G opinions a row, and a voter over the rows."""
 
@@ -69,7 +90,7 @@ class Router(nn.Module):
         instruction: jax.Array,
         tile_image: jax.Array,
         first_tile: jax.Array,
-        deterministic: bool = True,
+        dropout: jax.Array | None = None,
     ) -> Routing:
         """One decision an image.
 
@@ -78,7 +99,7 @@ class Router(nn.Module):
           text: (B, L, D) raw token embeddings; instruction: bool (B, L).
           tile_image: int (B, T), which image of the sample a tile belongs to, -1 = empty slot.
           first_tile: int (B, I), the slot of each image's tile 0, -1 = no such image.
-          deterministic: no dropout; otherwise an rng named "dropout" is needed.
+          dropout: keys (B,), one a sample; None = no dropout.
         """
         config, router = self.config, self.config.router
         finest = config.granularities[-1]
@@ -89,7 +110,7 @@ class Router(nn.Module):
         tile_text = jax.vmap(lambda rows, image: rows[image])(text_rows, jnp.maximum(tile_image, 0))
         x = jnp.concatenate([pyramid, tile_text.astype(pyramid.dtype)], axis=2)
 
-        drop = nn.Dropout(router.dropout, deterministic=deterministic)
+        drop = dropper(router.dropout, dropout)
         x = nn.LayerNorm(router.norm_eps, use_fast_variance=False, name="norm1")(
             x + drop(self._attend(x, tile_image, drop))
         )
@@ -101,7 +122,8 @@ class Router(nn.Module):
         opinions = jax.nn.gelu(nn.Dense(x.shape[-1], name="hidden")(x), approximate=False)
         opinions = nn.Dense(len(config.granularities), name="logits")(opinions).astype(jnp.float32)
         rows = config.pyramid_rows + router.text_tokens
-        voter = self.param("voter", nn.initializers.normal(rows**-0.5), (rows,))
+        # Begins as the mean: with weights of random sign it takes long until the few words outvote the many patches.
+        voter = self.param("voter", nn.initializers.constant(1 / rows), (rows,))
         votes = voter[:, None].astype(jnp.float32) * opinions
 
         member = (tile_image[:, :, None] == jnp.arange(images)).astype(jnp.float32)
@@ -110,7 +132,7 @@ class Router(nn.Module):
         logits = nn.LayerNorm(router.norm_eps, use_fast_variance=False, name="norm")(pre_norm)
         return Routing(logits, pre_norm, votes, positions)
 
-    def _attend(self, x: jax.Array, tile_image: jax.Array, drop: nn.Dropout) -> jax.Array:
+    def _attend(self, x: jax.Array, tile_image: jax.Array, drop: Callable) -> jax.Array:
         """Self-attention over the rows of a tile (`tokens`) or over an image's tiles at each row (`tiles`)."""
         width, heads = x.shape[-1], self.config.router.heads
         q, k, v = (

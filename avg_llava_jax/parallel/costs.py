@@ -1,16 +1,81 @@
-"""What a program costs, read off the program itself: operations from its trace, traffic from what XLA made of it.
+"""What a step must compute, by its formula, and what a program costs, read off the program itself.
 
-XLA's own `cost_analysis` counts the body of a loop once. Here a `lax.scan` counts as often as it runs. Of a loop
-whose length only the device knows (generation) one turn is counted.
+`step_flops` is what efficiency is measured against: the products of the model alone, whatever a program does besides.
+`flops` counts a traced program, `collectives` what XLA made of it. XLA's own `cost_analysis` counts the body of a loop
+once; here a `lax.scan` counts as often as it runs, and of a loop whose length only the device knows (generation) one
+turn is counted.
 """
 
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from jax.extend import core
+
+from avg_llava_jax.config import LanguageConfig, ModelConfig
+from avg_llava_jax.data.packing import Shape
+
+
+def encoder_flops(config: ModelConfig, tiles: int) -> int:
+    """Of one forward pass of vision encoder and connector over tiles: 2 x M x N x K of every product."""
+    vision, patches, width = config.vision, config.vision.grid**2, config.language.width
+    layer = 2 * vision.width * (4 * vision.width + 2 * vision.mlp_width)  # a token
+    attention = 4 * (1 + patches) ** 2 * vision.width
+    connector = 2 * width * (vision.width + width)  # a patch
+    layers = vision.used_layers * (layer * (1 + patches) + attention)
+    return tiles * (layers + patches * (2 * _pixels(config) * vision.width + connector))
+
+
+def language_flops(language: LanguageConfig, rows: int, length: int, answer: int) -> int:
+    """Of one forward pass over sequences (rows, length) with logits at `answer` positions of each.
+
+    Twice the parameters of the layers a token, twice those of the unembedding an answer token, and the attention's two
+    products over all pairs of positions, those too that causality masks, as is the custom (PaLM, appendix B). With
+    width 1, one layer, one head of size 1, MLP width 1, vocabulary 3, rows 1, length 2, answer 1:
+    2*(4 + 3)*2 + 2*3 + 4*2*2 = 50.
+    """
+    inner, shared = language.heads * language.head_dim, language.kv_heads * language.head_dim
+    layer = language.width * (2 * inner + 2 * shared + 3 * language.mlp_width)
+    attention = 4 * length * length * inner
+    a_row = language.layers * (2 * layer * length + attention) + 2 * language.width * language.vocab_size * answer
+    return rows * a_row
+
+
+def router_flops(config: ModelConfig, rows: int, tiles: int) -> int:
+    """Of one forward pass of the router over `rows` samples of `tiles` tiles each."""
+    width, router = config.language.width, config.router
+    tokens = config.pyramid_rows + router.text_tokens  # of a tile
+    products = 2 * tokens * width * (7 * width + len(config.granularities))
+    seen = tokens if router.attention == "tokens" else tiles  # by each token
+    return rows * tiles * (products + 4 * tokens * seen * width)
+
+
+def step_flops(
+    config: ModelConfig, phase: str, granularities: Sequence[int], rows: int, shape: Shape
+) -> dict[str, int]:
+    """Of one training step over `rows` samples of a shape, by part; phase `multi_granularity` or `rglf`.
+
+    What learns costs three times its forward pass: the backward pass has two products for each, but for those whose
+    input needs no gradient (pixels into the encoder, the pyramid into the router). Rematerialisation is not counted.
+    """
+    learns = phase != "rglf"
+    times, tiles = 3 if learns else 1, rows * shape.tiles
+    first = 2 * tiles * config.vision.grid**2 * _pixels(config) * config.vision.width
+    parts = {"encode": times * encoder_flops(config, tiles) - (first if learns else 0)}
+    for granularity in granularities:
+        length = shape.length(config, granularity)
+        parts[f"LMM {granularity}"] = times * language_flops(config.language, rows, length, shape.answer)
+    if not learns:
+        qkv = 2 * tiles * (config.pyramid_rows + config.router.text_tokens) * 3 * config.language.width**2
+        parts["router"] = 3 * router_flops(config, rows, shape.tiles) - qkv
+    return parts
+
+
+def _pixels(config: ModelConfig) -> int:
+    """Numbers in one patch."""
+    return 3 * config.vision.patch_size**2
 
 
 def flops(jaxpr: core.Jaxpr) -> float:

@@ -148,9 +148,16 @@ def feedback_loss(
     margin: float,
     rank_weight: float,
     ce_weight: float,
+    nll_weight: float = 0.0,
     tie_nats: float = 0.0,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """RGLF: rank the granularities by log-likelihood, and choose the best one (paper, equation 10).
+
+    `nll_weight` adds the answer's NLL expected where the router draws a granularity by its probabilities p,
+
+        sum over g of p[g] * nll[g]
+
+    which is what instruction tuning through the router's choice would minimise, here without the noise of drawing.
 
     Args:
       logits: (M, G) router scores, one row an image; nll: (M, G) mean answer NLL in nats at each granularity.
@@ -165,6 +172,7 @@ def feedback_loss(
     scores, level = (jnp.take_along_axis(rows, order, axis=1) for rows in (scores, level))
     ranks = jax.vmap(lambda s, n: rank_loss(s, n, margin))(scores, level)
     ce = -scores[:, 0]
+    expected = jnp.sum(jax.nn.softmax(logits) * nll, axis=1)
 
     def mean(rows: jax.Array) -> jax.Array:
         return jnp.sum(jnp.where(valid, rows, 0.0)) / jnp.maximum(jnp.sum(valid), 1)
@@ -174,7 +182,9 @@ def feedback_loss(
     metrics = {
         "rank_loss": mean(ranks),
         "ce_loss": mean(ce),
+        "expected_nll": mean(expected),
         "best_chosen": mean((chosen == order[:, 0]).astype(jnp.float32)),
         "regret": mean(regret),
     }
-    return rank_weight * metrics["rank_loss"] + ce_weight * metrics["ce_loss"], metrics
+    weighted = ((rank_weight, "rank_loss"), (ce_weight, "ce_loss"), (nll_weight, "expected_nll"))
+    return sum(weight * metrics[name] for weight, name in weighted), metrics

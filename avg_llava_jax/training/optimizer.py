@@ -17,7 +17,8 @@ from avg_llava_jax.parallel import sharding
 class OptimizerConfig:
     """Settings of AdamW.
 
-    learning_rate: the peak. encoder_learning_rate: that of the vision encoder; 0 freezes it.
+    learning_rate: the peak. encoder_learning_rate, connector_learning_rate: those of these components; 0 freezes
+      one. The connector's is None where it is like the rest.
     warmup: share of the steps in which the rate rises from 0; it then falls to 0 along a cosine.
     weight_decay: of kernels and embeddings; norms, biases and single vectors are spared.
     clip: the largest global norm of the gradients.
@@ -26,6 +27,7 @@ class OptimizerConfig:
 
     learning_rate: float
     encoder_learning_rate: float
+    connector_learning_rate: float | None = None
     warmup: float = 0.03
     weight_decay: float = 0.0
     b1: float = 0.9
@@ -40,13 +42,21 @@ class OptimizerConfig:
         if self.accumulate < 1:
             raise ValueError(f"optimizer.accumulate={self.accumulate} must be at least 1")
 
+    def rate(self, component: str) -> float:
+        """The peak learning rate of a component."""
+        own = {"encoder": self.encoder_learning_rate, "connector": self.connector_learning_rate}.get(component)
+        return self.learning_rate if own is None else own
+
 
 def trainable(phase: str, config: OptimizerConfig) -> tuple[str, ...]:
     """The components that learn in a phase."""
     if phase not in parameters.TRAINED_IN:
         raise ValueError(f"phase {phase!r} is not known; choose from {', '.join(parameters.TRAINED_IN)}")
-    frozen = {"encoder"} if config.encoder_learning_rate == 0 else set()
-    return tuple(name for name in parameters.TRAINED_IN[phase] if name not in frozen)
+    may_freeze = ("encoder", "connector")
+    names = tuple(name for name in parameters.TRAINED_IN[phase] if name not in may_freeze or config.rate(name) != 0)
+    if not names:
+        raise ValueError(f"phase {phase} would train nothing: optimizer.connector_learning_rate is 0")
+    return names
 
 
 def rate_shape(config: OptimizerConfig, steps: int) -> Callable[[jax.Array], jax.Array]:
@@ -76,10 +86,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         share = shape(schedule.count)
         updates, after = adam.update(grads, tuple(before), params)
         finite = jnp.isfinite(loss) & jnp.isfinite(optax.global_norm(grads))
-        rates = jax.tree.map(
-            lambda name: config.encoder_learning_rate if name == "encoder" else config.learning_rate,
-            parameters.components(updates),
-        )
+        rates = jax.tree.map(config.rate, parameters.components(updates))
         updates = jax.tree.map(lambda update, rate: jnp.where(finite, -share * rate * update, 0.0), updates, rates)
         after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, tuple(before))
         return updates, (*after, optax.ScaleByScheduleState(optax.safe_increment(schedule.count)))
@@ -95,7 +102,10 @@ def _decayed(params: parameters.Params) -> parameters.Params:
 
 Aux = tuple[jax.Array, dict[str, jax.Array]]
 Loss = Callable[[parameters.Params, Mapping[str, Any], jax.Array], tuple[jax.Array, Aux]]
-"""(params, batch, rng) -> mean loss, (weight, metrics): over how many things the loss and the metrics are means."""
+"""(params, batch, keys) -> mean loss, (weight, metrics): over how many things the loss and the metrics are means.
+
+keys (B,): one a sample, for whatever it draws at random.
+"""
 
 
 def gradients(
@@ -106,23 +116,24 @@ def gradients(
     Micro-batches count by their weight, so that where the answers' tokens lie makes no difference.
     Row i*k + j of the batch is row i of micro-batch j of k: each device cuts up its own rows.
     Copies of the model (mesh axis `data`) add up for themselves, and are summed once at the end.
+    Row r draws by key r of `rng`, so what it draws depends neither on how a batch is cut up nor on where it lies.
     """
+    keys = jax.random.split(rng, len(jax.tree.leaves(batch)[0]))
 
-    def value_and_grad(params: parameters.Params, batch: Any, rng: jax.Array) -> Any:
-        found, grads = jax.value_and_grad(loss, has_aux=True)(params, batch, rng)
+    def value_and_grad(params: parameters.Params, batch: Any, keys: jax.Array) -> Any:
+        found, grads = jax.value_and_grad(loss, has_aux=True)(params, batch, keys)
         return found, sharding.constrain(grads)
 
     if accumulate == 1:
-        (value, (_, metrics)), grads = value_and_grad(params, batch, rng)
+        (value, (_, metrics)), grads = value_and_grad(params, batch, keys)
         return grads, value, metrics
 
-    def weighted(params: parameters.Params, batch: Any, rng: jax.Array) -> Any:
-        (value, (weight, metrics)), grads = value_and_grad(params, batch, rng)
+    def weighted(params: parameters.Params, batch: Any, keys: jax.Array) -> Any:
+        (value, (weight, metrics)), grads = value_and_grad(params, batch, keys)
         return jax.tree.map(lambda x: weight * x, (grads, value, metrics, jnp.ones(())))
 
-    def summed(params: parameters.Params, batch: Any, rng: jax.Array) -> Any:
-        cut = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
-        parts = cut, jax.random.split(rng, accumulate)
+    def summed(params: parameters.Params, batch: Any, keys: jax.Array) -> Any:
+        parts = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), (batch, keys))
         zeros = jax.tree.map(
             lambda x: jnp.zeros(x.shape, x.dtype),
             jax.eval_shape(weighted, params, *jax.tree.map(lambda x: x[0], parts)),
@@ -131,14 +142,13 @@ def gradients(
             lambda sums, part: (jax.tree.map(jnp.add, sums, weighted(params, *part)), None), zeros, parts
         )[0]
 
-    def summed_by_copies(params: parameters.Params, batch: Any, rng: jax.Array) -> Any:
-        sums = summed(params, batch, jax.random.fold_in(rng, jax.lax.axis_index("data")))
-        return jax.lax.psum(sums, "data")
+    def summed_by_copies(params: parameters.Params, batch: Any, keys: jax.Array) -> Any:
+        return jax.lax.psum(summed(params, batch, keys), "data")
 
     if jax.sharding.get_abstract_mesh().shape.get("data", 1) > 1:
         everywhere, rows = PartitionSpec(), PartitionSpec("data")
-        places = {"in_specs": (everywhere, rows, everywhere), "out_specs": everywhere, "axis_names": {"data"}}
-        *sums, weight = jax.shard_map(summed_by_copies, **places, check_vma=False)(params, batch, rng)
+        places = {"in_specs": (everywhere, rows, rows), "out_specs": everywhere, "axis_names": {"data"}}
+        *sums, weight = jax.shard_map(summed_by_copies, **places, check_vma=False)(params, batch, keys)
     else:
-        *sums, weight = summed(params, batch, rng)
+        *sums, weight = summed(params, batch, keys)
     return jax.tree.map(lambda x: x / jnp.maximum(weight, 1.0), tuple(sums))

@@ -25,8 +25,9 @@ from avg_llava_jax.training.optimizer import Loss
 
 @dataclasses.dataclass(frozen=True)
 class FeedbackConfig:
-    """RGLF (paper, section 3.5): weights of the two parts, and how the frozen model is run.
+    """RGLF (paper, section 3.5): weights of the loss's parts, and how the frozen model is run.
 
+    nll_weight: of the NLL expected under the router's probabilities; alone, it trains by instruction tuning instead.
     tie_nats: granularities within so many nats of the best count as equally good and rank cheapest first; 0 = paper.
     feedback: folder of the frozen model's answers to the data (see `feedback`); "" = they are measured on the way.
     execution: `per_length` runs each granularity at its own length, `vmap` pads all to the longest.
@@ -35,6 +36,7 @@ class FeedbackConfig:
     margin: float = 1.0
     rank_weight: float = 1.0
     ce_weight: float = 0.1
+    nll_weight: float = 0.0
     tie_nats: float = 0.0
     feedback: str = ""
     execution: losses.Execution = "per_length"
@@ -49,11 +51,11 @@ class FeedbackConfig:
 def make_loss(
     phase: str, config: ModelConfig, granularities: tuple[int, ...], feedback: FeedbackConfig, remat: Remat
 ) -> Loss:
-    """The loss of a phase, (params, batch, rng) -> loss, (weight, metrics)."""
+    """The loss of a phase, (params, batch, keys) -> loss, (weight, metrics)."""
     if phase == "grounding":
 
-        def grounding(params: Any, batch: Mapping[str, Any], rng: jax.Array) -> Any:
-            del rng
+        def grounding(params: Any, batch: Mapping[str, Any], keys: jax.Array) -> Any:
+            del keys
             loss, metrics = losses.grounding_loss(config, params, batch, remat)
             return loss, (jnp.sum(batch["patch_words"] >= 0).astype(jnp.float32), metrics)
 
@@ -61,8 +63,8 @@ def make_loss(
 
     if phase != "rglf":
 
-        def language(params: Any, batch: Mapping[str, Any], rng: jax.Array) -> Any:
-            del rng
+        def language(params: Any, batch: Mapping[str, Any], keys: jax.Array) -> Any:
+            del keys
             loss, metrics = losses.language_loss(config, params, batch, granularities, remat)
             return loss, (jnp.sum(batch["target_at"][granularities[0]] >= 0).astype(jnp.float32), metrics)
 
@@ -73,8 +75,8 @@ def make_loss(
             f"phase rglf compares all granularities of the model, {config.granularities}: leave them unset"
         )
 
-    def rglf(params: Any, batch: Mapping[str, Any], rng: jax.Array) -> Any:
-        return feedback_loss(config, params, batch, rng, feedback)
+    def rglf(params: Any, batch: Mapping[str, Any], keys: jax.Array) -> Any:
+        return feedback_loss(config, params, batch, keys, feedback)
 
     return rglf
 
@@ -83,13 +85,13 @@ def feedback_loss(
     config: ModelConfig,
     params: avg_llava.Params,
     batch: Mapping[str, Any],
-    rng: jax.Array | None,
+    keys: jax.Array | None,
     feedback: FeedbackConfig,
 ) -> tuple[jax.Array, tuple[jax.Array, dict[str, jax.Array]]]:
     """RGLF on one batch: every image of a sample learns from how well that sample was answered.
 
-    Each image is encoded once, for the answers and for the router. `rng` drives the router's dropout,
-    None = none. An image counts if its sample has an answer token at every granularity.
+    Each image is encoded once, for the answers and for the router. `keys` (B,) drive the router's
+    dropout, None = none. An image counts if its sample has an answer token at every granularity.
 
     Returns:
       the loss, (how many images counted, metrics); `nll/g`, `visual_tokens` and `chosen/g` are means over them.
@@ -101,12 +103,14 @@ def feedback_loss(
     text = avg_llava.embed(config, params, batch["text"])
     shared = (config, params, pyramid, text, batch)
     nll, answered = answer_feedback(*shared, feedback.execution)  # (B, G), (B,)
-    logits = avg_llava.route(*shared, dropout=rng).logits  # (B, I, G)
+    logits = avg_llava.route(*shared, dropout=keys).logits  # (B, I, G)
 
     valid = ((batch["first_tile"] >= 0) & answered[:, None]).reshape(-1)
     nll = jnp.broadcast_to(nll[:, None], logits.shape).reshape(len(valid), -1)
     logits = logits.reshape(len(valid), -1)
-    weights = {name: getattr(feedback, name) for name in ("margin", "rank_weight", "ce_weight", "tie_nats")}
+    weights = {
+        name: getattr(feedback, name) for name in ("margin", "rank_weight", "ce_weight", "nll_weight", "tie_nats")
+    }
     loss, metrics = losses.feedback_loss(logits, nll, valid, **weights)
 
     count = jnp.sum(valid).astype(jnp.float32)

@@ -57,7 +57,8 @@ def begin(config: ml_collections.ConfigDict, workdir: Path, mesh: jax.sharding.M
     if config.init_from:
         loaded = checkpoint.load(config.init_from, config.vision_tower or None, mesh, dtypes(config), config.seed)
         model = override(loaded.config, config.model)
-        params, tokenizer, trained = loaded.params, loaded.tokenizer_folder, loaded.meta["granularities_trained"]
+        params = _with_fresh(config, model, loaded.params, mesh)
+        tokenizer, trained = loaded.tokenizer_folder, loaded.meta["granularities_trained"]
         _same_shapes(params, parameters.abstract(model), config.init_from)
     else:
         model = override(ModelConfig(), config.model)
@@ -74,6 +75,21 @@ def begin(config: ml_collections.ConfigDict, workdir: Path, mesh: jax.sharding.M
         checkpoint.save_config(workdir, model, config.to_dict(), trained)
     multihost_utils.sync_global_devices("config.json and tokenizer are written")
     return Start(model, params)
+
+
+def _with_fresh(
+    config: ml_collections.ConfigDict, model: ModelConfig, params: parameters.Params, mesh: jax.sharding.Mesh
+) -> parameters.Params:
+    """`params`, in which the components of `config.fresh` are drawn anew."""
+    if not config.fresh:
+        return params
+
+    def draw() -> parameters.Params:
+        return parameters.split(parameters.init(model, jax.random.key(config.seed), dtypes(config)), config.fresh)[0]
+
+    shapes, _ = parameters.split(parameters.abstract(model), config.fresh)
+    _, kept = parameters.split(params, config.fresh)
+    return parameters.merge(jax.jit(draw, out_shardings=sharding.shardings(mesh, shapes))(), kept)
 
 
 def override(model: ModelConfig, overrides: ml_collections.ConfigDict) -> ModelConfig:
@@ -116,6 +132,9 @@ def check(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> None:
         raise ValueError(f"checkpoint_every={config.checkpoint_every} must be at least 1")
     if config.max_bad_steps < 0:
         raise ValueError(f"max_bad_steps={config.max_bad_steps} must not be negative")
+    unknown = sorted(set(config.fresh) - set(parameters.COMPONENTS))
+    if unknown:
+        raise ValueError(f"fresh names {unknown[0]!r}: the components are {', '.join(parameters.COMPONENTS)}")
     if not config.data.path:
         raise ValueError("data.path is not set: give a LLaVA JSON or JSONL, or `jersey`")
     if not config.init_from and not config.get("tokenizer"):

@@ -38,9 +38,9 @@ class Step:
         dtype, seed = setup.DTYPES[config.compute_dtype], config.seed
 
         def update(ours: Any, state: Any, frozen: Any, batch: Any, step: jax.Array) -> tuple[Any, Any, Any]:
-            def of_ours(ours: Any, batch: Any, rng: jax.Array) -> Any:
+            def of_ours(ours: Any, batch: Any, keys: jax.Array) -> Any:
                 ours = sharding.constrain(jax.tree.map(lambda x: x.astype(dtype), ours))
-                return loss(parameters.merge(ours, frozen), batch, rng)
+                return loss(parameters.merge(ours, frozen), batch, keys)
 
             rng = jax.random.fold_in(jax.random.key(seed), step)
             grads, value, metrics = gradients(of_ours, ours, batch, rng, settings.accumulate)

@@ -1,0 +1,300 @@
+"""The routes: /v1/chat/completions, /v1/models, /health, /metrics, and the page at /.
+
+    body --read_body--> bytes --reading.read--> Ask --engine.submit--> Ticket --pieces--> replies
+
+A request is refused with its HTTP status up to its first piece; what goes wrong later ends the stream with an error.
+Whatever way an exchange ends, its ticket is cancelled, so a client that leaves frees its slot.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import hmac
+import logging
+import pathlib
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, TypeVar
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from avg_llava_jax.answering.requests import Answer
+from avg_llava_jax.engine.engine import Engine
+from avg_llava_jax.engine.tickets import Cancelled, QueueFull, Ticket
+from avg_llava_jax.server import reading
+from avg_llava_jax.server.limits import Limits
+from avg_llava_jax.server.metrics import CONTENT_TYPE, Metrics
+from avg_llava_jax.server.refusal import Refusal, json_response, refusal_of
+from avg_llava_jax.server.replies import DONE, Reply, event
+
+logger = logging.getLogger(__name__)
+
+PAGE = pathlib.Path(__file__).with_name("page.html")
+DISCARDED = 4
+"""A body over its bound is read to its end, and thrown away, up to so many times the bound: who sends hears why."""
+LEFT = 499  # what others count a client as that left
+NOTHING_ELSE = (
+    "default-src 'none'; connect-src 'self'; img-src blob: data:; style-src 'unsafe-inline'; "
+    "script-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+EXPECTED = (ValueError, RuntimeError, TimeoutError, QueueFull, Cancelled)
+"""What may come of a request; RuntimeError is the engine's and XLA's."""
+
+T = TypeVar("T")
+
+
+class _Left(Exception):
+    """The client is gone: there is nobody to reply to."""
+
+
+class Service:
+    """An engine behind HTTP.
+
+    name: what clients call the model. key: what they must send as a bearer token, if anything.
+    places: chat completions at once, the engine's slots and queue together; more are refused before they are read.
+    draining: set it to accept nothing new. running: chat completions that are not replied to yet.
+    """
+
+    def __init__(self, engine: Engine, name: str, limits: Limits, key: str | None = None, places: int = 72):
+        self.engine, self.model, self.name, self.limits = engine, engine.model, name, limits
+        self.draining, self.running = False, 0
+        self.metrics = Metrics()
+        self._key = None if key is None else key.encode()
+        self._places = places
+        self._threads = concurrent.futures.ThreadPoolExecutor(places, thread_name_prefix="ticket")
+        self._since = int(time.time())
+        self.app = Starlette(
+            routes=[
+                Route("/", self.page),
+                Route("/health", self.health),
+                Route("/metrics", self.measured),
+                Route("/v1/models", self.models),
+                Route("/v1/models/{name}", self.models),
+                Route("/v1/chat/completions", _Asgi(self.chat), methods=["POST"]),
+            ],
+            exception_handlers={
+                Refusal: lambda _, error: error.response(),
+                HTTPException: lambda request, error: _no_route(request, error).response(),
+                Exception: lambda _, error: refusal_of(error, 1).response(),
+            },
+        )
+
+    async def page(self, _: Request) -> Response:
+        headers = {"Content-Security-Policy": NOTHING_ELSE, "Cache-Control": "no-cache"}
+        return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=headers)
+
+    async def health(self, _: Request) -> Response:
+        status = "draining" if self.draining else "ok" if self.engine.open else "failed"
+        return json_response({"status": status}, 200 if status == "ok" else 503)
+
+    async def measured(self, _: Request) -> Response:
+        return PlainTextResponse(self.metrics.text(self.engine.stats()), media_type=CONTENT_TYPE)
+
+    async def models(self, request: Request) -> Response:
+        """The one model, as a list or by its name; `avg_llava` says what it can do and what a request may ask for."""
+        if refusal := self._unauthorized(request):
+            raise refusal
+        config, limits = self.model.config, self.limits
+        ours = {
+            "granularities": list(config.granularities),
+            "max_length": config.language.max_length,
+            "step": self.model.step,
+            "limits": {
+                "body_bytes": limits.body_bytes,
+                "pixels": limits.pixels,
+                "images": limits.images,
+                "new_tokens": limits.new_tokens,
+            },
+        }
+        entry = {
+            "id": self.name,
+            "object": "model",
+            "created": self._since,
+            "owned_by": "avg_llava_jax",
+            "avg_llava": ours,
+        }
+        asked = request.path_params.get("name")
+        if asked is None:
+            return json_response({"object": "list", "data": [entry]})
+        if asked != self.name:
+            raise Refusal(404, f"there is no model {asked!r} here, only {self.name!r}", "model", "model_not_found")
+        return json_response(entry)
+
+    async def chat(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One chat completion, from its headers to its last byte."""
+        request = Request(scope, receive)
+        self.running += 1
+        try:
+            with contextlib.ExitStack() as stack:
+                try:
+                    response = await self._reply(request, stack)
+                except (Refusal, *EXPECTED) as error:
+                    response = self._refused(error).response()
+                self.metrics.replies[response.status_code] += 1
+                await response(scope, receive, send)
+        except (_Left, ClientDisconnect):
+            self.metrics.replies[LEFT] += 1
+        finally:
+            self.running -= 1
+
+    async def _reply(self, request: Request, stack: contextlib.ExitStack) -> Response:
+        """The response, once there is a first piece of it; `stack` frees what it needs until it is sent."""
+        begin = time.perf_counter()
+        problem = self._unacceptable(request)
+        body = await self._body(request, 0 if problem else self.limits.body_bytes)
+        if problem:
+            raise problem
+        ask, text_tokens = await asyncio.to_thread(self._prepare, body)
+        ticket = await asyncio.to_thread(self.engine.submit, ask.request)
+        stack.callback(ticket.cancel)
+        reply = Reply(self.name, self.model.config, ask.sizes, text_tokens)
+        pieces = self._follow(ticket, begin)
+        if not ask.stream:
+            answer = await _unless_left(request, _last(pieces))
+            return json_response(reply.completion(answer))
+        first = await _unless_left(request, anext(pieces))
+        events = self._events(reply, ask.include_usage, first, pieces)
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        return StreamingResponse(events, 200, headers, media_type="text/event-stream")
+
+    def _prepare(self, body: bytes) -> tuple[reading.Ask, int]:
+        """A body, checked, and how many tokens its text has."""
+        ask = reading.read(body, self.model.config, self.limits, self.name)
+        sample = self.model.prepare(ask.request).sample
+        return ask, len(sample.tokens.ids) - len(sample.sizes)
+
+    async def _follow(self, ticket: Ticket, begin: float) -> AsyncIterator[str | Answer]:
+        """An answer's pieces, and then the answer. Raises TimeoutError, and what became of the ticket."""
+        loop, deadline = asyncio.get_running_loop(), begin + self.limits.seconds
+
+        async def wait(call: Callable[..., T], *arguments: Any) -> T:
+            running = loop.run_in_executor(self._threads, call, *arguments)
+            return await asyncio.wait_for(running, deadline - time.perf_counter())
+
+        iterator, first = ticket.pieces(), None
+        while (piece := await wait(next, iterator, None)) is not None:
+            if first is None:
+                first = time.perf_counter()
+                self.metrics.first_piece.observe(first - begin)
+            yield piece
+        answer = await wait(ticket.result)
+        end = time.perf_counter()
+        self.metrics.whole.observe(end - begin)
+        if first is not None and len(answer.token_ids) > 1:
+            self.metrics.each_token.observe((end - first) / (len(answer.token_ids) - 1))
+        yield answer
+
+    async def _events(
+        self, reply: Reply, include_usage: bool, first: str | Answer, rest: AsyncIterator[str | Answer]
+    ) -> AsyncIterator[str]:
+        """Server-sent events: who speaks, the pieces, the end with what was seen, the usage if asked for."""
+        yield event(reply.chunk({"role": "assistant", "content": ""}))
+        try:
+            item = first
+            while not isinstance(item, Answer):
+                yield event(reply.chunk({"content": item}))
+                item = await anext(rest)
+        except EXPECTED as error:
+            yield event(self._refused(error).body())
+            return
+        yield event(reply.chunk({}, item))
+        if include_usage:
+            yield event(reply.usage_chunk(item))
+        yield DONE
+
+    def _unacceptable(self, request: Request) -> Refusal | None:
+        """What the headers alone are refused for."""
+        if self.draining:
+            return Refusal(503, "the server is shutting down", code="draining", retry_after=self.metrics.retry_after())
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            return Refusal(415, f"Content-Type must be application/json, not {kind!r}", code="invalid_content_type")
+        if refusal := self._unauthorized(request):
+            return refusal
+        return self._refused(QueueFull()) if self.running > self._places else None
+
+    def _unauthorized(self, request: Request) -> Refusal | None:
+        scheme, _, token = request.headers.get("authorization", "").partition(" ")
+        if self._key is None or (
+            scheme.lower() == "bearer" and hmac.compare_digest(token.strip().encode("latin-1"), self._key)
+        ):
+            return None
+        return Refusal(401, "this server wants its API key: Authorization: Bearer KEY", code="invalid_api_key")
+
+    def _refused(self, error: Exception) -> Refusal:
+        if self.draining and isinstance(error, RuntimeError):  # the engine is closed
+            error = Cancelled()
+        refusal = refusal_of(error, self.metrics.retry_after())
+        if refusal.status == 500:
+            logger.error("a request failed", exc_info=error)
+        return refusal
+
+    async def _body(self, request: Request, limit: int) -> bytes:
+        """The body. Beyond `limit` it is read and thrown away: a client that may send all of it hears why not."""
+        body, size = bytearray(), 0
+        most = DISCARDED * self.limits.body_bytes
+        try:
+            async with asyncio.timeout(self.limits.seconds):
+                if _declared(request) <= most:
+                    async for chunk in request.stream():
+                        size += len(chunk)
+                        if size <= limit:
+                            body += chunk
+                        elif size > most:
+                            break
+        except TimeoutError:
+            raise Refusal(408, f"the body was not there after {self.limits.seconds:g} seconds") from None
+        if max(size, _declared(request)) > limit > 0:
+            raise Refusal(413, f"the body is over {limit} bytes: send smaller images", code="body_too_large")
+        return bytes(body)
+
+
+class _Asgi:
+    """A method as an ASGI application: Starlette takes plain functions for handlers that return a response."""
+
+    def __init__(self, call: Callable[[Scope, Receive, Send], Awaitable[None]]):
+        self._call = call
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._call(scope, receive, send)
+
+
+async def _unless_left(request: Request, work: Awaitable[T]) -> T:
+    """What `work` gives; raises _Left, and gives it up, where the client leaves first."""
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_left(request))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise _Left
+        return working.result()
+    finally:
+        working.cancel()
+        leaving.cancel()
+
+
+async def _left(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _last(items: AsyncIterator[T]) -> T:
+    async for item in items:
+        last = item
+    return last
+
+
+def _declared(request: Request) -> int:
+    """Content-Length; 0 where there is none."""
+    length = request.headers.get("content-length", "0")
+    return int(length) if length.isdecimal() else 0
+
+
+def _no_route(request: Request, error: HTTPException) -> Refusal:
+    return Refusal(error.status_code, f"{request.method} {request.url.path}: {error.detail}")

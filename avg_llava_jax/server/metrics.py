@@ -1,0 +1,94 @@
+"""What Prometheus reads at /metrics: the engine's counts, and what clients have waited, in its text format 0.0.4."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from avg_llava_jax.engine.stats import Stats
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+WAITS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+STEPS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
+
+GAUGES = {"waiting": "Requests in the queue.", "running": "Requests that have a slot."}
+COUNTERS = {
+    "requests_admitted": "Requests that got a slot.",
+    "requests_finished": "Requests that were answered.",
+    "requests_cancelled": "Requests that were cancelled.",
+    "requests_failed": "Requests that failed in the engine.",
+    "requests_rejected": "Requests that the engine did not take, the queue being full among others.",
+    "tokens": "Tokens generated.",
+    "visual_tokens": "Visual tokens of all prompts.",
+    "image_hits": "Images that were encoded already.",
+    "image_misses": "Images that were not.",
+    "prefix_hits": "Prompts whose beginning was cached.",
+    "prefix_tokens": "Positions of prompts that were cached.",
+}
+
+
+class Histogram:
+    """Counts of observations up to each bound. bounds: ascending, in seconds."""
+
+    def __init__(self, bounds: tuple[float, ...]):
+        self.bounds, self.total, self.count = bounds, 0.0, 0
+        self._counts = [0] * len(bounds)
+
+    def observe(self, seconds: float) -> None:
+        self.total += seconds
+        self.count += 1
+        for place, bound in enumerate(self.bounds):
+            if seconds <= bound:
+                self._counts[place] += 1
+
+    def samples(self) -> Iterator[tuple[str, float]]:
+        """(suffix and labels, value)."""
+        for bound, count in zip(self.bounds, self._counts, strict=True):
+            yield f'_bucket{{le="{bound}"}}', count
+        yield '_bucket{le="+Inf"}', self.count
+        yield "_sum", self.total
+        yield "_count", self.count
+
+
+class Metrics:
+    """What the server itself measures; used from its event loop alone."""
+
+    def __init__(self) -> None:
+        self.first_piece = Histogram(WAITS)
+        self.each_token = Histogram(STEPS)
+        self.whole = Histogram(WAITS)
+        self.replies: collections.Counter[int] = collections.Counter()
+
+    def retry_after(self) -> int:
+        """Seconds until a place may be free: what an answer took so far, 1 to 30."""
+        return max(1, min(30, round(self.whole.total / self.whole.count))) if self.whole.count else 1
+
+    def text(self, stats: Stats) -> str:
+        """Everything, the engine's `stats` included."""
+        lines: list[str] = []
+
+        def add(name: str, kind: str, about: str, samples: Any) -> None:
+            name = f"avg_llava_{name}"
+            lines.extend([f"# HELP {name} {about}", f"# TYPE {name} {kind}"])
+            lines.extend(f"{name}{suffix} {value}" for suffix, value in samples)
+
+        for name, about in GAUGES.items():
+            add(f"requests_{name}", "gauge", about, [("", getattr(stats, name))])
+        for name, about in COUNTERS.items():
+            add(f"{name}_total", "counter", about, [("", getattr(stats, name.removeprefix("requests_")))])
+        add("images_total", "counter", "Images seen, by granularity.", _labelled("granularity", stats.granularities))
+        add(
+            "replies_total",
+            "counter",
+            "Chat completions by HTTP status.",
+            _labelled("status", self.replies),
+        )
+        add("first_piece_seconds", "histogram", "From a request to its first piece.", self.first_piece.samples())
+        add("each_token_seconds", "histogram", "Mean of one answer, after its first piece.", self.each_token.samples())
+        add("request_seconds", "histogram", "From a request to its end.", self.whole.samples())
+        return "\n".join(lines) + "\n"
+
+
+def _labelled(label: str, counts: Mapping[int, int]) -> list[tuple[str, float]]:
+    return [(f'{{{label}="{key}"}}', count) for key, count in sorted(counts.items())]

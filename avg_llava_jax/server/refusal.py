@@ -1,0 +1,74 @@
+"""What is refused, and why, in the shape that OpenAI's clients read."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from starlette.responses import Response
+
+from avg_llava_jax.answering.requests import Request
+from avg_llava_jax.data.errors import BadSample
+from avg_llava_jax.engine.tickets import Cancelled, QueueFull
+
+
+class Refusal(Exception):
+    """An HTTP error that says what is wrong.
+
+    param: the field at fault, as a path (`messages[0].content[1].image_url`), where there is one.
+    code: short and machine-readable, where clients act on it.
+    retry_after: seconds until the same request may succeed.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: int | None = None,
+    ):
+        super().__init__(message)
+        self.status, self.message, self.param, self.code, self.retry_after = status, message, param, code, retry_after
+
+    def body(self) -> dict[str, Any]:
+        """{"error": {message, type, param, code}}."""
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        if self.status == 429:
+            kind = "rate_limit_error"
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> Response:
+        headers = {}
+        if self.retry_after is not None:
+            headers["Retry-After"] = str(self.retry_after)
+        if self.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        if self.status == 504:
+            headers["x-should-retry"] = "false"  # OpenAI's client would ask twice more for what takes too long
+        return json_response(self.body(), self.status, headers)
+
+
+def json_response(values: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """JSON in ASCII: a message may quote what is no valid Unicode."""
+    return Response(json.dumps(values), status, headers, media_type="application/json")
+
+
+def refusal_of(error: Exception, retry_after: int) -> Refusal:
+    """What the engine raised, as what the client is told."""
+    if isinstance(error, Refusal):
+        return error
+    if isinstance(error, QueueFull):
+        return Refusal(429, "too many requests are waiting", code="queue_full", retry_after=retry_after)
+    if isinstance(error, Cancelled):
+        return Refusal(503, "the server is shutting down", code="draining", retry_after=retry_after)
+    if isinstance(error, TimeoutError):
+        return Refusal(504, "the answer took longer than this server allows; ask for fewer tokens", code="timeout")
+    if isinstance(error, BadSample):
+        return Refusal(400, error.detail, code=error.reason)
+    if isinstance(error, ValueError):
+        field = re.match(r"(\w+)=", str(error))
+        param = field[1] if field and field[1] in Request.__dataclass_fields__ else None
+        return Refusal(400, str(error), param)
+    return Refusal(500, "the server failed on this request; its log says why", code="internal_error")

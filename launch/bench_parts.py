@@ -1,0 +1,188 @@
+"""A training step and the parts that it is made of, each as a compiled function that can be timed by itself.
+
+Whatever learns in the phase is run forward and backward, the rest forward alone:
+
+    encode      vision encoder and connector          LMM g       language model at granularity g, answer's NLL
+    pool        scaler                                router      router and RGLF loss (phase rglf)
+    optimizer   gradients to fp32, clip, AdamW, and the copy in the compute dtype that the next step reads
+
+What a step does besides (text embeddings, adding up gradients) is in none of them.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+from PIL import Image
+
+from avg_llava_jax import parameters
+from avg_llava_jax.config import ModelConfig
+from avg_llava_jax.data.conversation import IGNORE, IMAGE, Tokens
+from avg_llava_jax.data.images import image_ref
+from avg_llava_jax.data.packing import Sample, Shape, load_tiles, make_sample
+from avg_llava_jax.data.pipeline import collate_rows
+from avg_llava_jax.models import avg_llava
+from avg_llava_jax.models.scaler import scale
+from avg_llava_jax.parallel import sharding
+from avg_llava_jax.training import feedback, losses, phases, setup
+from avg_llava_jax.training.optimizer import OptimizerConfig, make_optimizer
+from avg_llava_jax.training.step import Step
+
+Run = Callable[[], Any]
+"""Does the thing once and returns what it computes, before it is computed."""
+
+
+def random_batch(config: ModelConfig, rows: int, shape: Shape) -> dict[str, Any]:
+    """Random samples that fill a shape: each a picture of a mosaic of `shape.tiles` tiles, and text that ends with the
+    answer. Nothing is padding but what a shape reserves for newlines.
+
+    Raises:
+      ValueError: the model has no mosaic of so many tiles.
+    """
+    draw, tile = np.random.default_rng(0), config.vision.image_size**2
+    sizes = [(width, height) for width, height in config.pinpoints if 1 + width * height // tile == shape.tiles]
+    if not sizes:
+        raise ValueError(f"no mosaic of this model makes {shape.tiles} tiles with the overview: {config.pinpoints}")
+    width, height = sizes[0]
+
+    def sample(number: int) -> Sample:
+        picture = Image.fromarray(draw.integers(0, 256, (height, width, 3), np.uint8))
+        ids = draw.integers(0, config.language.vocab_size, shape.text).tolist()
+        labels = [IGNORE] * (shape.text - shape.answer) + ids[shape.text - shape.answer :]
+        return make_sample(f"random {number}", Tokens([IMAGE, *ids], [IGNORE, *labels]), [image_ref(picture)])
+
+    samples = [sample(number) for number in range(rows)]
+    return collate_rows(samples, [load_tiles(each, config) for each in samples], shape, config, config.granularities)
+
+
+class Whole:
+    """The step that `launch.train` runs, again and again on one batch, in as many executions as are to be compared.
+
+    They share parameters and state, which each run moves on; the buffers are donated, as in training.
+    """
+
+    def __init__(self, steps: Mapping[str, Step], params: parameters.Params, batch: Any):
+        any_step = next(iter(steps.values()))
+        self._steps, self._batch = steps, batch
+        self.ours, self.frozen = any_step.split(params)
+        self.state = any_step.init(self.ours)
+
+    def run(self, name: str) -> Run:
+        def once() -> Any:
+            step = self._steps[name]
+            self.ours, self.state, metrics = step.update(
+                self.ours, self.state, self.frozen, self._batch, jnp.zeros((), jnp.int32)
+            )
+            return self.ours, self.state, metrics
+
+        return once
+
+
+class Part(NamedTuple):
+    """One part of a step: what it is called, and how to run it."""
+
+    name: str
+    run: Run
+
+
+def parts(config: ml_collections.ConfigDict, model: ModelConfig, whole: Whole, batch: Any) -> Iterator[Part]:
+    """The parts of a step, one after another on the mesh in use; run each before the next is asked for.
+
+    In phase `rglf` two more, which are none: all granularities as one program, `per_length` and `vmap`.
+    """
+    dtype = setup.DTYPES[config.compute_dtype]
+    cast = jax.jit(lambda ours: sharding.constrain(jax.tree.map(lambda x: x.astype(dtype), ours)))
+    yield from _of_the_model(config, model, parameters.merge(cast(whole.ours), whole.frozen), batch)
+    yield Part("optimizer", _optimizer(config, whole))
+
+
+def _of_the_model(
+    config: ml_collections.ConfigDict, model: ModelConfig, params: parameters.Params, batch: Any
+) -> Iterator[Part]:
+    """All but the optimizer; params in the compute dtype."""
+    learns, remat = config.phase != "rglf", config.remat
+
+    def timed(function: Callable[..., Any], *arguments: Any, fixed: Any = None) -> Run:
+        """function(*arguments, fixed), with the gradients of its arguments where the phase trains through it."""
+
+        def both(arguments: Any, fixed: Any) -> Any:
+            out, back = jax.vjp(lambda *arguments: function(*arguments, fixed), *arguments)
+            return out, [sharding.constrain(g) if isinstance(g, dict) else g for g in back(out)]
+
+        compiled = jax.jit(both if learns else lambda arguments, fixed: function(*arguments, fixed))
+        return lambda: compiled(arguments, fixed)
+
+    sees = {name: params[name] for name in ("encoder", "connector")}
+    speaks = {name: params[name] for name in ("language", "image_newline")}
+    yield Part("encode", timed(lambda p, pixels: avg_llava.see(model, p, pixels, remat), sees, fixed=batch["pixels"]))
+
+    features = jax.jit(lambda p, pixels: avg_llava.see(model, p, pixels))(sees, batch["pixels"])
+    yield Part("pool", timed(lambda features, _: scale(model, features), features))
+
+    pyramid = jax.jit(lambda features: scale(model, features))(features)
+    text = jax.jit(lambda p, ids: avg_llava.embed(model, p, ids))(speaks, batch["text"])
+    del features
+    for granularity in setup.granularities(config, model):
+        fixed = batch["index"][granularity], batch["target_at"][granularity], batch["targets"]
+
+        def answer(p: Any, pyramid: jax.Array, text: jax.Array, fixed: Any) -> jax.Array:
+            return losses.answer_nll(model, p, pyramid, text, *fixed, remat)[0]
+
+        yield Part(f"LMM {granularity}", timed(answer, speaks, pyramid, text, fixed=fixed))
+
+    if not learns:
+        for execution in ("per_length", "vmap"):
+            measured = jax.jit(
+                lambda p, pyramid, text, batch, execution=execution: feedback.answer_feedback(
+                    model, p, pyramid, text, batch, execution
+                )
+            )
+            yield Part(execution, lambda measured=measured: measured(speaks, pyramid, text, batch))
+        yield Part("router", _router(config, model, params["router"], pyramid, text, batch))
+
+
+def _router(
+    config: ml_collections.ConfigDict, model: ModelConfig, router: Any, pyramid: jax.Array, text: jax.Array, batch: Any
+) -> Run:
+    """Router and loss, forward and backward, given what the frozen model answered."""
+    settings = phases.FeedbackConfig(**config.rglf)
+    weights = {name: getattr(settings, name) for name in ("margin", "rank_weight", "ce_weight", "tie_nats")}
+
+    @jax.jit
+    def both(router: Any, pyramid: jax.Array, text: jax.Array, batch: Any) -> Any:
+        keys = jax.random.split(jax.random.key(0), len(text))
+        nll = jnp.broadcast_to(jnp.linspace(1.0, 2.0, len(model.granularities)), (len(text), len(model.granularities)))
+
+        def loss(router: Any) -> jax.Array:
+            logits = avg_llava.route(model, {"router": router}, pyramid, text, batch, keys).logits[:, 0]
+            return losses.feedback_loss(logits, nll, jnp.ones(len(text), bool), **weights)[0]
+
+        return jax.value_and_grad(loss)(router)
+
+    return lambda: both(router, pyramid, text, batch)
+
+
+def _optimizer(config: ml_collections.ConfigDict, whole: Whole) -> Run:
+    """AdamW on the run's own parameters and state, which it moves on; both are donated."""
+    settings = OptimizerConfig(**config.optimizer)
+    optimizer, dtype = make_optimizer(settings, config.steps), setup.DTYPES[config.compute_dtype]
+    grads = jax.jit(lambda ours: sharding.constrain(jax.tree.map(lambda x: x.astype(dtype) * 1e-3, ours)))(whole.ours)
+
+    def update(ours: Any, state: Any, grads: Any) -> Any:
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+        updates, state = optimizer.update(grads, state, ours)
+        ours = optax.apply_updates(ours, updates)
+        return ours, state, sharding.constrain(jax.tree.map(lambda x: x.astype(dtype), ours))
+
+    places = jax.tree.map(lambda x: x.sharding, (whole.ours, whole.state))
+    compiled = jax.jit(update, donate_argnums=(0, 1), out_shardings=(*places, None))
+
+    def once() -> Any:
+        whole.ours, whole.state, copy = compiled(whole.ours, whole.state, grads)
+        return whole.ours, whole.state, copy
+
+    return once

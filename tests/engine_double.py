@@ -1,0 +1,74 @@
+"""An engine without a device: it answers whatever is asked with the words of the question, backwards."""
+
+import threading
+import time
+from collections import Counter
+
+from avg_llava_jax.answering.requests import Answer
+from avg_llava_jax.data.errors import BadSample
+from avg_llava_jax.data.geometry import visual_count
+from avg_llava_jax.engine.stats import Stats
+from avg_llava_jax.engine.tickets import Cancelled, QueueFull, Ticket
+
+
+class EngineDouble:
+    """Takes `places` requests at once. While `held`, answers stop after their first word.
+
+    A question with "crash" in it fails, one with "damaged" has an image that cannot be decoded.
+    """
+
+    def __init__(self, model, places=4):
+        self.model, self.places, self.held = model, places, threading.Event()
+        self.requests, self.ends, self.running, self.open = [], Counter(), 0, True
+
+    def submit(self, request):
+        self.model.prepare(request)
+        if self.running >= self.places:
+            raise QueueFull("full")
+        self.requests.append(request)
+        self.running += 1
+        ticket = Ticket(lambda: None)
+        threading.Thread(target=self._answer, args=(request, ticket), daemon=True).start()
+        return ticket
+
+    def _answer(self, request, ticket):
+        words = [word for word in request.prompt[-1]["value"].split() if word != "<image>"][::-1]
+        outcome = None
+        for number, word in enumerate(words[: request.max_new_tokens]):
+            while self.held.is_set() and number and not ticket.cancelled:
+                time.sleep(0.005)
+            if ticket.cancelled:
+                outcome = Cancelled()
+            elif word in ("crash", "damaged"):
+                outcome = RuntimeError("boom") if word == "crash" else BadSample("corrupt_image", "image: damaged")
+            if outcome:
+                break
+            ticket.show(" " * bool(number) + word)
+        self.running -= 1
+        self.ends[type(outcome).__name__] += 1
+        ticket.end(outcome or self._answered(request, words))
+
+    def _answered(self, request, words):
+        model, images = self.model, self.model.prepare(request).sample.sizes
+        levels = model.config.granularities
+        wanted = request.granularity if isinstance(request.granularity, list) else [request.granularity] * len(images)
+        choice = tuple(levels[1] if g == "auto" else g for g in wanted)
+        shares = tuple({level: 1 / len(levels) for level in levels} for _ in wanted) if "auto" in wanted else ()
+        single = len(choice) == 1
+        counts = [visual_count(size, model.config, g) for size, g in zip(images, choice, strict=True)]
+        kept = words[: request.max_new_tokens]
+        return Answer(
+            " ".join(kept),
+            (choice[0] if single else choice) if choice else None,
+            sum(counts),
+            (shares[0] if single and shares else shares) if choice else None,
+            {"total": 0.25},
+            tuple(range(len(kept))),
+            "length" if len(kept) < len(words) else "stop",
+        )
+
+    def stats(self):
+        return Stats(running=self.running, finished=self.ends["NoneType"], cancelled=self.ends["Cancelled"])
+
+    def close(self, drain=True):
+        self.held.clear()
