@@ -277,8 +277,9 @@ def table(report: dict[str, Any]) -> str:
     lines += [
         "",
         f"`{report['shape']}`, {report['dtype']}, {report['device']}, {report['threads'] or 'all'} threads, "
-        f"{report['new_tokens']} new tokens, medians of {report['repeats']} by the {report['clock']} clock. Bounds: {peaks['flops'] / 1e9:.0f} "
-        f"GFLOP/s and {peaks['bandwidth'] / 1e9:.1f} GB/s, measured here by one matrix product and one sum.",
+        f"{report['new_tokens']} new tokens, medians of {report['repeats']} by the {report['clock']} clock. Bounds: "
+        f"{peaks['flops'] / 1e9:.0f} GFLOP/s and {peaks['bandwidth'] / 1e9:.1f} GB/s, measured here by one matrix "
+        "product and one sum.",
     ]
     return "\n".join(lines) + "\n"
 
