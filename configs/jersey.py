@@ -61,7 +61,7 @@ STAGES = {
         "init_from": str(base.ASSETS / "jersey"),
         "steps": 600,
         "data.path": "jersey?split=router&turns=1&coarse=0.4&near=0.5&size=2048",
-        "data.shapes": 1,  # so that a batch holds pictures of all shapes
+        "data.shapes": 2,
         "optimizer.learning_rate": 4e-3,
         "optimizer.weight_decay": 0.0,
         "rglf.ce_weight": 0.3,  # the paper's 0.1 takes longer to tell one instruction from another
@@ -84,7 +84,7 @@ def get_config(stage: str = "full") -> ConfigDict:
     config.optimizer.warmup = 0.05
     config.optimizer.b2 = 0.98
     config.optimizer.weight_decay = 0.01
-    config.rglf.tie_nats = 0.004
+    config.rglf.tie_nats = 0.01
     config.model = model()
     if stage == "tiny":
         config.model.vision.update({"patch_size": 24, "width": 32, "layers": 2, "heads": 2, "mlp_width": 64})
