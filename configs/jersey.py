@@ -84,7 +84,7 @@ def get_config(stage: str = "full") -> ConfigDict:
     config.optimizer.warmup = 0.05
     config.optimizer.b2 = 0.98
     config.optimizer.weight_decay = 0.01
-    config.rglf.tie_nats = 0.01
+    config.rglf.tie_nats = 0.005
     config.model = model()
     if stage == "tiny":
         config.model.vision.update({"patch_size": 24, "width": 32, "layers": 2, "heads": 2, "mlp_width": 64})
