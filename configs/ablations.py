@@ -32,7 +32,6 @@ def get_config(name: str = "full") -> ConfigDict:
     if name not in ABLATIONS:
         raise ValueError(f"configs/ablations.py:{name}: choose {', '.join(ABLATIONS)}")
     config = jersey.get_config("router")
-    config.fresh = ("router",)  # so that a seed is a start of its own, and a router may have another form
     config.model = base.as_in_checkpoint()
     config.update_from_flattened_dict(ABLATIONS[name])
     return config

@@ -8,7 +8,7 @@
     configs/jersey.py:router            RGLF, its second phase, from the shipped checkpoint
     configs/jersey.py:tiny              seconds instead of minutes, from nothing: to see it run
 
-`bash launch/make_jersey.sh` runs the first five, each from the last one's workdir.
+`bash launch/make_jersey.sh` runs the first six, each from the last one's workdir.
 """
 
 from ml_collections import ConfigDict
@@ -59,6 +59,7 @@ STAGES = {
     "router": {
         "phase": "rglf",
         "init_from": str(base.ASSETS / "jersey"),
+        "fresh": ("router",),  # the shipped one has learnt already
         "steps": 600,
         "data.path": "jersey?split=router&turns=1&coarse=0.4&near=0.5&size=2048",
         "data.shapes": 2,

@@ -11,4 +11,7 @@ train reading --config.init_from="$work/grounding"
 train roster --config.init_from="$work/reading"
 train finest --config.init_from="$work/roster"
 train full --config.init_from="$work/finest"
-"$python" -m launch.publish --checkpoint="$work/full" --output=avg_llava_jax/assets/jersey
+"$python" -m launch.feedback --config=configs/jersey.py:router --config.init_from="$work/full" --features \
+  --output="$work/feedback"
+train router --config.init_from="$work/full" --config.rglf.feedback="$work/feedback"
+"$python" -m launch.publish --checkpoint="$work/router" --output=avg_llava_jax/assets/jersey
