@@ -174,10 +174,10 @@ def test_bad_requests_fail_alone(model, engine, photos):
             engine.submit(Request(**{"prompt": "Who?", "images": photos[0]} | bad))
         assert "\n" not in str(error.value)
     failed = engine.stats().failed
-    # The router's choice decides whether this one fits.
-    long = Request("long " * 60 + "Who?", photos[2:3] * 2)
+    # The router's choice decides whether this one fits: all but the coarsest do not.
+    long = Request("long " * 85 + "Who?", photos[2:3] * 2)
     outcomes = answers(engine, [long, good])
-    assert isinstance(outcomes[0], ValueError) and "granularity=8 would fit" in str(outcomes[0])
+    assert isinstance(outcomes[0], ValueError) and "granularity=4 would fit" in str(outcomes[0])
     assert outcomes[1] == plain(ticket.result(0)) == alone(model, good)
     assert engine.stats().failed == failed + 1 and engine.stats().rejected >= 4
 
