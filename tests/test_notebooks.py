@@ -76,10 +76,6 @@ def test_the_checkpoint_comes_back(folder):
     assert (folder / "pytorch" / "transformers" / "modeling_avg_llava.py").is_file()
 
 
-def test_examples_are_drawn(workdir):
-    assert (workdir / "plots" / "examples.png").stat().st_size > 5000
-
-
 def test_report_has_what_it_promises(workdir):
     report = json.loads((workdir / "report.json").read_text())
     assert report["accuracy"].keys() == POLICIES and report["n"] == 12
