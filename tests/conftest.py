@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -51,6 +52,14 @@ def tiny() -> ModelConfig:
 def params(tiny):
     """Fresh parameters of `tiny`."""
     return jax.jit(lambda key: avg_llava.init(tiny, key))(jax.random.key(1))
+
+
+@pytest.fixture(scope="session")
+def photos() -> list[Image.Image]:
+    """Noise in four shapes."""
+    rng = np.random.default_rng(0)
+    sizes = ((32, 16), (16, 40), (30, 30), (50, 31))
+    return [Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)) for width, height in sizes]
 
 
 @pytest.fixture

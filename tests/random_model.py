@@ -1,10 +1,12 @@
 """A model with random weights that says something else to every picture and prompt."""
 
+import dataclasses
 import functools
 import pathlib
 
 import jax
 
+from avg_llava_jax.answering.requests import Answer
 from avg_llava_jax.api import AvgLlava
 from avg_llava_jax.checkpoint import Loaded
 from avg_llava_jax.config import ModelConfig
@@ -30,3 +32,11 @@ def save_random_model(config: ModelConfig, tokenizer: Tokenizer, folder: pathlib
     meta = {"step": 1, "training": None, "granularities_trained": None}
     convert.write_checkpoint(Loaded(config, model.params, tokenizer.folder, meta), folder)
     return model
+
+
+def plain(answer: Answer) -> Answer:
+    """An answer less its timings and the last bits of its probabilities."""
+    rows = answer.probabilities
+    rows = () if rows is None else rows if isinstance(rows, tuple) else (rows,)
+    rounded = tuple(tuple((g, round(p, 4)) for g, p in row.items()) for row in rows)
+    return dataclasses.replace(answer, timings={}, probabilities=rounded)

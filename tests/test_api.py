@@ -1,38 +1,19 @@
 """The Python face: batches, streams, chats, stop strings, seeds and errors."""
 
-import dataclasses
 import subprocess
 import sys
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from avg_llava_jax import checkpoint
 from avg_llava_jax.api import AvgLlava, Request
 from tests.conftest import TOKENIZER
-from tests.random_model import random_model
-
-SIZES = ((32, 16), (16, 40), (30, 30), (50, 31))
+from tests.random_model import plain, random_model
 
 
 @pytest.fixture(scope="module")
 def model(tiny, tokenizer):
     return random_model(tiny, tokenizer)
-
-
-@pytest.fixture(scope="module")
-def photos():
-    rng = np.random.default_rng(0)
-    return [Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)) for width, height in SIZES]
-
-
-def result(answer):
-    """An answer less its timings and the last bits of its probabilities."""
-    shares = answer.probabilities
-    rows = () if shares is None else shares if isinstance(shares, tuple) else (shares,)
-    rounded = tuple(tuple((g, round(p, 4)) for g, p in row.items()) for row in rows)
-    return dataclasses.replace(answer, timings={}, probabilities=rounded)
 
 
 def test_a_batch_gives_what_each_gives_alone(model, photos):
@@ -47,8 +28,8 @@ def test_a_batch_gives_what_each_gives_alone(model, photos):
         Request("Who stands left of 4?", photos[0], temperature=1.3, seed=4, top_p=0.9, top_k=50, max_new_tokens=12),
         Request("Tell me more of it, " * 10, photos[0], max_new_tokens=12),
     ]
-    together = [result(answer) for answer in model.answer_batch(requests)]
-    alone = [result(model.answer_batch([request])[0]) for request in requests]
+    together = [plain(answer) for answer in model.answer_batch(requests)]
+    alone = [plain(model.answer_batch([request])[0]) for request in requests]
     assert together == alone
 
     assert len({answer.text for answer in alone}) > 5
@@ -70,7 +51,7 @@ def test_a_stream_joins_to_the_answer(model, photos):
         pieces = list(stream)
         assert "".join(pieces) == answer.text == stream.answer.text
         assert len(pieces) > 1
-        assert result(stream.answer) == result(answer)
+        assert plain(stream.answer) == plain(answer)
 
 
 def test_stop_strings_and_limits(model, photos):
@@ -82,7 +63,7 @@ def test_stop_strings_and_limits(model, photos):
     assert (cut.text, cut.finish) == (before, "stop")
     assert cut.token_ids == whole.token_ids[: len(cut.token_ids)]
     stream = model.stream(photos[0], "Who stands left of 4?", max_new_tokens=12, stop=stop)
-    assert "".join(stream) == before and result(stream.answer) == result(cut)
+    assert "".join(stream) == before and plain(stream.answer) == plain(cut)
 
 
 def test_an_end_token_ends_the_answer(model, photos):
@@ -105,9 +86,9 @@ def test_a_chat_is_the_conversation_asked_anew(model, photos):
         {"from": "gpt", "value": first.text},
         {"from": "human", "value": "<image>\nWhat is this?"},
     ]
-    assert result(model.answer(photos[0], turns, max_new_tokens=6)) == result(second)
+    assert plain(model.answer(photos[0], turns, max_new_tokens=6)) == plain(second)
     turns += [{"from": "gpt", "value": second.text}, {"from": "human", "value": "<image>\nAnd this?"}]
-    assert result(model.answer(photos[:2], turns, max_new_tokens=6, granularity=8)) == result(third)
+    assert plain(model.answer(photos[:2], turns, max_new_tokens=6, granularity=8)) == plain(third)
     assert third.granularity == (8, 8)
     streamed = "".join(chat.stream("Sure?"))
     assert chat.turns[-1] == {"from": "gpt", "value": streamed} and len(chat.turns) == 8
@@ -161,7 +142,7 @@ def test_a_saved_checkpoint_answers_as_the_model_did(model, photos, tmp_path):
     loaded = AvgLlava.load(tmp_path)
     assert loaded.step == 7
     options = {"prompt": "Who stands left of 4?", "max_new_tokens": 12}
-    assert result(loaded.answer(photos[0], **options)) == result(model.answer(photos[0], **options))
+    assert plain(loaded.answer(photos[0], **options)) == plain(model.answer(photos[0], **options))
 
 
 def test_names_load_late():

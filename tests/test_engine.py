@@ -1,21 +1,17 @@
 """The engine: the same answers as one at a time, whatever runs beside them, and nothing compiles."""
 
-import dataclasses
 import threading
 
 import jax
 import numpy as np
 import pytest
-from PIL import Image
 
 from avg_llava_jax.answering.requests import Request
 from avg_llava_jax.api import AvgLlava
 from avg_llava_jax.engine import programs
 from avg_llava_jax.engine.engine import Cancelled, Engine, QueueFull
 from avg_llava_jax.engine.stress import compilations, stress
-from tests.random_model import random_model
-
-SIZES = ((32, 16), (16, 40), (30, 30), (50, 31))
+from tests.random_model import plain, random_model
 
 
 @pytest.fixture(scope="module")
@@ -23,12 +19,6 @@ def model(tiny, tokenizer):
     """Its parameters are bound to a device, as those of a checkpoint are: that decides what compiles."""
     params = jax.device_put(random_model(tiny, tokenizer).params, jax.devices()[0])
     return AvgLlava(tiny, params, tokenizer)
-
-
-@pytest.fixture(scope="module")
-def photos():
-    rng = np.random.default_rng(0)
-    return [Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)) for width, height in SIZES]
 
 
 def make(model, **options):
@@ -55,14 +45,6 @@ def answers(engine, requests):
         except (RuntimeError, ValueError, Cancelled) as error:
             outcomes.append(error)
     return outcomes
-
-
-def plain(answer):
-    """An answer less its timings and the last bits of its probabilities."""
-    rows = answer.probabilities
-    rows = () if rows is None else rows if isinstance(rows, tuple) else (rows,)
-    rounded = tuple(tuple((g, round(p, 4)) for g, p in row.items()) for row in rows)
-    return dataclasses.replace(answer, timings={}, probabilities=rounded)
 
 
 def alone(model, request):

@@ -138,8 +138,7 @@ def start(
     return length, tokens, count, done
 
 
-@functools.partial(sharding.jit, static_argnums=(0, 6), donate_argnums=2)
-def decode(
+def advance(
     config: ModelConfig,
     params: avg_llava.Params,
     state: State,
@@ -150,22 +149,8 @@ def decode(
 ) -> State:
     """Generate until every row is done, at most `steps` (a traced scalar) tokens more.
 
-    The state is donated: its cache is updated in place, and the argument must not be used again.
     `stops`: int (K,), the ids that end a row. `greedy`: whether every row is; that program sorts nothing.
     """
-    return advance(config, params, state, sampling, stops, steps, greedy)
-
-
-def advance(
-    config: ModelConfig,
-    params: avg_llava.Params,
-    state: State,
-    sampling: Sampling,
-    stops: jax.Array,
-    steps: jax.Array,
-    greedy: bool,
-) -> State:
-    """`decode` as part of a larger program."""
     # Taken apart once for all tokens, which costs as much as one token does otherwise.
     split = on_one_cpu()
     layers = apart(params["language"]["layers"]) if split else None
@@ -196,6 +181,11 @@ def advance(
 
     end = jax.lax.while_loop(unfinished, one_token, (jnp.zeros((), jnp.int32), begun))[1]
     return end._replace(cache=jax.tree.map(lambda *parts: jnp.concatenate(parts), *end.cache)) if split else end
+
+
+decode = sharding.jit(advance, static_argnums=(0, 6), donate_argnums=2)
+"""`advance` as a program of its own. The state is donated: its cache is updated in place, and the argument must not be
+used again."""
 
 
 def sample(logits: jax.Array, sampling: Sampling, count: jax.Array, greedy: bool) -> jax.Array:
