@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from avg_llava_jax.api import AvgLlava
 from avg_llava_jax.config import LanguageConfig, ModelConfig, RouterConfig, ScalerConfig, VisionConfig
 from avg_llava_jax.data.tokenizer import Tokenizer, load_tokenizer
 from avg_llava_jax.models import avg_llava
@@ -60,6 +61,22 @@ def photos() -> list[Image.Image]:
     rng = np.random.default_rng(0)
     sizes = ((32, 16), (16, 40), (30, 30), (50, 31))
     return [Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)) for width, height in sizes]
+
+
+@pytest.fixture(scope="module")
+def unweighted(tiny, tokenizer) -> AvgLlava:
+    """A model that only prepares requests."""
+    return AvgLlava(tiny, None, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def served(unweighted):
+    """The server, with an engine that needs no device behind it."""
+    from tests.served import Served  # what it imports, only these tests need
+
+    served = Served(unweighted)
+    yield served
+    served.close()
 
 
 @pytest.fixture

@@ -6,20 +6,7 @@ import zlib
 
 import pytest
 
-from avg_llava_jax.api import AvgLlava
-from tests.served import ONE, Served, encoded, link, linked, text, user
-
-
-@pytest.fixture(scope="module")
-def model(tiny, tokenizer):
-    return AvgLlava(tiny, None, tokenizer)  # it only prepares requests
-
-
-@pytest.fixture(scope="module")
-def served(model):
-    served = Served(model)
-    yield served
-    served.close()
+from tests.served import ONE, encoded, link, linked, text, user
 
 
 def bomb(side):

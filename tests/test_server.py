@@ -11,25 +11,12 @@ import httpx
 import openai
 import pytest
 
-from avg_llava_jax.api import AvgLlava
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.data.geometry import visual_count
 from avg_llava_jax.server.limits import Limits
 from avg_llava_jax.server.replies import lattices
 from avg_llava_jax.server.serving import bind
 from tests.served import HEAD, ONE, Served, encoded, link, linked, text, user
-
-
-@pytest.fixture(scope="module")
-def model(tiny, tokenizer):
-    return AvgLlava(tiny, None, tokenizer)  # it only prepares requests
-
-
-@pytest.fixture(scope="module")
-def served(model):
-    served = Served(model)
-    yield served
-    served.close()
 
 
 def test_openai_client_several_turns_and_images(served, tiny):
@@ -142,8 +129,8 @@ def test_an_answer_that_breaks_off_ends_its_stream_with_the_error(served):
         list(stream)
 
 
-def test_a_full_queue_asks_to_come_again(model):
-    served = Served(model)
+def test_a_full_queue_asks_to_come_again(unweighted):
+    served = Served(unweighted)
     served.engine.held.set()
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         taken = [pool.submit(served.ask, "c b a") for _ in range(served.engine.places)]
@@ -156,9 +143,9 @@ def test_a_full_queue_asks_to_come_again(model):
     served.close()
 
 
-def test_what_has_no_place_is_not_read(model):
+def test_what_has_no_place_is_not_read(unweighted):
     """Whose body does not come takes a place, no more than one."""
-    served = Served(model, places=1)
+    served = Served(unweighted, places=1)
     with socket.create_connection(("127.0.0.1", served.serving.port)) as connection:
         connection.sendall(HEAD + b"Content-Length: 9\r\n\r\n{")
         served.until(lambda: served.service.running == 1)
@@ -183,8 +170,8 @@ def test_a_client_that_leaves_frees_its_slot(served, stream):
     served.engine.held.clear()
 
 
-def test_what_takes_too_long_is_given_up(model):
-    served = Served(model, limits=Limits(seconds=1))
+def test_what_takes_too_long_is_given_up(unweighted):
+    served = Served(unweighted, limits=Limits(seconds=1))
     served.engine.held.set()
     with pytest.raises(openai.APIStatusError, match="longer than this server allows") as caught:
         served.ask("b a")
@@ -199,8 +186,8 @@ def test_what_takes_too_long_is_given_up(model):
     served.close()
 
 
-def test_the_key(model):
-    served = Served(model, key="secret")
+def test_the_key(unweighted):
+    served = Served(unweighted, key="secret")
     assert served.ask("b a").choices[0].message.content == "a b"
     for sent in (None, b"Bearer wrong", b"Bearer", b"secret", b"Bearer s\xe9"):
         raw = {} if sent is None else {"Authorization": sent}
@@ -232,11 +219,11 @@ class _Pictures(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def test_remote_images_come_from_allowed_hosts_alone(model):
+def test_remote_images_come_from_allowed_hosts_alone(unweighted):
     pictures = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Pictures)
     threading.Thread(target=pictures.serve_forever, daemon=True).start()
     host = f"127.0.0.1:{pictures.server_port}"
-    served = Served(model, limits=Limits(image_bytes=50_000, image_hosts=(host,)))
+    served = Served(unweighted, limits=Limits(image_bytes=50_000, image_hosts=(host,)))
     for path in ("good", "near"):
         reply = served.post(messages=linked(f"http://{host}/{path}"))
         assert reply.json()["avg_llava"]["images"][0]["size"] == [32, 16], reply.text
@@ -254,8 +241,8 @@ def test_remote_images_come_from_allowed_hosts_alone(model):
     pictures.shutdown()
 
 
-def test_draining_finishes_what_runs_and_takes_nothing_new(model):
-    served = Served(model)
+def test_draining_finishes_what_runs_and_takes_nothing_new(unweighted):
+    served = Served(unweighted)
     served.engine.held.set()
     stream = served.ask("c b a", stream=True)
     draining = threading.Thread(target=served.serving.drain, args=(20,))
@@ -271,8 +258,8 @@ def test_draining_finishes_what_runs_and_takes_nothing_new(model):
         httpx.get(f"{served.url}/health")
 
 
-def test_what_does_not_finish_while_draining_is_told_so(model):
-    served = Served(model)
+def test_what_does_not_finish_while_draining_is_told_so(unweighted):
+    served = Served(unweighted)
     served.engine.held.set()
     stream = served.ask("c b a", stream=True)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
