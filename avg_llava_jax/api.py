@@ -52,11 +52,15 @@ class Stream:
 
 
 class AvgLlava:
-    """A model with its tokenizer. Made by `load`; `config`, `params`, `tokenizer` and `step` may be read."""
+    """A model with its tokenizer. Made by `load`; `config`, `params`, `tokenizer` and `step` may be read.
+
+    decoding: the parameters once more, as `generate.decode` wants them; no memory of their own.
+    """
 
     def __init__(self, config: ModelConfig, params: Params, tokenizer: Tokenizer, step: int = 0):
         self.config = config
         self.params = params
+        self.decoding = generate.for_decoding(params)
         self.tokenizer = tokenizer
         self.step = step
         self.stop_ids = stop_ids(tokenizer, config.template)
@@ -249,7 +253,7 @@ class Part:
         stops = np.array(model.stop_ids, np.int32)
         embeds = generate.pack(model.config, model.params, pyramid, text, index)
         logits, cache = generate.prefill(model.config, model.params, embeds, lengths, self.room)
-        state = generate.State(cache, *generate.start(logits, sampling, stops, lengths, self.room, greedy))
+        state = generate.start(model.config, model.decoding, cache, logits, sampling, stops, lengths, self.room, greedy)
         jax.block_until_ready(state.tokens)
         self.timings["prefill"] = time.perf_counter() - start
         start = time.perf_counter()
@@ -265,7 +269,7 @@ class Part:
                 break
             yield pieces
             state = state._replace(done=jnp.asarray(done))
-            state = generate.decode(model.config, model.params, state, sampling, stops, np.int32(self._steps), greedy)
+            state = generate.decode(model.config, model.decoding, state, sampling, stops, np.int32(self._steps), greedy)
         self._counts = count
         self.timings["decode"] = time.perf_counter() - start
         self.timings["total"] = time.perf_counter() - self._begin

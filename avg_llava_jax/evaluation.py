@@ -257,7 +257,7 @@ def _answer_batch(
     chosen = choices(config, scores)
 
     def greedy(picked: Sequence[Choice]) -> list[str | None]:
-        ids = batching.greedy(config, model.params, seen, picked, model.stop_ids, max_new_tokens, rows)
+        ids = batching.greedy(config, model.params, model.decoding, seen, picked, model.stop_ids, max_new_tokens, rows)
         return [None if row is None else model.tokenizer.decode(row).strip() for row in ids]
 
     # Without images all granularities are one.

@@ -81,7 +81,7 @@ def answered(params, batch, sizes):
     logits, cache = generate.prefill(MODEL, params, embeds, length, ROOM)
     whole = zero.astype(np.int32)
     sampling = generate.Sampling(zero, zero + 1, whole, whole.astype(np.uint32), whole + ROOM)
-    state = generate.State(cache, *generate.start(logits, sampling, stops, length, ROOM, True))
+    state = generate.start(MODEL, params, cache, logits, sampling, stops, length, ROOM, True)
     state = generate.decode(MODEL, params, state, sampling, stops, np.int32(ROOM), True)
     assert np.all(state.count == ROOM)
     return jax.device_get((routing.logits, logits, state.cache, state.tokens))

@@ -51,9 +51,13 @@ def test_golden_tokens(golden_model, case):
         embeds = generate.pack(config, model.params, seen.pyramid, seen.text, index)
         logits, cache = generate.prefill(config, model.params, embeds, length, NEW_TOKENS)
         np.testing.assert_allclose(logits[0], golden[f"logits.{name}[-1]"], atol=1e-4, rtol=1e-4)
-        state = generate.State(cache, *generate.start(logits, sampling, stops, length, NEW_TOKENS, True))
-        state = generate.decode(config, model.params, state, sampling, stops, np.int32(NEW_TOKENS), True)
-        assert state.tokens[0].tolist() == golden[f"generate.{name}"][1:].tolist(), name
+        # Layer by layer, as on one CPU, and by the scan, as everywhere else; `decode` donates its state.
+        for params in (model.decoding, model.params):
+            state = generate.start(
+                config, params, jax.tree.map(jnp.copy, cache), logits, sampling, stops, length, NEW_TOKENS, True
+            )
+            state = generate.decode(config, params, state, sampling, stops, np.int32(NEW_TOKENS), True)
+            assert state.tokens[0].tolist() == golden[f"generate.{name}"][1:].tolist(), name
 
 
 def test_decoding_with_the_cache_equals_the_full_forward_pass(tiny, tokenizer):

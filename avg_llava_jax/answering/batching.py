@@ -177,13 +177,17 @@ def check_length(config: ModelConfig, sample: Sample, choice: Sequence[int]) -> 
 def greedy(
     config: ModelConfig,
     params: Params,
+    decoding: Params,
     seen: Seen,
     choices: Sequence[Sequence[int]],
     stop_ids: Sequence[int],
     max_new_tokens: int,
     rows: int,
 ) -> list[list[int] | None]:
-    """Greedy answers of a whole batch: token ids without the end token; None where a prompt does not fit."""
+    """Greedy answers of a whole batch: token ids without the end token; None where a prompt does not fit.
+
+    decoding: the parameters as `generate.for_decoding` gives them.
+    """
     limit = config.language.max_length
     lengths = [length_at(config, sample, choice) for sample, choice in zip(seen.samples, choices, strict=True)]
     fitting = [row for row, length in enumerate(lengths) if length <= limit]
@@ -202,8 +206,8 @@ def greedy(
     stops = np.array(stop_ids, np.int32)
     embeds = generate.pack(config, params, seen.pyramid[take], seen.text[take], index)
     logits, cache = generate.prefill(config, params, embeds, length, room)
-    state = generate.State(cache, *generate.start(logits, sampling, stops, length, room, True))
-    state = generate.decode(config, params, state, sampling, stops, np.int32(room), True)
+    state = generate.start(config, decoding, cache, logits, sampling, stops, length, room, True)
+    state = generate.decode(config, decoding, state, sampling, stops, np.int32(room), True)
     tokens, count = jax.device_get((state.tokens, state.count))
     for at, row in enumerate(fitting):
         answers[row] = without_end(tokens[at, : count[at]].tolist(), stop_ids)

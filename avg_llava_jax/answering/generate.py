@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.models import avg_llava
-from avg_llava_jax.models.attention import on_one_cpu
+from avg_llava_jax.models.attention import HeadsFirst, on_one_cpu
 from avg_llava_jax.models.language import KeyValues, apart, extend, layer_by_layer
 from avg_llava_jax.models.router import Routing
 from avg_llava_jax.parallel import sharding
@@ -45,12 +45,12 @@ class Sampling(NamedTuple):
 class State(NamedTuple):
     """A batch in the middle of its answers.
 
-    cache: capacity C, of which the first `cached` (B,) entries are real.
+    cache: capacity C, of which the first `cached` (B,) entries are real; `apart` where the layers that read it are.
     tokens: int (B, N), the first `count` (B,) are generated; a stop id ends a row and is kept.
     done: bool (B,).
     """
 
-    cache: KeyValues
+    cache: KeyValues | list[HeadsFirst]
     cached: jax.Array
     tokens: jax.Array
     count: jax.Array
@@ -126,16 +126,50 @@ def prefill(
     return avg_llava.unembed(config, params, last), KeyValues(k, v)
 
 
-@functools.partial(jax.jit, static_argnums=(4, 5))
+@functools.partial(sharding.jit, static_argnums=(0, 7, 8))
 def start(
-    logits: jax.Array, sampling: Sampling, stops: jax.Array, length: jax.Array, room: int, greedy: bool
-) -> tuple[jax.Array, ...]:
-    """Pick the first token from the prompt's logits (B, V): the fields of `State` that follow `cache`."""
+    config: ModelConfig,
+    params: avg_llava.Params,
+    cache: KeyValues,
+    logits: jax.Array,
+    sampling: Sampling,
+    stops: jax.Array,
+    length: jax.Array,
+    room: int,
+    greedy: bool,
+) -> State:
+    """Pick the first token from the prompt's logits (B, V).
+
+    `params` are those that will `decode`: the cache is brought into the form that they want.
+    """
     first = sample(logits, sampling, jnp.zeros_like(length), greedy)
     count = jnp.minimum(1, sampling.limit)
     tokens = jnp.zeros((len(logits), room), jnp.int32).at[:, 0].set(first)
     done = (sampling.limit <= 1) | jnp.isin(first, stops)
-    return length, tokens, count, done
+    return State(cache_for(params, cache), length, tokens, count, done)
+
+
+def cache_for(params: avg_llava.Params, cache: KeyValues) -> KeyValues | list[HeadsFirst]:
+    """A cache in the form that `advance` wants with these parameters."""
+    return apart(cache) if isinstance(params["language"]["layers"], tuple) else cache
+
+
+def for_decoding(params: avg_llava.Params) -> avg_llava.Params:
+    """Parameters as `advance` reads them fastest: on one CPU device with the language model's layers apart.
+
+    They lie where the stacked ones do, which must be kept: nothing is copied.
+    """
+    if not on_one_cpu():
+        return params
+    language = params["language"]
+    stacked = jax.device_get(language["layers"])
+
+    def layer(at: int) -> dict[str, jax.Array]:
+        # A slice on the device would be a copy; one of the host's view is none.
+        return jax.device_put(jax.tree.map(lambda leaf: leaf[at], stacked), may_alias=True)
+
+    count = len(jax.tree.leaves(stacked)[0])
+    return params | {"language": language | {"layers": tuple(map(layer, range(count)))}}
 
 
 def advance(
@@ -149,12 +183,9 @@ def advance(
 ) -> State:
     """Generate until every row is done, at most `steps` (a traced scalar) tokens more.
 
-    `stops`: int (K,), the ids that end a row. `greedy`: whether every row is; that program sorts nothing.
+    `params` may be `for_decoding`; `state` is what `start` made for them. `stops`: int (K,), the ids that end a row.
+    `greedy`: whether every row is; that program sorts nothing.
     """
-    # Taken apart once for all tokens, which costs as much as one token does otherwise.
-    split = on_one_cpu()
-    layers = apart(params["language"]["layers"]) if split else None
-    begun = state._replace(cache=apart(state.cache)) if split else state
 
     def unfinished(carry: tuple[jax.Array, State]) -> jax.Array:
         step, state = carry
@@ -165,8 +196,8 @@ def advance(
         rows = jnp.arange(len(tokens))
         last = tokens[rows, jnp.maximum(count - 1, 0)]
         x = avg_llava.embed(config, params, last)[:, None]
-        if split:
-            hidden, cache = layer_by_layer(config.language, params["language"], layers, x, cache, cached)
+        if isinstance(cache, list):
+            hidden, cache = layer_by_layer(config.language, params["language"], x, cache, cached)
         else:
             hidden, new = avg_llava.language(config, params, x, cached[:, None], cache, cached)
             cache = extend(cache, new, cached)
@@ -179,8 +210,7 @@ def advance(
         done = done | jnp.isin(token, stops) | (count >= sampling.limit)
         return step + 1, State(cache, cached + going, tokens, count, done)
 
-    end = jax.lax.while_loop(unfinished, one_token, (jnp.zeros((), jnp.int32), begun))[1]
-    return end._replace(cache=jax.tree.map(lambda *parts: jnp.concatenate(parts), *end.cache)) if split else end
+    return jax.lax.while_loop(unfinished, one_token, (jnp.zeros((), jnp.int32), state))[1]
 
 
 decode = sharding.jit(advance, static_argnums=(0, 6), donate_argnums=2)

@@ -132,7 +132,14 @@ class Device:
             state[:, row] = answer.slot, answer.last, answer.cached, answer.count
         sampling = _sampling(count, rows, [a.request for a in answers], [a.limit for a in answers])
         self._cache, tokens, made = programs.decode(
-            *self._model, self._cache, programs.Rows(*state), sampling, self._stops, np.int32(steps), window
+            self.model.config,
+            self.model.decoding,
+            self._cache,
+            programs.Rows(*state),
+            sampling,
+            self._stops,
+            np.int32(steps),
+            window,
         )
         tokens, made = jax.device_get((tokens, made))
         return [tokens[row, : made[row]].tolist() for row in rows]

@@ -24,7 +24,7 @@ from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.engine.ladders import STEPS
 from avg_llava_jax.models import avg_llava
 from avg_llava_jax.models.avg_llava import Params
-from avg_llava_jax.models.language import KeyValues
+from avg_llava_jax.models.language import KeyValues, positions_of
 from avg_llava_jax.parallel import sharding
 from avg_llava_jax.parallel.placement import constrain
 
@@ -156,14 +156,17 @@ def decode(
     row = jnp.arange(len(rows.slot))
     tokens = jnp.zeros((len(row), cache.k.shape[2]), jnp.int32).at[row, jnp.maximum(rows.count - 1, 0)].set(rows.last)
     begun = generate.State(
-        _near(cache, rows.slot, window), rows.cached, tokens, rows.count, rows.count >= sampling.limit
+        generate.cache_for(params, _near(cache, rows.slot, window)),
+        rows.cached,
+        tokens,
+        rows.count,
+        rows.count >= sampling.limit,
     )
     end = generate.advance(config, params, begun, sampling, stops, steps, False)
 
     ahead = jnp.arange(STEPS)
     made = end.count - rows.count
-    read = rows.cached[:, None] + ahead
-    new = KeyValues(*(jnp.take_along_axis(part, read[None, ..., None, None], axis=2) for part in end.cache))
+    new = positions_of(end.cache, rows.cached[:, None] + ahead)
     tokens = jnp.take_along_axis(end.tokens, rows.count[:, None] + ahead, axis=1, mode="clip")
     return _written(cache, new, rows.slot, rows.cached, made), tokens, made
 

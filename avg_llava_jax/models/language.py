@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from avg_llava_jax.config import LanguageConfig
-from avg_llava_jax.models.attention import attend_cached, attention
+from avg_llava_jax.models.attention import HeadsFirst, attend_cached, attention
 from avg_llava_jax.models.stack import Remat, stack
 from avg_llava_jax.parallel.placement import constrain
 
@@ -65,7 +65,10 @@ class Linear(nn.Dense):
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm decoder layer: (B, S, D) -> the same shape, and this layer's new keys and values."""
+    """Pre-norm decoder layer: (B, S, D) -> the same shape, and this layer's new keys and values.
+
+    Of a cache that is `HeadsFirst` these are the whole cache: written before it is read, it is updated in place.
+    """
 
     config: LanguageConfig
 
@@ -80,7 +83,14 @@ class DecoderLayer(nn.Module):
 
         q, k = rotate(heads("q", config.heads), *rope), rotate(heads("k", config.kv_heads), *rope)
         v = heads("v", config.kv_heads)
-        y = attention(q, k, v, causal=True) if cache is None else attend_cached(q, (k, v), cache, cached)
+        new = (k, v)
+        if cache is None:
+            y = attention(q, k, v, causal=True)
+        elif isinstance(cache, HeadsFirst):
+            new = cache.grown(k, v, cached)
+            y = new.attend(q, cached + 1)
+        else:
+            y = attend_cached(q, new, cache, cached)
         y = Linear(config.width, use_bias=config.attention_bias, name="out")(rearrange(y, "b s h d -> b s (h d)"))
         x = constrain(x + y, "batch", None, None)
 
@@ -88,7 +98,7 @@ class DecoderLayer(nn.Module):
         gate = Linear(config.mlp_width, use_bias=False, name="gate")(y)
         up = Linear(config.mlp_width, use_bias=False, name="up")(y)
         y = Linear(config.width, use_bias=False, name="down")(jax.nn.silu(gate) * up)
-        return constrain(x + y, "batch", None, None), (k, v)
+        return constrain(x + y, "batch", None, None), new
 
 
 class LanguageModel(nn.Module):
@@ -153,33 +163,36 @@ class LanguageModel(nn.Module):
         return self.norm(x), KeyValues(*new)
 
 
-def apart(stacked: Any) -> list[Any]:
-    """Parameters or a cache of all layers as a list with one tree a layer; the first axis stays, of size 1."""
+def apart(cache: KeyValues) -> list[HeadsFirst]:
+    """A cache of all layers as a list with one a layer."""
+    k, v = (rearrange(part, "n b c g d -> n b g c d") for part in cache)
+    return [HeadsFirst(k[at], v[at]) for at in range(len(k))]
 
-    def layer(at: int) -> Any:
-        return jax.tree.map(lambda leaf: leaf[at : at + 1], stacked)
 
-    return [layer(at) for at in range(len(jax.tree.leaves(stacked)[0]))]
+def positions_of(cache: KeyValues | list[HeadsFirst], at: jax.Array) -> KeyValues:
+    """Keys and values at positions `at`, int (B, S), of each sequence: (layers, B, S, kv_heads, head_dim) each."""
+    if isinstance(cache, KeyValues):
+        return KeyValues(*(jnp.take_along_axis(part, at[None, ..., None, None], axis=2) for part in cache))
+    parts = [[jnp.take_along_axis(part, at[:, None, :, None], axis=2) for part in layer] for layer in cache]
+    return KeyValues(*(rearrange(part, "n b g s d -> n b s g d") for part in map(jnp.stack, zip(*parts, strict=True))))
 
 
 def layer_by_layer(
     config: LanguageConfig,
     params: dict[str, Any],
-    layers: Sequence[Any],
     x: jax.Array,
-    cache: Sequence[KeyValues],
+    cache: Sequence[HeadsFirst],
     cached: jax.Array,
-) -> tuple[jax.Array, list[KeyValues]]:
-    """`LanguageModel` on one new token a row, x (B, 1, D), with the layers and their caches `apart`; also the result.
+) -> tuple[jax.Array, list[HeadsFirst]]:
+    """`LanguageModel` on one new token a row, x (B, 1, D), with its layers as a tuple and their caches `apart`.
 
     In a loop over tokens on a CPU, where a scan over stacked layers copies each before it is read, this takes half of
-    the time. `params` are those of the language model; of them the last norm is read.
+    the time. The caches that it returns are apart too.
     """
     rope, new = rotary(config, cached[:, None]), []
-    for layer, (k, v) in zip(layers, cache, strict=True):
-        values = {"params": jax.tree.map(lambda leaf: leaf[0], layer)}
-        x, fresh = DecoderLayer(config).apply(values, x, rope, cached, (k[0], v[0]))
-        new.append(extend(KeyValues(k, v), KeyValues(*(part[None] for part in fresh)), cached))
+    for layer, old in zip(params["layers"], cache, strict=True):
+        x, grown = DecoderLayer(config).apply({"params": layer}, x, rope, cached, old)
+        new.append(grown)
     return nn.RMSNorm(config.norm_eps).apply({"params": params["norm"]}, x), new
 
 
