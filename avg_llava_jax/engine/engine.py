@@ -231,9 +231,12 @@ class Engine:
                     self._end(job, error)
 
     def _admit(self) -> None:
-        """Give out the free slots, in the order in which requests were seen."""
-        while self._seen and (place := self._scheduler.admit(self._seen[0])) is not None:
-            job = self._seen.pop(0)
+        """Give out the free slots, in the order in which requests were seen; some wait for what is being read."""
+        for job in list(self._seen):
+            place = self._scheduler.admit(job)
+            if place is None:
+                continue
+            self._seen.remove(job)
             if place.source is not None:
                 self._device.copy(place.source, place.slot, rung(self.ladders.windows, place.shared))
             visual = len(job.ids) - len(job.text)
