@@ -8,11 +8,15 @@ A record is made once. Where all images of a question get one granularity, what 
 oracle choice answers is the answer at that fixed granularity (answers do not depend on the batch), so it
 is looked up; a question whose images get different ones is answered once more. Another router over the
 same model needs `route_all` alone.
+
+`answer_all` answers batch by batch, each of one shape; `engine.questions.answer_all` makes the same records by
+continuous batching.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import json
 import os
@@ -20,7 +24,7 @@ import pathlib
 import random
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from tqdm import tqdm
@@ -90,6 +94,14 @@ def read_questions(
     return questions, skipped
 
 
+def check_fits(config: ModelConfig, sample: Sample) -> None:
+    """Raises BadSample `too_long` where a prompt exceeds `max_length` even at the coarsest granularity."""
+    need = batching.length_at(config, sample, (config.granularities[0],) * len(sample.sizes))
+    if need > config.language.max_length:
+        limit = config.language.max_length
+        raise BadSample("too_long", f"{need} tokens at the coarsest granularity, the model takes {limit}")
+
+
 def normalise(text: str) -> str:
     """Lower case, without punctuation, single spaces: "The No. 7!" -> "the no 7"."""
     text = "".join(c for c in text.casefold() if not unicodedata.category(c).startswith("P"))
@@ -118,23 +130,69 @@ def answer_all(
     probabilities (images, G), chosen (images,), answer (at the router's choice), adaptive {answer, right,
     visual_tokens}`, and what is `extra` of a question.
     """
+    with logged(questions, file, progress, skipped) as log:
+        for batch, shape in _batches(model.config, [question.sample for question in log.todo], batch_size):
+            group, tiles = _with_tiles(model.config, [log.todo[row] for row in batch], log)
+            for record in _answer_batch(model, group, tiles, shape, batch_size, max_new_tokens):
+                log.add(record)
+    return log.records()
+
+
+@contextlib.contextmanager
+def logged(
+    questions: Sequence[Question],
+    file: str | os.PathLike[str] | None,
+    progress: bool,
+    skipped: list[dict[str, str]] | None,
+) -> Iterator[Log]:
+    """A log of records that knows those in `file`, and appends to it; the arguments are those of `answer_all`."""
     if len({question.sample.id for question in questions}) < len(questions):
         raise ValueError("two questions have the same id; `read_questions` makes ids unique")
     known = {} if file is None else read_records(file)
     todo = [question for question in questions if question.sample.id not in known]
-    right = sum(record["adaptive"]["right"] for record in known.values())
     bar = tqdm(total=len(questions), initial=len(questions) - len(todo), unit="question", disable=not progress)
-    with bar, open(file, "a", encoding="utf-8") if file is not None else open(os.devnull, "w") as sink:
-        for batch, shape in _batches(model.config, [question.sample for question in todo], batch_size):
-            group, tiles = _with_tiles(model.config, [todo[row] for row in batch], skipped)
-            for record in _answer_batch(model, group, tiles, shape, batch_size, max_new_tokens):
-                known[record["id"]] = record
-                right += record["adaptive"]["right"]
-                sink.write(json.dumps(record, ensure_ascii=False) + "\n")
-            sink.flush()
-            bar.set_postfix_str(f"right {right / max(1, len(known)):.3f}")
-            bar.update(len(batch))
-    return [known[question.sample.id] for question in questions if question.sample.id in known]
+    with bar, open(os.devnull if file is None else file, "a", encoding="utf-8") as sink:
+        yield Log(questions, todo, known, skipped, sink, bar)
+
+
+class Log:
+    """Records of questions as they come: written to a file (JSON lines), and counted on a bar with the score so far.
+
+    todo: the questions that had no record yet when it was opened.
+    """
+
+    def __init__(
+        self,
+        questions: Sequence[Question],
+        todo: Sequence[Question],
+        known: dict[str, Record],
+        skipped: list[dict[str, str]] | None,
+        sink: TextIO,
+        bar: tqdm,
+    ):
+        self.todo = todo
+        self._questions, self._known, self._skipped, self._sink, self._bar = questions, known, skipped, sink, bar
+        self._right = sum(record["adaptive"]["right"] for record in known.values())
+
+    def add(self, record: Record) -> None:
+        """Keep a record."""
+        self._known[record["id"]] = record
+        self._right += record["adaptive"]["right"]
+        self._sink.write(json.dumps(record, ensure_ascii=False) + "\n")
+        self._sink.flush()
+        self._bar.set_postfix_str(f"right {self._right / len(self._known):.3f}", refresh=False)
+        self._bar.update()
+
+    def skip(self, question: Question, error: BadSample) -> None:
+        """Leave a question out; raises the error where nobody keeps a list of those."""
+        if self._skipped is None:
+            raise error
+        self._skipped.append({"id": question.sample.id, "reason": error.reason, "detail": error.detail})
+        self._bar.update()
+
+    def records(self) -> list[Record]:
+        """All that there are, in the order of the questions."""
+        return [self._known[question.sample.id] for question in self._questions if question.sample.id in self._known]
 
 
 def read_records(file: str | os.PathLike[str]) -> dict[str, Record]:
@@ -220,7 +278,7 @@ def _batches(config: ModelConfig, samples: Sequence[Sample], size: int) -> Itera
 
 
 def _with_tiles(
-    config: ModelConfig, questions: Sequence[Question], skipped: list[dict[str, str]] | None
+    config: ModelConfig, questions: Sequence[Question], log: Log
 ) -> tuple[list[Question], list[np.ndarray]]:
     """The questions whose images can be decoded, and their tiles."""
     good: list[Question] = []
@@ -232,9 +290,7 @@ def _with_tiles(
             try:
                 tiles.append(load_tiles(question.sample, config))
             except BadSample as error:
-                if skipped is None:
-                    raise
-                skipped.append({"id": question.sample.id, "reason": error.reason, "detail": error.detail})
+                log.skip(question, error)
                 continue
         good.append(question)
     return good, tiles
@@ -255,42 +311,51 @@ def _answer_batch(
     seen = batching.see(config, model.params, samples, shape, rows, tiles)
     scores = [seen.logits(row) for row in range(len(samples))]
     chosen = choices(config, scores)
+    answers: list[dict[Choice, str | None]] = [{} for _ in questions]
 
-    def greedy(picked: Sequence[Choice]) -> list[str | None]:
+    def ask(picked: Sequence[Choice]) -> None:
         ids = batching.greedy(config, model.params, model.decoding, seen, picked, model.stop_ids, max_new_tokens, rows)
-        return [None if row is None else model.tokenizer.decode(row).strip() for row in ids]
+        for known, choice, row in zip(answers, picked, ids, strict=True):
+            known.setdefault(choice, None if row is None else model.tokenizer.decode(row).strip())
 
     # Without images all granularities are one.
-    distinct = config.granularities if any(sample.sizes for sample in samples) else config.granularities[:1]
-    answers = {g: greedy([(g,) * len(sample.sizes) for sample in samples]) for g in distinct}
-    answers = {g: answers.get(g, answers[distinct[0]]) for g in config.granularities}
-    mixed = greedy(chosen) if any(len(set(choice)) > 1 for choice in chosen) else []
+    for g in config.granularities if any(sample.sizes for sample in samples) else config.granularities[:1]:
+        ask([(g,) * len(sample.sizes) for sample in samples])
+    if any(len(set(choice)) > 1 for choice in chosen):
+        ask(chosen)
+    for question, rows_of_scores, texts in zip(questions, scores, answers, strict=True):
+        yield make_record(config, question, rows_of_scores, texts)
 
-    for row, question in enumerate(questions):
-        sample, choice = question.sample, chosen[row]
-        texts = {g: answers[g][row] for g in config.granularities}
-        text = mixed[row] if len(set(choice)) > 1 else texts[choice[0] if choice else distinct[0]]
-        yield {
-            "id": sample.id,
-            "kind": sample.kind,
-            "question": question.text,
-            "reference": question.reference,
-            "answers": texts,
-            "right": {g: _right(text, question) for g, text in texts.items()},
-            "visual_tokens": {
-                g: sum(batching.visual_tokens(config, sample, (g,) * len(sample.sizes))) for g in config.granularities
-            },
-            "scores": scores[row].tolist(),
-            "probabilities": [softmax(image) for image in scores[row]],
-            "chosen": list(choice),
-            "answer": text,
-            **question.extra,
-            "adaptive": {
-                "answer": text,
-                "right": _right(text, question),
-                "visual_tokens": sum(batching.visual_tokens(config, sample, choice)),
-            },
-        }
+
+def make_record(
+    config: ModelConfig, question: Question, scores: np.ndarray, answers: Mapping[Choice, str | None]
+) -> Record:
+    """What `answer_all` says of a question, from router scores (images, G) and its answers by choice.
+
+    answers: with all images at each granularity, and at the router's choice; None where the prompt does not fit.
+    """
+    sample, (choice,) = question.sample, choices(config, [scores])
+    every = {g: (g,) * len(sample.sizes) for g in config.granularities}
+    texts = {g: answers[each] for g, each in every.items()}
+    return {
+        "id": sample.id,
+        "kind": sample.kind,
+        "question": question.text,
+        "reference": question.reference,
+        "answers": texts,
+        "right": {g: _right(text, question) for g, text in texts.items()},
+        "visual_tokens": {g: sum(batching.visual_tokens(config, sample, each)) for g, each in every.items()},
+        "scores": scores.tolist(),
+        "probabilities": [softmax(image) for image in scores],
+        "chosen": list(choice),
+        "answer": answers[choice],
+        **question.extra,
+        "adaptive": {
+            "answer": answers[choice],
+            "right": _right(answers[choice], question),
+            "visual_tokens": sum(batching.visual_tokens(config, sample, choice)),
+        },
+    }
 
 
 def _right(text: str | None, question: Question) -> bool | float:
@@ -311,7 +376,8 @@ def answer_mixed(
     """Answers where the images of a question get different granularities, and not those that `answer_all` saw chosen.
 
     questions, records, wanted: one each a question. What is new is answered and appended to `file` (JSON lines: `id,
-    choice, answer, right, visual_tokens`); all of the file goes into the records: `record["mixed"][choice]`.
+    choice, answer, right, visual_tokens`; `answer` is None where the prompt does not fit); all of the file goes into
+    the records: `record["mixed"][choice]`.
     """
     path = pathlib.Path(file)
     by_id = {record["id"]: record for record in records}
@@ -323,21 +389,29 @@ def answer_mixed(
         for question, record, choice in zip(questions, records, wanted, strict=True)
         if len(set(choice)) > 1 and list(choice) != record["chosen"] and choice not in record.get("mixed", {})
     ]
+    if not todo:
+        return
     request = Request("", max_new_tokens=max_new_tokens)
     with open(path, "a", encoding="utf-8") as sink:
         for at in range(0, len(todo), batch_size):
-            part = todo[at : at + batch_size]
-            prepared = [
-                Prepared(request, question.sample, batching.prompt_shape(question.sample, model.config), choice)
+            part, config = todo[at : at + batch_size], model.config
+            fitting = {
+                question.sample.id: Prepared(
+                    request, question.sample, batching.prompt_shape(question.sample, config), choice
+                )
                 for question, choice in part
-            ]
-            for (question, choice), answer in zip(part, model.answer_prepared(prepared, batch_size), strict=True):
+                if batching.length_at(config, question.sample, choice) <= config.language.max_length
+            }
+            answers = dict(zip(fitting, model.answer_prepared([*fitting.values()], batch_size), strict=True))
+            for question, choice in part:
+                answer = answers.get(question.sample.id)
+                text = None if answer is None else answer.text
                 entry = {
                     "id": question.sample.id,
                     "choice": list(choice),
-                    "answer": answer.text,
-                    "right": _right(answer.text, question),
-                    "visual_tokens": answer.visual_tokens,
+                    "answer": text,
+                    "right": _right(text, question),
+                    "visual_tokens": sum(batching.visual_tokens(config, question.sample, choice)),
                 }
                 by_id[question.sample.id].setdefault("mixed", {})[choice] = entry
                 sink.write(json.dumps(entry, ensure_ascii=False) + "\n")

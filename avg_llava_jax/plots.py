@@ -26,7 +26,7 @@ KINDS = {"coarse": "tab:green", "near": "tab:blue", "fine": "tab:red", "all": "b
 
 
 def accuracy_against_tokens(report: dict[str, Any], path: Path) -> Path:
-    """The fixed granularities as a curve, and where the router, chance and the oracle stand beside it."""
+    """The fixed granularities as a curve, and where router, chance and oracle stand beside it."""
     accuracy, tokens = report["accuracy"], report["visual_tokens"]
     figure, axis = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
     ladder = list(accuracy["fixed"])
@@ -39,6 +39,11 @@ def accuracy_against_tokens(report: dict[str, Any], path: Path) -> Path:
     for name, marker in markers.items():
         if name in tokens:
             axis.plot(tokens[name], accuracy[name]["all"], marker, color="black", markersize=11, label=f"{name}, all")
+    if priced := [name for name in tokens if name.startswith("cost weight")]:
+        across, up = [tokens[name] for name in priced], [accuracy[name]["all"] for name in priced]
+        axis.plot(across, up, "*--", color="tab:red", label="adaptive, by cost weight")
+        for name, x, y in zip(priced, across, up, strict=True):
+            axis.annotate(name.split()[-1], (x, y), xytext=(4, -9), textcoords="offset points", fontsize=7)
     axis.set(xlabel="visual tokens a question", ylabel="accuracy", ylim=(0, 1.02))
     axis.grid(alpha=0.3)
     axis.legend(fontsize=7)

@@ -30,7 +30,10 @@ def weighted_choices(
 ) -> list[Choice]:
     """What `Request.cost_weight` makes of each question's router scores; `sizes` are those of its images."""
     costs = [choosing.token_costs(config, each) for each in sizes]
-    places = [choosing.best_places(rows, cost, cost_weight, None) for rows, cost in zip(scores, costs, strict=True)]
+    places = [
+        choosing.best_places(np.reshape(rows, cost.shape), cost, cost_weight, None)  # without images no rows
+        for rows, cost in zip(scores, costs, strict=True)
+    ]
     return [tuple(config.granularities[place] for place in row) for row in places]
 
 

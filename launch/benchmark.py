@@ -2,9 +2,12 @@
 
     python -m launch.benchmark --checkpoint=W --task=gqa,pope --data=DIR --workdir=OUT
 
-answers every question at every fixed granularity and at the router's choice. OUT/TASK/answers.jsonl grows as it goes
-(a run that was killed goes on from it, and launch.score reads it), OUT/TASK/report.json and plots follow each
-benchmark, OUT/table.md and OUT/table.csv hold ours beside the paper's.
+answers every question at every fixed granularity and at the router's choice, by the engine. OUT/TASK/answers.jsonl
+grows as it goes (a run that was killed goes on from it, and launch.score reads it), OUT/TASK/report.json and plots
+follow each benchmark, OUT/table.md and OUT/table.csv hold ours beside the paper's.
+
+Several processes share the questions by --coordinator, each with the model on its own devices; they share the workdir.
+Exit codes are those of launch.train.
 """
 
 import json
@@ -14,7 +17,7 @@ from typing import Any
 
 from absl import flags
 
-from launch import cli
+from launch import cli, processes
 
 TASK = flags.DEFINE_list("task", None, "Benchmarks by lmms-eval's names, separated by commas; `all` for the eleven.")
 DATA = flags.DEFINE_string(
@@ -22,20 +25,23 @@ DATA = flags.DEFINE_string(
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "Where answers, reports, plots and the table go.")
 PROFILE = flags.DEFINE_enum("profile", "lmms_eval", ["lmms_eval", "paper"], "Prompts of today or of the paper's time.")
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Questions that are answered at once.", lower_bound=1)
+SLOTS = flags.DEFINE_integer("slots", 8, "Answers that grow together.", lower_bound=1)
 MAX_NEW_TOKENS = flags.DEFINE_integer(
     "max_new_tokens", None, "Longest answer; default: each benchmark's.", lower_bound=1
 )
 LIMIT = flags.DEFINE_integer("limit", None, "Only so many rows of each split, for a try.", lower_bound=1)
 TIMED = flags.DEFINE_integer("timed", 16, "Questions that are timed one after another; 0 = none.", lower_bound=0)
+COST_WEIGHTS = flags.DEFINE_list("cost_weights", "0.1,0.4,1.6", "What tokens cost, each a row of the report.")
 SEED = flags.DEFINE_integer("seed", 0, "Of the random choice and of the bootstrap.")
+flags.adopt_module_key_flags(processes)
 
 
-def run_task(model: Any, task: Any, data: str) -> dict[str, Any]:
-    """One benchmark, from its rows to its report."""
+def run_task(model: Any, task: Any, data: str, weights: list[float]) -> dict[str, Any] | None:
+    """One benchmark, from its rows to its report, which the first process writes; None on the others."""
     from avg_llava_jax import evaluation, plots
-    from avg_llava_jax.benchmarks import records, running
+    from avg_llava_jax.benchmarks import records, running, sharing
     from avg_llava_jax.files import same_run, write_whole
+    from avg_llava_jax.parallel import hosts
 
     folder = pathlib.Path(WORKDIR.value) / task.name
     rows = records.read(task, data)[: LIMIT.value]
@@ -49,20 +55,26 @@ def run_task(model: Any, task: Any, data: str) -> dict[str, Any]:
         "profile": PROFILE.value,
         "max_new_tokens": new_tokens,
     }
-    same_run(folder, "benchmark.json", settings)
-    print(f"{task.title}: {len(rows)} questions", flush=True)
+    if hosts.first():
+        same_run(folder, "benchmark.json", settings)
+        print(f"{task.title}: {len(rows)} questions", flush=True)
     questions, skipped = running.questions_of(task, rows, model, PROFILE.value)
-    answered = evaluation.answer_all(
-        model, questions, folder / "answers.jsonl", new_tokens, BATCH_SIZE.value, skipped=skipped
-    )
+    answered = sharing.answer_together(model, questions, folder, new_tokens, SLOTS.value, skipped)
+    if not hosts.first():
+        return None
     skipped = [entry | {"where": rows[int(entry["id"])].where} for entry in skipped]
     write_whole(folder / "skipped.jsonl", "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in skipped))
     for entry in skipped[:3]:
         print(f"not asked: {entry['where']}: {entry['reason']}: {entry['detail']}", file=sys.stderr)
     if not answered:
         raise ValueError(f"{task.name}: none of {len(rows)} rows can be asked, see {folder / 'skipped.jsonl'}")
+    known = {record["id"] for record in answered}
+    questions = [question for question in questions if question.sample.id in known]
+    weighted = running.weighted_choices(model.config, questions, answered, weights)
+    for picked in weighted.values():
+        evaluation.answer_mixed(model, questions, answered, picked, folder / "mixed.jsonl", new_tokens, SLOTS.value)
     seconds = running.seconds(model, questions, answered, TIMED.value, new_tokens)
-    report = running.report(task, model.config, rows, answered, seconds, SEED.value)
+    report = running.report(task, model.config, rows, answered, seconds, SEED.value, weighted)
     report["profile"] = PROFILE.value
     write_whole(folder / "report.json", json.dumps(report, indent=1) + "\n")
     plots.accuracy_against_tokens(report, folder / plots.PLOTS / "accuracy_against_tokens.png")
@@ -74,21 +86,29 @@ def main() -> None:
     from avg_llava_jax import plots
     from avg_llava_jax.benchmarks import records, running, table, tasks
     from avg_llava_jax.files import write_whole
+    from avg_llava_jax.parallel import hosts
 
+    weights = cli.weights_of(COST_WEIGHTS.value)
     names = list(tasks.BENCHMARKS) if TASK.value == ["all"] else TASK.value
     chosen = [tasks.find(name) for name in names]
+    processes.join()
     folders = [DATA.value] if len(chosen) == 1 else [records.locate(task, DATA.value) for task in chosen]
     workdir = pathlib.Path(WORKDIR.value)
     model = cli.load_model()
     reports = []
     for task, data in zip(chosen, folders, strict=True):
-        reports.append(run_task(model, task, data))
+        report = run_task(model, task, data, weights)
+        if report is None:
+            continue
+        reports.append(report)
         lines = table.table(reports)
         write_whole(workdir / "table.md", table.markdown(lines))
         write_whole(workdir / "table.csv", table.comma_separated(lines))
-    plots.choices(running.over_tasks(reports), workdir / plots.PLOTS / "choices.png")
-    print(table.markdown(lines))
-    print(workdir / "table.md")
+    if hosts.first():
+        plots.choices(running.over_tasks(reports), workdir / plots.PLOTS / "choices.png")
+        print(table.markdown(lines))
+        print(workdir / "table.md")
+    hosts.wait("everything to be written")
 
 
 if __name__ == "__main__":

@@ -32,6 +32,17 @@ def load_model() -> AvgLlava:
     return AvgLlava.load(CHECKPOINT.value, VISION_TOWER.value, dtype=DTYPE.value, quantize=QUANTIZE.value)
 
 
+def weights_of(texts: list[str]) -> list[float]:
+    """["0", "0.5"] -> [0.0, 0.5]; ValueError for what is no weight."""
+    try:
+        weights = [float(text) for text in texts]
+    except ValueError:
+        weights = []
+    if not weights or not all(0 <= weight < float("inf") for weight in weights):
+        raise ValueError(f"--cost_weights={','.join(texts)}: give numbers of 0 or more, comma separated")
+    return sorted(set(weights))
+
+
 def run(main: Callable[[], None], required: Sequence[str], model_flags: Sequence[str] = MODEL_FLAGS) -> None:
     """Run a command. Bad flags and bad input end it with one line and exit code 2, a lost connection with 75.
 

@@ -22,17 +22,6 @@ ROUNDS = flags.DEFINE_integer("rounds", 3, "How often they are timed; the median
 flags.adopt_module_key_flags(evaluate)
 
 
-def weights_of(texts: list[str]) -> list[float]:
-    """["0", "0.5"] -> [0.0, 0.5]; ValueError for what is no weight."""
-    try:
-        weights = [float(text) for text in texts]
-    except ValueError:
-        weights = []
-    if not weights or not all(0 <= weight < float("inf") for weight in weights):
-        raise ValueError(f"--cost_weights={','.join(texts)}: give numbers of 0 or more, comma separated")
-    return sorted(set(weights))
-
-
 def table(report: dict[str, Any]) -> str:
     """A line for each way to choose."""
     kinds = list(report["points"][0]["accuracy"])
@@ -44,7 +33,7 @@ def table(report: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    weights = weights_of(COST_WEIGHTS.value)
+    weights = cli.weights_of(COST_WEIGHTS.value)
     import numpy as np
 
     from avg_llava_jax import evaluation, plots, policies, timing

@@ -10,22 +10,15 @@ SIGTERM, with a checkpoint; 75 where another process was lost).
 from absl import flags
 from ml_collections import config_flags
 
-from launch import cli
+from launch import cli, processes
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The config, configs/X.py.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Checkpoint folder of this run; an existing one is gone on with.")
-COORDINATOR = flags.DEFINE_string(
-    "coordinator", "", "auto (on SLURM, Cloud TPU, GKE TPU, Open MPI), or HOST:PORT of process 0; default: one process."
-)
-PROCESSES = flags.DEFINE_integer("processes", None, "How many processes there are, with --coordinator=HOST:PORT.")
-PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0.")
-HEARTBEAT = flags.DEFINE_integer("heartbeat", 60, "Seconds of silence after which a process counts as lost.", 5)
+flags.adopt_module_key_flags(processes)
 
 
 def main() -> None:
-    from avg_llava_jax.parallel import hosts
-
-    hosts.start(COORDINATOR.value, PROCESSES.value, PROCESS.value, HEARTBEAT.value)
+    processes.join()
     from avg_llava_jax.training.loop import train
 
     train(CONFIG.value, WORKDIR.value)

@@ -2,22 +2,34 @@
 
 import csv
 import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
 
 import pytest
 
 from avg_llava_jax import evaluation
 from avg_llava_jax.benchmarks import records, running, scoring, table, tasks
 from avg_llava_jax.config import ModelConfig
+from avg_llava_jax.engine import questions as through_engine
 from tests import benchmark_fixtures as fixtures
 from tests.random_model import random_model
-from tests.test_launch import folder, run  # noqa: F401 (a fixture)
+from tests.test_launch import ROOT, folder, run  # noqa: F401 (a fixture)
 
-OPTIONS = {"max_new_tokens": 2, "batch_size": 4, "progress": False}
+OPTIONS = {"max_new_tokens": 2, "slots": 4, "progress": False}
 
 
 @pytest.fixture(scope="module")
 def model(tiny, tokenizer):
     return random_model(tiny, tokenizer)
+
+
+@pytest.fixture(autouse=True)
+def small_image_cache(monkeypatch):
+    monkeypatch.setattr(through_engine, "IMAGE_CACHE_BYTES", 2**18)
 
 
 @pytest.mark.parametrize("name", tasks.BENCHMARKS)
@@ -28,9 +40,15 @@ def test_a_benchmark(name, model, tmp_path):
     questions, skipped = running.questions_of(task, rows, model, "lmms_eval")
     assert not skipped and sorted(int(question.sample.id) for question in questions) == list(range(len(rows)))
     file = tmp_path / "answers.jsonl"
-    answered = evaluation.answer_all(model, questions, file, **OPTIONS)
-    report = running.report(task, model.config, rows, answered)
+    answered = through_engine.answer_all(model, questions, file, **OPTIONS)
+    weighted = running.weighted_choices(model.config, questions, answered, [0.0, 0.05, 1e6])
+    for picked in weighted.values():
+        evaluation.answer_mixed(model, questions, answered, picked, tmp_path / "mixed.jsonl", 2, 4)
+    report = running.report(task, model.config, rows, answered, weighted=weighted)
 
+    for key in ("metrics", "score", "interval", "visual_tokens", "token_cut", "chosen"):
+        assert report[key]["cost weight 0"] == report[key]["adaptive"]
+        assert report[key]["cost weight 1e+06"] == report[key]["fixed"]["4"]
     score = scoring.score(task, rows, scoring.read_answers(file, len(rows)))
     assert report["metrics"]["adaptive"] == score["metrics"]
     low, high = report["interval"]["adaptive"]
@@ -42,8 +60,10 @@ def test_a_benchmark(name, model, tmp_path):
 
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
     file.write_text("".join(lines[:1]) + lines[1][:20], encoding="utf-8")
-    again = evaluation.answer_all(model, questions, file, **OPTIONS)
-    assert running.report(task, model.config, rows, again) == report
+    again = through_engine.answer_all(model, questions, file, **OPTIONS)
+    for picked in weighted.values():
+        evaluation.answer_mixed(model, questions, again, picked, tmp_path / "mixed.jsonl", 2, 4)
+    assert running.report(task, model.config, rows, again, weighted=weighted) == report
     assert file.read_text(encoding="utf-8").splitlines(keepends=True)[0] == lines[0]
 
 
@@ -56,7 +76,7 @@ def test_what_cannot_be_asked_counts_as_wrong(model, tmp_path):
     rows[5]["question"] = "red " * 300
     rows = records.read(tasks.CHARTQA, fixtures.write_hub(tmp_path, "chartqa", rows))
     questions, skipped = running.questions_of(tasks.CHARTQA, rows, model, "lmms_eval")
-    answered = evaluation.answer_all(model, questions, skipped=skipped, **OPTIONS)
+    answered = through_engine.answer_all(model, questions, skipped=skipped, **OPTIONS)
     reasons = {entry["id"]: entry["reason"] for entry in skipped}
     assert reasons == {
         "0": "missing_image", "1": "missing_image", "2": "corrupt_image", "3": "corrupt_image", "5": "too_long",
@@ -136,7 +156,7 @@ def test_the_command(folder, tmp_path):  # noqa: F811
     fixtures.write_original(tmp_path / "data" / "pope", "pope")
     (tmp_path / "data" / "pope" / "val2014" / "COCO_val2014_000000000001.jpg").write_bytes(b"no image")
     out = tmp_path / "out"
-    flags = (f"--checkpoint={folder}", f"--workdir={out}", "--max_new_tokens=2", "--batch_size=4", "--timed=0")
+    flags = (f"--checkpoint={folder}", f"--workdir={out}", "--max_new_tokens=2", "--slots=4", "--timed=0")
     code, said, error = run("benchmark", *flags, f"--data={tmp_path / 'data'}", "--task=chartqa,pope")
     assert code == 0, error
     assert "| ChartQA | 3 | 0 |" in said and "| POPE | 6 | 3 |" in said and "right 0" in error
@@ -146,7 +166,8 @@ def test_the_command(folder, tmp_path):  # noqa: F811
     assert table[0]["AVG-LLaVA-7B"] == "66.3" and table[2]["unanswered"] == "3"
     assert (out / "plots" / "choices.png").is_file()
     assert (out / "pope" / "plots" / "accuracy_against_tokens.png").is_file()
-    assert json.loads((out / "pope" / "report.json").read_text())["n"] == 6
+    report = json.loads((out / "pope" / "report.json").read_text())
+    assert report["n"] == 6 and {"cost weight 0.1", "cost weight 0.4", "cost weight 1.6"} < set(report["score"])
     assert len((out / "pope" / "skipped.jsonl").read_text().splitlines()) == 3
 
     answers = (out / "pope" / "answers.jsonl").read_bytes()
@@ -155,3 +176,73 @@ def test_the_command(folder, tmp_path):  # noqa: F811
     assert (out / "pope" / "answers.jsonl").read_bytes() == answers
     code, _, error = run("benchmark", *flags, f"--data={tmp_path / 'data'}", "--task=gqa,pope")
     assert code == 2 and error.startswith("error: ") and "has no folder for gqa: name it gqa" in error
+
+
+def start(cache, *flags):
+    """`python -m launch.benchmark` on CPU devices, its output to be read. cache: a folder for what is compiled."""
+    command = [sys.executable, "-m", "launch.benchmark", *flags]
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def start_two(cache, *flags):
+    """Two processes that share the questions."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        both = (*flags, f"--coordinator=localhost:{free.getsockname()[1]}", "--processes=2", "--heartbeat=10")
+    return [start(cache, *both, f"--process={process}") for process in range(2)]
+
+
+def kill_after(process, file, lines):
+    """SIGKILL once a file has so many lines."""
+    while not file.is_file() or file.read_bytes().count(b"\n") < lines:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+def test_killed_and_gone_on_with_by_two_processes(model, folder, tmp_path):  # noqa: F811
+    """One process is killed, then one of two; then two finish, with the answers of a run that nobody disturbed."""
+    rows = [
+        {"id": str(n), "question_id": str(n), "image": n // 4 % 4, "category": "random", "answer": "yes",
+         "question": f"Is there a cup of {n} in the image?"}
+        for n in range(60)
+    ]  # fmt: skip
+    rows[-2]["image"] = fixtures.picture(1)[:80]  # only the second process finds out
+    fixtures.write_hub(tmp_path / "data", "pope", rows)
+    out = tmp_path / "out" / "pope"
+    flags = (tmp_path / "cache", f"--checkpoint={folder}", f"--workdir={out.parent}", f"--data={tmp_path / 'data'}",
+             "--task=pope", "--max_new_tokens=4", "--slots=4", "--timed=0")  # fmt: skip
+    kill_after(start(*flags), out / "answers.jsonl", 3)
+    early = (out / "answers.jsonl").read_bytes().splitlines()[:3]
+
+    first, second = start_two(*flags)
+    kill_after(second, out / "answers.1.jsonl", 2)
+    output, _ = first.communicate()
+    assert first.returncode in (75, 134), output
+    done = sum(len((out / name).read_bytes().splitlines()) for name in ("answers.jsonl", "answers.0.jsonl"))
+    assert done < 59
+
+    pair = start_two(*flags)
+    outputs = [process.communicate()[0] for process in pair]
+    assert [process.returncode for process in pair] == [0, 0], outputs
+    assert "| POPE | 60 | 1 |" in outputs[0] and "POPE" not in outputs[1]
+    assert sorted(path.name for path in out.glob("answers*")) == ["answers.jsonl"]
+    assert (out / "answers.jsonl").read_bytes().splitlines()[:3] == early
+
+    read = records.read(tasks.POPE, tmp_path / "data")
+    questions, _ = running.questions_of(tasks.POPE, read, model, "lmms_eval")
+    expected = through_engine.answer_all(model, questions, skipped=[], **OPTIONS | {"max_new_tokens": 4})
+    found = evaluation.read_records(out / "answers.jsonl")
+    assert len(found) == 59
+    for record in expected:
+        assert [found[record["id"]][key] for key in ("answers", "chosen")] == [record["answers"], record["chosen"]]
+    report = json.loads((out / "report.json").read_text())
+    assert (report["n"], report["answered"]) == (60, 59)

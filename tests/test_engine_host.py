@@ -111,6 +111,19 @@ def test_a_shared_beginning_is_copied_and_the_oldest_slot_goes():
     assert scheduler.admit(Work([1])) is None
 
 
+def test_a_prompt_waits_for_one_that_is_read_and_begins_as_it_does():
+    scheduler = Scheduler(LADDERS)
+    image = [("a", 36)] * 100
+    first, second = Work([7, *image, 8, 9]), Work([7, *image, 8, 5])
+    assert scheduler.admit(first).shared == 0
+    assert scheduler.admit(second) is None
+    assert scheduler.admit(Work([7, ("a", 72), 9])).shared == 0  # this one shares too little to wait for
+    while first in scheduler.reading:
+        assert scheduler.admit(second) is None
+        scheduler.read(scheduler.next_reading())
+    assert scheduler.admit(second).shared == 102
+
+
 def test_what_was_given_up_keeps_what_was_read():
     scheduler = Scheduler(LADDERS)
     work = Work(list(range(200)))

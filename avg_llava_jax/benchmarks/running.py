@@ -1,23 +1,23 @@
 """A model on the paper's benchmarks: the answers at every granularity, and what each way to choose makes of them.
 
-    rows --questions_of--> questions --evaluation.answer_all--> records --report--> metrics, tokens, seconds, by policy
+    rows --questions_of--> questions --engine.questions.answer_all--> records --report--> metrics, tokens, by policy
     reports --table.table--> ours beside the paper's, as Markdown and CSV
 
-The policies are each fixed granularity, `random`, `adaptive` (the router) and `oracle` (the cheapest granularity whose
-answer scores best). A row that could not be asked counts as wrong in all of them.
+The policies are each fixed granularity, `random`, `adaptive` (the router), `oracle` (the cheapest granularity whose
+answer scores best) and `cost weight W` (the router, where tokens have that price, see `answering.choosing`). A row that
+could not be asked counts as wrong in all of them.
 """
 
 from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from avg_llava_jax import policies, timing
-from avg_llava_jax.answering import batching
+from avg_llava_jax import evaluation, policies, timing
 from avg_llava_jax.api import AvgLlava
 from avg_llava_jax.benchmarks import records, scoring
 from avg_llava_jax.benchmarks.letters import Pick
@@ -26,7 +26,7 @@ from avg_llava_jax.benchmarks.tasks import Benchmark
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.data.conversation import encode_prompt
 from avg_llava_jax.data.errors import BadSample
-from avg_llava_jax.data.packing import Sample, make_sample
+from avg_llava_jax.data.packing import make_sample
 from avg_llava_jax.evaluation import Question
 from avg_llava_jax.policies import Choice, Record
 
@@ -47,7 +47,7 @@ def questions_of(task: Benchmark, rows: Sequence[Row], model: AvgLlava, profile:
             turns = [{"from": "human", "value": prompt}]
             tokens = encode_prompt(turns, model.tokenizer, model.config.template, len(images))
             sample = make_sample(str(index), tokens, images, task.title)
-            _check_length(model.config, sample)
+            evaluation.check_fits(model.config, sample)
         except BadSample as error:
             skipped.append({"id": str(index), "reason": error.reason, "detail": error.detail})
             continue
@@ -59,16 +59,19 @@ def questions_of(task: Benchmark, rows: Sequence[Row], model: AvgLlava, profile:
     return questions, skipped
 
 
-def _check_length(config: ModelConfig, sample: Sample) -> None:
-    need = batching.length_at(config, sample, (config.granularities[0],) * len(sample.sizes))
-    if need > config.language.max_length:
-        limit = config.language.max_length
-        raise BadSample("too_long", f"{need} tokens at the coarsest granularity, the model takes {limit}")
-
-
 def _grade(task: Benchmark, gold: Any, answer: str) -> float:
     """The grade of one answer while the run goes on."""
     return task.grade(scoring.without_reasoning(answer), gold, random.Random(0))
+
+
+def weighted_choices(
+    config: ModelConfig, questions: Sequence[Question], answered: Sequence[Record], weights: Sequence[float]
+) -> dict[str, list[Choice]]:
+    """By policy, as {"cost weight 0.4": ...}: what each cost weight chooses for the answered questions."""
+    sizes = {question.sample.id: question.sample.sizes for question in questions}
+    of_each = [sizes[record["id"]] for record in answered]
+    scores = [np.asarray(record["scores"]) for record in answered]
+    return {f"cost weight {each:g}": policies.weighted_choices(config, scores, of_each, each) for each in weights}
 
 
 def report(
@@ -78,11 +81,12 @@ def report(
     answered: Sequence[Record],
     seconds: dict[str, Any] | None = None,
     seed: int = 0,
+    weighted: Mapping[str, Sequence[Choice]] | None = None,
 ) -> Report:
     """What report.json holds of one benchmark.
 
     answered: records of `answer_all` for the questions of `questions_of`; rows that have none count as wrong.
-    seconds: of `timing.seconds_per_answer`.
+    seconds: of `timing.seconds_per_answer`. weighted: of `weighted_choices`, answered where images get different ones.
 
     By policy, as {"fixed": {g: ...}, "random": ..., "adaptive": ..., "oracle": ...}: `metrics` by name; `score`, the
     headline metric as the paper's table has it, and its 95 % `interval`; `accuracy`, the mean grade; `visual_tokens`
@@ -96,6 +100,7 @@ def report(
     choices["random"] = policies.random_choices(config, graded, seed)
     choices["adaptive"] = [tuple(record["chosen"]) for record in graded]
     choices["oracle"] = policies.oracle_choices(config, graded)
+    choices |= weighted or {}
 
     parts = {name: _outcome(task, config, rows, graded, picked, seed) for name, picked in choices.items()}
     finest = parts[str(config.granularities[-1])]["visual_tokens"]
@@ -104,7 +109,8 @@ def report(
     best = max(parts[str(g)]["score"] for g in config.granularities)
     ladder = [str(g) for g in config.granularities]
     by_policy = {
-        key: {"fixed": {g: parts[g][key] for g in ladder}} | {name: parts[name][key] for name in _CHOOSING}
+        key: {"fixed": {g: parts[g][key] for g in ladder}}
+        | {name: part[key] for name, part in parts.items() if name not in ladder}
         for key in parts["adaptive"]
     }
     return {
@@ -125,9 +131,6 @@ def report(
             "speedup": task.speedup,
         },
     }
-
-
-_CHOOSING = ("random", "adaptive", "oracle")
 
 
 def _graded(task: Benchmark, config: ModelConfig, rows: Sequence[Row], answered: Sequence[Record]) -> list[Record]:
@@ -158,18 +161,20 @@ def _outcome(
     seed: int,
 ) -> dict[str, Any]:
     """Metrics, their interval, tokens and shares of one policy."""
+    outcome = policies.outcome(config, graded, picked)
     answers: list[str | None] = [None] * len(rows)
     grades = [0.0] * len(rows)
     for record, choice in zip(graded, picked, strict=True):
         place = record["index"]
         if list(choice) == record["chosen"]:
             answers[place], grades[place] = record["answer"], record["adaptive"]["right"]
+        elif len(set(choice)) > 1:
+            answers[place], grades[place] = record["mixed"][choice]["answer"], record["mixed"][choice]["right"]
         else:
             granularity = choice[0]
             answers[place], grades[place] = record["answers"][granularity], record["right"][granularity]
     sums = scoring.tally(task, rows, answers, grades)
     found = scoring.metrics(task, sums)
-    outcome = policies.outcome(config, graded, picked)
     images = sum(len(record["chosen"]) for record in graded)
     return {
         "metrics": found,

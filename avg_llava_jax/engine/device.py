@@ -86,7 +86,8 @@ class Device:
         for window in sizes.windows:
             self.copy(0, 0, window)
         jax.block_until_ready((self._cache, self._pool))
-        return 2 + sum(map(len, (sizes.tiles, sizes.routes, sizes.prefills, sizes.decodes, sizes.windows)))
+        own = sum(map(len, (sizes.tiles, sizes.routes, sizes.prefills, sizes.decodes)))
+        return 2 + own + 2 * len(sizes.windows)  # `near` and `copy` have one each
 
     def see(self, tiles: Sequence[np.ndarray], pages: Sequence[int]) -> None:
         """Encode tiles (H, W, 3), at most the largest rung of them, into pages."""
@@ -106,7 +107,7 @@ class Device:
         for row, (own, ids) in enumerate(zip(pages, texts, strict=True)):
             at[row, : len(own)], text[row, : len(ids)], lengths[row] = own, ids, len(ids)
         scores = programs.route(*self._model, self._pool, at, text, lengths)
-        return np.asarray(scores)[: len(pages)]
+        return np.array(scores)[: len(pages)]  # a copy: rows of the device's own array would keep it there
 
     def prefill(self, parts: Sequence[Part], chunk: int, window: int) -> list[int] | None:
         """Read parts of prompts; the token that follows each of them, None where no prompt ends here."""
@@ -118,7 +119,8 @@ class Device:
             slot[row], start[row], length[row] = part.slot, part.start, len(part.ids)
             ids[row, : len(part.ids)], places[row, : len(part.ids)] = part.ids, part.places
         arrays = programs.Chunk(slot, start, length, ids, places)
-        self._cache, logits = programs.prefill(*self._model, self._cache, self._pool, arrays, window)
+        before = programs.near(*self._model, self._cache, slot, window) if window else None
+        self._cache, logits = programs.prefill(*self._model, self._cache, self._pool, arrays, before)
         if parts and not any(part.ends for part in parts):
             return None  # and the host need not wait
         sampling = _sampling(count, rows, [part.request for part in parts], [1] * len(parts))

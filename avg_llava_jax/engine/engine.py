@@ -12,19 +12,22 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
+from collections.abc import Callable
 
 import jax
 
 from avg_llava_jax.answering.batching import without_end
-from avg_llava_jax.answering.requests import Answer, Request
+from avg_llava_jax.answering.requests import Answer, Prepared, Request
 from avg_llava_jax.api import AvgLlava
 from avg_llava_jax.engine.device import Device, Growing, Part, lanes_of, page_bytes
 from avg_llava_jax.engine.images import ImagePages
-from avg_llava_jax.engine.intake import Job, pack, take_in
+from avg_llava_jax.engine.intake import Images, Job, pack, take_in
 from avg_llava_jax.engine.ladders import make_ladders, rung
 from avg_llava_jax.engine.scheduler import Scheduler
 from avg_llava_jax.engine.stats import Counters, Stats
 from avg_llava_jax.engine.tickets import Cancelled, QueueFull, Ticket
+
+IMAGE_CACHE_BYTES = 256 * 2**20
 
 
 class Engine:
@@ -43,7 +46,7 @@ class Engine:
         slots: int = 8,
         max_length: int | None = None,
         chunk: int = 256,
-        image_cache_bytes: int = 256 * 2**20,
+        image_cache_bytes: int = IMAGE_CACHE_BYTES,
         queue: int = 64,
     ):
         limit = model.config.language.max_length
@@ -90,12 +93,21 @@ class Engine:
         Raises:
           ValueError: it cannot be answered, in one line. QueueFull. RuntimeError: the engine is closed.
         """
+        return self._submit(lambda: self.model.prepare(request), None)
+
+    def submit_prepared(self, prepared: Prepared, images: Images | None = None) -> Ticket:
+        """`submit` of what `AvgLlava.prepare` has checked.
+
+        images: of `read_images`, where the same ones are asked about again and again; None = they are read here.
+        """
+        return self._submit(lambda: prepared, images)
+
+    def _submit(self, prepare: Callable[[], Prepared], images: Images | None) -> Ticket:
         ticket = Ticket(self._wake)
         submitted = time.perf_counter()
         try:
             self._check_open()
-            job = take_in(self.model, request, ticket, self.ladders.pages)
-            job.times["submitted"] = submitted
+            job = take_in(self.model, prepare(), images, ticket, submitted, self.ladders.pages)
             with self._news:
                 self._check_open()
                 self._inbox.append(job)
@@ -212,15 +224,19 @@ class Engine:
                 self._looking.remove(job)
                 self._seen.append(job)
                 job.reached("seen")
+                job.ticket.scores = list(job.scores)
                 try:
                     pack(self.config, job, self.ladders.pages)
                 except ValueError as error:
                     self._end(job, error)
 
     def _admit(self) -> None:
-        """Give out the free slots, in the order in which requests were seen."""
-        while self._seen and (place := self._scheduler.admit(self._seen[0])) is not None:
-            job = self._seen.pop(0)
+        """Give out the free slots, in the order in which requests were seen; some wait for what is being read."""
+        for job in list(self._seen):
+            place = self._scheduler.admit(job)
+            if place is None:
+                continue
+            self._seen.remove(job)
             if place.source is not None:
                 self._device.copy(place.source, place.slot, rung(self.ladders.windows, place.shared))
             visual = len(job.ids) - len(job.text)

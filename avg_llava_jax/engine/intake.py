@@ -8,12 +8,12 @@ import time
 import numpy as np
 
 from avg_llava_jax.answering import batching, choosing
-from avg_llava_jax.answering.requests import Prepared, Request
+from avg_llava_jax.answering.requests import Prepared
 from avg_llava_jax.answering.streaming import TextStream
 from avg_llava_jax.api import AvgLlava
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.data.conversation import IMAGE
-from avg_llava_jax.data.packing import load_tiles, prompt_index
+from avg_llava_jax.data.packing import Sample, load_tiles, prompt_index
 from avg_llava_jax.data.tiles import tile_count
 from avg_llava_jax.engine.images import Digest, digest_of
 from avg_llava_jax.engine.programs import TEXT
@@ -63,20 +63,35 @@ class Job(Work):
         return {name: at[i + 1] - at[i] for i, name in enumerate(names)} | {"total": at[-1] - at[0]}
 
 
-def take_in(model: AvgLlava, request: Request, ticket: Ticket, most_tiles: int) -> Job:
-    """Check a request and read its images; ValueError in one line where it cannot be answered."""
-    prepared = model.prepare(request)
+Images = list[tuple[Digest, np.ndarray]]
+"""Digest and tiles uint8 (t, H, W, 3) of each image of a request."""
+
+
+def read_images(config: ModelConfig, sample: Sample) -> Images:
+    """Decode a request's images and cut them into tiles. Raises BadSample where one cannot be read."""
+    counts = [tile_count(size, config) for size in sample.sizes]
+    tiles = np.split(load_tiles(sample, config), np.cumsum(counts)[:-1]) if counts else []
+    return [(digest_of(part, size), part) for part, size in zip(tiles, sample.sizes, strict=True)]
+
+
+def take_in(
+    model: AvgLlava, prepared: Prepared, images: Images | None, ticket: Ticket, submitted: float, most_tiles: int
+) -> Job:
+    """A job for a checked request; ValueError in one line where it cannot be answered.
+
+    images: of `read_images`, None = still to be read. submitted: seconds of the clock.
+    """
     sample = prepared.sample
-    counts = [tile_count(size, model.config) for size in sample.sizes]
-    if sum(counts) > most_tiles:
-        raise ValueError(f"the images have {sum(counts)} tiles, the engine holds {most_tiles}: send fewer at once")
-    tiles = np.split(load_tiles(sample, model.config), np.cumsum(counts)[:-1]) if counts else []
+    count = sum(tile_count(size, model.config) for size in sample.sizes)
+    if count > most_tiles:
+        raise ValueError(f"the images have {count} tiles, the engine holds {most_tiles}: send fewer at once")
     return Job(
         prepared=prepared,
         ticket=ticket,
-        stream=TextStream(model.tokenizer.decode, request.stop),
+        stream=TextStream(model.tokenizer.decode, prepared.request.stop),
         text=np.array([token for token in sample.tokens.ids if token != IMAGE], np.int32),
-        images=[(digest_of(part, size), part) for part, size in zip(tiles, sample.sizes, strict=True)],
+        images=read_images(model.config, sample) if images is None else images,
+        times={"submitted": submitted},
     )
 
 

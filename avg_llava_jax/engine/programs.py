@@ -2,6 +2,7 @@
 
     pixels --see--> pool                         pyramids of tiles, one page each, kept for later requests
     pool, text --route--> router scores          an image a row
+    cache --near--> keys, values                 of a slot's first positions, for the next chunk to be read behind them
     pool, ids, places --prefill--> cache, logits a chunk of a prompt into its slot
     logits --first--> token                      of the answer
     cache --decode--> cache, tokens              several rows, several steps
@@ -23,6 +24,7 @@ from avg_llava_jax.answering.generate import Sampling
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.engine.ladders import STEPS
 from avg_llava_jax.models import avg_llava
+from avg_llava_jax.models.attention import on_one_cpu
 from avg_llava_jax.models.avg_llava import Params
 from avg_llava_jax.models.language import KeyValues, positions_of
 from avg_llava_jax.parallel import sharding
@@ -96,25 +98,36 @@ def route(
     return avg_llava.route(config, params, pyramid, avg_llava.embed(config, params, text), batch).logits[:, 0]
 
 
-@functools.partial(sharding.jit, static_argnums=(0, 5), donate_argnums=2)
+@functools.partial(sharding.jit, static_argnums=(0, 4))
+def near(config: ModelConfig, params: Params, cache: KeyValues, slot: jax.Array, window: int) -> KeyValues:
+    """What `prefill` reads of the cache: the first `window` positions of the slots (B,).
+
+    A program of its own: within the one that writes the cache, XLA on a CPU copies all of it.
+    """
+    return _spread(_near(cache, slot, window))
+
+
+@functools.partial(sharding.jit, static_argnums=0, donate_argnums=2)
 def prefill(
     config: ModelConfig,
     params: Params,
     cache: KeyValues,
     pool: jax.Array,
     chunk: Chunk,
-    window: int,
+    before: KeyValues | None,
 ) -> tuple[KeyValues, jax.Array]:
-    """Read one chunk of each row's prompt into its slot, where `start` <= `window` positions are cached already.
+    """Read one chunk of each row's prompt into its slot, behind `start` positions that are among those of `near`.
+
+    before: None where prompts are read from their start.
 
     Returns the cache, and the logits (B, V) at the chunk's last position.
     """
     x = assemble(config, params, pool, chunk.ids, chunk.places)
-    if window == 0:
+    if before is None:
         hidden, new = avg_llava.language(config, params, x)
     else:
         positions = chunk.start[:, None] + jnp.arange(x.shape[1])
-        hidden, new = avg_llava.language(config, params, x, positions, _near(cache, chunk.slot, window), chunk.start)
+        hidden, new = avg_llava.language(config, params, x, positions, before, chunk.start)
     last = jnp.take_along_axis(hidden, jnp.maximum(chunk.length - 1, 0)[:, None, None], axis=1)[:, 0]
     logits = avg_llava.unembed(config, params, last)
     return _written(cache, new, chunk.slot, chunk.start, chunk.length), logits
@@ -181,9 +194,14 @@ def copy(
     )
 
 
+def _in_place(slot: jax.Array, slots: int) -> bool:
+    """Whether row i is read and written as slot i; not on one CPU, where that takes five times as long as by number."""
+    return len(slot) == slots and not on_one_cpu()
+
+
 def _near(cache: KeyValues, slot: jax.Array, window: int) -> KeyValues:
     """The first `window` positions of some slots: (layers, B, window, kv_heads, head_dim)."""
-    if len(slot) == cache.k.shape[1]:
+    if _in_place(slot, cache.k.shape[1]):
         return KeyValues(cache.k[:, :, :window], cache.v[:, :, :window])
     return KeyValues(*(part.at[:, slot, :window].get(mode="clip") for part in cache))
 
@@ -195,7 +213,7 @@ def _written(cache: KeyValues, new: KeyValues, slot: jax.Array, start: jax.Array
     at = jnp.where(ahead < length[:, None], start[:, None] + ahead, capacity)
 
     def write(old: jax.Array, fresh: jax.Array) -> jax.Array:
-        if len(slot) == slots:
+        if _in_place(slot, slots):
 
             def one(old: jax.Array, fresh: jax.Array, at: jax.Array) -> jax.Array:
                 return old.at[:, at].set(fresh, mode="drop")

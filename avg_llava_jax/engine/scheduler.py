@@ -90,10 +90,11 @@ class Scheduler:
         self._turn = 0
 
     def admit(self, work: Work) -> Admission | None:
-        """Give a work a slot; None where all are taken.
+        """Give a work a slot; None where all are taken, or where it should wait for what is being read.
 
-        The free slot that begins as the prompt does, where the prompt goes on from most of it; otherwise the one
-        that was not used for longest, and what another slot shares with the prompt is copied.
+        It gets the free slot that begins as the prompt does, where the prompt goes on from most of it; otherwise the
+        one that was not used for longest, and what another slot shares with the prompt is copied. It waits where a
+        prompt that is being read will share more than any slot does yet: what they share is read once.
         """
         free = [slot for slot in self.slots if slot.work is None]
         if not free:
@@ -101,6 +102,9 @@ class Scheduler:
         # The prompt's last position is read in any case: the first token of the answer follows from it.
         shares = {slot.number: common(slot.keys, work.keys[:-1]) for slot in self.slots}
         best = max(self.slots, key=lambda slot: shares[slot.number])
+        coming = max((common(other.keys, work.keys[:-1]) for other in self.reading), default=0)
+        if coming >= shares[best.number] + WORTH_COPYING:
+            return None
         own = max(free, key=lambda slot: shares[slot.number])
         if 2 * shares[own.number] <= len(own.keys):
             own = min(free, key=lambda slot: slot.used)

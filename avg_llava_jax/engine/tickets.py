@@ -6,6 +6,8 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 
+import numpy as np
+
 from avg_llava_jax.answering.requests import Answer
 
 
@@ -18,7 +20,10 @@ class QueueFull(Exception):
 
 
 class Ticket:
-    """A thread-safe handle of one request. Made by `Engine.submit`."""
+    """A thread-safe handle of one request. Made by `Engine.submit`.
+
+    scores: fp32 (G,) of each image that the router scored, once it has; None before that.
+    """
 
     def __init__(self, wake: Callable[[], None]):
         self._wake = wake
@@ -27,6 +32,7 @@ class Ticket:
         self._answer: Answer | None = None
         self._error: Exception | None = None
         self.cancelled = False
+        self.scores: list[np.ndarray] | None = None
 
     def pieces(self) -> Iterator[str]:
         """The answer's text piece by piece, for one reader; blocks, and raises at the end as `result` does."""

@@ -36,6 +36,9 @@ RESTART = 75
 PATIENCE = 10.0
 """Seconds that a process which failed waits for the others to fail as well."""
 
+LONGEST_WAIT = 30 * 24 * 3600 * 1000
+"""Milliseconds; a process that is lost is noticed much earlier, by its heartbeat."""
+
 FAILED = "avg_llava_jax/failed"
 """The key under which the coordinator keeps what the first process that failed said."""
 
@@ -130,6 +133,22 @@ def leave(code: int, message: str) -> NoReturn:
 def first() -> bool:
     """Whether this is the process that writes what only one may write: logs, config.json, plots."""
     return jax.process_index() == 0
+
+
+def place() -> tuple[int, int]:
+    """Which process this is, from 0, and how many there are."""
+    return jax.process_index(), jax.process_count()
+
+
+def wait(for_what: str) -> None:
+    """Until every process is here, however long that takes. All must call it, each `for_what` once.
+
+    Raises:
+      ConnectionError: one of them is gone.
+    """
+    if jax.process_count() > 1:
+        with together():
+            distributed.global_state.client.wait_at_barrier(for_what, timeout_in_ms=LONGEST_WAIT)
 
 
 def lost(error: BaseException) -> bool:
