@@ -18,6 +18,25 @@ from tests.differences import LARGEST
 TOKENIZER = base.ASSETS / "tokenizer"
 
 
+class LargestOfAllProcesses:
+    """Where tests run in several processes, each hands its differences over as it ends."""
+
+    @staticmethod
+    def pytest_testnodedown(node) -> None:
+        for what, difference in getattr(node, "workeroutput", {}).get("largest", {}).items():
+            LARGEST[what] = max(LARGEST.get(what, 0.0), difference)
+
+
+def pytest_configure(config) -> None:
+    if config.pluginmanager.hasplugin("xdist"):
+        config.pluginmanager.register(LargestOfAllProcesses())
+
+
+def pytest_sessionfinish(session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["largest"] = LARGEST
+
+
 def pytest_terminal_summary(terminalreporter) -> None:
     """The largest difference of each comparison that ran, as docs/convert.md has them."""
     if LARGEST:
