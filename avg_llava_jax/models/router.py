@@ -63,16 +63,17 @@ def dropper(rate: float, keys: jax.Array | None) -> Callable[[jax.Array], jax.Ar
     """Dropout of arrays (B, ...) by one key a sample, keys (B,); None leaves everything as it is.
 
     A sample's mask is drawn from its own key and from how often was drawn before, so it is the same wherever the
-    sample lies: on which device, in which micro-batch.
+    sample lies: on which device, in which micro-batch. Of 16 random bits each, which is as exact as a rate need be:
+    on a CPU drawing 32 takes half of a router's step.
     """
     if keys is None or rate == 0:
         return lambda x: x
-    calls = itertools.count()
+    calls, limit = itertools.count(), round((1 - rate) * 2**16)
 
     def drop(x: jax.Array) -> jax.Array:
         call = next(calls)
-        kept = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, call), 1 - rate, x.shape[1:]))(keys)
-        return jnp.where(constrain(kept, "batch", *[None] * (x.ndim - 1)), x / (1 - rate), 0)
+        bits = jax.vmap(lambda key: jax.random.bits(jax.random.fold_in(key, call), x.shape[1:], jnp.uint16))(keys)
+        return jnp.where(constrain(bits < limit, "batch", *[None] * (x.ndim - 1)), x * (2**16 / limit), 0)
 
     return drop
 
