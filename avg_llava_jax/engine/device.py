@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
+from tqdm import tqdm
 
 from avg_llava_jax.answering.generate import Sampling
 from avg_llava_jax.answering.requests import Request
@@ -75,16 +77,19 @@ class Device:
     def warm_up(self) -> int:
         """Run every program once, on rows that write nothing; returns how many there are."""
         sizes, side = self.ladders, self.model.config.vision.image_size
-        for count in sizes.tiles:
-            self.see([np.zeros((side, side, 3), np.uint8)] * count, [sizes.pages] * count)
-        for images, text in sizes.routes:
-            self.route([[0]] * images, [np.zeros(text, np.int32)] * images)
-        for chunk, window in sizes.prefills:
-            self.prefill([], chunk, window)
-        for rows, window in sizes.decodes:
-            self.decode([], rows, window, 0)
-        for window in sizes.windows:
-            self.copy(0, 0, window)
+        tile = np.zeros((side, side, 3), np.uint8)
+        runs = [
+            *(partial(self.see, [tile] * count, [sizes.pages] * count) for count in sizes.tiles),
+            *(
+                partial(self.route, [[0]] * images, [np.zeros(text, np.int32)] * images)
+                for images, text in sizes.routes
+            ),
+            *(partial(self.prefill, [], chunk, window) for chunk, window in sizes.prefills),
+            *(partial(self.decode, [], rows, window, 0) for rows, window in sizes.decodes),
+            *(partial(self.copy, 0, 0, window) for window in sizes.windows),
+        ]
+        for run in tqdm(runs, desc="compiling the engine", unit="program"):
+            run()
         jax.block_until_ready((self._cache, self._pool))
         own = sum(map(len, (sizes.tiles, sizes.routes, sizes.prefills, sizes.decodes)))
         return 2 + own + 2 * len(sizes.windows)  # `near` and `copy` have one each
