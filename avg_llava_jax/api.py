@@ -9,6 +9,7 @@ What runs on the device stands in `generate`, what brings it there in `batching`
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -52,15 +53,11 @@ class Stream:
 
 
 class AvgLlava:
-    """A model with its tokenizer. Made by `load`; `config`, `params`, `tokenizer` and `step` may be read.
-
-    decoding: the parameters once more, as `generate.decode` wants them; no memory of their own.
-    """
+    """A model with its tokenizer. Made by `load`; `config`, `params`, `tokenizer` and `step` may be read."""
 
     def __init__(self, config: ModelConfig, params: Params, tokenizer: Tokenizer, step: int = 0):
         self.config = config
         self.params = params
-        self.decoding = generate.for_decoding(params)
         self.tokenizer = tokenizer
         self.step = step
         self.stop_ids = stop_ids(tokenizer, config.template)
@@ -69,6 +66,11 @@ class AvgLlava:
                 f"{tokenizer.folder}: the tokenizer has {tokenizer.vocab_size} ids, "
                 f"the model's vocabulary {config.language.vocab_size}"
             )
+
+    @functools.cached_property
+    def decoding(self) -> Params:
+        """The parameters as `generate.decode` wants them; they take no memory of their own."""
+        return generate.for_decoding(self.params)
 
     @classmethod
     def load(

@@ -226,7 +226,7 @@ def test_killed_and_gone_on_with_by_two_processes(model, folder, tmp_path):  # n
     first, second = start_two(*flags)
     kill_after(second, out / "answers.1.jsonl", 2)
     output, _ = first.communicate()
-    assert first.returncode in (75, 134), output
+    assert first.returncode in (75, -signal.SIGABRT), output  # ours, or that of the runtime which noticed first
     done = sum(len((out / name).read_bytes().splitlines()) for name in ("answers.jsonl", "answers.0.jsonl"))
     assert done < 59
 
