@@ -2,7 +2,7 @@
 
 They hold what `launch.plan` says of the 7B, both phases and answering, on several topologies, and where a step does
 not fit also the settings that were tried until one did. Minutes a line: each is kept in --workdir as soon as it is
-known, and an interrupted run goes on. Remove that folder when the program has changed.
+known, the tables then hold what there is, and an interrupted run goes on. Remove that folder when the program has changed.
 """
 
 import dataclasses
@@ -123,7 +123,7 @@ def main() -> None:
     for row in rows():
         print(row, end="", file=sys.stderr, flush=True)
         lines.append(row)
-    write_whole(DOCUMENT.value, before + "".join(lines) + after)
+        write_whole(DOCUMENT.value, before + "".join(lines) + after)
 
 
 if __name__ == "__main__":
