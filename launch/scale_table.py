@@ -2,7 +2,8 @@
 
 They hold what `launch.plan` says of the 7B, both phases and answering, on several topologies, and where a step does
 not fit also the settings that were tried until one did. Minutes a line: each is kept in --workdir as soon as it is
-known, the tables then hold what there is, and an interrupted run goes on. Remove that folder when the program has changed.
+known and stands in the document at once, and an interrupted run goes on. Remove that folder when the program has
+changed.
 """
 
 import dataclasses
