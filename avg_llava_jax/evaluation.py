@@ -265,9 +265,11 @@ def _batches(config: ModelConfig, samples: Sequence[Sample], size: int) -> Itera
     shapes = [batching.prompt_shape(sample, config) for sample in samples]
     text = max(shape.text for shape in shapes)
     finest = config.granularities[-1]
-    # By length, so that little is padding; stable, so that questions about one scene stay neighbours.
+    # By length, so that little is padding, and questions about one picture side by side: what they share is read once.
     cost = [sum(batching.visual_tokens(config, s, (finest,) * len(s.sizes))) for s in samples]
-    order = sorted(range(len(samples)), key=cost.__getitem__)
+    pictures = batching.by_key(samples, lambda sample: tuple(image.name for image in sample.images))
+    first = {row: rows[0] for rows in pictures.values() for row in rows}
+    order = sorted(range(len(samples)), key=lambda row: (cost[row], first[row]))
 
     def together(row: int) -> tuple[int, int, bool]:
         return shapes[row].tiles, shapes[row].images, bool(samples[row].sizes)

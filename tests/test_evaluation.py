@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from avg_llava_jax import evaluation, plots, policies, timing
+from avg_llava_jax.answering import batching, generate
 from avg_llava_jax.answering.requests import Request
 from avg_llava_jax.data.images import image_ref
 from avg_llava_jax.data.jersey import Jersey
@@ -95,6 +96,85 @@ def test_a_prompt_that_does_not_fit_is_wrong_at_that_granularity(model):
     (record,) = evaluation.answer_all(model, [question], **OPTIONS)
     assert record["answers"][16] is None and record["answers"][4] is not None
     assert record["right"][16] is False
+
+
+@pytest.fixture(scope="module")
+def alike(model, tmp_path_factory):
+    """Prompts that begin alike, and some that nearly do: of one image and of two, one too long for the finest."""
+    folder, rng = tmp_path_factory.mktemp("alike"), np.random.default_rng(0)
+    for name, size in {"a": (30, 30), "b": (30, 30), "wide": (32, 16)}.items():
+        Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), np.uint8)).save(folder / f"{name}.png")
+    image = "<image>\n"
+    asked = [
+        ("a", image + "What is it?"),
+        ("b", image + "What is it?"),
+        ("wide", image + "What is it?"),
+        ("a", image + "Is it red or green, and how large is it?"),
+        ("b", image + "Where?"),
+        ("a b", image * 2 + "What is it?"),
+        ("b a", image * 2 + "What is it?"),
+        ("a", "Look here: " + image + "What is it?"),
+        ("a", image + "red " * 180),
+        ("wide", image + "Is it red?"),
+        ("a b", image * 2 + "Which is larger?"),
+        ("a b", image + "Is this larger than" + image + "?"),
+        ("a", image + "Where is it?"),
+        ("b", image + "How many?"),
+        ("a b", image * 2 + "Is it red or green, and how large is it?"),
+    ]
+    questions = []
+    for at, (names, prompt) in enumerate(asked):
+        images = [image_ref(folder / f"{name}.png") for name in names.split()]
+        turns = [{"from": "human", "value": prompt}, {"from": "gpt", "value": "yes"}]
+        record = {"id": str(at), "images": images, "conversations": turns}
+        questions.append(evaluation.make_question(record, model.tokenizer, model.config.template))
+    return questions
+
+
+def test_beginnings_that_questions_share_are_read_once(model, alike, monkeypatch):
+    """Answers and logits are those of prompts that are read one by one from their start."""
+    logits, begun = [], []
+    start, begin = generate.start, generate.begin
+
+    def watched(config, params, cache, scores, sampling, *rest):
+        logits.append(np.asarray(scores)[np.asarray(sampling.limit) > 0])
+        return start(config, params, cache, scores, sampling, *rest)
+
+    monkeypatch.setattr(generate, "start", watched)
+    monkeypatch.setattr(generate, "begin", lambda *given: begun.append(given[-1].shape[0]) or begin(*given))
+    shared = evaluation.answer_all(model, alike, **OPTIONS)
+    assert set(begun) == {1, 4}
+    ours = [*logits]
+    logits.clear()
+    begun.clear()
+    monkeypatch.setattr(batching, "beginnings", lambda *given: None)
+    apart = evaluation.answer_all(model, alike, **OPTIONS)
+    assert not begun and len(ours) == len(logits)
+    for some, others in zip(ours, logits, strict=True):
+        np.testing.assert_allclose(some, others, atol=1e-3, rtol=1e-3)
+    assert [record["answers"] for record in shared] == [record["answers"] for record in apart]
+    assert [record["answer"] for record in shared] == [record["answer"] for record in apart]
+    # One question about two pictures, and the same two in another order.
+    assert shared[0]["answers"][4] != shared[1]["answers"][4] and shared[5]["answers"][4] != shared[6]["answers"][4]
+    assert shared[8]["answers"][16] is None and shared[8]["answers"][4] is not None
+
+
+def test_beginnings():
+    """The example of its docstring, in rows long enough for something to be saved, and a spare row."""
+    text = np.array([[7, 8, 9, 0], [7, 3, 0, 0], [7, 8, 9, 0], [2, 8, 9, 0], [0, 0, 0, 0]], np.int32)
+    index = np.zeros((5, 64), np.int32)
+    index[:4, :6] = [0, 4, 5, 6, 1, 2]
+    index[1, 5] = 0
+    length, picture = np.array([6, 5, 6, 6, 1], np.int32), np.array([0, 0, 1, 0, 0])
+    parts = batching.beginnings(picture, text, index, length, 64)
+    assert parts.row.tolist() == [0, 2, 3, 0] and parts.place.tolist() == [0, 0, 1, 2, 0]
+    assert parts.index.shape == (4, 32) and parts.index[:, :5].tolist() == [[0, 4, 5, 6, 0]] * 4
+    assert parts.cached.tolist() == [4, 4, 4, 4, 0] and parts.rest.tolist() == [2, 1, 2, 2, 1]
+    assert parts.ids[:, :3].tolist() == [[8, 9, 0], [3, 0, 0], [8, 9, 0], [8, 9, 0], [0, 0, 0]]
+    assert parts.ids.shape == (5, 16) and not parts.ids[:, 3:].any()
+    assert batching.beginnings(picture, text, index[:, :32], length, 64) is None  # as many positions as before
+    index[0, 6], length[0] = 4, 7
+    assert batching.beginnings(picture, text, index, length, 64) is None  # ends on an image
 
 
 def test_controls(model, questions):

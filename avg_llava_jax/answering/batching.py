@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ class Seen:
     """Prompts whose images are encoded: text ids (B, L), pyramid (B, T, R, D), routing (None if not asked for).
 
     inputs: what a router reads besides the pyramid, see `collate`; nothing where there is no image.
+    picture: int (B,), the same number where rows have the same images; None where few have, or it is not known.
     """
 
     samples: Sequence[Sample]
@@ -33,6 +34,7 @@ class Seen:
     pyramid: jax.Array
     routing: Routing | None
     inputs: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    picture: np.ndarray | None = None
 
     def logits(self, row: int) -> np.ndarray:
         """Router scores (images, G) of one sample; no rows where there was no routing."""
@@ -100,6 +102,7 @@ def see(
         for key, array in wanted.items()
     }
     first = _first_of_each(tiles, rows)
+    place = None
     if route and first is None:
         pyramid, routing = generate.see_and_route(config, params, batch)
         del batch["pixels"]
@@ -111,7 +114,7 @@ def see(
         distinct, place = first
         pyramid = generate.see(config, params, pixels[distinct])[place]
     routing = generate.route(config, params, pyramid, batch) if route else None
-    return Seen(samples, shape, batch["text"], pyramid, routing, batch)
+    return Seen(samples, shape, batch["text"], pyramid, routing, batch, place)
 
 
 def _first_of_each(tiles: Sequence[np.ndarray] | None, rows: int) -> tuple[np.ndarray, np.ndarray] | None:
@@ -151,6 +154,66 @@ def packed_index(
         index[row, :length] = positions[:length]
         lengths[row] = length
     return index, lengths
+
+
+class Beginnings(NamedTuple):
+    """Prompts of a batch (B rows) taken apart: their beginnings, each once, and what follows in each row.
+
+    row: int (U,), a row that has this beginning. index: int32 (U, S1), its packed positions, see `packed_index`.
+    place: int32 (B,), each row's beginning; cached: int32 (B,), its length.
+    ids: int32 (B, S2), the text behind it; rest: int32 (B,), the length of that.
+    """
+
+    row: np.ndarray
+    index: np.ndarray
+    place: np.ndarray
+    cached: np.ndarray
+    ids: np.ndarray
+    rest: np.ndarray
+
+
+def beginnings(
+    picture: np.ndarray, text: np.ndarray, index: np.ndarray, length: np.ndarray, limit: int
+) -> Beginnings | None:
+    """Where rows of a batch begin alike, up to the end of their last image; None where no positions are saved.
+
+    picture: int (B,), see `Seen`; text: int (B, L); index int (B, S) and length (B,) as of `packed_index`.
+
+    With L = 4 and ids `7 8 9 .`, an image behind the 7 whose three visual tokens are rows 4 5 6:
+
+        picture  text       index              length     place  cached  ids      rest
+        0        7 8 9 0    0 | 4 5 6 | 1 2    6          0      4       8 9 ..   2
+        0        7 3 0 0    0 | 4 5 6 | 1      5          0      4       3 0 ..   1
+        1        7 8 9 0    0 | 4 5 6 | 1 2    6          1      4       8 9 ..   2    another picture
+        0        2 8 9 0    0 | 4 5 6 | 1 2    6          2      4       8 9 ..   2    other text in front
+
+    row 0 2 3 0 (a power of two, so that few programs are compiled), and index `0 4 5 6` four times, padded to S1.
+    """
+    (rows, static), width = index.shape, text.shape[1]
+    visual = index >= width
+    cached = np.where(visual.any(axis=1), static - np.argmax(visual[:, ::-1], axis=1), 0).astype(np.int32)
+    rest = length - cached
+    if not rest.all():  # a prompt that ends on an image: no text gives its logits
+        return None
+    # What stands at each position: the text token's id, or minus the row of the pyramid.
+    content = np.where(visual, -index, np.take_along_axis(text, np.minimum(index, width - 1), axis=1))
+    begun = np.flatnonzero(cached)  # spare rows begin with nothing
+    alike = by_key(begun, lambda row: (picture[row], content[row, : cached[row]].tobytes()))
+    count = power(len(alike))
+    before = generate.length_bucket(int(cached.max()), limit)
+    behind = generate.length_bucket(int(rest.max()), limit, generate.SMALLEST_REST)
+    if count * before + rows * behind >= rows * static:
+        return None
+    place = np.zeros(rows, np.int32)
+    for at, members in enumerate(alike.values()):
+        place[begun[members]] = at
+    first = np.resize([begun[members[0]] for members in alike.values()], count)
+    at = np.arange(before)
+    begin = np.where(at < cached[first, None], index[first][:, np.minimum(at, static - 1)], 0)
+    at = cached[:, None] + np.arange(behind)
+    ids = np.take_along_axis(content, np.minimum(at, static - 1), axis=1)
+    ids = np.where(at < length[:, None], ids, 0)
+    return Beginnings(first, begin, place, cached, ids, rest)
 
 
 def length_at(config: ModelConfig, sample: Sample, choice: Sequence[int]) -> int:
@@ -204,8 +267,15 @@ def greedy(
     sampling = generate.Sampling(zero, zero + 1, zero.astype(np.int32), zero.astype(np.uint32), wanted)
     take = np.arange(rows) if len(fitting) == len(choices) else np.resize(fitting, rows)
     stops = np.array(stop_ids, np.int32)
-    embeds = generate.pack(config, params, seen.pyramid[take], seen.text[take], index)
-    logits, cache = generate.prefill(config, params, embeds, length, room)
+    text = seen.text[take]
+    parts = None if seen.picture is None else beginnings(seen.picture[take], text, index, length, limit)
+    if parts is None:
+        embeds = generate.pack(config, params, seen.pyramid[take], text, index)
+        logits, cache = generate.prefill(config, params, embeds, length, room)
+    else:
+        embeds = generate.pack(config, params, seen.pyramid[take[parts.row]], text[parts.row], parts.index)
+        begun = generate.begin(config, params, embeds)
+        logits, cache = generate.read_on(config, params, begun, parts.place, parts.cached, parts.ids, parts.rest, room)
     state = generate.start(config, decoding, cache, logits, sampling, stops, length, room, True)
     state = generate.decode(config, decoding, state, sampling, stops, np.int32(room), True)
     tokens, count = jax.device_get((state.tokens, state.count))

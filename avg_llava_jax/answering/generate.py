@@ -3,6 +3,9 @@
     pixels, text --see_and_route--> pyramid, routing        (B, T, I, L) are static
     pyramid, text, index --pack--> embeddings               S is one rung of a small ladder
     embeddings --prefill--> last logits, KV cache           cache capacity C = S + N
+      where several prompts begin alike, instead
+    embeddings --begin--> KV cache                          of each beginning once, U rows of S1
+    KV cache, rests --read_on--> last logits, KV cache      B rows, each behind its beginning: C = S1 + S2 + N
     logits --start--> first token --decode--> tokens        a loop on the device, N tokens at most
 
 What varies from request to request (lengths, temperatures, seeds, limits) is an array with one entry
@@ -24,6 +27,7 @@ from avg_llava_jax.parallel import sharding
 from avg_llava_jax.parallel.placement import constrain
 
 SMALLEST_LENGTH = 32
+SMALLEST_REST = 16
 SMALLEST_ROOM = 16
 
 
@@ -57,13 +61,15 @@ class State(NamedTuple):
     done: jax.Array
 
 
-def length_bucket(length: int, limit: int) -> int:
+def length_bucket(length: int, limit: int, smallest: int = SMALLEST_LENGTH) -> int:
     """The static length S for a packed prompt: 32, 48, 64, 96, 128, 192, ... but at most `limit`.
+
+    smallest: the first rung, a power of two.
 
     >>> [length_bucket(n, 4096) for n in (1, 65, 97, 3000, 4000)]
     [32, 96, 128, 3072, 4096]
     """
-    rung = SMALLEST_LENGTH
+    rung = smallest
     while rung < length:
         rung = rung * 3 // 2 if rung & (rung - 1) == 0 else rung * 4 // 3
     return max(length, min(rung, limit))
@@ -120,10 +126,60 @@ def prefill(
     Returns the logits (B, V) at each row's last position, and a KV cache of capacity S + room.
     """
     hidden, cache = avg_llava.language(config, params, embeds)
+    return _last_logits(config, params, hidden, length), _with_room(cache, room)
+
+
+@functools.partial(sharding.jit, static_argnums=0)
+def begin(config: ModelConfig, params: avg_llava.Params, embeds: jax.Array) -> KeyValues:
+    """Read the right-padded beginnings of prompts, embeddings (U, S1): a KV cache of capacity S1."""
+    return _spread(*avg_llava.language(config, params, embeds)[1])
+
+
+@functools.partial(sharding.jit, static_argnums=(0, 7))
+def read_on(
+    config: ModelConfig,
+    params: avg_llava.Params,
+    begun: KeyValues,
+    place: jax.Array,
+    cached: jax.Array,
+    ids: jax.Array,
+    length: jax.Array,
+    room: int,
+) -> tuple[jax.Array, KeyValues]:
+    """What `prefill` returns, of prompts that begin as those that `begin` has read.
+
+    Row b goes on behind the first `cached` (B,) positions of beginning `place` (B,) with the first `length` (B,) of
+    its text `ids` (B, S2). The cache returned has capacity S1 + S2 + room.
+    """
+    before = _spread(begun.k[:, place], begun.v[:, place])
+    positions = cached[:, None] + jnp.arange(ids.shape[1])
+    x = avg_llava.embed(config, params, ids)
+    hidden, new = avg_llava.language(config, params, x, positions, before, cached)
+    # A position is taken from where it is: on a CPU `extend` would take nearly as long as the layers.
+    behind = jnp.arange(begun.k.shape[2] + ids.shape[1] + room) - cached[:, None]
+    within = jnp.clip(behind, 0, ids.shape[1] - 1)[None, :, :, None, None]
+
+    def joined(old: jax.Array, new: jax.Array) -> jax.Array:
+        new = jnp.take_along_axis(new, within, axis=2)
+        return jnp.where((behind < 0)[None, :, :, None, None], old, new)
+
+    before = _with_room(before, ids.shape[1] + room)
+    return _last_logits(config, params, hidden, length), _spread(joined(before.k, new.k), joined(before.v, new.v))
+
+
+def _last_logits(config: ModelConfig, params: avg_llava.Params, hidden: jax.Array, length: jax.Array) -> jax.Array:
+    """Logits (B, V) at the last real position of hidden states (B, S, D)."""
     last = jnp.take_along_axis(hidden, (length - 1)[:, None, None], axis=1)[:, 0]
+    return avg_llava.unembed(config, params, last)
+
+
+def _with_room(cache: KeyValues, room: int) -> KeyValues:
     spare = [(0, 0), (0, 0), (0, room), (0, 0), (0, 0)]
-    k, v = (constrain(jnp.pad(part, spare), "layers", "batch", None, "heads", None) for part in cache)
-    return avg_llava.unembed(config, params, last), KeyValues(k, v)
+    return _spread(*(jnp.pad(part, spare) for part in cache))
+
+
+def _spread(k: jax.Array, v: jax.Array) -> KeyValues:
+    return KeyValues(*(constrain(part, "layers", "batch", None, "heads", None) for part in (k, v)))
 
 
 @functools.partial(sharding.jit, static_argnums=(0, 7, 8))
