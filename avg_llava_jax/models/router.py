@@ -136,17 +136,15 @@ class Router(nn.Module):
     def _attend(self, x: jax.Array, tile_image: jax.Array, drop: Callable) -> jax.Array:
         """Self-attention over the rows of a tile (`tokens`) or over an image's tiles at each row (`tiles`)."""
         width, heads = x.shape[-1], self.config.router.heads
-        q, k, v = (
-            rearrange(nn.Dense(width, name=name)(x), "b t r (h d) -> b t r h d", h=heads) for name in ("q", "k", "v")
-        )
-        q = q * (width // heads) ** -0.5
-        if self.config.router.attention == "tokens":
-            scores = jnp.einsum("btqhd,btkhd->bthqk", q, k)
-            mix = "bthqk,btkhd->btqhd"
-        else:
-            scores = jnp.einsum("bqrhd,bkrhd->bhrqk", q, k)
+        tokens = self.config.router.attention == "tokens"
+        # What attends apart from the rest comes first: products of it then need no array turned round.
+        apart = "b t r (h d) -> b (t h) r d" if tokens else "b t r (h d) -> b (r h) t d"
+        q, k, v = (rearrange(nn.Dense(width, name=name)(x), apart, h=heads) for name in ("q", "k", "v"))
+        scores = jnp.einsum("bnqd,bnkd->bnqk", q * (width // heads) ** -0.5, k)
+        if not tokens:
             together = tile_image[:, :, None] == tile_image[:, None, :]
-            scores = jnp.where(together[:, None, None], scores, jnp.finfo(scores.dtype).min)
-            mix = "bhrqk,bkrhd->bqrhd"
+            scores = jnp.where(together[:, None], scores, jnp.finfo(scores.dtype).min)
         weights = drop(jax.nn.softmax(scores.astype(jnp.float32), axis=-1).astype(v.dtype))
-        return nn.Dense(width, name="out")(rearrange(jnp.einsum(mix, weights, v), "b t r h d -> b t r (h d)"))
+        mixed = jnp.einsum("bnqk,bnkd->bnqd", weights, v)
+        back = "b (t h) r d -> b t r (h d)" if tokens else "b (r h) t d -> b t r (h d)"
+        return nn.Dense(width, name="out")(rearrange(mixed, back, h=heads))
