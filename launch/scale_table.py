@@ -94,6 +94,13 @@ def config_of(name: str, settings: dict[str, Any]) -> Any:
 def rows() -> Iterator[str]:
     from avg_llava_jax.parallel import planning
 
+    yield head("answering", "parameters", "cache")
+    for topology, settings in ANSWERING:
+        config, target = config_of("avg_llava_7b", settings), planning.target(topology)
+        shape = planning.largest_shape(planning.model_of(config))
+        for plan in known(f"answering {topology}", planning.answering, config, target, shape, 128):
+            yield cells(plan, f"{plan['program']}, {topology}")
+    yield "\n"
     yield head("step", "trained", "frozen", "optimizer")
     for name, topology, settings in TRAINING:
         config, target = config_of(name, settings), planning.target(topology)
@@ -107,13 +114,6 @@ def rows() -> Iterator[str]:
             with_it = f"{label} {flag.replace('--config.', '')}"
             (plan,) = known(with_it, planning.train_step, other, target, shape)
             yield cells(plan, with_it)
-    yield "\n"
-    yield head("answering", "parameters", "cache")
-    for topology, settings in ANSWERING:
-        config, target = config_of("avg_llava_7b", settings), planning.target(topology)
-        shape = planning.largest_shape(planning.model_of(config))
-        for plan in known(f"answering {topology}", planning.answering, config, target, shape, 128):
-            yield cells(plan, f"{plan['program']}, {topology}")
 
 
 def main() -> None:
