@@ -119,11 +119,12 @@ def rows() -> Iterator[str]:
 def main() -> None:
     from avg_llava_jax.files import around, write_whole
 
-    before, after = around(DOCUMENT.value, BEGIN, END)
+    around(DOCUMENT.value, BEGIN, END)  # fails now rather than after the first line
     lines = []
     for row in rows():
         print(row, end="", file=sys.stderr, flush=True)
         lines.append(row)
+        before, after = around(DOCUMENT.value, BEGIN, END)  # which others may have edited by now
         write_whole(DOCUMENT.value, before + "".join(lines) + after)
 
 
