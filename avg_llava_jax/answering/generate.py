@@ -126,13 +126,13 @@ def prefill(
     Returns the logits (B, V) at each row's last position, and a KV cache of capacity S + room.
     """
     hidden, cache = avg_llava.language(config, params, embeds)
-    return _last_logits(config, params, hidden, length), _with_room(cache, room)
+    return last_logits(config, params, hidden, length), _with_room(cache, room)
 
 
 @functools.partial(sharding.jit, static_argnums=0)
 def begin(config: ModelConfig, params: avg_llava.Params, embeds: jax.Array) -> KeyValues:
     """Read the right-padded beginnings of prompts, embeddings (U, S1): a KV cache of capacity S1."""
-    return _spread(*avg_llava.language(config, params, embeds)[1])
+    return spread(avg_llava.language(config, params, embeds)[1])
 
 
 @functools.partial(sharding.jit, static_argnums=(0, 7))
@@ -151,7 +151,7 @@ def read_on(
     Row b goes on behind the first `cached` (B,) positions of beginning `place` (B,) with the first `length` (B,) of
     its text `ids` (B, S2). The cache returned has capacity S1 + S2 + room.
     """
-    before = _spread(begun.k[:, place], begun.v[:, place])
+    before = spread(KeyValues(*(part[:, place] for part in begun)))
     positions = cached[:, None] + jnp.arange(ids.shape[1])
     x = avg_llava.embed(config, params, ids)
     hidden, new = avg_llava.language(config, params, x, positions, before, cached)
@@ -164,22 +164,23 @@ def read_on(
         return jnp.where((behind < 0)[None, :, :, None, None], old, new)
 
     before = _with_room(before, ids.shape[1] + room)
-    return _last_logits(config, params, hidden, length), _spread(joined(before.k, new.k), joined(before.v, new.v))
+    return last_logits(config, params, hidden, length), spread(KeyValues(*map(joined, before, new)))
 
 
-def _last_logits(config: ModelConfig, params: avg_llava.Params, hidden: jax.Array, length: jax.Array) -> jax.Array:
-    """Logits (B, V) at the last real position of hidden states (B, S, D)."""
-    last = jnp.take_along_axis(hidden, (length - 1)[:, None, None], axis=1)[:, 0]
+def last_logits(config: ModelConfig, params: avg_llava.Params, hidden: jax.Array, length: jax.Array) -> jax.Array:
+    """Logits (B, V) at the last of the `length` (B,) real positions of hidden states (B, S, D); any where it is 0."""
+    last = jnp.take_along_axis(hidden, jnp.maximum(length - 1, 0)[:, None, None], axis=1)[:, 0]
     return avg_llava.unembed(config, params, last)
 
 
 def _with_room(cache: KeyValues, room: int) -> KeyValues:
     spare = [(0, 0), (0, 0), (0, room), (0, 0), (0, 0)]
-    return _spread(*(jnp.pad(part, spare) for part in cache))
+    return spread(KeyValues(*(jnp.pad(part, spare) for part in cache)))
 
 
-def _spread(k: jax.Array, v: jax.Array) -> KeyValues:
-    return KeyValues(*(constrain(part, "layers", "batch", None, "heads", None) for part in (k, v)))
+def spread(cache: KeyValues) -> KeyValues:
+    """A cache (layers, B, C, kv_heads, head_dim) laid out over the mesh."""
+    return KeyValues(*(constrain(part, "layers", "batch", None, "heads", None) for part in cache))
 
 
 @functools.partial(sharding.jit, static_argnums=(0, 7, 8))

@@ -70,7 +70,7 @@ def empty(config: ModelConfig, params: Params, slots: int, capacity: int, pages:
     text = jax.eval_shape(functools.partial(avg_llava.embed, config), params, ids)
     _, new = jax.eval_shape(functools.partial(avg_llava.language, config), params, text)
     cache = (jnp.zeros((part.shape[0], slots, capacity, *part.shape[3:]), part.dtype) for part in new)
-    return _spread(KeyValues(*cache)), _pooled(jnp.zeros((pages, *pyramid.shape[2:]), pyramid.dtype))
+    return generate.spread(KeyValues(*cache)), _pooled(jnp.zeros((pages, *pyramid.shape[2:]), pyramid.dtype))
 
 
 @functools.partial(sharding.jit, static_argnums=0, donate_argnums=2)
@@ -104,7 +104,7 @@ def near(config: ModelConfig, params: Params, cache: KeyValues, slot: jax.Array,
 
     A program of its own: within the one that writes the cache, XLA on a CPU copies all of it.
     """
-    return _spread(_near(cache, slot, window))
+    return generate.spread(_near(cache, slot, window))
 
 
 @functools.partial(sharding.jit, static_argnums=0, donate_argnums=2)
@@ -128,8 +128,7 @@ def prefill(
     else:
         positions = chunk.start[:, None] + jnp.arange(x.shape[1])
         hidden, new = avg_llava.language(config, params, x, positions, before, chunk.start)
-    last = jnp.take_along_axis(hidden, jnp.maximum(chunk.length - 1, 0)[:, None, None], axis=1)[:, 0]
-    logits = avg_llava.unembed(config, params, last)
+    logits = generate.last_logits(config, params, hidden, chunk.length)
     return _written(cache, new, chunk.slot, chunk.start, chunk.length), logits
 
 
@@ -189,7 +188,7 @@ def copy(
     config: ModelConfig, params: Params, cache: KeyValues, source: jax.Array, target: jax.Array, window: int
 ) -> KeyValues:
     """The first `window` positions of slot `source` (1,) into slot `target` (1,)."""
-    return _spread(
+    return generate.spread(
         KeyValues(*(part.at[:, target, :window].set(part.at[:, source, :window].get(mode="clip")) for part in cache))
     )
 
@@ -221,11 +220,7 @@ def _written(cache: KeyValues, new: KeyValues, slot: jax.Array, start: jax.Array
             return jax.vmap(one, in_axes=(1, 1, 0), out_axes=1)(old, fresh.astype(old.dtype), at)
         return old.at[:, slot[:, None], at].set(fresh.astype(old.dtype), mode="drop")
 
-    return _spread(KeyValues(write(cache.k, new.k), write(cache.v, new.v)))
-
-
-def _spread(cache: KeyValues) -> KeyValues:
-    return KeyValues(*(constrain(part, "layers", "batch", None, "heads", None) for part in cache))
+    return generate.spread(KeyValues(write(cache.k, new.k), write(cache.v, new.v)))
 
 
 def _pooled(pool: jax.Array) -> jax.Array:

@@ -100,10 +100,7 @@ def _block_by_block(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool) -> j
 
 
 def attend_cached(
-    q: jax.Array,
-    new: tuple[jax.Array, jax.Array],
-    cache: tuple[jax.Array, jax.Array],
-    cached: jax.Array,
+    q: jax.Array, new: tuple[jax.Array, jax.Array], cache: tuple[jax.Array, jax.Array], cached: jax.Array
 ) -> jax.Array:
     """Attention of new tokens over a cache and over themselves, without joining the two in memory.
 
