@@ -197,6 +197,7 @@ def roofline(model: AvgLlava, measured: dict[str, Any], routed: bool, peaks: dic
     from avg_llava_jax import parameters
     from avg_llava_jax.answering.requests import Request
     from avg_llava_jax.models import avg_llava
+    from avg_llava_jax.models.language import read
     from avg_llava_jax.parallel import costs
 
     config, params, language = model.config, model.params, model.config.language
@@ -221,7 +222,7 @@ def roofline(model: AvgLlava, measured: dict[str, Any], routed: bool, peaks: dic
         "route": flops(lambda params, *rows: avg_llava.route(config, params, *rows, batch), pyramid, text)
         if routed
         else 0.0,
-        "prefill": flops(lambda params, packed: avg_llava.language(config, params, packed)[0], packed),
+        "prefill": flops(lambda params, packed: read(language, params["language"], packed, jnp.zeros(1, int)), packed),
     }
     leaves = parameters.flat(params["language"])
     unread = () if language.tied_embeddings else ("embed", "embed_scale")

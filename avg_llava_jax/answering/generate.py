@@ -13,7 +13,7 @@ a row, so requests share programs, and a row's tokens do not depend on its neigh
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.models import avg_llava
 from avg_llava_jax.models.attention import HeadsFirst, on_one_cpu
-from avg_llava_jax.models.language import KeyValues, apart, extend, layer_by_layer
+from avg_llava_jax.models.language import KeyValues, apart, extend, layer_by_layer, read
 from avg_llava_jax.models.router import Routing
 from avg_llava_jax.parallel import sharding
 from avg_llava_jax.parallel.placement import constrain
@@ -125,14 +125,15 @@ def prefill(
 
     Returns the logits (B, V) at each row's last position, and a KV cache of capacity S + room.
     """
-    hidden, cache = avg_llava.language(config, params, embeds)
-    return last_logits(config, params, hidden, length), _with_room(cache, room)
+    logits, cache = last_logits(config, params, embeds, length)
+    return logits, _with_room(cache, room)
 
 
 @functools.partial(sharding.jit, static_argnums=0)
 def begin(config: ModelConfig, params: avg_llava.Params, embeds: jax.Array) -> KeyValues:
     """Read the right-padded beginnings of prompts, embeddings (U, S1): a KV cache of capacity S1."""
-    return spread(avg_llava.language(config, params, embeds)[1])
+    nowhere = jnp.zeros(len(embeds), jnp.int32)  # no hidden state is asked for
+    return spread(read(config.language, params["language"], embeds, nowhere)[1])
 
 
 @functools.partial(sharding.jit, static_argnums=(0, 7))
@@ -154,7 +155,7 @@ def read_on(
     before = spread(KeyValues(*(part[:, place] for part in begun)))
     positions = cached[:, None] + jnp.arange(ids.shape[1])
     x = avg_llava.embed(config, params, ids)
-    hidden, new = avg_llava.language(config, params, x, positions, before, cached)
+    logits, new = last_logits(config, params, x, length, positions, before, cached)
     # A position is taken from where it is: on a CPU `extend` would take nearly as long as the layers.
     behind = jnp.arange(begun.k.shape[2] + ids.shape[1] + room) - cached[:, None]
     within = jnp.clip(behind, 0, ids.shape[1] - 1)[None, :, :, None, None]
@@ -164,13 +165,18 @@ def read_on(
         return jnp.where((behind < 0)[None, :, :, None, None], old, new)
 
     before = _with_room(before, ids.shape[1] + room)
-    return last_logits(config, params, hidden, length), spread(KeyValues(*map(joined, before, new)))
+    return logits, spread(KeyValues(*map(joined, before, new)))
 
 
-def last_logits(config: ModelConfig, params: avg_llava.Params, hidden: jax.Array, length: jax.Array) -> jax.Array:
-    """Logits (B, V) at the last of the `length` (B,) real positions of hidden states (B, S, D); any where it is 0."""
-    last = jnp.take_along_axis(hidden, jnp.maximum(length - 1, 0)[:, None, None], axis=1)[:, 0]
-    return avg_llava.unembed(config, params, last)
+def last_logits(
+    config: ModelConfig, params: avg_llava.Params, x: jax.Array, length: jax.Array, *behind: Any
+) -> tuple[jax.Array, KeyValues]:
+    """Logits (B, V) at the last of the `length` (B,) real positions of x (B, S, D), any where it is 0, and its cache.
+
+    behind: positions, an earlier cache and how much of it is real, see `read`; nothing for prompts from their start.
+    """
+    last, new = read(config.language, params["language"], x, jnp.maximum(length - 1, 0), *behind)
+    return avg_llava.unembed(config, params, last), new
 
 
 def _with_room(cache: KeyValues, room: int) -> KeyValues:

@@ -123,12 +123,8 @@ def prefill(
     Returns the cache, and the logits (B, V) at the chunk's last position.
     """
     x = assemble(config, params, pool, chunk.ids, chunk.places)
-    if before is None:
-        hidden, new = avg_llava.language(config, params, x)
-    else:
-        positions = chunk.start[:, None] + jnp.arange(x.shape[1])
-        hidden, new = avg_llava.language(config, params, x, positions, before, chunk.start)
-    logits = generate.last_logits(config, params, hidden, chunk.length)
+    behind = () if before is None else (chunk.start[:, None] + jnp.arange(x.shape[1]), before, chunk.start)
+    logits, new = generate.last_logits(config, params, x, chunk.length, *behind)
     return _written(cache, new, chunk.slot, chunk.start, chunk.length), logits
 
 

@@ -99,6 +99,21 @@ def _block_by_block(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool) -> j
     return rearrange(out, "(b h) s d -> b s h d", b=batch)
 
 
+def attend_at(
+    q: jax.Array,
+    new: tuple[jax.Array, jax.Array],
+    cache: tuple[jax.Array, jax.Array] | None,
+    cached: jax.Array | None,
+    at: jax.Array,
+) -> jax.Array:
+    """What `attend_cached` gives at one position of each row: q (B, 1, H, d) stands at `at` (B,) of the new."""
+    real = jnp.arange(new[0].shape[1]) <= at[:, None]
+    if cache is not None:
+        new = tuple(jnp.concatenate(parts, axis=1) for parts in zip(cache, new, strict=True))
+        real = jnp.concatenate([jnp.arange(cache[0].shape[1]) < cached[:, None], real], axis=1)
+    return jax.nn.dot_product_attention(q, *new, mask=real[:, None, None])
+
+
 def attend_cached(
     q: jax.Array, new: tuple[jax.Array, jax.Array], cache: tuple[jax.Array, jax.Array], cached: jax.Array
 ) -> jax.Array:

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from avg_llava_jax.config import LanguageConfig
-from avg_llava_jax.models.attention import HeadsFirst, attend_cached, attention
-from avg_llava_jax.models.stack import Remat, stack
+from avg_llava_jax.models.attention import HeadsFirst, attend_at, attend_cached, attention
+from avg_llava_jax.models.stack import SHALLOW, Remat, stack
 from avg_llava_jax.parallel.placement import constrain
 
 
@@ -68,12 +68,13 @@ class DecoderLayer(nn.Module):
     """Pre-norm decoder layer: (B, S, D) -> the same shape, and this layer's new keys and values.
 
     Of a cache that is `HeadsFirst` these are the whole cache: written before it is read, it is updated in place.
+    With `only` (B,) the output is that of one position a row, (B, 1, D); keys and values are those of all.
     """
 
     config: LanguageConfig
 
     @nn.compact
-    def __call__(self, x, rope, cached, cache):
+    def __call__(self, x, rope, cached, cache, only=None):
         config = self.config
         y = nn.RMSNorm(config.norm_eps, name="norm1")(x)
 
@@ -81,10 +82,13 @@ class DecoderLayer(nn.Module):
             y_out = Linear(count * config.head_dim, use_bias=config.attention_bias, name=name)(y)
             return rearrange(y_out, "b s (h d) -> b s h d", h=count)
 
-        q, k = rotate(heads("q", config.heads), *rope), rotate(heads("k", config.kv_heads), *rope)
-        v = heads("v", config.kv_heads)
-        new = (k, v)
-        if cache is None:
+        new = k, v = rotate(heads("k", config.kv_heads), *rope), heads("v", config.kv_heads)
+        if only is not None:
+            x, y, *rope = (jnp.take_along_axis(part, _like(only, part), axis=1) for part in (x, y, *rope))
+        q = rotate(heads("q", config.heads), *rope)
+        if only is not None:
+            y = attend_at(q, new, cache, cached, only)
+        elif cache is None:
             y = attention(q, k, v, causal=True)
         elif isinstance(cache, HeadsFirst):
             new = cache.grown(k, v, cached)
@@ -99,6 +103,11 @@ class DecoderLayer(nn.Module):
         up = Linear(config.mlp_width, use_bias=False, name="up")(y)
         y = Linear(config.width, use_bias=False, name="down")(jax.nn.silu(gate) * up)
         return constrain(x + y, "batch", None, None), new
+
+
+def _like(at: jax.Array, x: jax.Array) -> jax.Array:
+    """Positions (B,) with as many axes as x (B, S, ...)."""
+    return at.reshape(-1, *[1] * (x.ndim - 1))
 
 
 class LanguageModel(nn.Module):
@@ -161,6 +170,36 @@ class LanguageModel(nn.Module):
             positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
         x, new = self.layers(x, rotary(self.config, positions), cached, None if cache is None else tuple(cache))
         return self.norm(x), KeyValues(*new)
+
+
+def read(
+    config: LanguageConfig,
+    params: dict[str, Any],
+    x: jax.Array,
+    only: jax.Array,
+    positions: jax.Array | None = None,
+    cache: KeyValues | None = None,
+    cached: jax.Array | None = None,
+) -> tuple[jax.Array, KeyValues]:
+    """`LanguageModel` where one hidden state a row is asked for: hidden (B, D) at position `only` (B,) of the S.
+
+    The last layer forms no other: it is spared its MLP, two of its four projections and nearly all of its attention.
+    Its keys and values are those of all positions, as the others' are.
+    """
+    if positions is None:
+        positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+    rope, layer = rotary(config, positions), DecoderLayer(config)
+
+    def run(x: jax.Array, number: jax.Array | int, only: jax.Array | None = None) -> tuple[jax.Array, Any]:
+        # Taken by number in the loop: the stacked parameters are never cut in two, which would copy them.
+        one, old = jax.tree.map(lambda leaf: leaf[number], (params["layers"], None if cache is None else tuple(cache)))
+        return layer.apply({"params": one}, x, rope, cached, old, only)
+
+    last = config.layers - 1
+    x, before = jax.lax.scan(run, x, jnp.arange(last), unroll=config.layers <= SHALLOW)
+    x, new = run(x, last, only)
+    joined = (jnp.concatenate([some, one[None]]) for some, one in zip(before, new, strict=True))
+    return nn.RMSNorm(config.norm_eps).apply({"params": params["norm"]}, x)[:, 0], KeyValues(*joined)
 
 
 def apart(cache: KeyValues) -> list[HeadsFirst]:

@@ -8,6 +8,9 @@ import jax
 Remat = Literal["none", "dots", "full"]
 """What the backward pass computes anew: nothing; all but the products with parameters; all but each layer's input."""
 
+SHALLOW = 6
+"""Layers up to which a stack is unrolled: it runs faster so, and compiles soon."""
+
 KEPT = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
 
 
@@ -15,7 +18,7 @@ def stack(layer: type[nn.Module], length: int, remat: Remat, in_axes: tuple = ()
     """`length` layers as one module; its parameters are those of one layer, stacked along a first axis.
 
     A layer maps (x, *inputs) to (x, outputs); `in_axes` says of each input whether it is one for all layers
-    (`nn.broadcast`) or stacked (0). A shallow stack is unrolled: it runs faster so, and compiles soon.
+    (`nn.broadcast`) or stacked (0).
     """
     if remat != "none":
         layer = nn.remat(layer, prevent_cse=False, policy=KEPT[remat])
@@ -25,5 +28,5 @@ def stack(layer: type[nn.Module], length: int, remat: Remat, in_axes: tuple = ()
         split_rngs={"params": True},
         in_axes=in_axes,
         length=length,
-        unroll=length if length <= 6 else 1,
+        unroll=length <= SHALLOW,
     )
