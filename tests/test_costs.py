@@ -71,6 +71,7 @@ HLO = """HloModule jit_step, num_partitions=8
 
 %more (state: (s32[], f32[8,16])) -> pred[] {
   %limit.3.clone.1 = s32[]{:T(128)} constant(3)
+  %count = s32[]{:T(128)} get-tuple-element(%state), index=0
   ROOT %below = pred[]{:T(512)} compare(%count, %limit.3.clone.1), direction=LT, metadata={op_name="jit(f)/lt"}
 }
 
@@ -83,9 +84,26 @@ HLO = """HloModule jit_step, num_partitions=8
   ROOT %slice = f32[2,16]{1,0} dynamic-slice(%all, %i, %zero), dynamic_slice_sizes={2,16}
 }
 
+%windowed_cond (state: (f32[2,16], u32[])) -> pred[] {
+  %ends = u32[]{:T(128)} constant(8), metadata={op_name="jit(f)/dot_general"}
+  %at.1 = u32[]{:T(128)} get-tuple-element(%state), index=1
+  ROOT %on = pred[]{:T(512)} compare(%at.1, %ends), direction=LT
+}
+
+%windowed (state: (f32[2,16], u32[])) -> (f32[2,16], u32[]) {
+  %two = u32[]{:T(128)} constant(2)
+  %one = u32[]{:T(128)} constant(1)
+  %between = u32[]{:T(128)S(6)} add(%at.2, %one), metadata={op_name="jit(f)/dot_general"}
+  %after = u32[]{:T(128)} add(%at.2, %two), metadata={op_name="jit(f)/dot_general"}
+  %sent = (f32[2,16]{1,0}, f32[2,16]{1,0}, u32[], u32[]) collective-permute-start(%part), source_target_pairs={{0,1}}
+  %arrived = f32[2,16]{1,0} collective-permute-done(%sent)
+  ROOT %state.2 = (f32[2,16]{1,0}, /*index=1*/u32[]{:T(128)}) tuple(%arrived, /*index=1*/%after), metadata={}
+}
+
 ENTRY %main (p: f32[8,16]) -> f32[8,16] {
   %loop = (s32[], f32[8,16]) while(%init), condition=%less, body=%body, backend_config={"known_trip_count":{"n":"5"}}
   %other = (s32[], f32[8,16]{1,0}) while(%init), condition=%more, body=%inside, metadata={op_name="scan"}
+  %product = (f32[2,16]{1,0}, u32[]) while(%begin), condition=%windowed_cond, body=%windowed, metadata={op_name="dot"}
   %start = (f32[8,16]{1,0}, f32[32,16]{1,0}) all-gather-start(%p), replica_groups=[2,4]<=[8], dimensions={0}
   %done = f32[32,16]{1,0} all-gather-done(%start)
   %own = f32[2,16]{1,0} reduce-scatter(%p), replica_groups=[2,4]<=[8], dimensions={0}, to_apply=%sum
@@ -100,5 +118,5 @@ def test_traffic_over_a_ring_counts_loops():
         "all-gather": Traffic(6, 5 * 64 * 16 * 4 * 3 / 4 + 32 * 16 * 4 * 3 / 4),
         "all-reduce": Traffic(5, 5 * (16 + 12) * 2 / 2),
         "reduce-scatter": Traffic(1 + 3, 2 * 16 * 4 * 3 + 3 * 8 * 16 * 4 * 3 / 4),
-        "collective-permute": Traffic(1, 8 * 16 * 4),
+        "collective-permute": Traffic(1 + 8 / 2, 8 * 16 * 4 + 8 / 2 * 2 * 16 * 4),
     }

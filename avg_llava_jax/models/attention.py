@@ -1,5 +1,6 @@
 """Softmax attention over a whole sequence, or over a cache, by the fastest way the platform has."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -8,7 +9,7 @@ from einops import rearrange
 
 from avg_llava_jax.models.flash import flash_attention
 
-BLOCK, MOST_BLOCKS = 256, 16
+BLOCK, MOST_BLOCKS = 192, 16
 """Queries whose scores a CPU forms at once, and into how many blocks a sequence is cut at most: each is compiled."""
 
 
@@ -74,7 +75,7 @@ def _block_by_block(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool) -> j
     which is cheaper than reading them back.
     """
     batch, length, heads, _ = q.shape
-    block = max(BLOCK, -(-length // MOST_BLOCKS))
+    block = math.ceil(length / min(math.ceil(length / BLOCK), MOST_BLOCKS))
 
     def by_head(x: jax.Array) -> jax.Array:
         x = jnp.repeat(x, heads // x.shape[2], axis=2)

@@ -128,9 +128,12 @@ _GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]*)\}|mesh\[(.*?
 _SIZES = re.compile(r"'(\w+)'=(\d+)")
 _AXES = re.compile(r"'(\w+)'(?::\(\d+\)(\d+))?")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
-_CONDITION = re.compile(r"condition=%?([\w.\-]+)")
-_LIMIT = re.compile(r"%?([\w.\-]+) = s32\[\]\S* constant\((\d+)\)")
-_BELOW = re.compile(r"^ROOT .* compare\(.* %?([\w.\-]+)\), direction=LT")
+_LOOP = re.compile(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)")
+_NUMBER = re.compile(r"%?([\w.\-]+) = [su]32\[\]\S* constant\((\d+)\)")
+_ELEMENT = re.compile(r"%?([\w.\-]+) = [su]32\[\]\S* get-tuple-element\(.*index=(\d+)")
+_BELOW = re.compile(r"^ROOT .* compare\(%?([\w.\-]+), %?([\w.\-]+)\), direction=LT")
+_RESULT = re.compile(r"^ROOT .* tuple\((.*?)\)")
+_SUM = re.compile(r"%?([\w.\-]+) = [su]32\[\]\S* add\(%?[\w.\-]+, %?([\w.\-]+)\)")
 
 # How XLA writes a reduce-scatter for TPUs: a fusion of an all-reduce and of the slice that is kept.
 SCATTERED = "all-reduce-scatter"
@@ -187,13 +190,27 @@ def _traffic(line: str, of: Any, computations: Mapping[str, list[str]]) -> Mappi
 
 
 def _trips(loop: str, computations: Mapping[str, list[str]]) -> int:
-    """How often a loop runs: what XLA notes of it, or the constant that its counter stays below; 1 if nobody knows."""
+    """How often a loop runs: what XLA notes of it, or else as its counter tells; 1 if nobody knows.
+
+    The counter is the element of the loop's tuple that its condition holds against a constant; it begins at 0, and the
+    body adds a constant to it: 1, or more where XLA has unrolled the loop (products that are sent around in parts).
+    """
     if noted := _TRIPS.search(loop):
         return int(noted[1])
-    condition = computations.get(_CONDITION.search(loop)[1], [])
-    limits = dict(found.groups() for line in condition if (found := _LIMIT.search(line)))
-    below = [found[1] for line in condition if (found := _BELOW.search(line))]
-    return int(limits.get(below[0], 1)) if below else 1
+    condition, body = (computations.get(name, []) for name in _LOOP.search(loop).groups())
+    limits, elements = _found(_NUMBER, condition), _found(_ELEMENT, condition)
+    for counter, limit in _found(_BELOW, condition).items():
+        if counter in elements and limit in limits:
+            results = [each for names in _found(_RESULT, body) for each in names.split(", ")]
+            after = results[int(elements[counter])].rpartition("%")[2] if results else ""
+            step = _found(_NUMBER, body).get(_found(_SUM, body).get(after, ""), "1")
+            return -(-int(limits[limit]) // int(step))
+    return 1
+
+
+def _found(what: re.Pattern[str], lines: Sequence[str]) -> dict[str, str]:
+    """The first group of each line that matches, and the last group of the same line."""
+    return {found[1]: found[found.re.groups] for line in lines if (found := what.search(line))}
 
 
 def _group(rest: str) -> float:
