@@ -100,10 +100,20 @@ HLO = """HloModule jit_step, num_partitions=8
   ROOT %state.2 = (f32[2,16]{1,0}, /*index=1*/u32[]{:T(128)}) tuple(%arrived, /*index=1*/%after), metadata={}
 }
 
+%starts (x: f32[8,16]) -> (f32[8,16], f32[64,16]) {
+  %all.1 = f32[64,16]{1,0} all-gather(%x), channel_id=7, replica_groups=[1,8]<=[8], dimensions={0}
+}
+
+%ends (x: (f32[8,16], f32[64,16])) -> f32[64,16] {
+  ROOT %all.2 = f32[64,16]{1,0} all-gather(%x), channel_id=7, replica_groups=[1,8]<=[8], dimensions={0}
+}
+
 ENTRY %main (p: f32[8,16]) -> f32[8,16] {
   %loop = (s32[], f32[8,16]) while(%init), condition=%less, body=%body, backend_config={"known_trip_count":{"n":"5"}}
   %other = (s32[], f32[8,16]{1,0}) while(%init), condition=%more, body=%inside, metadata={op_name="scan"}
   %product = (f32[2,16]{1,0}, u32[]) while(%begin), condition=%windowed_cond, body=%windowed, metadata={op_name="dot"}
+  %async-collective-start = (f32[8,16]{1,0}, f32[64,16]{1,0}) fusion(%p), kind=kCustom, calls=%starts
+  %async-collective-done = f32[64,16]{1,0} fusion(%async-collective-start), kind=kCustom, calls=%ends
   %start = (f32[8,16]{1,0}, f32[32,16]{1,0}) all-gather-start(%p), replica_groups=[2,4]<=[8], dimensions={0}
   %done = f32[32,16]{1,0} all-gather-done(%start)
   %own = f32[2,16]{1,0} reduce-scatter(%p), replica_groups=[2,4]<=[8], dimensions={0}, to_apply=%sum
@@ -115,7 +125,7 @@ ENTRY %main (p: f32[8,16]) -> f32[8,16] {
 def test_traffic_over_a_ring_counts_loops():
     found = collectives(HLO)
     assert found == {
-        "all-gather": Traffic(6, 5 * 64 * 16 * 4 * 3 / 4 + 32 * 16 * 4 * 3 / 4),
+        "all-gather": Traffic(7, 5 * 64 * 16 * 4 * 3 / 4 + 32 * 16 * 4 * 3 / 4 + 64 * 16 * 4 * 7 / 8),
         "all-reduce": Traffic(5, 5 * (16 + 12) * 2 / 2),
         "reduce-scatter": Traffic(1 + 3, 2 * 16 * 4 * 3 + 3 * 8 * 16 * 4 * 3 / 4),
         "collective-permute": Traffic(1 + 8 / 2, 8 * 16 * 4 + 8 / 2 * 2 * 16 * 4),

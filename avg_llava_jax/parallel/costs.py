@@ -125,6 +125,7 @@ _INSTRUCTION = re.compile(r"^(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z][a-z\-]*)\((.*)$
 _CALLED = re.compile(r"(?:calls|to_apply|body|called_computations)=\{?%?([\w.\-]+)")
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 _GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]*)\}|mesh\[(.*?)\] \{(.*?)\})")
+_CHANNEL = re.compile(r"\bchannel_id=(\d+)")
 _SIZES = re.compile(r"'(\w+)'=(\d+)")
 _AXES = re.compile(r"'(\w+)'(?::\(\d+\)(\d+))?")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
@@ -152,10 +153,18 @@ class Traffic:
 
 
 def collectives(hlo: str) -> dict[str, Traffic]:
-    """Traffic of each kind in a compiled program, `compiled.as_text()`; loops count as often as XLA knows they run."""
+    """Traffic of each kind in a compiled program, `compiled.as_text()`; loops count as often as XLA knows they run.
+
+    A channel counts once: on a TPU a collective that goes on beside products stands in the fusions that start it, that
+    run meanwhile and that end it.
+    """
     computations: dict[str, list[str]] = {}
-    entry, lines = "", []
+    entry, lines, channels = "", [], set()
     for line in hlo.splitlines():
+        channel = _CHANNEL.search(line)
+        if channel and channel[1] in channels:
+            continue
+        channels.add(channel and channel[1])
         if found := _COMPUTATION.match(line):
             lines = computations.setdefault(found[2], [])
             entry = found[2] if found[1] else entry
