@@ -10,7 +10,7 @@ import pytest
 from avg_llava_jax.answering import generate
 from avg_llava_jax.config import LanguageConfig, ModelConfig
 from avg_llava_jax.models import avg_llava
-from avg_llava_jax.models.language import read
+from avg_llava_jax.models.language import LanguageModel, read
 
 
 def with_language(tiny: ModelConfig, language: LanguageConfig) -> ModelConfig:
@@ -55,19 +55,20 @@ def test_a_long_sequence_through_the_cache(tiny):
 
 
 @pytest.mark.parametrize("layers", [1, 3, 8])  # one layer, an unrolled stack, a loop
-def test_one_hidden_state_a_row(tiny, layers):
+def test_one_hidden_state_a_row(layers):
     """`read` gives what the whole model gives at that position, and its whole cache: from the start, and behind one."""
-    language = LanguageConfig(vocab_size=50, width=16, layers=layers, heads=4, kv_heads=2, head_dim=8, mlp_width=32)
-    config = with_language(tiny, language)
-    params = fresh(config)
-    x = avg_llava.embed(config, params, np.random.default_rng(1).integers(0, 50, (3, 12)))
+    config = LanguageConfig(vocab_size=50, width=16, layers=layers, heads=4, kv_heads=2, head_dim=8, mlp_width=32)
+    model, draw = LanguageModel(config), np.random.default_rng(1)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1, 16)))["params"]
+    params = jax.tree.map(lambda leaf: draw.standard_normal(leaf.shape, np.float32) / 4, shapes)
+    x = draw.standard_normal((3, 12, 16), np.float32)
     only, cached = jnp.array([11, 0, 4]), jnp.array([7, 2, 0])
-    _, before = avg_llava.language(config, params, x[:, :7])
-    behind = (cached[:, None] + jnp.arange(12), before, cached)
+    whole = jax.jit(lambda params, *given: model.apply({"params": params}, *given))
     one = jax.jit(read, static_argnums=0)
-    for given in ((), behind):
-        hidden, new = avg_llava.language(config, params, x, *given)
-        found, found_new = one(language, params["language"], x, only, *given)
+    _, before = whole(params, x[:, :7])
+    for behind in ((), (cached[:, None] + jnp.arange(12), before, cached)):
+        hidden, new = whole(params, x, *behind)
+        found, found_new = one(config, params, x, only, *behind)
         np.testing.assert_allclose(found, hidden[jnp.arange(3), only], atol=1e-5, rtol=1e-5)
         for ours, theirs in zip(found_new, new, strict=True):
             np.testing.assert_allclose(ours, theirs, atol=1e-5, rtol=1e-5)
