@@ -13,6 +13,7 @@ a row, so requests share programs, and a row's tokens do not depend on its neigh
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +27,7 @@ from avg_llava_jax.models.router import Routing
 from avg_llava_jax.parallel import sharding
 from avg_llava_jax.parallel.placement import constrain
 
-SMALLEST_LENGTH = 32
+SMALLEST_LENGTH, FINER_FROM = 32, 256
 SMALLEST_REST = 16
 SMALLEST_ROOM = 16
 
@@ -62,16 +63,19 @@ class State(NamedTuple):
 
 
 def length_bucket(length: int, limit: int, smallest: int = SMALLEST_LENGTH) -> int:
-    """The static length S for a packed prompt: 32, 48, 64, 96, 128, 192, ... but at most `limit`.
+    """The static length S for a packed prompt: 32, 48, 64, 96, ... 256, 320, 384, 448, 512, 640, ..., at most `limit`.
 
+    Two rungs an octave, and four where padding costs more than compiling: at most a third or a fifth is padding.
     smallest: the first rung, a power of two.
 
-    >>> [length_bucket(n, 4096) for n in (1, 65, 97, 3000, 4000)]
-    [32, 96, 128, 3072, 4096]
+    >>> [length_bucket(n, 4096) for n in (1, 65, 97, 400, 3000, 4000)]
+    [32, 96, 128, 448, 3072, 4096]
     """
-    rung = smallest
-    while rung < length:
-        rung = rung * 3 // 2 if rung & (rung - 1) == 0 else rung * 4 // 3
+    octave = smallest
+    while 2 * octave < length:
+        octave *= 2
+    step = octave // (4 if octave >= FINER_FROM else 2)
+    rung = octave + step * math.ceil(max(0, length - octave) / step)
     return max(length, min(rung, limit))
 
 

@@ -50,7 +50,8 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool = False) ->
     platform, _ = _platform()
     if platform == "tpu" and q.dtype == jnp.bfloat16:
         return flash_attention(q, k, v, causal)
-    cudnn = platform in ("gpu", "cuda") and q.dtype == jnp.bfloat16 and q.shape[-1] % 8 == 0
+    head_dim = q.shape[-1]  # cuDNN takes these on every GPU since Ampere
+    cudnn = platform in ("gpu", "cuda") and q.dtype == jnp.bfloat16 and head_dim % 8 == 0 and head_dim <= 128
     return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn" if cudnn else "xla")
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from avg_llava_jax.config import ModelConfig
+from avg_llava_jax.models.attention import attention
 from avg_llava_jax.parallel.placement import constrain
 
 
@@ -113,7 +114,7 @@ class Router(nn.Module):
 
         drop = dropper(router.dropout, dropout)
         x = nn.LayerNorm(router.norm_eps, use_fast_variance=False, name="norm1")(
-            x + drop(self._attend(x, tile_image, drop))
+            x + drop(self._attend(x, tile_image, None if dropout is None else drop))
         )
         y = drop(jax.nn.relu(nn.Dense(x.shape[-1], name="linear1")(x)))
         x = nn.LayerNorm(router.norm_eps, use_fast_variance=False, name="norm2")(
@@ -133,18 +134,26 @@ class Router(nn.Module):
         logits = nn.LayerNorm(router.norm_eps, use_fast_variance=False, name="norm")(pre_norm)
         return Routing(logits, pre_norm, votes, positions)
 
-    def _attend(self, x: jax.Array, tile_image: jax.Array, drop: Callable) -> jax.Array:
-        """Self-attention over the rows of a tile (`tokens`) or over an image's tiles at each row (`tiles`)."""
+    def _attend(self, x: jax.Array, tile_image: jax.Array, drop: Callable | None) -> jax.Array:
+        """Self-attention over the rows of a tile (`tokens`) or over an image's tiles at each row (`tiles`).
+
+        drop: what befalls the weights in training; without it rows of a tile need never form them in memory.
+        """
         width, heads = x.shape[-1], self.config.router.heads
         tokens = self.config.router.attention == "tokens"
+        q, k, v = (nn.Dense(width, name=name)(x) for name in ("q", "k", "v"))
+        out = nn.Dense(width, name="out")
+        if tokens and drop is None:
+            q, k, v = (rearrange(y, "b t r (h d) -> (b t) r h d", h=heads) for y in (q, k, v))
+            return out(rearrange(attention(q, k, v), "(b t) r h d -> b t r (h d)", b=len(x)))
         # What attends apart from the rest comes first: products of it then need no array turned round.
         apart = "b t r (h d) -> b (t h) r d" if tokens else "b t r (h d) -> b (r h) t d"
-        q, k, v = (rearrange(nn.Dense(width, name=name)(x), apart, h=heads) for name in ("q", "k", "v"))
+        q, k, v = (rearrange(y, apart, h=heads) for y in (q, k, v))
         scores = jnp.einsum("bnqd,bnkd->bnqk", q * (width // heads) ** -0.5, k)
         if not tokens:
             together = tile_image[:, :, None] == tile_image[:, None, :]
             scores = jnp.where(together[:, None], scores, jnp.finfo(scores.dtype).min)
-        weights = drop(jax.nn.softmax(scores.astype(jnp.float32), axis=-1).astype(v.dtype))
-        mixed = jnp.einsum("bnqk,bnkd->bnqd", weights, v)
+        weights = jax.nn.softmax(scores.astype(jnp.float32), axis=-1).astype(v.dtype)
+        mixed = jnp.einsum("bnqk,bnkd->bnqd", weights if drop is None else drop(weights), v)
         back = "b (t h) r d -> b t r (h d)" if tokens else "b (r h) t d -> b t r (h d)"
-        return nn.Dense(width, name="out")(rearrange(mixed, back, h=heads))
+        return out(rearrange(mixed, back, h=heads))
