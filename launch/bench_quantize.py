@@ -1,7 +1,7 @@
 """What int8 weights change: python -m launch.bench_quantize --output=quantize.json
 
 The same checkpoint as it is and quantized: bytes, the scores of the first answer token and the router's, and accuracy
-over questions at every granularity.
+over questions at every granularity; and the bytes that the language model of AVG-LLaVA has in bfloat16.
 """
 
 import json
@@ -50,8 +50,11 @@ def scores(models: dict[str, Any], questions: Any) -> dict[str, float]:
 
 
 def main() -> None:
-    from avg_llava_jax import evaluation, policies
+    import jax
+
+    from avg_llava_jax import evaluation, parameters, policies
     from avg_llava_jax.api import AvgLlava
+    from avg_llava_jax.config import ModelConfig
     from avg_llava_jax.data.sources import open_source
     from avg_llava_jax.files import write_whole
     from avg_llava_jax.weights.quantize import memory, quantized
@@ -67,6 +70,9 @@ def main() -> None:
         report["accuracy"][name] = {g: each["all"] for g, each in accuracy["fixed"].items()}
         report["accuracy"][name]["adaptive"] = accuracy["adaptive"]["all"]
         report["bytes"][name] = memory(model.params)
+    whole = parameters.abstract(ModelConfig(), "bfloat16")
+    for name, shapes in (("plain", whole), ("int8", jax.eval_shape(quantized, whole))):
+        report["bytes"][name]["7B language"] = memory(shapes)["language"]
     asked = [question for question in questions if question.sample.sizes][: SCORED.value]
     report["scores"] = scores(models, asked)
     if OUTPUT.value:

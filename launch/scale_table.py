@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 DOCUMENT = flags.DEFINE_string("document", "docs/scale.md", "Where the tables stand.")
 WORKDIR = flags.DEFINE_string("workdir", "workdirs/scale_table", "Keeps what is known already.")
 BEGIN, END = "<!-- plans: python -m launch.scale_table -->\n", "<!-- end of plans -->\n"
-SHOWN = ("all-gather", "all-reduce", "reduce-scatter")
+SHOWN = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute")
 
 TRAINING = [
     (config, topology, {})

@@ -192,7 +192,8 @@ def read(
 
     def run(x: jax.Array, number: jax.Array | int, only: jax.Array | None = None) -> tuple[jax.Array, Any]:
         # Taken by number in the loop: the stacked parameters are never cut in two, which would copy them.
-        one, old = jax.tree.map(lambda leaf: leaf[number], (params["layers"], None if cache is None else tuple(cache)))
+        stacked = params["layers"], None if cache is None else tuple(cache)
+        one, old = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, number, keepdims=False), stacked)
         return layer.apply({"params": one}, x, rope, cached, old, only)
 
     last = config.layers - 1

@@ -60,8 +60,8 @@ def _steps_and_scales(weight: jax.Array, axis: int) -> tuple[jax.Array, jax.Arra
 
 
 def memory(params: parameters.Params) -> dict[str, int]:
-    """Bytes of each component, all devices together."""
-    total = dict.fromkeys(parameters.COMPONENTS, 0)
+    """Bytes of each component, all devices together; shapes and dtypes are enough."""
+    total, leaves = dict.fromkeys(parameters.COMPONENTS, 0), parameters.flat(params)
     for path, row in parameters.describe(params).items():
-        total[row.component] += parameters.flat(params)[path].nbytes
+        total[row.component] += leaves[path].size * leaves[path].dtype.itemsize
     return total
