@@ -31,7 +31,10 @@ def samples(tiny, tokenizer):
 
 @pytest.fixture(scope="module")
 def measure(tiny, params):
-    """Samples -> answer NLL (B, G), tokens counted (B, G), and logits (B, I, G) of either router."""
+    """Samples -> answer NLL (B, G), tokens counted (B, G), and logits (B, I, G) of either router.
+
+    `learning`: of the router over tokens as it computes them where it has weights to drop, though it drops none.
+    """
 
     @jax.jit
     def compiled(batch):
@@ -42,6 +45,9 @@ def measure(tiny, params):
         for attention in ("tokens", "tiles"):
             config = dataclasses.replace(tiny, router=dataclasses.replace(tiny.router, attention=attention))
             logits[attention] = avg_llava.route(config, params, pyramid, text, batch).logits
+        learns = dataclasses.replace(tiny, router=dataclasses.replace(tiny.router, dropout=0.0))
+        keys = jax.random.split(jax.random.key(0), len(text))
+        logits["learning"] = avg_llava.route(learns, params, pyramid, text, batch, keys).logits
         return sums.T, counts.T, logits
 
     return lambda rows: compiled(collate(rows, merge(shape_of(row, tiny) for row in rows), tiny))
@@ -62,5 +68,6 @@ def test_a_sample_in_a_batch_is_as_alone(samples, measure):
                 atol=1e-4,
                 err_msg=f"{sample.id}, {attention}",
             )
+        np.testing.assert_allclose(logits["learning"][row, :images], logits["tokens"][row, :images], atol=1e-5)
     one, other = (logits[attention][1, 0] for attention in ("tokens", "tiles"))
     assert not np.allclose(one, other, atol=1e-2)  # two routers, not one

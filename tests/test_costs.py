@@ -94,7 +94,7 @@ HLO = """HloModule jit_step, num_partitions=8
   %two = u32[]{:T(128)} constant(2)
   %one = u32[]{:T(128)} constant(1)
   %between = u32[]{:T(128)S(6)} add(%at.2, %one), metadata={op_name="jit(f)/dot_general"}
-  %after = u32[]{:T(128)} add(%at.2, %two), metadata={op_name="jit(f)/dot_general"}
+  %after = u32[]{:T(128)} add(%two, %at.2), metadata={op_name="jit(f)/dot_general"}
   %sent = (f32[2,16]{1,0}, f32[2,16]{1,0}, u32[], u32[]) collective-permute-start(%part), source_target_pairs={{0,1}}
   %arrived = f32[2,16]{1,0} collective-permute-done(%sent)
   ROOT %state.2 = (f32[2,16]{1,0}, /*index=1*/u32[]{:T(128)}) tuple(%arrived, /*index=1*/%after), metadata={}
@@ -102,6 +102,10 @@ HLO = """HloModule jit_step, num_partitions=8
 
 %starts (x: f32[8,16]) -> (f32[8,16], f32[64,16]) {
   %all.1 = f32[64,16]{1,0} all-gather(%x), channel_id=7, replica_groups=[1,8]<=[8], dimensions={0}
+}
+
+%async_collective_fusion.3 (x: (f32[8,16], f32[64,16])) -> (f32[4,4], f32[8,16], f32[64,16]) {
+  %all.3 = f32[64,16]{1,0} all-gather(%x), channel_id=7, replica_groups=[1,8]<=[8], dimensions={0}
 }
 
 %ends (x: (f32[8,16], f32[64,16])) -> f32[64,16] {
@@ -113,6 +117,7 @@ ENTRY %main (p: f32[8,16]) -> f32[8,16] {
   %other = (s32[], f32[8,16]{1,0}) while(%init), condition=%more, body=%inside, metadata={op_name="scan"}
   %product = (f32[2,16]{1,0}, u32[]) while(%begin), condition=%windowed_cond, body=%windowed, metadata={op_name="dot"}
   %async-collective-start = (f32[8,16]{1,0}, f32[64,16]{1,0}) fusion(%p), kind=kCustom, calls=%starts
+  %fusion = (f32[4,4]{1,0}, f32[8,16]{1,0}, f32[64,16]{1,0}) fusion(%p), kind=kOutput, calls=%async_collective_fusion.3
   %async-collective-done = f32[64,16]{1,0} fusion(%async-collective-start), kind=kCustom, calls=%ends
   %start = (f32[8,16]{1,0}, f32[32,16]{1,0}) all-gather-start(%p), replica_groups=[2,4]<=[8], dimensions={0}
   %done = f32[32,16]{1,0} all-gather-done(%start)

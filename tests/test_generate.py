@@ -131,7 +131,8 @@ def test_a_row_depends_on_its_own_seed_and_place_alone():
 
 def test_ladders():
     rungs = sorted({generate.length_bucket(n, 4096) for n in range(1, 4097)})
-    assert rungs[:5] == [32, 48, 64, 96, 128] and rungs[-1] == 4096 and len(rungs) == 23
+    assert rungs[:12] == [32, 48, 64, 96, 128, 192, 256, 320, 384, 448, 512, 640]
+    assert rungs[-1] == 4096 and len(rungs) == 23
     assert all(generate.length_bucket(n, 4096) >= n for n in range(1, 4097))
     assert generate.length_bucket(900, 1000) == 1000
     assert [generate.room_bucket(n) for n in (1, 16, 17, 256)] == [16, 16, 64, 256]

@@ -65,7 +65,8 @@ class State(NamedTuple):
 def length_bucket(length: int, limit: int, smallest: int = SMALLEST_LENGTH) -> int:
     """The static length S for a packed prompt: 32, 48, 64, 96, ... 256, 320, 384, 448, 512, 640, ..., at most `limit`.
 
-    Two rungs an octave, and four where padding costs more than compiling: at most a third or a fifth is padding.
+    Two rungs an octave, and four where padding costs more than compiling: above the first rung less than a third, or a
+    fifth, is padding.
     smallest: the first rung, a power of two.
 
     >>> [length_bucket(n, 4096) for n in (1, 65, 97, 400, 3000, 4000)]
@@ -175,9 +176,10 @@ def read_on(
 def last_logits(
     config: ModelConfig, params: avg_llava.Params, x: jax.Array, length: jax.Array, *behind: Any
 ) -> tuple[jax.Array, KeyValues]:
-    """Logits (B, V) at the last of the `length` (B,) real positions of x (B, S, D), any where it is 0, and its cache.
+    """Logits (B, V) at the last of the `length` (B,) real positions of x (B, S, D), any where it is 0.
 
-    behind: positions, an earlier cache and how much of it is real, see `read`; nothing for prompts from their start.
+    Also the keys and values of these S positions. behind: positions, an earlier cache and how much of it is real, see
+    `read`; nothing for prompts from their start.
     """
     last, new = read(config.language, params["language"], x, jnp.maximum(length - 1, 0), *behind)
     return avg_llava.unembed(config, params, last), new

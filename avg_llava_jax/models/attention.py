@@ -42,7 +42,8 @@ class HeadsFirst(NamedTuple):
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool = False) -> jax.Array:
     """q (B, S, H, d) over k, v (B, S, KV, d), KV a divisor of H -> (B, S, H, d).
 
-    In bfloat16 on a GPU or TPU a flash kernel, which never forms the S x S scores in memory; otherwise plain XLA.
+    In bfloat16 a flash kernel, which never forms the S x S scores in memory: on a TPU, and on a GPU for heads of at
+    most 128. Otherwise plain XLA.
     The platform is that of the mesh in use (`jax.set_mesh`), which may be compiled for without being there.
     """
     if on_one_cpu():
@@ -69,11 +70,10 @@ def _platform() -> tuple[str, int]:
 
 
 def _block_by_block(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool) -> jax.Array:
-    """One head of one sample at a time, at most `BLOCK` queries of it: scores that fit a CPU's cache.
+    """One head of one sample at a time, about `BLOCK` queries of it: scores that fit a CPU's cache.
 
-    Of a causal block only the keys up to its end are read, which saves nearly half of the work. Against scores of a
-    whole sample it takes 0.28 of the time at S = 2960, 0.8 at S = 320. They are formed again in the backward pass,
-    which is cheaper than reading them back.
+    Of a causal block only the keys up to its end are read, which saves nearly half of the work. Scores are formed again
+    in the backward pass, which is cheaper than reading them back.
     """
     batch, length, heads, _ = q.shape
     block = math.ceil(length / min(math.ceil(length / BLOCK), MOST_BLOCKS))
@@ -108,7 +108,13 @@ def attend_at(
     cached: jax.Array | None,
     at: jax.Array,
 ) -> jax.Array:
-    """What `attend_cached` gives at one position of each row: q (B, 1, H, d) stands at `at` (B,) of the new."""
+    """Attention of one new token a row: what `attention` (causal), or `attend_cached` gives at its place.
+
+    Args:
+      q: (B, 1, H, d), at position `at` (B,) among the new; new: k, v (B, S, KV, d).
+      cache: k, v (B, C, KV, d) before them, of which the first `cached` (B,) are real, or None.
+    Returns: (B, 1, H, d).
+    """
     real = jnp.arange(new[0].shape[1]) <= at[:, None]
     if cache is not None:
         new = tuple(jnp.concatenate(parts, axis=1) for parts in zip(cache, new, strict=True))

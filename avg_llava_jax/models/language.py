@@ -68,7 +68,8 @@ class DecoderLayer(nn.Module):
     """Pre-norm decoder layer: (B, S, D) -> the same shape, and this layer's new keys and values.
 
     Of a cache that is `HeadsFirst` these are the whole cache: written before it is read, it is updated in place.
-    With `only` (B,) the output is that of one position a row, (B, 1, D); keys and values are those of all.
+    With `only` (B,) the output is that of one position a row, (B, 1, D); keys and values are those of all. It is not
+    for a cache that is `HeadsFirst`.
     """
 
     config: LanguageConfig
@@ -181,10 +182,10 @@ def read(
     cache: KeyValues | None = None,
     cached: jax.Array | None = None,
 ) -> tuple[jax.Array, KeyValues]:
-    """`LanguageModel` where one hidden state a row is asked for: hidden (B, D) at position `only` (B,) of the S.
+    """`LanguageModel` where one hidden state a row is asked for: hidden (B, D) at position `only` (B,) of x (B, S, D).
 
     The last layer forms no other: it is spared its MLP, two of its four projections and nearly all of its attention.
-    Its keys and values are those of all positions, as the others' are.
+    `params` are the language model's, layers stacked. All else is as there, the keys and values of all S positions too.
     """
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])

@@ -137,7 +137,7 @@ class Router(nn.Module):
     def _attend(self, x: jax.Array, tile_image: jax.Array, drop: Callable | None) -> jax.Array:
         """Self-attention over the rows of a tile (`tokens`) or over an image's tiles at each row (`tiles`).
 
-        drop: what befalls the weights in training; without it rows of a tile need never form them in memory.
+        drop: what befalls the weights in training; without it a flash kernel, or a CPU, need not hold them in memory.
         """
         width, heads = x.shape[-1], self.config.router.heads
         tokens = self.config.router.attention == "tokens"

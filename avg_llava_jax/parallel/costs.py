@@ -125,7 +125,6 @@ _INSTRUCTION = re.compile(r"^(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z][a-z\-]*)\((.*)$
 _CALLED = re.compile(r"(?:calls|to_apply|body|called_computations)=\{?%?([\w.\-]+)")
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 _GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]*)\}|mesh\[(.*?)\] \{(.*?)\})")
-_CHANNEL = re.compile(r"\bchannel_id=(\d+)")
 _SIZES = re.compile(r"'(\w+)'=(\d+)")
 _AXES = re.compile(r"'(\w+)'(?::\(\d+\)(\d+))?")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
@@ -134,7 +133,10 @@ _NUMBER = re.compile(r"%?([\w.\-]+) = [su]32\[\]\S* constant\((\d+)\)")
 _ELEMENT = re.compile(r"%?([\w.\-]+) = [su]32\[\]\S* get-tuple-element\(.*index=(\d+)")
 _BELOW = re.compile(r"^ROOT .* compare\(%?([\w.\-]+), %?([\w.\-]+)\), direction=LT")
 _RESULT = re.compile(r"^ROOT .* tuple\((.*?)\)")
-_SUM = re.compile(r"%?([\w.\-]+) = [su]32\[\]\S* add\(%?[\w.\-]+, %?([\w.\-]+)\)")
+_SUM = re.compile(r"%?([\w.\-]+) = [su]32\[\]\S* add\((.*?)\)")
+
+# How XLA writes for TPUs that a collective which was started before goes on, and that it ends.
+GOES_ON, ENDS = "async_collective_fusion", "%async-collective-done"
 
 # How XLA writes a reduce-scatter for TPUs: a fusion of an all-reduce and of the slice that is kept.
 SCATTERED = "all-reduce-scatter"
@@ -155,16 +157,12 @@ class Traffic:
 def collectives(hlo: str) -> dict[str, Traffic]:
     """Traffic of each kind in a compiled program, `compiled.as_text()`; loops count as often as XLA knows they run.
 
-    A channel counts once: on a TPU a collective that goes on beside products stands in the fusions that start it, that
-    run meanwhile and that end it.
+    On a TPU a collective that goes on beside products stands in the fusion that starts it, where it counts, in those
+    that run meanwhile, and in the one that ends it.
     """
     computations: dict[str, list[str]] = {}
-    entry, lines, channels = "", [], set()
+    entry, lines = "", []
     for line in hlo.splitlines():
-        channel = _CHANNEL.search(line)
-        if channel and channel[1] in channels:
-            continue
-        channels.add(channel and channel[1])
         if found := _COMPUTATION.match(line):
             lines = computations.setdefault(found[2], [])
             entry = found[2] if found[1] else entry
@@ -174,7 +172,8 @@ def collectives(hlo: str) -> dict[str, Traffic]:
 
     def of(name: str) -> dict[str, Traffic]:
         if name not in known:
-            known[name] = _total(_traffic(line, of, computations) for line in computations.get(name, ()))
+            inside = () if name.startswith(GOES_ON) else computations.get(name, ())
+            known[name] = _total(_traffic(line, of, computations) for line in inside)
             if name.startswith(SCATTERED) and "all-reduce" in known[name]:
                 both = known[name]["all-reduce"]
                 known[name] = {"reduce-scatter": Traffic(both.count, both.sent / 2)}
@@ -185,7 +184,7 @@ def collectives(hlo: str) -> dict[str, Traffic]:
 
 def _traffic(line: str, of: Any, computations: Mapping[str, list[str]]) -> Mapping[str, Traffic]:
     found = _INSTRUCTION.match(line)
-    if not found:
+    if not found or line.removeprefix("ROOT ").startswith(ENDS):
         return {}
     result, operation, rest = found.groups()
     kind = operation.removesuffix("-start")
@@ -202,19 +201,26 @@ def _trips(loop: str, computations: Mapping[str, list[str]]) -> int:
     """How often a loop runs: what XLA notes of it, or else as its counter tells; 1 if nobody knows.
 
     The counter is the element of the loop's tuple that its condition holds against a constant; it begins at 0, and the
-    body adds a constant to it: 1, or more where XLA has unrolled the loop (products that are sent around in parts).
+    body adds a constant to it: 1, or more where XLA has unrolled the loop (products that are sent around in parts). A
+    step that is not found counts as 1.
     """
     if noted := _TRIPS.search(loop):
         return int(noted[1])
     condition, body = (computations.get(name, []) for name in _LOOP.search(loop).groups())
     limits, elements = _found(_NUMBER, condition), _found(_ELEMENT, condition)
+    numbers, sums = _found(_NUMBER, body), _found(_SUM, body)
+    results = [name for names in _found(_RESULT, body) for name in _names(names)]
     for counter, limit in _found(_BELOW, condition).items():
         if counter in elements and limit in limits:
-            results = [each for names in _found(_RESULT, body) for each in names.split(", ")]
-            after = results[int(elements[counter])].rpartition("%")[2] if results else ""
-            step = _found(_NUMBER, body).get(_found(_SUM, body).get(after, ""), "1")
-            return -(-int(limits[limit]) // int(step))
+            added = _names(sums.get(results[int(elements[counter])], "")) if results else []
+            step = next((int(numbers[name]) for name in added if name in numbers), 1)
+            return -(-int(limits[limit]) // step)
     return 1
+
+
+def _names(operands: str) -> list[str]:
+    """`%a, /*index=1*/%b` is ["a", "b"]."""
+    return [re.sub(r"/\*.*?\*/|%", "", each).strip() for each in operands.split(",")]
 
 
 def _found(what: re.Pattern[str], lines: Sequence[str]) -> dict[str, str]:
