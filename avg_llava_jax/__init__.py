@@ -18,7 +18,7 @@ _API = ("Answer", "AvgLlava", "Chat", "Request")
 
 def __getattr__(name: str):
     if name in _API:
-        from avg_llava_jax import api
+        from avg_llava_jax.inference import api
 
         return getattr(api, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

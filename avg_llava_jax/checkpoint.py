@@ -26,10 +26,10 @@ from jax.sharding import Mesh
 
 from avg_llava_jax import parameters, stored
 from avg_llava_jax.config import ModelConfig, from_dict, to_dict
+from avg_llava_jax.convert import foreign
 from avg_llava_jax.data.tokenizer import load_tokenizer
 from avg_llava_jax.files import write_whole
 from avg_llava_jax.parallel import hosts, sharding
-from avg_llava_jax.weights import foreign
 
 logger = logging.getLogger(__name__)
 

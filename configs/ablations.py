@@ -3,7 +3,7 @@
     configs/ablations.py                        full: configs/jersey.py:router from a fresh router
     configs/ablations.py:NAME                   any of `ABLATIONS`
 
-The first five are the paper's (one more, a random choice, trains nothing). `launch.ablate` runs them all and compares.
+The first five are the paper's (a random choice trains nothing). `launch.bench.ablate` runs and compares them all.
 """
 
 from ml_collections import ConfigDict

@@ -38,8 +38,8 @@ flags.adopt_module_key_flags(processes)
 
 def run_task(model: Any, task: Any, data: str, weights: list[float]) -> dict[str, Any] | None:
     """One benchmark, from its rows to its report, which the first process writes; None on the others."""
-    from avg_llava_jax import evaluation, plots
-    from avg_llava_jax.benchmarks import records, running, sharing
+    from avg_llava_jax.eval import evaluation, plots
+    from avg_llava_jax.eval.benchmarks import records, running, sharing
     from avg_llava_jax.files import same_run, write_whole
     from avg_llava_jax.parallel import hosts
 
@@ -83,8 +83,8 @@ def run_task(model: Any, task: Any, data: str, weights: list[float]) -> dict[str
 
 
 def main() -> None:
-    from avg_llava_jax import plots
-    from avg_llava_jax.benchmarks import records, running, table, tasks
+    from avg_llava_jax.eval import plots
+    from avg_llava_jax.eval.benchmarks import records, running, table, tasks
     from avg_llava_jax.files import write_whole
     from avg_llava_jax.parallel import hosts
 

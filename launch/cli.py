@@ -14,7 +14,7 @@ from absl import app, flags, logging
 from avg_llava_jax import SHIPPED
 
 if TYPE_CHECKING:
-    from avg_llava_jax.api import AvgLlava
+    from avg_llava_jax.inference.api import AvgLlava
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", str(SHIPPED), "Checkpoint folder of ours, or a PyTorch folder.")
 VISION_TOWER = flags.DEFINE_string("vision_tower", None, "The CLIP folder that a PyTorch checkpoint names, or to join.")
@@ -27,7 +27,7 @@ TRACEBACK = flags.DEFINE_bool("traceback", False, "Where an error happened, not 
 
 def load_model() -> AvgLlava:
     """The model that the flags name."""
-    from avg_llava_jax.api import AvgLlava
+    from avg_llava_jax.inference.api import AvgLlava
 
     return AvgLlava.load(CHECKPOINT.value, VISION_TOWER.value, dtype=DTYPE.value, quantize=QUANTIZE.value)
 

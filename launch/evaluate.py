@@ -17,9 +17,9 @@ from absl import flags
 from launch import cli
 
 if TYPE_CHECKING:
-    from avg_llava_jax.api import AvgLlava
-    from avg_llava_jax.evaluation import Question
-    from avg_llava_jax.policies import Record
+    from avg_llava_jax.eval.evaluation import Question
+    from avg_llava_jax.eval.policies import Record
+    from avg_llava_jax.inference.api import AvgLlava
 
 DATA = flags.DEFINE_string("data", None, "A LLaVA JSON or JSONL; `kind` of a record is the kind of its question.")
 IMAGES = flags.DEFINE_string("images", "", "Where its images lie: a folder, a .zip or a .tar.")
@@ -49,8 +49,8 @@ def answered(model: AvgLlava) -> tuple[list[Question], list[Record], int]:
 
     What WORKDIR holds already is not asked again.
     """
-    from avg_llava_jax import evaluation
     from avg_llava_jax.data.sources import open_source
+    from avg_llava_jax.eval import evaluation
     from avg_llava_jax.files import same_run, write_whole
 
     workdir = pathlib.Path(WORKDIR.value)
@@ -82,7 +82,7 @@ def answered(model: AvgLlava) -> tuple[list[Question], list[Record], int]:
 
 
 def main() -> None:
-    from avg_llava_jax import plots, policies, timing
+    from avg_llava_jax.eval import plots, policies, timing
     from avg_llava_jax.files import write_whole
 
     model = cli.load_model()

@@ -19,8 +19,8 @@ def main() -> None:
             raise FileNotFoundError(f"--{flag.name}={flag.value}: its folder does not exist")
     if FIGURE.value and pathlib.Path(FIGURE.value).suffix not in (".png", ".pdf", ".svg"):
         raise ValueError(f"--figure={FIGURE.value}: must end in .png, .pdf or .svg")
-    from avg_llava_jax import explain
-    from avg_llava_jax.answering.requests import Request
+    from avg_llava_jax.eval import explain
+    from avg_llava_jax.inference.requests import Request
 
     found = explain.explain(cli.load_model(), Request(PROMPT.value, IMAGE.value, raw=RAW.value))
     for i, (path, scores, shares) in enumerate(zip(IMAGE.value, found.router_logits, found.probabilities, strict=True)):

@@ -20,7 +20,7 @@ REPORT = flags.DEFINE_string(
 
 
 def main() -> None:
-    from avg_llava_jax.weights import convert
+    from avg_llava_jax.convert import convert
 
     export = {"released": convert.export_released, "transformers": convert.export_transformers}[LAYOUT.value]
     shard_size = int(SHARD_SIZE.value * convert.GIB)

@@ -23,8 +23,8 @@ DRY_RUN = flags.DEFINE_bool("dry_run", False, "Only match config, keys and shape
 
 
 def main() -> None:
+    from avg_llava_jax.convert import convert
     from avg_llava_jax.parallel import sharding
-    from avg_llava_jax.weights import convert
 
     if DRY_RUN.value:
         print(convert.dry_run(SOURCE.value, cli.VISION_TOWER.value))

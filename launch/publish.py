@@ -16,8 +16,8 @@ OUTPUT = flags.DEFINE_string("output", None, "The folder to write; one that is t
 
 def main() -> None:
     from avg_llava_jax import checkpoint
+    from avg_llava_jax.convert import convert, foreign
     from avg_llava_jax.files import portable, whole
-    from avg_llava_jax.weights import convert, foreign
 
     source, output = pathlib.Path(cli.CHECKPOINT.value), pathlib.Path(OUTPUT.value)
     loaded = checkpoint.load(source)

@@ -13,10 +13,11 @@ import jax
 import numpy as np
 from absl import flags
 
-from avg_llava_jax import checkpoint, evaluation, plots, policies, timing
-from avg_llava_jax.api import SHIPPED, AvgLlava
+from avg_llava_jax import checkpoint
 from avg_llava_jax.data.jersey import Jersey
+from avg_llava_jax.eval import evaluation, plots, policies, timing
 from avg_llava_jax.files import same_run, write_whole
+from avg_llava_jax.inference.api import SHIPPED, AvgLlava
 from avg_llava_jax.parallel import sharding
 from avg_llava_jax.training import feedback, loop, setup
 from configs import jersey

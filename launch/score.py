@@ -20,7 +20,7 @@ OUTPUT = flags.DEFINE_string("output", None, "The JSON that is written.")
 
 
 def main() -> None:
-    from avg_llava_jax.benchmarks import records, scoring, tasks
+    from avg_llava_jax.eval.benchmarks import records, scoring, tasks
     from avg_llava_jax.files import write_whole
 
     output = pathlib.Path(OUTPUT.value)

@@ -46,7 +46,7 @@ def api_key() -> str | None:
 def main() -> None:
     key = api_key()
 
-    from avg_llava_jax.engine.engine import Engine
+    from avg_llava_jax.inference.engine import Engine
     from avg_llava_jax.server.app import Service
     from avg_llava_jax.server.limits import Limits
     from avg_llava_jax.server.serving import Serving, bind

@@ -36,9 +36,9 @@ def main() -> None:
     weights = cli.weights_of(COST_WEIGHTS.value)
     import numpy as np
 
-    from avg_llava_jax import evaluation, plots, policies, timing
-    from avg_llava_jax.answering.requests import Request
+    from avg_llava_jax.eval import evaluation, plots, policies, timing
     from avg_llava_jax.files import write_whole
+    from avg_llava_jax.inference.requests import Request
 
     workdir, new_tokens = pathlib.Path(evaluate.WORKDIR.value), evaluate.MAX_NEW_TOKENS.value
     model = cli.load_model()

@@ -4,11 +4,11 @@ import threading
 import time
 from collections import Counter
 
-from avg_llava_jax.answering.requests import Answer
 from avg_llava_jax.data.errors import BadSample
 from avg_llava_jax.data.geometry import visual_count
-from avg_llava_jax.engine.stats import Stats
-from avg_llava_jax.engine.tickets import Cancelled, QueueFull, Ticket
+from avg_llava_jax.inference.requests import Answer
+from avg_llava_jax.inference.stats import Stats
+from avg_llava_jax.inference.tickets import Cancelled, QueueFull, Ticket
 
 
 class EngineDouble:

@@ -8,13 +8,13 @@ import numpy as np
 from PIL import Image
 
 from avg_llava_jax import parameters
-from avg_llava_jax.answering import generate
-from avg_llava_jax.answering.requests import Request
-from avg_llava_jax.api import AvgLlava
 from avg_llava_jax.config import ScalerConfig
 from avg_llava_jax.data.tokenizer import load_tokenizer
-from avg_llava_jax.engine.engine import Engine
-from avg_llava_jax.engine.stress import compilations
+from avg_llava_jax.inference import generate
+from avg_llava_jax.inference.api import AvgLlava
+from avg_llava_jax.inference.engine import Engine
+from avg_llava_jax.inference.requests import Request
+from avg_llava_jax.inference.stress import compilations
 from avg_llava_jax.models.flash import flash_attention
 from avg_llava_jax.parallel import sharding
 from avg_llava_jax.parallel.costs import collectives

@@ -6,13 +6,13 @@ import pathlib
 
 import jax
 
-from avg_llava_jax.answering.requests import Answer
-from avg_llava_jax.api import AvgLlava
 from avg_llava_jax.checkpoint import Loaded
 from avg_llava_jax.config import ModelConfig
+from avg_llava_jax.convert import convert
 from avg_llava_jax.data.tokenizer import Tokenizer
+from avg_llava_jax.inference.api import AvgLlava
+from avg_llava_jax.inference.requests import Answer
 from avg_llava_jax.models import avg_llava
-from avg_llava_jax.weights import convert
 
 
 @functools.cache

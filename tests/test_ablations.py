@@ -7,16 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from avg_llava_jax import checkpoint, evaluation, policies
-from avg_llava_jax.api import AvgLlava
+from avg_llava_jax import checkpoint
 from avg_llava_jax.data.jersey import Jersey
+from avg_llava_jax.eval import evaluation, policies
+from avg_llava_jax.inference.api import AvgLlava
 from avg_llava_jax.parallel import sharding
 from avg_llava_jax.training import losses, setup
 from configs import ablations
-from launch import ablate, quickstart
+from launch import quickstart
+from launch.bench import ablate
 from tests.random_model import random_model, save_random_model
 
-DOCUMENT = "Before.\n\n<!-- ablations: python -m launch.ablate -->\nold\n<!-- end of ablations -->\n\nAfter.\n"
+DOCUMENT = "Before.\n\n<!-- ablations: python -m launch.bench.ablate -->\nold\n<!-- end of ablations -->\n\nAfter.\n"
 TINY = {"seeds": 1, "steps": 2, "pictures": 16, "questions": 6}
 
 

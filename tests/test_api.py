@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from avg_llava_jax import checkpoint
-from avg_llava_jax.api import AvgLlava, Request
+from avg_llava_jax.inference.api import AvgLlava, Request
 from tests.conftest import TOKENIZER
 from tests.random_model import plain, random_model
 

@@ -13,7 +13,9 @@ from avg_llava_jax.config import ScalerConfig
 from avg_llava_jax.parallel import planning, sharding
 from avg_llava_jax.training import losses, phases
 from avg_llava_jax.training.step import Step
-from launch import bench_parts, bench_train, torch_baseline
+from launch.bench import parts as bench_parts
+from launch.bench import torch_baseline
+from launch.bench import train as bench_train
 from tests.test_parity import ours, randomise
 
 ROWS = 2

@@ -11,10 +11,10 @@ import time
 
 import pytest
 
-from avg_llava_jax import evaluation
-from avg_llava_jax.benchmarks import records, running, scoring, table, tasks
 from avg_llava_jax.config import ModelConfig
-from avg_llava_jax.engine import questions as through_engine
+from avg_llava_jax.eval import evaluation
+from avg_llava_jax.eval import questions as through_engine
+from avg_llava_jax.eval.benchmarks import records, running, scoring, table, tasks
 from tests import benchmark_fixtures as fixtures
 from tests.random_model import random_model
 from tests.test_launch import ROOT, folder, run  # noqa: F401 (a fixture)

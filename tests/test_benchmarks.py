@@ -8,8 +8,8 @@ import sys
 import numpy as np
 import pytest
 
-from avg_llava_jax.benchmarks import metrics, records, scoring, tasks
 from avg_llava_jax.data.errors import BadSample
+from avg_llava_jax.eval.benchmarks import metrics, records, scoring, tasks
 from tests import benchmark_fixtures as fixtures
 from tests.test_launch import run
 
@@ -114,7 +114,7 @@ def test_the_score_command(tmp_path):
 
 def test_scoring_needs_no_device_library(tmp_path):
     code = (
-        "import sys; from avg_llava_jax.benchmarks import records, scoring, tasks; import launch.score;"
+        "import sys; from avg_llava_jax.eval.benchmarks import records, scoring, tasks; import launch.score;"
         "print({'jax', 'torch', 'transformers'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from avg_llava_jax.answering import batching, choosing
-from avg_llava_jax.answering.requests import Request
+from avg_llava_jax.inference import batching, choosing
+from avg_llava_jax.inference.requests import Request
 from tests.random_model import random_model
 
 

@@ -18,11 +18,11 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from avg_llava_jax import checkpoint, parameters
-from avg_llava_jax.api import AvgLlava
 from avg_llava_jax.config import LanguageConfig, ModelConfig, RouterConfig
+from avg_llava_jax.convert import convert, foreign, tensors
+from avg_llava_jax.inference.api import AvgLlava
 from avg_llava_jax.parallel import sharding
 from avg_llava_jax.training.loop import train
-from avg_llava_jax.weights import convert, foreign, tensors
 from tests.random_model import save_random_model
 from tests.test_training import settings
 
@@ -125,7 +125,7 @@ SHARDED = """
     from absl import flags
     from avg_llava_jax import checkpoint
     from avg_llava_jax.parallel import sharding
-    from avg_llava_jax.weights import foreign
+    from avg_llava_jax.convert import foreign
     from launch import import_torch
 
     source, tower, output = sys.argv[1:]
@@ -298,7 +298,7 @@ def test_sources_that_are_none(tmp_path, imported):
 HUB = """
     import sys
     from absl import app
-    from avg_llava_jax.weights import convert
+    from avg_llava_jax.convert import convert
 
     def main(argv):
         for name in argv[1:]:

@@ -11,7 +11,7 @@ from avg_llava_jax.parallel.planning import largest_shape
 from avg_llava_jax.training import phases
 from avg_llava_jax.training.optimizer import OptimizerConfig, trainable
 from configs import jersey
-from launch.bench_parts import random_batch
+from launch.bench.parts import random_batch
 
 
 def test_flops_of_loops_branches_and_gradients():

@@ -6,11 +6,11 @@ import jax
 import numpy as np
 import pytest
 
-from avg_llava_jax.answering.requests import Request
-from avg_llava_jax.api import AvgLlava
-from avg_llava_jax.engine import programs
-from avg_llava_jax.engine.engine import Cancelled, Engine, QueueFull
-from avg_llava_jax.engine.stress import compilations, stress
+from avg_llava_jax.inference import programs
+from avg_llava_jax.inference.api import AvgLlava
+from avg_llava_jax.inference.engine import Cancelled, Engine, QueueFull
+from avg_llava_jax.inference.requests import Request
+from avg_llava_jax.inference.stress import compilations, stress
 from tests.random_model import plain, random_model
 
 
@@ -259,7 +259,7 @@ def test_closing_without_draining_cancels(model, photos):
 
 
 def test_stress(model, engine):
-    """Sixty requests of every make-up, eight at once; `launch/stress.py` sends as many as one likes."""
+    """Sixty requests of every make-up, eight at once; `launch/bench/stress.py` sends as many as one likes."""
     engine = make(model)
     engine.start()
     report = stress(engine, 60, 8, largest=80)

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from avg_llava_jax import evaluation
 from avg_llava_jax.data.images import image_ref
 from avg_llava_jax.data.sources import open_source
-from avg_llava_jax.engine import programs
-from avg_llava_jax.engine import questions as through_engine
-from avg_llava_jax.engine.engine import Engine
+from avg_llava_jax.eval import evaluation
+from avg_llava_jax.eval import questions as through_engine
+from avg_llava_jax.inference import programs
+from avg_llava_jax.inference.engine import Engine
 from tests.conftest import write_llava
 from tests.random_model import random_model
 

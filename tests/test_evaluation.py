@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from avg_llava_jax import evaluation, plots, policies, timing
-from avg_llava_jax.answering import batching, generate
-from avg_llava_jax.answering.requests import Request
 from avg_llava_jax.data.images import image_ref
 from avg_llava_jax.data.jersey import Jersey
 from avg_llava_jax.data.sources import open_source
+from avg_llava_jax.eval import evaluation, plots, policies, timing
+from avg_llava_jax.inference import batching, generate
+from avg_llava_jax.inference.requests import Request
 from tests.random_model import random_model
 
 OPTIONS = {"max_new_tokens": 4, "batch_size": 8, "progress": False}

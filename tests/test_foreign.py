@@ -13,8 +13,8 @@ from safetensors.numpy import load_file, save_file
 
 from avg_llava_jax import checkpoint, parameters
 from avg_llava_jax.config import ModelConfig
+from avg_llava_jax.convert import foreign, layouts
 from avg_llava_jax.parallel import sharding
-from avg_llava_jax.weights import foreign, layouts
 
 GOLDEN = pathlib.Path(__file__).parent / "data" / "golden"
 SOURCE, TOWER = GOLDEN / "avg-llava-tiny", GOLDEN / "vision_tower"

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from avg_llava_jax.answering import batching, choosing, generate
-from avg_llava_jax.answering.requests import Request
-from avg_llava_jax.api import AvgLlava
 from avg_llava_jax.data.packing import Shape
+from avg_llava_jax.inference import batching, choosing, generate
+from avg_llava_jax.inference.api import AvgLlava
+from avg_llava_jax.inference.requests import Request
 from avg_llava_jax.models import avg_llava
 from tests.random_model import random_model
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from avg_llava_jax.answering import generate
 from avg_llava_jax.config import LanguageConfig, ModelConfig
+from avg_llava_jax.inference import generate
 from avg_llava_jax.models import avg_llava
 from avg_llava_jax.models.language import LanguageModel, read
 

@@ -17,11 +17,11 @@ from transformers.models.llava_next.modeling_llava_next import unpad_image
 
 from avg_llava_jax import checkpoint
 from avg_llava_jax.config import ModelConfig
+from avg_llava_jax.convert import convert, foreign, llava_next
 from avg_llava_jax.data.geometry import kept_cells, visual_index
 from avg_llava_jax.data.tiles import grid_of, make_tiles
 from avg_llava_jax.models import avg_llava
 from avg_llava_jax.models.encoder import normalise
-from avg_llava_jax.weights import convert, foreign, llava_next
 from tests.conftest import TOKENIZER
 from tests.differences import agree
 from tests.test_convert import SOURCE, TOWER

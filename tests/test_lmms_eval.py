@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from avg_llava_jax.benchmarks import scoring, tasks
-from avg_llava_jax.benchmarks.rows import Row
+from avg_llava_jax.eval.benchmarks import scoring, tasks
+from avg_llava_jax.eval.benchmarks.rows import Row
 
 SPEC = importlib.util.find_spec("lmms_eval")
 if SPEC is None:
@@ -157,7 +157,7 @@ def test_soft_accuracy(task, name):
 
 def test_vqa_words_of_what_is_contracted():
     """Every contraction of the table, and every mark with and without a space beside it."""
-    from avg_llava_jax.benchmarks import words
+    from avg_llava_jax.eval.benchmarks import words
 
     theirs = module("tasks._task_utils.vqa_eval_metric").EvalAIAnswerProcessor
     texts = [*theirs.CONTRACTIONS, *theirs.CONTRACTIONS.values(), *theirs.NUMBER_MAP]
@@ -354,12 +354,12 @@ def test_the_plugin(tiny, tokenizer, monkeypatch):
     """Results in the order of the requests, each as the model answers it alone; none where a prompt is too long."""
     from PIL import Image
 
-    from avg_llava_jax.api import AvgLlava
+    from avg_llava_jax.inference.api import AvgLlava
     from tests.random_model import random_model
 
     for name in ("api.model", "models.registry_v2"):
         module(name)
-    plugin = importlib.import_module("avg_llava_jax.benchmarks.lmms_eval_plugin")
+    plugin = importlib.import_module("avg_llava_jax.eval.benchmarks.lmms_eval_plugin")
     model = random_model(tiny, tokenizer)
     monkeypatch.setattr(AvgLlava, "load", lambda *of, **options: model)
     wrapped = plugin.AvgLlavaForLmmsEval(checkpoint="W", granularity="auto", batch_size="2")

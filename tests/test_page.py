@@ -6,7 +6,7 @@ import shutil
 import pytest
 from PIL import Image, ImageDraw
 
-from avg_llava_jax.api import AvgLlava
+from avg_llava_jax.inference.api import AvgLlava
 from tests.served import Served
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="the page's tests need playwright")

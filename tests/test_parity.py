@@ -11,10 +11,10 @@ import transformers
 
 from avg_llava_jax import parameters
 from avg_llava_jax.config import LanguageConfig, ModelConfig, RouterConfig, ScalerConfig, VisionConfig
+from avg_llava_jax.convert import layouts
 from avg_llava_jax.models.encoder import Encoder, normalise
 from avg_llava_jax.models.language import LanguageModel
 from avg_llava_jax.models.router import Router
-from avg_llava_jax.weights import layouts
 from tests.differences import agree
 
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from avg_llava_jax.weights import convert, foreign, pickled
-from avg_llava_jax.weights.tensors import Tensors
+from avg_llava_jax.convert import convert, foreign, pickled
+from avg_llava_jax.convert.tensors import Tensors
 from tests.test_convert import SOURCE, TOWER
 
 

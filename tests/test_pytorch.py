@@ -18,18 +18,18 @@ from transformers import (
 )
 
 from avg_llava_jax import SHIPPED, checkpoint
-from avg_llava_jax.answering import batching, choosing, generate
-from avg_llava_jax.answering.requests import Request
-from avg_llava_jax.api import AvgLlava
 from avg_llava_jax.config import RouterConfig, ScalerConfig
+from avg_llava_jax.convert import convert, llava_next
 from avg_llava_jax.data.conversation import IMAGE, encode_prompt, encode_raw
 from avg_llava_jax.data.packing import merge
 from avg_llava_jax.data.sources import open_source
 from avg_llava_jax.data.tiles import make_tiles
 from avg_llava_jax.data.tokenizer import load_tokenizer
+from avg_llava_jax.inference import batching, choosing, generate
+from avg_llava_jax.inference.api import AvgLlava
+from avg_llava_jax.inference.requests import Request
 from avg_llava_jax.models import avg_llava
 from avg_llava_jax.models.encoder import normalise
-from avg_llava_jax.weights import convert, llava_next
 from tests.differences import agree
 from tests.random_model import random_model, save_random_model
 from tests.test_convert import GOLDEN, SOURCE, TOWER, same_bits

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from avg_llava_jax import parameters
-from avg_llava_jax.api import AvgLlava
+from avg_llava_jax.convert.quantize import memory, quantized
+from avg_llava_jax.inference.api import AvgLlava
 from avg_llava_jax.models import avg_llava
-from avg_llava_jax.weights.quantize import memory, quantized
 from tests.random_model import random_model, save_random_model
 
 

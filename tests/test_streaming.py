@@ -2,7 +2,7 @@
 
 import pytest
 
-from avg_llava_jax.answering.streaming import TextStream
+from avg_llava_jax.inference.text_stream import TextStream
 
 
 def decode(ids):

@@ -20,15 +20,15 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 
 from avg_llava_jax import checkpoint, parameters
-from avg_llava_jax.answering import generate
 from avg_llava_jax.config import ModelConfig
+from avg_llava_jax.convert import foreign
 from avg_llava_jax.data.feedback import read_feedback
 from avg_llava_jax.data.packing import Shape, load_tiles
 from avg_llava_jax.data.pipeline import EMPTY, collate_rows
+from avg_llava_jax.inference import generate
 from avg_llava_jax.parallel import costs, placement, sharding
 from avg_llava_jax.training import setup
 from avg_llava_jax.training.step import Step
-from avg_llava_jax.weights import foreign
 
 GIB = 2**30
 

@@ -25,9 +25,9 @@ from starlette.responses import HTMLResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from avg_llava_jax.answering.requests import Answer
-from avg_llava_jax.engine.engine import Engine
-from avg_llava_jax.engine.tickets import Cancelled, QueueFull, Ticket
+from avg_llava_jax.inference.engine import Engine
+from avg_llava_jax.inference.requests import Answer
+from avg_llava_jax.inference.tickets import Cancelled, QueueFull, Ticket
 from avg_llava_jax.server import reading
 from avg_llava_jax.server.limits import Limits
 from avg_llava_jax.server.metrics import CONTENT_TYPE, Metrics

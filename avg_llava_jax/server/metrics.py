@@ -6,7 +6,7 @@ import collections
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from avg_llava_jax.engine.stats import Stats
+from avg_llava_jax.inference.stats import Stats
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 WAITS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)

@@ -20,9 +20,9 @@ import secrets
 from collections.abc import Sequence
 from typing import Any
 
-from avg_llava_jax.answering.requests import Granularity, Request
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.data.conversation import PLACEHOLDER, Turn
+from avg_llava_jax.inference.requests import Granularity, Request
 from avg_llava_jax.server.images import SentImage, read_image
 from avg_llava_jax.server.limits import Limits
 from avg_llava_jax.server.refusal import Refusal

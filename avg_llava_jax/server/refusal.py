@@ -8,9 +8,9 @@ from typing import Any
 
 from starlette.responses import Response
 
-from avg_llava_jax.answering.requests import Request
 from avg_llava_jax.data.errors import BadSample
-from avg_llava_jax.engine.tickets import Cancelled, QueueFull
+from avg_llava_jax.inference.requests import Request
+from avg_llava_jax.inference.tickets import Cancelled, QueueFull
 
 
 class Refusal(Exception):

@@ -19,10 +19,10 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from avg_llava_jax.answering.requests import Answer
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.data.geometry import kept_cells, visual_count
 from avg_llava_jax.data.tiles import Size, grid_of, mosaic_box
+from avg_llava_jax.inference.requests import Answer
 
 DONE = "data: [DONE]\n\n"
 

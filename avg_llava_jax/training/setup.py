@@ -13,6 +13,7 @@ from jax.experimental import multihost_utils
 
 from avg_llava_jax import checkpoint, parameters
 from avg_llava_jax.config import ModelConfig, from_dict, to_dict
+from avg_llava_jax.convert import foreign
 from avg_llava_jax.data.feedback import read_feedback
 from avg_llava_jax.data.pipeline import Batches, PlannedBatches
 from avg_llava_jax.data.sources import open_sources
@@ -20,7 +21,6 @@ from avg_llava_jax.data.tokenizer import Tokenizer, load_tokenizer
 from avg_llava_jax.models.stack import Remat
 from avg_llava_jax.parallel import hosts, sharding
 from avg_llava_jax.training.optimizer import OptimizerConfig, trainable
-from avg_llava_jax.weights import foreign
 
 logger = logging.getLogger(__name__)
 

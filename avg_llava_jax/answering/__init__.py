@@ -1,1 +1,0 @@
-"""From a request to its answer: host-side preparation, and the compiled programs it runs through."""

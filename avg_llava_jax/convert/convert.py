@@ -1,0 +1,311 @@
+"""PyTorch folders in, PyTorch folders out: tensor by tensor, and the target appears only when it is whole.
+
+    PyTorch folder --import_folder--> checkpoint of ours --export_released, export_transformers--> PyTorch folder
+
+Names, layouts and shapes in both directions are those of the one table in `parameters`.
+"""
+
+import logging
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from avg_llava_jax import checkpoint, parameters
+from avg_llava_jax.config import ModelConfig
+from avg_llava_jax.convert import foreign, layouts, llava_next, model_card, tensors
+from avg_llava_jax.data.conversation import stop_ids
+from avg_llava_jax.data.tokenizer import Tokenizer, load_tokenizer
+from avg_llava_jax.files import whole, write_json
+
+logger = logging.getLogger(__name__)
+
+Folder = str | os.PathLike[str]
+
+GIB = 2**30
+SHARD_SIZE = 5 * GIB
+VOCABULARIES = ("model.embed_tokens.weight", "lm_head.weight")
+
+
+def local_folder(source: Folder) -> pathlib.Path:
+    """The folder itself, or the download of a hub id such as `liuhaotian/llava-v1.6-vicuna-7b`.
+
+    Raises:
+      FileNotFoundError: neither.
+    """
+    folder = pathlib.Path(source)
+    if folder.is_dir():
+        return folder
+    if len(folder.parts) != 2 or folder.is_absolute():
+        raise FileNotFoundError(f"{source} is no folder, and no hub id (OWNER/NAME)")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    wanted = ["*.json", "tokenizer.model", "*.jinja"]
+    try:
+        for weights in ("*.safetensors", "pytorch_model*.bin"):  # the second only where there is none of the first
+            found = pathlib.Path(snapshot_download(str(source), allow_patterns=[*wanted, weights]))
+            if list(found.glob(weights)):
+                break
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        why = str(error).strip().partition("\n")[0]
+        raise FileNotFoundError(f"{source} is no folder here, and the hub's answer is: {why}") from None
+    return found
+
+
+def import_folder(
+    source: Folder,
+    output: Folder,
+    vision_tower: Folder | None = None,
+    dtype: Any = None,
+    mesh: Mesh | None = None,
+    seed: int = 0,
+) -> ModelConfig:
+    """Write a PyTorch folder (or hub id) as a checkpoint folder of ours; returns its config.
+
+    What the model does not run is kept beside the parameters (`foreign.keep_unused`), so that nothing
+    is lost on the way back.
+
+    Args:
+      vision_tower: as for `checkpoint.load`, or a hub id.
+      dtype, mesh, seed: as for `checkpoint.load`.
+
+    Raises:
+      FileNotFoundError, ValueError: one line that names the file, key or field.
+    """
+    source, vision_tower = local_folder(source), vision_tower and local_folder(vision_tower)
+    _check_known(source)
+    with whole(output) as folder:
+        loaded = checkpoint.load(source, vision_tower, mesh, dtype, seed)
+        write_checkpoint(loaded, folder)
+        foreign.keep_unused(source, folder, vision_tower)
+    return loaded.config
+
+
+def _check_known(source: pathlib.Path) -> None:
+    if foreign.is_foreign(source):
+        return
+    config = source / "config.json"
+    if not config.is_file():
+        raise FileNotFoundError(f"{source} has no config.json")
+    raise ValueError(
+        f"{config}: model_type={tensors.read_json(config).get('model_type')!r} is none of those that are known here:"
+        f" {', '.join(foreign.MODEL_TYPES)}"
+    )
+
+
+def write_checkpoint(loaded: checkpoint.Loaded, folder: pathlib.Path) -> None:
+    """Write a model as a checkpoint folder to hand on: config, tokenizer and parameters."""
+    checkpoint.save_config(folder, loaded.config, loaded.meta["training"], loaded.meta["granularities_trained"])
+    checkpoint.copy_tokenizer(loaded.tokenizer_folder, folder)
+    largest = max(leaf.nbytes for leaf in parameters.flat(loaded.params).values())
+    with checkpoint.Manager(folder, at_once=1 + largest // 10**9) as manager:
+        manager.save(loaded.meta["step"], loaded.params)
+        manager.wait()
+    (folder / checkpoint.LOCK).unlink()
+
+
+def dry_run(source: Folder, vision_tower: Folder | None = None) -> str:
+    """Match a PyTorch folder's config and keys, and its shapes as far as weights are there, without reading one."""
+    folder, vision_tower = local_folder(source), vision_tower and local_folder(vision_tower)
+    _check_known(folder)
+    if any((folder / name).is_file() for name in tensors.weight_files(folder)):
+        opened = foreign.inspect(folder, vision_tower)
+        config, count = opened.config, len(opened.catalog.names) - len(opened.unused)
+        found = f"{count} tensors match in name, shape and dtype, {len(opened.unused)} more are kept unread"
+    else:
+        config, count, listed = foreign.match_names(folder, vision_tower)
+        found = f"{count} tensors " + ("match in name" if listed else "are what its config asks for") + ", no weights"
+    sizes = sum(leaf.size for leaf in parameters.flat(parameters.abstract(config)).values())
+    return f"{folder}: {found}; {sizes / 1e9:.3f} G parameters, granularities {list(config.granularities)}"
+
+
+def export_released(
+    source: Folder,
+    output: Folder,
+    dtype: Any = None,
+    shard_size: int = SHARD_SIZE,
+    router: bool = True,
+    report: Folder | None = None,
+) -> None:
+    """Write a checkpoint as a folder in the released layout, with every file that the released loader reads.
+
+    Its tower is inside (`unfreeze_mm_vision_tower`), and in `vision_tower/` where its config is none of a
+    published CLIP. Layers that the model does not run come from the folder that was imported;
+    where there was none, they are layers that change nothing.
+
+    Args:
+      dtype: of every floating-point tensor; None = as stored.
+      shard_size: largest file, in bytes.
+      router: False leaves it out: a LLaVA-NeXT.
+      report: report.json of an evaluation, for the model card; None = the checkpoint folder's, if it has one.
+
+    Raises:
+      ValueError: the released code cannot compute this model; names the field.
+    """
+    source = pathlib.Path(source)
+    config, _ = checkpoint.read_config(source)
+    origin = _origin(source)
+    tower = pathlib.Path(output).absolute() / "vision_tower"
+    values = layouts.released_config(config, origin.get("config", {}), router, str(tower))
+    loaded = checkpoint.load(source)
+    tokenizer = load_tokenizer(loaded.tokenizer_folder)
+    exported = Exported(config, loaded.params, source / foreign.UNUSED, dtype, router)
+    card = model_card.card(loaded, output, "released", router, model_card.read_report(source, report))
+    with whole(output) as folder:
+        exported.save(folder, shard_size)
+        tokenizer.save(folder)
+        special = _special_ids(tokenizer, tokenizer.eos_id)
+        values = special | values | {"torch_dtype": exported.dtype_name}
+        write_json(folder / "config.json", values)
+        write_json(
+            folder / "generation_config.json", origin.get("generation_config", {"_from_model_config": True} | special)
+        )
+        preprocessor = origin.get("preprocessor_config", layouts.clip_preprocessor(config.vision))
+        write_json(folder / "preprocessor_config.json", preprocessor)
+        if values["mm_vision_tower"] == str(tower):
+            inside = folder / "vision_tower"
+            inside.mkdir()
+            write_json(inside / "config.json", layouts.clip_config(config.vision))
+            write_json(inside / "preprocessor_config.json", layouts.clip_preprocessor(config.vision))
+            exported.save(inside, shard_size, foreign.TOWER)
+        (folder / model_card.CARD).write_text(card, encoding="utf-8")
+
+
+def export_transformers(
+    source: Folder,
+    output: Folder,
+    dtype: Any = None,
+    shard_size: int = SHARD_SIZE,
+    router: bool = True,
+    report: Folder | None = None,
+) -> None:
+    """Write a checkpoint for the transformers library; the arguments are those of `export_released`.
+
+    `LlavaNextForConditionalGeneration` reads it as the finest granularity, always. With `trust_remote_code` the
+    folder's own modeling_avg_llava.py adds scaler and router, whose weights lie in `router/`, where the library does
+    not look. A LLaVA-NeXT that was imported and not trained has no router to give and stays a LLaVA-NeXT.
+
+    Needs a token `<image>`. Where the tokenizer has none it becomes the next id, and where the embedding
+    has no row for it, row 0 is there once more: its logit is that of token 0, and `generate` suppresses it.
+    """
+    source = pathlib.Path(source)
+    config, _ = checkpoint.read_config(source)
+    origin = _origin(source)
+    loaded = checkpoint.load(source)
+    if router and loaded.meta["training"] is None and origin and not _had_router(origin):
+        logger.warning("%s: its router was never trained: exported as a LLaVA-NeXT", source)
+        router = False
+    tokenizer = load_tokenizer(loaded.tokenizer_folder)
+    image_token = tokenizer.special_tokens.get(llava_next.IMAGE, tokenizer.vocab_size)
+    rows = max(config.language.vocab_size, image_token + 1)
+    exported = Exported(config, loaded.params, source / foreign.UNUSED, dtype, router, rows, llava_next.stored_name)
+    values = llava_next.to_config(config, origin.get("config", {}), image_token, rows, router)
+    card = model_card.card(loaded, output, "transformers", router, model_card.read_report(source, report))
+    with whole(output) as folder:
+        exported.save(folder, shard_size, leave=(foreign.ROUTER,))
+        llava_next.save_tokenizer(folder, tokenizer, image_token, config.template)
+        write_json(folder / "config.json", values | {"dtype": exported.dtype_name})
+        stops = stop_ids(tokenizer, config.template)
+        stops = stops[0] if len(stops) == 1 else list(stops)
+        added = list(range(config.language.vocab_size, rows))
+        suppressed = {"suppress_tokens": added} if added else {}
+        if origin.get("config", {}).get("model_type") == llava_next.MODEL_TYPE:
+            suppressed = origin.get("generation_config", {})
+        write_json(folder / "generation_config.json", _special_ids(tokenizer, stops) | suppressed)
+        write_json(folder / "preprocessor_config.json", llava_next.preprocessor(config))
+        write_json(folder / "processor_config.json", llava_next.processor(config))
+        if router:
+            beside = folder / llava_next.ROUTER
+            beside.mkdir()
+            exported.save(beside, SHARD_SIZE, foreign.ROUTER)  # one file: modeling_avg_llava.py reads no more
+            shutil.copyfile(llava_next.MODELING, folder / llava_next.MODELING.name)
+        (folder / model_card.CARD).write_text(card, encoding="utf-8")
+
+
+def _special_ids(tokenizer: Tokenizer, eos: int | list[int]) -> dict[str, Any]:
+    """The ids that a generation config names, of those that the tokenizer has."""
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": eos, "pad_token_id": tokenizer.pad_id}
+    return {key: value for key, value in ids.items() if value is not None}
+
+
+def _origin(source: pathlib.Path) -> dict[str, dict[str, Any]]:
+    """The config files that came with the weights, by name; {} for a model that began here."""
+    path = source / foreign.ORIGIN
+    return tensors.read_json(path) if path.is_file() else {}
+
+
+def _had_router(origin: dict[str, dict[str, Any]]) -> bool:
+    """Whether the weights came with a router, in either layout."""
+    return not {"vis_token_granularity", llava_next.ADAPTIVE}.isdisjoint(origin.get("config", {}))
+
+
+class Exported:
+    """A model's tensors as PyTorch names and lays them out, made one at a time."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: parameters.Params,
+        unused: pathlib.Path,
+        dtype: Any,
+        router: bool,
+        vocabulary: int | None = None,
+        rename: Callable[[str], str] = str,
+    ):
+        """`vocabulary`: rows of the embeddings, None = as they are; `rename`: released name -> name to write."""
+        self._patch = config.vision.patch_size
+        self._leaves = parameters.flat(params)
+        self._parts = parameters.torch_parts(params)
+        self._unused = tensors.Tensors(unused.parent, [unused.name]) if unused.is_file() else None
+        dtype = np.dtype(dtype) if dtype else None
+        model_dtype = dtype or np.dtype(self._leaves["language/embed"].dtype)
+        self.dtype_name = str(model_dtype)
+        found: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
+        for name, shape in foreign.torch_shapes(config, router).items():
+            if name in VOCABULARIES:
+                shape = (vocabulary or shape[0], *shape[1:])
+            found[name] = shape, dtype or np.dtype(self._leaves[self._parts[name][0].row.path].dtype)
+        for name in self._unused.names if self._unused else ():
+            stored = self._unused.dtype(name, counters=True)
+            counter = stored in tensors.COUNTERS.values()
+            found[name] = self._unused.shape(name), stored if counter else dtype or stored
+        for name, shape in foreign.idle_shapes(config).items():
+            found.setdefault(name, (shape, model_dtype))
+        self._found = found
+        self.tensors = {rename(name): announced for name, announced in found.items()}
+        self._released = {rename(name): name for name in found}
+
+    def save(self, folder: pathlib.Path, shard_size: int, prefix: str = "", leave: Sequence[str] = ()) -> None:
+        """Write the tensors whose names begin with `prefix`, without it, and with none of `leave`."""
+        chosen = {
+            name.removeprefix(prefix): announced
+            for name, announced in self.tensors.items()
+            if name.startswith(prefix) and not name.startswith(tuple(leave))
+        }
+        with tqdm(total=len(chosen), desc="writing", unit="tensor", leave=False, disable=None) as progress:
+
+            def read(name: str) -> np.ndarray:
+                progress.update()
+                return self._read(self._released[prefix + name])
+
+            tensors.save(folder, chosen, read, shard_size)
+
+    def _read(self, name: str) -> np.ndarray:
+        shape, dtype = self._found[name]
+        if name in self._parts:
+            pieces = []
+            for row, layer in self._parts[name]:
+                leaf = self._leaves[row.path] if layer is None else self._leaves[row.path][layer]
+                pieces.append(row.to_torch(np.asarray(leaf), self._patch))
+            if name in VOCABULARIES:
+                pieces += [pieces[0][:1]] * (shape[0] - len(pieces[0]))
+            return (pieces[0] if len(pieces) == 1 else np.concatenate(pieces)).astype(dtype, copy=False)
+        if self._unused and name in self._unused.names:
+            return self._unused.read(name).astype(dtype, copy=False)
+        return np.full(shape, float("norm" in name and name.endswith(".weight")), dtype)

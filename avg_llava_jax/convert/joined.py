@@ -1,0 +1,58 @@
+"""A Llama-family folder and a CLIP folder as one AVG-LLaVA, whose connector, newline and router are yet to be learned.
+
+What the two folders do not say is chosen here: LLaVA's select layer, its pinpoints in tiles of this tower, the ladder
+of the paper as far as the grid can be halved, and the template that the tokenizer speaks.
+"""
+
+import pathlib
+from typing import Any
+
+from avg_llava_jax.config import ModelConfig, ScalerConfig
+from avg_llava_jax.convert import layouts
+from avg_llava_jax.convert.tensors import read_json
+from avg_llava_jax.data.tokenizer import load_tokenizer
+
+MODEL_TYPES = ("llama", "mistral")
+FRESH = ("model.mm_projector.", "model.image_newline", "model.router.")
+"""How the names begin, in the released layout, of what neither folder holds."""
+
+SELECT_LAYER = -2
+PINPOINTS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
+"""(columns, rows) in tiles."""
+
+
+def read_config(folder: layouts.Folder, vision_tower: layouts.Folder) -> ModelConfig:
+    """The model config behind a Llama-family folder's config.json and tokenizer, and a CLIP folder's config.json.
+
+    Raises:
+      FileNotFoundError, ValueError: one line that names the folder or field.
+    """
+    path = pathlib.Path(folder) / "config.json"
+    values = read_json(path)
+    layouts.check_fixed(path, values, layouts.LANGUAGE_FIXED)
+    vision, language = layouts.read_tower(vision_tower, SELECT_LAYER), layouts.llama(folder, values)
+    template = _template(folder, values)
+    most = ScalerConfig().halvings
+    halvings = max(n for n in range(most + 1) if vision.grid % ScalerConfig(n).divisor == 0)
+    if halvings == 0:
+        raise ValueError(f"{vision_tower}: its {vision.grid} x {vision.grid} patches cannot be halved")
+    try:
+        return ModelConfig(
+            vision=vision,
+            scaler=ScalerConfig(halvings),
+            language=language,
+            pinpoints=tuple((columns * vision.image_size, rows * vision.image_size) for columns, rows in PINPOINTS),
+            template=template,
+        )
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _template(folder: layouts.Folder, values: dict[str, Any]) -> str:
+    """LLaVA's for this family; where it has none, the tokenizer's own; Vicuna's for a model without either."""
+    if values["model_type"] == "mistral":
+        return "mistral_instruct"
+    tokenizer = load_tokenizer(folder)
+    if "<|start_header_id|>" in tokenizer.special_tokens:
+        return "llama_3"
+    return "tokenizer" if tokenizer.chat_template else "vicuna_v1"

@@ -1,0 +1,340 @@
+"""What foreign config.json files say, as our ModelConfig, and what ours says in theirs.
+
+Strict: a field that contradicts another, or asks for something this model does not have, is an error that names it.
+"""
+
+import ast
+import os
+import pathlib
+from typing import Any
+
+from avg_llava_jax.config import (
+    LanguageConfig,
+    ModelConfig,
+    RopeScaling,
+    RouterConfig,
+    ScalerConfig,
+    VisionConfig,
+)
+from avg_llava_jax.convert.tensors import read_json
+
+Folder = str | os.PathLike[str]
+
+KNOWN_TOWERS = {"openai/clip-vit-large-patch14-336": VisionConfig()}
+"""Towers whose config needs no folder; their weights still do, unless the checkpoint has them."""
+
+LANGUAGE_FIXED = {"hidden_act": "silu", "mlp_bias": False}
+"""Config fields of a decoder of which this model has one value only."""
+
+FIXED = {
+    "mm_projector_type": "mlp2x_gelu",
+    "mm_patch_merge_type": "spatial_unpad",
+    "image_aspect_ratio": "anyres",
+    "mm_vision_select_feature": "patch",
+    "mm_use_im_start_end": False,
+    "mm_use_im_patch_token": False,
+    **LANGUAGE_FIXED,
+}
+"""The same of a released config.json."""
+
+COUNTS = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "vocab_size", "image_size", "patch_size"),
+)
+"""Config fields of encoder and decoder that are positive integers."""
+
+# What a MistralConfig may leave out, where its defaults are not LlamaConfig's.
+MISTRAL = {
+    "intermediate_size": 14336,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "sliding_window": 4096,
+}
+
+
+def read_config(folder: Folder, vision_tower: Folder | None, has_router: bool) -> ModelConfig:
+    """The model config behind a released config.json and the config of its CLIP folder.
+
+    A released router attends over tiles and knows the released un-padding; without one the defaults
+    of this project hold.
+    """
+    folder = pathlib.Path(folder)
+    values = read_json(folder / "config.json")
+    check_fixed(folder / "config.json", values, FIXED)
+    vision = _vision(folder, values, vision_tower)
+    if values.get("mm_hidden_size", vision.width) != vision.width:
+        raise ValueError(
+            f"{folder}/config.json: mm_hidden_size={values['mm_hidden_size']}, but the vision tower has {vision.width};"
+            " give the CLIP folder that belongs to the checkpoint as vision_tower"
+        )
+    ladder = values.get("vis_token_granularity")
+    scaler = ScalerConfig() if ladder is None else ScalerConfig(halvings=len(ladder) - 1)
+    language = llama(folder, values)
+    try:
+        config = ModelConfig(
+            vision=vision,
+            scaler=scaler,
+            router=RouterConfig(
+                attention="tiles" if has_router else "tokens", text_tokens=values.get("filtered_text_num", 32)
+            ),
+            language=language,
+            pinpoints=_pinpoints(folder, values),
+            unpad="released" if has_router else "exact",
+            template="mistral_instruct" if values["model_type"] == "llava_mistral" else "vicuna_v1",
+        )
+    except ValueError as error:
+        raise ValueError(f"{folder}/config.json: {error}") from None
+    if ladder is not None and tuple(ladder) != config.granularities:
+        raise ValueError(
+            f"{folder}/config.json: vis_token_granularity={ladder}, but {len(ladder) - 1} halvings of a"
+            f" {vision.grid} x {vision.grid} grid give {list(config.granularities)}"
+        )
+    return config
+
+
+def check_fixed(path: pathlib.Path, values: dict[str, Any], fixed: dict[str, Any], inside: str = "") -> None:
+    """Fields of which this model has one value have that value, or are left out; `path` and `inside` are for errors."""
+    for key, only in fixed.items():
+        if values.get(key, only) != only:
+            raise ValueError(f"{path}: {inside}{key}={values[key]!r} is not supported, only {only!r}")
+
+
+def _check_counts(path: pathlib.Path, values: dict[str, Any]) -> None:
+    for key in COUNTS:
+        value = values.get(key)
+        if value is not None and (type(value) is not int or value < 1):
+            raise ValueError(f"{path}: {key}={value!r} is no positive number")
+
+
+def _pinpoints(folder: pathlib.Path, values: dict[str, Any]) -> tuple[tuple[int, int], ...]:
+    """`image_grid_pinpoints`, a string that holds a list of [width, height]."""
+    given = values.get("image_grid_pinpoints")
+    try:
+        pairs = ast.literal_eval(given) if isinstance(given, str) else given
+        return tuple((int(width), int(height)) for width, height in pairs)
+    except (TypeError, ValueError, SyntaxError):
+        raise ValueError(
+            f"{folder}/config.json: image_grid_pinpoints={given!r} is not a list of [width, height]"
+        ) from None
+
+
+def _vision(folder: pathlib.Path, values: dict[str, Any], vision_tower: Folder | None) -> VisionConfig:
+    name = values.get("mm_vision_tower")
+    select = values.get("mm_vision_select_layer", -2)
+    if vision_tower is None:
+        if name not in KNOWN_TOWERS:
+            raise FileNotFoundError(
+                f"{folder}/config.json names the vision tower {name!r}: give that CLIP folder as vision_tower"
+            )
+        return VisionConfig(**{**vars(KNOWN_TOWERS[name]), "select_layer": select})
+    return read_tower(vision_tower, select)
+
+
+def read_tower(vision_tower: Folder, select: int) -> VisionConfig:
+    """The encoder that a CLIP folder holds."""
+    path = pathlib.Path(vision_tower) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"vision_tower {vision_tower} is not a CLIP folder: it has no config.json")
+    clip = read_json(path)
+    if clip.get("model_type") not in ("clip", "clip_vision_model"):
+        raise ValueError(f"{path}: model_type={clip.get('model_type')!r} is no CLIP")
+    clip = clip.get("vision_config", clip)
+    preprocessor = pathlib.Path(vision_tower) / "preprocessor_config.json"
+    return clip_vision(path, clip, read_json(preprocessor) if preprocessor.is_file() else {}, select)
+
+
+def clip_vision(path: pathlib.Path, clip: dict[str, Any], colours: dict[str, Any], select: int) -> VisionConfig:
+    """The encoder behind a CLIPVisionConfig and the colours of its preprocessor; `path` is for errors."""
+    default = VisionConfig()
+    _check_counts(path, clip)
+    # The defaults are those of CLIPVisionConfig, whose config.json may leave them out.
+    vision = VisionConfig(
+        image_size=clip.get("image_size", 224),
+        patch_size=clip.get("patch_size", 32),
+        width=clip.get("hidden_size", 768),
+        layers=clip.get("num_hidden_layers", 12),
+        heads=clip.get("num_attention_heads", 12),
+        mlp_width=clip.get("intermediate_size", 3072),
+        activation=clip.get("hidden_act", "quick_gelu"),
+        norm_eps=clip.get("layer_norm_eps", 1e-5),
+        select_layer=select,
+        mean=tuple(colours.get("image_mean", default.mean)),
+        std=tuple(colours.get("image_std", default.std)),
+    )
+    if vision.activation not in ("quick_gelu", "gelu"):
+        raise ValueError(f"{path}: hidden_act={vision.activation!r} is not supported, only 'quick_gelu' and 'gelu'")
+    return vision
+
+
+def llama(folder: pathlib.Path, values: dict[str, Any]) -> LanguageConfig:
+    """The decoder behind a LlamaConfig or MistralConfig; `folder` is for errors.
+
+    A Mistral's sliding window is a limit of `max_length`: up to it, attention is the same without it.
+    """
+    _check_counts(pathlib.Path(folder) / "config.json", values)
+    if values.get("model_type", "").endswith("mistral"):
+        values = MISTRAL | values
+    limit = values.get("tokenizer_model_max_length") or values.get("max_position_embeddings", 2048)
+    # The defaults are those of LlamaConfig, whose config.json may leave them out.
+    heads, width = values.get("num_attention_heads", 32), values.get("hidden_size", 4096)
+    rope = values.get("rope_parameters") or values.get("rope_scaling")
+    return LanguageConfig(
+        vocab_size=values.get("vocab_size", 32000),
+        width=width,
+        layers=values.get("num_hidden_layers", 32),
+        heads=heads,
+        kv_heads=values.get("num_key_value_heads") or heads,
+        head_dim=values.get("head_dim") or width // heads,
+        mlp_width=values.get("intermediate_size", 11008),
+        norm_eps=values.get("rms_norm_eps", 1e-6),
+        rope_theta=float((rope or {}).get("rope_theta", values.get("rope_theta", 10000.0))),
+        rope_scaling=_rope_scaling(folder, rope),
+        attention_bias=values.get("attention_bias", False),
+        tied_embeddings=values.get("tie_word_embeddings", False),
+        max_length=min(limit, values.get("sliding_window") or limit),
+    )
+
+
+def _rope_scaling(folder: pathlib.Path, rope: dict[str, Any] | None) -> RopeScaling | None:
+    kind = (rope or {}).get("rope_type", (rope or {}).get("type", "default"))
+    try:
+        match kind:
+            case "default":
+                return None
+            case "linear":
+                return RopeScaling("linear", float(rope["factor"]))
+            case "llama3":
+                return RopeScaling(
+                    "llama3",
+                    float(rope["factor"]),
+                    float(rope["low_freq_factor"]),
+                    float(rope["high_freq_factor"]),
+                    int(rope["original_max_position_embeddings"]),
+                )
+    except KeyError as error:
+        raise ValueError(f"{folder}/config.json: rope scaling {kind!r} lacks {error}") from None
+    raise ValueError(f"{folder}/config.json: rope scaling {kind!r} is not supported, only 'linear' and 'llama3'")
+
+
+def tower_folder(folder: Folder, vision_tower: Folder | None) -> Folder | None:
+    """The CLIP folder given, else the one that the checkpoint brings along as `vision_tower/`, as our exports do."""
+    inside = pathlib.Path(folder) / "vision_tower"
+    return inside if vision_tower is None and (inside / "config.json").is_file() else vision_tower
+
+
+def released_config(config: ModelConfig, original: dict[str, Any], router: bool, tower: str) -> dict[str, Any]:
+    """config.json for the released code, the inverse of `read_config`.
+
+    Args:
+      original: the config.json that the weights came with, for fields we have no use for; {} if none.
+      router: whether the folder has one; without it, a LLaVA-NeXT.
+      tower: what `mm_vision_tower` is to name where it does not name a known tower of this config.
+
+    Raises:
+      ValueError: the released code cannot compute this model; names the field.
+    """
+    language, vision = config.language, config.vision
+    only = {"head_dim": (language.head_dim, language.width // language.heads)}
+    if language.rope_scaling is not None:
+        only["rope_scaling.kind"] = (language.rope_scaling.kind, "linear")
+    if router:
+        only |= {
+            "router.attention": (config.router.attention, "tiles"),
+            "router.heads": (config.router.heads, 8),
+            "router.norm_eps": (config.router.norm_eps, 1e-5),
+            "scaler.first_axis": (config.scaler.first_axis, "width"),
+            "unpad": (config.unpad, "released"),
+        }
+    for field, (ours, theirs) in only.items():
+        if ours != theirs:
+            raise ValueError(
+                f"the released code knows only {field}={theirs!r}, this model has {ours!r}"
+                + ("; --norouter exports it as a LLaVA-NeXT" if field.startswith(("router", "scaler", "unpad")) else "")
+            )
+    values = {
+        "architectures": ["LlavaLlamaForCausalLM"],
+        "model_type": "llava_llama",
+        "attention_bias": language.attention_bias,
+        "hidden_act": "silu",
+        "hidden_size": language.width,
+        "image_aspect_ratio": "anyres",
+        "intermediate_size": language.mlp_width,
+        "max_position_embeddings": max(original.get("max_position_embeddings", 0), language.max_length),
+        "mm_hidden_size": vision.width,
+        "mm_patch_merge_type": "spatial_unpad",
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_use_im_patch_token": False,
+        "mm_use_im_start_end": False,
+        "mm_vision_select_feature": "patch",
+        "mm_vision_select_layer": vision.select_layer,
+        "mm_vision_tower": tower,
+        "num_attention_heads": language.heads,
+        "num_hidden_layers": language.layers,
+        "num_key_value_heads": language.kv_heads,
+        "rms_norm_eps": language.norm_eps,
+        "rope_scaling": language.rope_scaling and {"type": "linear", "factor": language.rope_scaling.factor},
+        "rope_theta": language.rope_theta,
+        "tie_word_embeddings": language.tied_embeddings,
+        "tokenizer_model_max_length": language.max_length,
+        "unfreeze_mm_vision_tower": True,
+        "use_mm_proj": True,
+        "vocab_size": language.vocab_size,
+    }
+    for name, known in KNOWN_TOWERS.items():
+        if known == VisionConfig(**{**vars(vision), "select_layer": known.select_layer}):
+            values["mm_vision_tower"] = name
+    router_fields = {
+        "vis_token_granularity": list(config.granularities),
+        "filtered_text_num": config.router.text_tokens,
+        "router_select": True,
+        "margin": original.get("margin", 1.0),
+        "rank_loss_weight": original.get("rank_loss_weight", 1.0),
+        "ce_loss_weight": original.get("ce_loss_weight", 0.1),
+    }
+    defaults = {"tokenizer_padding_side": "right", "use_cache": True}
+    kept = {key: value for key, value in original.items() if key not in router_fields and key != "rope_parameters"}
+    try:
+        same = _pinpoints(pathlib.Path(), original) == config.pinpoints
+    except ValueError:
+        same = False
+    values["image_grid_pinpoints"] = (
+        original["image_grid_pinpoints"] if same else str([list(size) for size in config.pinpoints])
+    )
+    return defaults | kept | values | (router_fields if router else {})
+
+
+def clip_config(vision: VisionConfig) -> dict[str, Any]:
+    """config.json of a CLIP folder; the inverse of what `read_config` takes from one."""
+    return {
+        "architectures": ["CLIPVisionModel"],
+        "model_type": "clip_vision_model",
+        "hidden_act": vision.activation,
+        "hidden_size": vision.width,
+        "image_size": vision.image_size,
+        "intermediate_size": vision.mlp_width,
+        "layer_norm_eps": vision.norm_eps,
+        "num_attention_heads": vision.heads,
+        "num_channels": 3,
+        "num_hidden_layers": vision.layers,
+        "patch_size": vision.patch_size,
+        "projection_dim": vision.width,
+    }
+
+
+def clip_preprocessor(vision: VisionConfig) -> dict[str, Any]:
+    """preprocessor_config.json of a CLIP folder: what becomes of one tile."""
+    side = vision.image_size
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "crop_size": {"height": side, "width": side},
+        "do_center_crop": True,
+        "do_convert_rgb": True,
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": list(vision.mean),
+        "image_std": list(vision.std),
+        "resample": 3,
+        "rescale_factor": 1 / 255,
+        "size": {"shortest_edge": side},
+    }

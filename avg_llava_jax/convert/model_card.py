@@ -1,0 +1,143 @@
+"""README.md of an exported folder: what the model is, how to use it, how it was trained, what it was measured at."""
+
+import json
+import os
+import pathlib
+from typing import Any, Literal
+
+from avg_llava_jax import parameters
+from avg_llava_jax.checkpoint import Loaded
+from avg_llava_jax.convert.tensors import read_json
+from avg_llava_jax.files import portable
+
+CARD = "README.md"
+REPORT = "report.json"
+
+TRANSFORMERS = """\
+```python
+from transformers import {model_class}, AutoProcessor
+
+processor = AutoProcessor.from_pretrained("{name}")
+model = {model_class}.from_pretrained("{name}"{trust})
+turns = [{{"role": "user", "content": [{{"type": "image"}}, {{"type": "text", "text": "What is this?"}}]}}]
+inputs = processor(images=image, text=processor.apply_chat_template(turns), return_tensors="pt")
+print(processor.batch_decode(model.generate(**inputs, max_new_tokens=64), skip_special_tokens=True)[0])
+```"""
+
+BOTH = """\
+`trust_remote_code` runs this folder's `modeling_avg_llava.py`, which adds the router;
+`generate(..., granularity={middle})` takes its place. Without it the folder is a plain LLaVA-NeXT that always looks at
+{finest} tokens a tile: the same lines with `LlavaNextForConditionalGeneration.from_pretrained("{name}")`."""
+
+RELEASED = """\
+The layout is that of the released code, whose `load_pretrained_model` reads the folder. So does
+avg_llava_jax: `python -m launch.answer --checkpoint={name} --image=photo.png
+--prompt="What is this?"`."""
+
+
+def card(
+    loaded: Loaded,
+    output: str | os.PathLike[str],
+    layout: Literal["released", "transformers"],
+    router: bool,
+    report: dict[str, Any] | None,
+) -> str:
+    """The card of folder `output`: Markdown with the hub's front matter.
+
+    router: whether the folder holds one. report: as `policies.report` makes it, None = it was not measured.
+    """
+    name = pathlib.Path(output).name
+    return "\n\n".join(
+        (
+            "---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\ntags: [llava-next"
+            + (", avg-llava]" if router else "]")
+            + f"\n---\n\n# {name}",
+            _what(loaded, router),
+            "## Use\n\n" + _use(loaded, name, layout, router),
+            "## Training\n\n" + _training(loaded),
+            "## Measured\n\n" + _measured(report),
+            "## License\n\nThe code in this folder, where there is any, is under Apache 2.0. The weights are under the"
+            " license of what they were trained from and on; whoever publishes them names it here.\n",
+        )
+    )
+
+
+def read_report(source: pathlib.Path, given: str | os.PathLike[str] | None) -> dict[str, Any] | None:
+    """The evaluation of a checkpoint: the file given, else report.json in its folder, else None.
+
+    Raises:
+      ValueError: the file is none that `launch.evaluate` wrote.
+    """
+    path = pathlib.Path(given or source / REPORT)
+    if given is None and not path.is_file():
+        return None
+    report = read_json(path)
+    if not {"accuracy", "visual_tokens", "n"} <= report.keys():
+        raise ValueError(f"{path} is no report of launch.evaluate: it has no accuracy, visual_tokens and n")
+    return report
+
+
+def _what(loaded: Loaded, router: bool) -> str:
+    config, leaves = loaded.config, parameters.flat(loaded.params)
+    total = sum(leaf.size for path, leaf in leaves.items() if router or not path.startswith("router/"))
+    ladder = ", ".join(map(str, config.granularities))
+    if router:
+        begin = (
+            "An AVG-LLaVA ([Lan et al., Findings of ACL 2025](https://arxiv.org/abs/2410.02745)), a LLaVA-NeXT that"
+            f" sees each image at {ladder} tokens a tile: a router reads image and question and chooses."
+        )
+    else:
+        begin = f"A LLaVA-NeXT without router, for {config.granularities[-1]} tokens a tile."
+    rows = {
+        "parameters": f"{total / 1e6:,.1f} M",
+        "tile": f"{config.vision.image_size} x {config.vision.image_size} pixels",
+        "largest mosaics": ", ".join(f"{width} x {height}" for width, height in config.pinpoints) or "none",
+        "prompt template": config.template,
+        "longest sequence": f"{config.language.max_length} tokens",
+        "un-padding": config.unpad,
+    }
+    if router:
+        rows["router"] = f"attention over {config.router.attention}, {config.router.text_tokens} text tokens"
+    return begin + "\n\n" + _table(["", ""], [[key, value] for key, value in rows.items()])
+
+
+def _use(loaded: Loaded, name: str, layout: str, router: bool) -> str:
+    if layout == "released":
+        return RELEASED.format(name=name)
+    model_class = "AutoModelForImageTextToText" if router else "LlavaNextForConditionalGeneration"
+    use = TRANSFORMERS.format(model_class=model_class, name=name, trust=", trust_remote_code=True" if router else "")
+    ladder = loaded.config.granularities
+    both = BOTH.format(middle=ladder[len(ladder) // 2], finest=ladder[-1], name=name)
+    return use + ("\n\n" + both if router else "")
+
+
+def _training(loaded: Loaded) -> str:
+    training, trained = portable(loaded.meta["training"]), loaded.meta["granularities_trained"]
+    if training is None:
+        return "Not trained by avg_llava_jax since it was imported; its settings are those of its source."
+    said = f"Phase `{training['phase']}`, step {loaded.meta['step']} of {training['steps']}"
+    said += f", on `{training['data']['path']}`" if training["data"]["path"] else ""
+    said += f", from `{training['init_from']}`" if training["init_from"] else ", from fresh parameters"
+    said += f"; tuned at {', '.join(map(str, trained))} tokens a tile." if trained else "."
+    if training["phase"] != "rglf":
+        said += " This phase does not train the router: what it chooses is only as good as it was before."
+    settings = json.dumps(training, indent=1, ensure_ascii=False)
+    return f"{said}\n\n<details><summary>All settings</summary>\n\n```json\n{settings}\n```\n\n</details>"
+
+
+def _measured(report: dict[str, Any] | None) -> str:
+    if report is None:
+        return "It was not measured: no report of `launch.evaluate` came with the checkpoint."
+    accuracy, tokens = report["accuracy"], report["visual_tokens"]
+    kinds = list(accuracy["adaptive"])
+    rows = [(f"always {g}", accuracy["fixed"][g], tokens["fixed"][g]) for g in accuracy["fixed"]]
+    rows += [(title, accuracy[key], tokens[key]) for title, key in (("the router", "adaptive"), ("oracle", "oracle"))]
+    lines = [[title, *(f"{right[kind]:.3f}" for kind in kinds), f"{cost:.1f}"] for title, right, cost in rows]
+    return f"Share of right answers to {report['n']} questions, by tokens a tile.\n\n" + _table(
+        ["", *kinds, "visual tokens"], lines
+    )
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

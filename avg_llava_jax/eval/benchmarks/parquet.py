@@ -1,0 +1,110 @@
+"""The hub's layout: parquet files whose paths name the config and the split, with the images inside."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+
+from avg_llava_jax.data.images import FileImage, ImageRef, MemoryImage
+from avg_llava_jax.eval.benchmarks.rows import Row
+from avg_llava_jax.eval.benchmarks.tasks import Benchmark
+
+Seen = dict[bytes, ImageRef]
+"""Images by the digest of their bytes: the hub stores an image with every question about it, we hold it once."""
+
+
+def download(task: Benchmark, repository: str) -> Path:
+    """The parquet files of a data set on the hub, kept in its cache."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+        raise FileNotFoundError(f"--data={repository}: no such folder")
+    from huggingface_hub import snapshot_download
+
+    patterns = [
+        f"*{config}*{task.split}*.parquet" if config else f"*{task.split}*.parquet"
+        for config in {task.config, task.image_config or task.config}
+    ]
+    try:
+        return Path(snapshot_download(repository, repo_type="dataset", allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"--data={repository}: no such folder, nor could it be read from the hub ({type(error).__name__})"
+        ) from None
+
+
+def rows(task: Benchmark, folder: Path, files: Sequence[Path], images: bool) -> Iterator[Row]:
+    """Rows of the split; without `images` their references are left out, and image columns are not read."""
+    chosen = _of_split(task, folder, files, task.config)
+    seen: Seen = {}
+    by_id: dict[str, ImageRef | None] = {}
+    if images and task.image_config:
+        for path in _of_split(task, folder, files, task.image_config):
+            for where, values in _read(path, ["id", "image"], []):
+                by_id[str(values["id"])] = _image(path, where, "image", values["image"], seen)
+    for path in chosen:
+        columns = () if task.image_config or not images else task.image_fields
+        needed = [*task.fields, *columns[:1]]  # MMMU's further images are not in every file
+        for where, values in _read(path, needed, [*task.optional, *task.id, *columns[1:]]):
+            found = {name: _image(path, where, name, values.pop(name, None), seen) for name in columns}
+            if images and task.image_config:
+                found = {"image": by_id.get(values["imageId"])}
+            yield Row(where, values, found)
+
+
+def _of_split(task: Benchmark, folder: Path, files: Sequence[Path], config: str | None) -> list[Path]:
+    """Of the files those of a config and the split."""
+    inside = [(path, path.relative_to(folder)) for path in files]
+    of_config = [(path, name) for path, name in inside if config is None or _named(name, config)]
+    of_split = [path for path, name in of_config if _named(name, task.split)]
+    if not of_split:
+        wanted = f"config {config!r}, split {task.split!r}" if config else f"split {task.split!r}"
+        there = _listing(str(name) for _, name in inside)
+        raise ValueError(f"{folder} has no parquet file of {task.name}'s {wanted}; there are {there}")
+    return of_split
+
+
+def _read(path: Path, needed: Sequence[str], welcome: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where, values) of each row: of the columns that are needed, and of those that are welcome."""
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            there = file.schema_arrow.names
+            missing = [name for name in needed if name not in there]
+            if missing:
+                raise ValueError(f"{path}: no column `{missing[0]}`; there are {_listing(there, 40)}")
+            columns = [name for name in dict.fromkeys([*needed, *welcome]) if name in there]
+            number = 0
+            for batch in file.iter_batches(batch_size=64, columns=columns):
+                for values in batch.to_pylist():
+                    yield f"{path} row {number}", values
+                    number += 1
+    except (pyarrow.ArrowException, OSError) as error:
+        text = " ".join(str(error).split())
+        raise ValueError(f"{path} cannot be read as parquet (only a Git LFS pointer?): {text}") from None
+
+
+def _image(path: Path, where: str, field: str, value: Any, seen: Seen) -> ImageRef | None:
+    """A reference: the bytes of a struct {bytes, path}, or the file that it names; None where it is empty."""
+    content = value.get("bytes") if isinstance(value, dict) else value
+    if content:
+        if not isinstance(content, bytes):
+            raise ValueError(f"{where}: `{field}` is {type(content).__name__}, not an image's bytes")
+        image = MemoryImage(f"{where}, `{field}`", content)
+        return seen.setdefault(hashlib.blake2b(content).digest(), image)
+    name = value.get("path") if isinstance(value, dict) else None
+    return FileImage(str(path.parent / name)) if name else None
+
+
+def _named(path: Path, word: str) -> bool:
+    """Whether a part of a path names a config or a split: `dev/0.parquet`, `dev-00000-of-00001.parquet`."""
+    return any(re.search(rf"(^|[-.]){re.escape(word)}([-.]|$)", part) for part in path.parts)
+
+
+def _listing(names: Iterable[str], most: int = 8) -> str:
+    """Names for a message, not too many of them."""
+    names = sorted(set(names))
+    return ", ".join(names[:most]) + (", …" if len(names) > most else "")

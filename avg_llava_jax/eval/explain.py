@@ -1,0 +1,205 @@
+"""Why this granularity: the router's scores, votes and text, as arrays and as a picture."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from avg_llava_jax.config import ModelConfig
+from avg_llava_jax.data.conversation import IMAGE
+from avg_llava_jax.data.geometry import kept_cells
+from avg_llava_jax.data.packing import load_tiles
+from avg_llava_jax.data.tiles import Size, grid_of, mosaic_box, tile_count
+from avg_llava_jax.inference import batching, choosing, generate
+from avg_llava_jax.inference.api import AvgLlava, softmax
+from avg_llava_jax.inference.requests import Request
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """What the router saw in one prompt and what each granularity leads to.
+
+    input_ids: (n,) prompt, IMAGE (-200) for each image.
+    seq_len: (G + 1,) packed lengths, every image at each granularity of the ladder, then as chosen.
+    router_logits, router_pre_norm: (images, G).
+    router_choice: (images,) place in the ladder. router_choice_granularity: (images,) tokens per tile.
+    logits: {g or "router": (V,)} at the last position of the prompt, the first answer token's scores. A
+        granularity at which the prompt exceeds the model's length is left out.
+    votes: one (tiles, R + K, G) an image: row's weight times its opinion; the rows are a tile's pyramid,
+        coarsest first, and then the K selected tokens. Their sum over rows, mean over tiles, is
+        router_pre_norm.
+    words: for each image, text of the selected instruction tokens, most similar first; "" = none.
+    images: the upright images.
+    """
+
+    config: ModelConfig
+    input_ids: np.ndarray
+    seq_len: np.ndarray
+    router_logits: np.ndarray
+    router_pre_norm: np.ndarray
+    router_choice: np.ndarray
+    router_choice_granularity: np.ndarray
+    logits: dict[int | str, np.ndarray]
+    votes: list[np.ndarray]
+    words: list[list[str]]
+    images: list[Image.Image]
+
+    @property
+    def probabilities(self) -> np.ndarray:
+        """(images, G)."""
+        return np.array([softmax(row) for row in self.router_logits])
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What `save` writes: the fields by name, `logits.g`, and `votes.i`, `words.i` for image i."""
+        named = (
+            "input_ids",
+            "seq_len",
+            "router_logits",
+            "router_pre_norm",
+            "router_choice",
+            "router_choice_granularity",
+        )
+        arrays = {name: getattr(self, name) for name in named}
+        arrays |= {f"logits.{g}": row for g, row in self.logits.items()}
+        arrays |= {f"votes.{i}": votes for i, votes in enumerate(self.votes)}
+        return arrays | {f"words.{i}": np.array(words, dtype=np.str_) for i, words in enumerate(self.words)}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the arrays as .npz."""
+        with open(path, "wb") as file:
+            np.savez_compressed(file, **self.arrays())
+
+
+def explain(model: AvgLlava, request: Request) -> Explanation:
+    """Route a prompt and read it at every granularity; what the request says of sampling is not used.
+
+    Raises ValueError where the prompt has no image, or fits at no granularity.
+    """
+    config, params = model.config, model.params
+    prepared = model.prepare(dataclasses.replace(request, granularity="auto"))
+    sample = prepared.sample
+    if not sample.sizes:
+        raise ValueError("there is no image to explain a granularity for")
+    tiles = load_tiles(sample, config)
+    seen = batching.see(config, params, [sample], prepared.shape, tiles=[tiles])
+    images = len(sample.sizes)
+    scores = seen.logits(0)
+    choice = choosing.choose(config, prepared, scores)
+
+    ways: dict[int | str, tuple[int, ...]] = {g: (g,) * images for g in config.granularities} | {"router": choice}
+    lengths = [batching.length_at(config, sample, way) for way in ways.values()]
+    limit = config.language.max_length
+    fitting = {name: way for (name, way), need in zip(ways.items(), lengths, strict=True) if need <= limit}
+    if not fitting:
+        batching.check_length(config, sample, ways[config.granularities[0]])
+    logits: dict[int | str, np.ndarray] = {}
+    for name, way in fitting.items():
+        index, length = batching.packed_index(config, [sample], seen.shape, [way])
+        embeds = generate.pack(config, params, seen.pyramid, seen.text, index)
+        logits[name] = np.asarray(generate.prefill(config, params, embeds, length, 0)[0][0])
+
+    votes, at = [], 0
+    for size in sample.sizes:
+        count = tile_count(size, config)
+        votes.append(np.asarray(seen.routing.votes[0, at : at + count]))
+        at += count
+    text = [token for token in sample.tokens.ids if token != IMAGE]
+    selected = np.asarray(seen.routing.text_rows[0, :images])
+    return Explanation(
+        config=config,
+        input_ids=np.array(sample.tokens.ids),
+        seq_len=np.array(lengths),
+        router_logits=scores,
+        router_pre_norm=np.asarray(seen.routing.pre_norm[0, :images]),
+        router_choice=np.array([config.granularities.index(g) for g in choice]),
+        router_choice_granularity=np.array(choice),
+        logits=logits,
+        votes=votes,
+        words=[["" if p < 0 else model.tokenizer.decode([text[p]]) for p in row] for row in selected],
+        images=[ref.load() for ref in sample.images],
+    )
+
+
+def draw(explanation: Explanation, path: str | os.PathLike[str]) -> None:
+    """For each image: the grid it is seen in, probabilities and words; below, votes by position at each granularity."""
+    from matplotlib.figure import Figure
+
+    config, count = explanation.config, len(explanation.images)
+    levels = config.granularities
+    figure = Figure(figsize=(14, 7 * count), layout="constrained")
+    for part, i in zip(np.atleast_1d(figure.subfigures(count, 1)), range(count), strict=True):
+        above, below = part.subfigures(2, 1, height_ratios=(1.3, 1))
+        image, chosen = explanation.images[i], int(explanation.router_choice[i])
+        seen, shares, words = above.subplots(1, 3)
+        draw_grid(seen, config, image, levels[chosen])
+        seen.set_title(f"seen at {levels[chosen]} tokens a tile")
+        _bars(shares, [str(g) for g in levels], explanation.probabilities[i], chosen, "probability")
+        text = [word.strip() or "(space)" for word in explanation.words[i] if word][:16]
+        voted = explanation.votes[i][:, config.pyramid_rows :, chosen].mean(axis=0)[: len(text)]
+        _bars(words, text, voted, None, f"instruction: votes for {levels[chosen]}")
+
+        maps = vote_maps(config, image.size, explanation.votes[i][:, :, chosen])
+        bound = max(float(np.abs(cells).max()) for cells in maps.values()) or 1.0
+        top, bottom, left, right = mosaic_box(image.size, config)
+        axes = below.subplots(1, len(levels), squeeze=False)[0]
+        for axis, (g, cells) in zip(axes, maps.items(), strict=True):
+            _backdrop(axis, image.convert("L"))
+            where = (left, right, bottom, top)
+            drawn = axis.imshow(cells, cmap="coolwarm", vmin=-bound, vmax=bound, alpha=0.65, extent=where)
+            axis.set(xlim=(0, image.width), ylim=(image.height, 0), title=f"{g} tokens a tile")
+        below.suptitle(f"votes of the image's rows for {levels[chosen]}, by position")
+        below.colorbar(drawn, ax=axes, shrink=0.7)
+    figure.savefig(path, dpi=100)
+
+
+def vote_maps(config: ModelConfig, size: Size, votes: np.ndarray) -> dict[int, np.ndarray]:
+    """votes (tiles, R + K) of one image for one granularity -> by level, its mosaic as (rows, columns) of cells.
+
+    Without pinpoints the mosaic is tile 0 itself.
+    """
+    rows, columns = grid_of(size, config)
+    tiles = votes[1:] if rows else votes[:1]
+    rows, columns = max(rows, 1), max(columns, 1)
+    maps = {}
+    for (height, width), g in zip(config.grids, config.granularities, strict=True):
+        offset = config.pyramid_offsets[g]
+        cells = tiles[:, offset : offset + g].reshape(rows, columns, height, width)
+        maps[g] = cells.swapaxes(1, 2).reshape(rows * height, columns * width)
+    return maps
+
+
+def draw_grid(axis: Any, config: ModelConfig, image: Image.Image, granularity: int) -> None:
+    """The image with the borders of the cells that one granularity packs, and of the tiles, on a Matplotlib axis."""
+    _backdrop(axis, image)
+    top, bottom, left, right = mosaic_box(image.size, config)
+    grid = dict(zip(config.granularities, config.grids, strict=True))[granularity]
+    rows, columns = (max(1, n) for n in grid_of(image.size, config))
+    kept = kept_cells(image.size, config, granularity) if config.pinpoints else (0, grid[0], 0, grid[1])
+    ys = np.linspace(top, bottom, rows * grid[0] + 1)[kept[0] : kept[1] + 1]
+    xs = np.linspace(left, right, columns * grid[1] + 1)[kept[2] : kept[3] + 1]
+    if len(xs) > 1 and len(ys) > 1:
+        axis.hlines(ys, xs[0], xs[-1], color="white", linewidth=0.6, alpha=0.8)
+        axis.vlines(xs, ys[0], ys[-1], color="white", linewidth=0.6, alpha=0.8)
+    axis.hlines(np.linspace(top, bottom, rows + 1), left, right, color="black", linewidth=1.2)
+    axis.vlines(np.linspace(left, right, columns + 1), top, bottom, color="black", linewidth=1.2)
+    axis.set(xlim=(0, image.width), ylim=(image.height, 0))
+
+
+def _backdrop(axis: Any, image: Image.Image) -> None:
+    axis.imshow(image, cmap="gray", vmin=0, vmax=255, extent=(0, image.width, image.height, 0))
+    axis.set_xticks([])
+    axis.set_yticks([])
+
+
+def _bars(axis: Any, names: list[str], values: np.ndarray, highlighted: int | None, title: str) -> None:
+    places = np.arange(len(names))
+    colours = ["tab:orange" if place == highlighted else "tab:blue" for place in places]
+    axis.barh(places, values, color=colours)
+    # Words are data: a dollar sign in them starts no formula.
+    axis.set_yticks(places, [name.replace("$", r"\$") for name in names])
+    axis.invert_yaxis()
+    axis.set_title(title)

@@ -1,0 +1,197 @@
+"""What the answers at fixed granularities say of a way to choose: fixed, random, adaptive, oracle.
+
+Records come from `evaluation.answer_all`. A choice is a tuple of granularities, one an image of a question.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from avg_llava_jax.config import ModelConfig
+from avg_llava_jax.data.tiles import Size
+from avg_llava_jax.inference import choosing
+from avg_llava_jax.inference.batching import by_key
+
+Record = dict[str, Any]
+Choice = tuple[int, ...]
+
+
+def choices(config: ModelConfig, scores: Sequence[np.ndarray]) -> list[Choice]:
+    """The router's argmax for each image of each question, the first of a tie."""
+    return [tuple(config.granularities[int(np.argmax(row))] for row in rows) for rows in scores]
+
+
+def weighted_choices(
+    config: ModelConfig, scores: Sequence[np.ndarray], sizes: Sequence[Sequence[Size]], cost_weight: float
+) -> list[Choice]:
+    """What `Request.cost_weight` makes of each question's router scores; `sizes` are those of its images."""
+    costs = [choosing.token_costs(config, each) for each in sizes]
+    places = [
+        choosing.best_places(np.reshape(rows, cost.shape), cost, cost_weight, None)  # without images no rows
+        for rows, cost in zip(scores, costs, strict=True)
+    ]
+    return [tuple(config.granularities[place] for place in row) for row in places]
+
+
+def random_choices(config: ModelConfig, records: Sequence[Record], seed: int = 0) -> list[Choice]:
+    """One seeded random granularity a question, for all of its images."""
+    rng = random.Random(seed)
+    drawn = [rng.choice(config.granularities) for _ in records]
+    return [(g,) * len(record["chosen"]) for g, record in zip(drawn, records, strict=True)]
+
+
+def oracle_choices(config: ModelConfig, records: Sequence[Record]) -> list[Choice]:
+    """The cheapest of the granularities whose answer is as right as it gets: the cheapest of all where none is."""
+    picked = [max(config.granularities, key=record["right"].__getitem__) for record in records]
+    return [(g,) * len(record["chosen"]) for g, record in zip(picked, records, strict=True)]
+
+
+def outcome(config: ModelConfig, records: Sequence[Record], picked: Sequence[Choice]) -> dict[str, Any]:
+    """Accuracy, mean visual tokens (all, and by kind) and the share of each granularity by kind.
+
+    For `picked[i]`, the granularities of question i's images. Images that get different ones are known
+    only where the router of `answer_all` chose them, or `answer_mixed` was asked: ValueError otherwise.
+    """
+    right, cost, chosen = [], [], []
+    for record, choice in zip(records, picked, strict=True):
+        if len(set(choice)) > 1:
+            known = record.get("mixed", {}) | {tuple(record["chosen"]): record["adaptive"]}
+            if choice not in known:
+                raise ValueError(f"question {record['id']} was never answered at granularities {list(choice)}")
+            right.append(known[choice]["right"])
+            cost.append(known[choice]["visual_tokens"])
+        else:
+            granularity = choice[0] if choice else config.granularities[0]
+            right.append(record["right"][granularity])
+            cost.append(record["visual_tokens"][granularity])
+        chosen.append(choice)
+    kinds = _kinds(records)
+    shares = {}
+    for kind, rows in kinds.items():
+        of_kind = [g for row in rows for g in chosen[row]]
+        shares[kind] = {str(g): of_kind.count(g) / max(1, len(of_kind)) for g in config.granularities}
+    tokens = {kind: float(np.mean([cost[row] for row in rows])) for kind, rows in kinds.items()}
+    return {
+        "accuracy": {kind: float(np.mean([right[row] for row in rows])) for kind, rows in kinds.items()},
+        "visual_tokens": tokens["all"],
+        "visual_tokens_by_kind": tokens,
+        "chosen": shares,
+    }
+
+
+def examples(config: ModelConfig, records: Sequence[Record], count: int) -> dict[str, list[int]]:
+    """Row numbers of telling questions about one image, at most `count` of each sort, the most telling first.
+
+    right, cheap          right with less than the finest
+    right, fine           right, and wrong with anything coarser
+    wrong because cheap   wrong, and right with something finer
+
+    A grade of at least 0.5 counts as right.
+    """
+    found: dict[str, list[tuple[int, int]]] = {"right, cheap": [], "right, fine": [], "wrong because cheap": []}
+    for row, record in enumerate(records):
+        if len(record["chosen"]) != 1:
+            continue
+        place = config.granularities.index(record["chosen"][0])
+        coarser, (right, *finer) = (
+            [record["right"][g] >= 0.5 for g in part]
+            for part in (config.granularities[:place], config.granularities[place:])
+        )
+        if right and finer:
+            found["right, cheap"].append((place, row))
+        if right and coarser and not any(coarser):
+            found["right, fine"].append((-place, row))
+        if not right and any(finer):
+            found["wrong because cheap"].append((place, row))
+    return {sort: [row for _, row in sorted(rows)[:count]] for sort, rows in found.items()}
+
+
+def oracle_gap(score: float, best_fixed: float, oracle: float) -> float | None:
+    """The part of what the oracle gains over the best fixed granularity that a choice gets, None where that is 0."""
+    gain = oracle - best_fixed
+    return (score - best_fixed) / gain if gain > 1e-9 else None
+
+
+def report(
+    config: ModelConfig,
+    records: Sequence[Record],
+    seconds: dict[str, Any] | None = None,
+    adaptive: Sequence[Choice] | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """The comparison as report.json holds it; granularities are strings, shares and accuracies in [0, 1].
+
+    adaptive: the choices to call adaptive; default what the router chose in `answer_all`.
+    """
+    if not records:
+        raise ValueError("there is no question to report on")
+    adaptive = [tuple(record["chosen"]) for record in records] if adaptive is None else adaptive
+    fixed = {
+        str(g): outcome(config, records, [(g,) * len(record["chosen"]) for record in records])
+        for g in config.granularities
+    }
+    rest = {
+        "random": outcome(config, records, random_choices(config, records, seed)),
+        "adaptive": outcome(config, records, adaptive),
+        "oracle": outcome(config, records, oracle_choices(config, records)),
+    }
+
+    def both(key: str) -> dict[str, Any]:
+        return {"fixed": {g: part[key] for g, part in fixed.items()}} | {name: part[key] for name, part in rest.items()}
+
+    chosen = rest["adaptive"]["chosen"]
+    return {
+        "accuracy": both("accuracy"),
+        "visual_tokens": both("visual_tokens"),
+        "visual_tokens_by_kind": both("visual_tokens_by_kind"),
+        "chosen": chosen,
+        "seconds": {"answer": seconds},
+        "n": len(records),
+        "n_by_kind": {kind: len(rows) for kind, rows in _kinds(records).items()},
+    }
+
+
+TEMPERATURES = np.geomspace(0.05, 20, 241)
+"""What `temperature` searches: steps of 2.5 %."""
+
+
+def temperature(config: ModelConfig, records: Sequence[Record]) -> dict[str, float]:
+    """The router's temperature T under which softmax(scores / T) says best which granularity the oracle takes.
+
+    Fitted to the mean negative log likelihood (nats an image) of the oracle's choices of every other question, and
+    measured on those between: {"temperature", "nll", "nll_at_1"}. Nothing needs it to choose, and no checkpoint has
+    it: argmax(scores / T - w cost) = argmax(scores - w T cost), so T only changes the unit of `cost_weight`. To state
+    that in nats of a calibrated router, give w * T.
+
+    Raises ValueError where there are not two questions with images.
+    """
+    oracle = oracle_choices(config, records)
+    rows = [
+        (np.asarray(record["scores"]), [config.granularities.index(g) for g in best])
+        for record, best in zip(records, oracle, strict=True)
+        if best
+    ]
+    if len(rows) < 2:
+        raise ValueError("a temperature is fitted on one half of the questions with images and measured on the other")
+
+    def nll(part: Sequence[tuple[np.ndarray, list[int]]], temperatures: np.ndarray) -> np.ndarray:
+        scores = np.concatenate([scores for scores, _ in part]) / temperatures[:, None, None]
+        best = np.concatenate([places for _, places in part])
+        scores = scores - scores.max(axis=-1, keepdims=True)
+        logs = scores - np.log(np.exp(scores).sum(axis=-1, keepdims=True))
+        return -logs[:, np.arange(len(best)), best].mean(axis=-1)
+
+    fitted = float(TEMPERATURES[np.argmin(nll(rows[::2], TEMPERATURES))])
+    held_out, plain = nll(rows[1::2], np.array([fitted, 1.0]))
+    return {"temperature": fitted, "nll": float(held_out), "nll_at_1": float(plain)}
+
+
+def _kinds(records: Sequence[Record]) -> dict[str, list[int]]:
+    """Row numbers of each kind in order of appearance, and of all."""
+    kinds = by_key(records, lambda record: record["kind"])
+    kinds.pop(None, None)
+    return kinds | {"all": list(range(len(records)))}

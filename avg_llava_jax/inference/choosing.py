@@ -1,0 +1,86 @@
+"""Which granularity each image of a request gets, on the host: the router's scores, a price of tokens, a budget.
+
+The paper takes the argmax over granularities g of the router's probability p_g. Here tokens have a price: image i gets
+
+    argmax over g of  log p_g - cost_weight * tokens_i(g) / tokens_i(finest)
+
+and `max_visual_tokens` bounds the sum of tokens_i(g) over the images of the request: of all choices within it, the
+one with the largest sum of scores. The cheapest wins a tie. The log of the softmax's denominator is the same for every
+g of an image, so logits stand in for log p_g.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from avg_llava_jax.config import ModelConfig
+from avg_llava_jax.data.geometry import visual_count
+from avg_llava_jax.data.tiles import Size
+from avg_llava_jax.inference.requests import Prepared
+
+
+def choose(config: ModelConfig, prepared: Prepared, logits: np.ndarray) -> tuple[int, ...]:
+    """The granularity of each image: what was asked for, elsewhere what router scores (images, G) and the knobs say.
+
+    Where every image's granularity was asked for, `logits` may have no rows.
+    """
+    request, wanted = prepared.request, prepared.choice
+    scores = np.full((len(wanted), len(config.granularities)), -np.inf)
+    for image, granularity in enumerate(wanted):
+        if granularity is None:
+            scores[image] = logits[image]
+        else:
+            scores[image, config.granularities.index(granularity)] = 0.0
+    costs = token_costs(config, prepared.sample.sizes)
+    places = best_places(scores, costs, request.cost_weight, request.max_visual_tokens)
+    return tuple(config.granularities[place] for place in places)
+
+
+def check_budget(config: ModelConfig, sizes: Sequence[Size], wanted: Sequence[int | None], budget: int | None) -> None:
+    """Raises ValueError where no choice keeps to `max_visual_tokens`; says how many tokens the cheapest one takes."""
+    if budget is None:
+        return
+    rows = zip(token_costs(config, sizes), wanted, strict=True)
+    least = sum(int(row.min() if g is None else row[config.granularities.index(g)]) for row, g in rows)
+    if least > budget:
+        raise ValueError(f"max_visual_tokens={budget}: the images of this request take {least} visual tokens at least")
+
+
+def token_costs(config: ModelConfig, sizes: Sequence[Size]) -> np.ndarray:
+    """Visual tokens, newlines included, of images of (width, height) pixels at each granularity: int (images, G)."""
+    counts = [[visual_count(size, config, g) for g in config.granularities] for size in sizes]
+    return np.array(counts, np.int64).reshape(len(sizes), len(config.granularities))
+
+
+def best_places(scores: np.ndarray, costs: np.ndarray, cost_weight: float, budget: int | None) -> list[int]:
+    """Column of each row: largest sum of scores - cost_weight * costs / costs[:, -1], its costs within `budget`.
+
+    scores: (images, G), -inf where a column must not be taken. costs: int (images, G).
+
+    With costs [[6, 9], [6, 9]], scores [[0, 1], [0, 3]], no weight and a budget of 15, both cannot be fine:
+    the front grows from {0: 0} to {6: 0, 9: 1} to {12: 0, 15: 3}, where 9 + 6 (worth 1) is beaten by 6 + 9.
+
+    Raises ValueError where nothing keeps to the budget (`check_budget` says so before a request runs).
+    """
+    values = np.asarray(scores, np.float64) - cost_weight * costs / costs[:, -1:]
+    first = [int(np.argmax(row)) for row in values]
+    if budget is None or sum(int(row[place]) for row, place in zip(costs, first, strict=True)) <= budget:
+        return first
+    # Plans for the images so far, by tokens: only those worth more than every cheaper one (a Pareto front).
+    front: list[tuple[int, float, list[int]]] = [(0, 0.0, [])]
+    for value, cost in zip(values, costs, strict=True):
+        longer = [
+            (tokens + int(cost[place]), worth + float(value[place]), [*plan, place])
+            for tokens, worth, plan in front
+            for place in range(len(cost))
+            if tokens + cost[place] <= budget and value[place] > -np.inf
+        ]
+        front = []
+        for plan in sorted(longer, key=lambda plan: (plan[0], -plan[1])):
+            if not front or plan[1] > front[-1][1]:
+                front.append(plan)
+    if not front:
+        raise ValueError(f"max_visual_tokens={budget}: no choice of granularities keeps to it")
+    return front[-1][2]

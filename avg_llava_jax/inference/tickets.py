@@ -1,0 +1,80 @@
+"""What a caller holds while the engine works on its request."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from avg_llava_jax.inference.requests import Answer
+
+
+class Cancelled(Exception):
+    """The request was cancelled before its answer was whole."""
+
+
+class QueueFull(Exception):
+    """As many requests wait as may wait; try again later."""
+
+
+class Ticket:
+    """A thread-safe handle of one request. Made by `Engine.submit`.
+
+    scores: fp32 (G,) of each image that the router scored, once it has; None before that.
+    """
+
+    def __init__(self, wake: Callable[[], None]):
+        self._wake = wake
+        self._pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._ended = threading.Event()
+        self._answer: Answer | None = None
+        self._error: Exception | None = None
+        self.cancelled = False
+        self.scores: list[np.ndarray] | None = None
+
+    def pieces(self) -> Iterator[str]:
+        """The answer's text piece by piece, for one reader; blocks, and raises at the end as `result` does."""
+        while (piece := self._pieces.get()) is not None:
+            yield piece
+        self._pieces.put(None)  # whoever reads on finds the end as well
+        self.result()
+
+    def result(self, timeout: float | None = None) -> Answer:
+        """The whole answer; blocks, at most `timeout` seconds.
+
+        Raises:
+          ValueError: the request could not be answered, in one line.
+          RuntimeError: the device failed, or the engine was closed.
+          Cancelled: by `cancel`. TimeoutError: the answer is not whole yet.
+        """
+        if not self._ended.wait(timeout):
+            raise TimeoutError(f"no answer within {timeout} seconds")
+        if self._error is not None:
+            raise self._error
+        return self._answer
+
+    @property
+    def ended(self) -> bool:
+        """Whether `result` would return or raise at once."""
+        return self._ended.is_set()
+
+    def cancel(self) -> None:
+        """Give the request up: its slot is free at the engine's next round. Nothing happens where it has ended."""
+        self.cancelled = True
+        self._wake()
+
+    def show(self, piece: str) -> None:
+        """The engine's side: a new piece of text."""
+        if piece:
+            self._pieces.put(piece)
+
+    def end(self, outcome: Answer | Exception) -> None:
+        """The engine's side: an answer, or why there is none."""
+        if isinstance(outcome, Exception):
+            self._error = outcome
+        else:
+            self._answer = outcome
+        self._ended.set()
+        self._pieces.put(None)

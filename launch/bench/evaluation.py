@@ -1,0 +1,130 @@
+"""How fast questions are evaluated, in batches, one at a time and by the engine: python -m launch.bench.evaluation
+
+Writes `jersey` as LLaVA JSON with several questions a picture, reads it as launch.evaluate does, and answers it at
+every granularity and at the router's choice, each way twice: the first time compiles, the second is timed. Prints
+questions a second; ends with an error where the ways answer a question differently.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from absl import flags
+
+from launch import cli
+
+if TYPE_CHECKING:
+    from avg_llava_jax.eval.evaluation import Question
+    from avg_llava_jax.eval.policies import Record
+
+QUESTIONS = flags.DEFINE_integer("questions", 2000, "How many in all.", lower_bound=1)
+IMAGES = flags.DEFINE_integer("images", 500, "How many pictures they are about.", lower_bound=1)
+ONE_AT_A_TIME = flags.DEFINE_integer(
+    "one_at_a_time", 200, "How many of them, spread over all, are answered one at a time.", lower_bound=1
+)
+SLOTS = flags.DEFINE_integer("slots", 8, "Answers that grow together in the engine.", lower_bound=1)
+OUTPUT = flags.DEFINE_string("output", None, "Where the JSON goes.")
+
+Way = Callable[[], "list[Record]"]
+
+
+def write(folder: pathlib.Path, count: int, images: int) -> pathlib.Path:
+    """`count` records of one question each about so many pictures; the path of their LLaVA JSON."""
+    from avg_llava_jax.data import jersey
+
+    turns = -(-count // images)
+    path = jersey.write(jersey.Jersey("test", images, turns=turns), images, folder)
+    records = []
+    for record in json.loads(path.read_text(encoding="utf-8")):
+        said = record["conversations"]
+        for turn, (asked, answer) in enumerate(zip(said[::2], said[1::2], strict=True)):
+            prompt = asked["value"] if turn == 0 else f"<image>\n{asked['value']}"
+            conversation = [{"from": "human", "value": prompt}, answer]
+            records.append({"id": f"{record['id']}-{turn}", "image": record["image"], "conversations": conversation})
+    path.write_text(json.dumps(records[:count], indent=1), encoding="utf-8")
+    return path
+
+
+def timed(way: Way) -> tuple[list[Record], float, int]:
+    """The records of a second run, its seconds, and how many programs were compiled in it."""
+    from avg_llava_jax.inference.stress import compilations
+
+    way()
+    with compilations() as compiled:
+        begin = time.perf_counter()
+        records = way()
+        return records, time.perf_counter() - begin, compiled()
+
+
+def differing(some: Sequence[Record], others: Sequence[Record]) -> list[str]:
+    """Ids of the questions of `some` whose answers or choices are not those of `others`."""
+    by_id = {record["id"]: record for record in others}
+    names = ("answers", "answer", "chosen")
+    return [one["id"] for one in some if any(one[name] != by_id[one["id"]][name] for name in names)]
+
+
+def measure(model: Any, questions: Sequence[Question]) -> dict[str, Any]:
+    """{"questions", "ways": {name: {"questions", "seconds", "questions_a_second", "compilations", "differing"}}}."""
+    from avg_llava_jax.eval import evaluation
+    from avg_llava_jax.eval import questions as engine
+
+    some = min(ONE_AT_A_TIME.value, len(questions))
+    spread = [questions[at * len(questions) // some] for at in range(some)]
+    ways: dict[str, Way] = {
+        "in batches": lambda: evaluation.answer_all(model, questions),
+        "one at a time": lambda: evaluation.answer_all(model, spread, batch_size=1),
+        "by the engine": lambda: engine.answer_all(model, questions, slots=SLOTS.value),
+    }
+    report: dict[str, Any] = {"questions": len(questions), "ways": {}}
+    batched: list[Record] = []
+    for name, way in ways.items():
+        records, seconds, compiled = timed(way)
+        batched = batched or records
+        report["ways"][name] = {
+            "questions": len(records),
+            "seconds": seconds,
+            "questions_a_second": len(records) / seconds,
+            "compilations": compiled,
+            "differing": differing(records, batched),
+        }
+    return report
+
+
+def table(report: dict[str, Any]) -> str:
+    """A line for each way."""
+    alone = report["ways"]["one at a time"]["questions_a_second"]
+    lines = [f"{'':<16}{'questions':>10}{'seconds':>10}{'a second':>10}{'ratio':>8}"]
+    for name, way in report["ways"].items():
+        speed = way["questions_a_second"]
+        lines.append(f"{name:<16}{way['questions']:>10}{way['seconds']:>10.1f}{speed:>10.2f}{speed / alone:>8.2f}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    from avg_llava_jax.data.sources import open_source
+    from avg_llava_jax.eval import evaluation
+    from avg_llava_jax.files import write_whole
+
+    model = cli.load_model()
+    with tempfile.TemporaryDirectory() as folder:
+        path = write(pathlib.Path(folder), QUESTIONS.value, IMAGES.value)
+        source = open_source(str(path), str(path.parent / "images"))
+        questions, skipped = evaluation.read_questions(source, model.tokenizer, model.config)
+        if skipped:
+            raise ValueError(f"{len(skipped)} records cannot be used, the first for {skipped[0]['reason']}")
+        report = measure(model, questions)
+    if OUTPUT.value:
+        write_whole(OUTPUT.value, json.dumps(report, indent=1) + "\n")
+    print(table(report))
+    for name, way in report["ways"].items():
+        if ids := way["differing"]:
+            raise RuntimeError(f"{name}, {len(ids)} questions are answered otherwise than in batches: {', '.join(ids)}")
+
+
+if __name__ == "__main__":
+    cli.run(main, required=[])

@@ -1,0 +1,132 @@
+"""Writes the tables of docs/scale.md anew: python -m launch.bench.scale_table
+
+They hold what `launch.plan` says of the 7B, both phases and answering, on several topologies, and where a step does
+not fit also the settings that were tried until one did. Minutes a line: each is kept in --workdir as soon as it is
+known and stands in the document at once, and an interrupted run goes on. Remove that folder when the program has
+changed.
+"""
+
+import dataclasses
+import importlib
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from absl import flags
+
+from launch import cli
+
+if TYPE_CHECKING:
+    from avg_llava_jax.parallel.planning import Plan
+
+DOCUMENT = flags.DEFINE_string("document", "docs/scale.md", "Where the tables stand.")
+WORKDIR = flags.DEFINE_string("workdir", "workdirs/scale_table", "Keeps what is known already.")
+BEGIN, END = "<!-- plans: python -m launch.bench.scale_table -->\n", "<!-- end of plans -->\n"
+SHOWN = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute")
+
+TRAINING = [
+    (config, topology, {})
+    for config in ("avg_llava_7b_router", "avg_llava_7b")
+    for topology in ("v5e:8x8", "v6e:4x4", "v5p:2x2x4")
+]
+"""Config, topology, and what differs from the config."""
+
+ANSWERING = [
+    ("v5e:2x2", {"batch_size": 8, "mesh.fsdp": 1, "mesh.tensor": 4}),
+    ("v6e:2x2", {"batch_size": 8, "mesh.fsdp": 1, "mesh.tensor": 4}),
+    ("v5p:2x2x1", {"batch_size": 8, "mesh.fsdp": 1, "mesh.tensor": 4}),
+]
+"""Topology and settings."""
+
+
+def known(label: str, function: "Callable[..., Plan | Iterator[Plan]]", *arguments: Any) -> list[dict[str, Any]]:
+    """The figures of a plan or of several, from --workdir or else computed and kept there."""
+    from avg_llava_jax.files import write_whole
+
+    file = pathlib.Path(WORKDIR.value) / ("".join(c if c.isalnum() else "-" for c in label) + ".json")
+    if file.is_file():
+        return json.loads(file.read_text(encoding="utf-8"))
+    print(f"{time.strftime('%H:%M:%S')} {label}", file=sys.stderr, flush=True)
+    begin, found = time.monotonic(), []
+    plans = function(*arguments)
+    for plan in [plans] if dataclasses.is_dataclass(plans) else plans:
+        values = {field.name: getattr(plan, field.name) for field in dataclasses.fields(plan) if field.name != "target"}
+        sent = {kind: each.sent for kind, each in plan.traffic.items()}
+        found.append(values | {"traffic": sent, "fits": plan.fits, "seconds": plan.seconds})
+    print(f"  took {time.monotonic() - begin:.0f} s", file=sys.stderr, flush=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(file, json.dumps(found, indent=1) + "\n")
+    return found
+
+
+def cells(plan: dict[str, Any], name: str) -> str:
+    """One line of a table."""
+    gib = 2**30
+    kinds = ("trained", "frozen", "optimizer") if "trained" in plan["held"] else ("parameters", "cache")
+    temporaries = plan["temporaries"]
+    numbers = [
+        name,
+        *(f"{plan['held'].get(kind, 0) / gib:.2f}" for kind in kinds),
+        "–" if temporaries is None else f"{temporaries / gib:.2f}",
+        f"{plan['total'] / gib:.2f}" + ("" if plan["fits"] else " **no**"),
+        f"{plan['flops'] / 1e12:.1f}",
+        f"{plan['recomputed'] / plan['flops']:.0%}",
+        *(f"{plan['traffic'].get(kind, 0.0) / 1e9:.1f}" for kind in SHOWN),
+        *(f"{plan['seconds'][kind] * 1e3:.1f}" for kind in ("compute", "network", "memory")),
+    ]
+    return "| " + " | ".join(numbers) + " |\n"
+
+
+def head(*first: str) -> str:
+    names = [*first, "temporaries", "in all", "TFLOP", "again", *SHOWN, "compute ms", "network ms", "memory ms"]
+    return "| " + " | ".join(names) + " |\n|" + "---|" * len(names) + "\n"
+
+
+def config_of(name: str, settings: dict[str, Any]) -> Any:
+    config = importlib.import_module(f"configs.{name}").get_config()
+    config.update_from_flattened_dict(settings)
+    return config
+
+
+def rows() -> Iterator[str]:
+    from avg_llava_jax.parallel import planning
+
+    yield head("answering", "parameters", "cache")
+    for topology, settings in ANSWERING:
+        config, target = config_of("avg_llava_7b", settings), planning.target(topology)
+        shape = planning.largest_shape(planning.model_of(config))
+        for plan in known(f"answering {topology}", planning.answering, config, target, shape, 128):
+            yield cells(plan, f"{plan['program']}, {topology}")
+    yield "\n"
+    yield head("step", "trained", "frozen", "optimizer")
+    for name, topology, settings in TRAINING:
+        config, target = config_of(name, settings), planning.target(topology)
+        shape = planning.largest_shape(planning.model_of(config))
+        label = f"`{name}` {topology}"
+        (plan,) = known(label, planning.train_step, config, target, shape)
+        yield cells(plan, label)
+        for flag, other in planning.knobs(config, len(target.devices)):
+            if plan["fits"]:
+                break
+            with_it = f"{label} {flag.replace('--config.', '')}"
+            (plan,) = known(with_it, planning.train_step, other, target, shape)
+            yield cells(plan, with_it)
+
+
+def main() -> None:
+    from avg_llava_jax.files import around, write_whole
+
+    around(DOCUMENT.value, BEGIN, END)  # fails now rather than after the first line
+    lines = []
+    for row in rows():
+        print(row, end="", file=sys.stderr, flush=True)
+        lines.append(row)
+        before, after = around(DOCUMENT.value, BEGIN, END)  # which others may have edited by now
+        write_whole(DOCUMENT.value, before + "".join(lines) + after)
+
+
+if __name__ == "__main__":
+    cli.run(main, required=[], model_flags=())
