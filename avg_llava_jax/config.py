@@ -16,6 +16,7 @@ A *granularity* is named by its tokens per tile: 36, 72, 144, 288, 576 for the r
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from typing import Any, Literal
 
@@ -171,7 +172,7 @@ class ModelConfig:
             if width % side or height % side:
                 raise ValueError(f"pinpoint {(width, height)} is no multiple of the tile side {side}")
 
-    @property
+    @functools.cached_property
     def grids(self) -> tuple[tuple[int, int], ...]:
         """(rows, columns) of one tile at each granularity, ascending in tokens.
 
@@ -187,17 +188,17 @@ class ModelConfig:
             grids.append((rows, columns))
         return tuple(reversed(grids))
 
-    @property
+    @functools.cached_property
     def granularities(self) -> tuple[int, ...]:
         """Tokens per tile, ascending: (36, 72, 144, 288, 576) by default."""
         return tuple(rows * columns for rows, columns in self.grids)
 
-    @property
+    @functools.cached_property
     def pyramid_rows(self) -> int:
         """R: rows of one tile's pyramid, all granularities one after another (1116)."""
         return sum(self.granularities)
 
-    @property
+    @functools.cached_property
     def pyramid_offsets(self) -> dict[int, int]:
         """First pyramid row of each granularity: {36: 0, 72: 36, 144: 108, 288: 252, 576: 540}."""
         offsets, at = {}, 0

@@ -15,7 +15,7 @@ from absl import flags
 
 from avg_llava_jax import checkpoint
 from avg_llava_jax.data.jersey import Jersey
-from avg_llava_jax.eval import evaluation, plots, policies, timing
+from avg_llava_jax.eval import evaluation, plots, policies, routing, timing
 from avg_llava_jax.files import same_run, write_whole
 from avg_llava_jax.inference.api import SHIPPED, AvgLlava
 from avg_llava_jax.parallel import sharding
@@ -97,12 +97,12 @@ def compare(
     report = policies.report(config, records, seconds)
     samples = [question.sample for question in questions]
     others = {
-        "adaptive_paper": policies.choices(config, evaluation.route_all(paper, samples)),
+        "adaptive_paper": policies.choices(config, routing.route_all(paper, samples)),
         "shuffled_instruction": policies.choices(
-            config, evaluation.route_all(adaptive, evaluation.shuffled(questions, "instruction"))
+            config, routing.route_all(adaptive, routing.shuffled(questions, "instruction"))
         ),
         "shuffled_image": policies.choices(
-            config, evaluation.route_all(adaptive, evaluation.shuffled(questions, "image"))
+            config, routing.route_all(adaptive, routing.shuffled(questions, "image"))
         ),
     }
     outcomes = {name: policies.outcome(config, records, picked) for name, picked in others.items()}

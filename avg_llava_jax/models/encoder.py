@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from avg_llava_jax.config import VisionConfig
-from avg_llava_jax.models.attention import attention
+from avg_llava_jax.models.attention import self_attention
 from avg_llava_jax.models.stack import Remat, stack
 from avg_llava_jax.parallel.placement import constrain
 
@@ -28,7 +28,7 @@ class EncoderLayer(nn.Module):
         q, k, v = (
             rearrange(nn.Dense(config.width, name=name)(y), "m p (h d) -> m p h d", h=config.heads) for name in "qkv"
         )
-        y = rearrange(attention(q, k, v), "m p h d -> m p (h d)")
+        y = rearrange(self_attention(q, k, v, causal=False), "m p h d -> m p (h d)")
         x = constrain(x + nn.Dense(config.width, name="out")(y), "batch", None, None)
 
         y = nn.Dense(config.mlp_width, name="up")(layer_norm(config, "norm2")(x))

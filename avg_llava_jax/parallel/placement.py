@@ -47,3 +47,11 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if mesh.empty:
         return x
     return jax.lax.with_sharding_constraint(x, fitting(mesh, spec(*axes), x.shape))
+
+
+def platform() -> tuple[str, int]:
+    """What is compiled for, and how many devices of it: the mesh in use, or this machine's."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.abstract_device is None:
+        return jax.default_backend(), jax.device_count()
+    return mesh.abstract_device.platform, mesh.size

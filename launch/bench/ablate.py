@@ -24,7 +24,7 @@ from absl import flags
 from flax.traverse_util import flatten_dict
 
 from avg_llava_jax.config import ModelConfig
-from avg_llava_jax.eval import evaluation, plots, policies
+from avg_llava_jax.eval import evaluation, plots, policies, routing
 from avg_llava_jax.files import around, same_run, write_whole
 from avg_llava_jax.inference.api import AvgLlava
 from configs import ablations
@@ -182,13 +182,13 @@ def run(
 
     todo = [pair for pair in todo if not _outcome(workdir, *pair).exists()]
     print(f"2. {len(todo)} routers to train", flush=True)
-    seen = list(evaluation.see_all(model, [question.sample for question in asked])) if todo else []
+    seen = list(routing.encode_all(model, [question.sample for question in asked])) if todo else []
     begin = time.monotonic()
     for done, pair in enumerate(todo, 1):
         name, seed = pair
         feedback, answers = frozen[unpads[pair]]
         router = quickstart.train_router(configs[pair], feedback, workdir / f"{name}-{seed}")
-        picked = policies.choices(router.config, evaluation.route_seen(router, seen))
+        picked = policies.choices(router.config, routing.route_encoded(router, seen))
         found = measure(router.config, answers, picked)
         write_whole(_outcome(workdir, name, seed), json.dumps(found, indent=1) + "\n")
         left = int((time.monotonic() - begin) / done * (len(todo) - done))
