@@ -135,3 +135,30 @@ def test_traffic_over_a_ring_counts_loops():
         "reduce-scatter": Traffic(1 + 3, 2 * 16 * 4 * 3 + 3 * 8 * 16 * 4 * 3 / 4),
         "collective-permute": Traffic(1 + 8 / 2, 8 * 16 * 4 + 8 / 2 * 2 * 16 * 4),
     }
+
+
+GPU = """HloModule jit_step, num_partitions=8
+
+ENTRY %main (a: f32[8,16]) -> f32[8,16] {
+  %collective-permute-start = (f32[8,16]{1,0}, f32[8,16]{1,0}) collective-permute-start(%copy.11), channel_id=1, source_target_pairs={{0,4},{4,0}}, metadata={op_name="jit(f)/shard_map/ppermute"}
+  %collective-permute-done = f32[8,16]{1,0} collective-permute-done(%collective-permute-start)
+  %reduce-scatter-start = ((f32[8,16]{0,1}), f32[8,4]{0,1}) reduce-scatter-start(%bitcast.33.0), channel_id=1, replica_groups={{0,1,2,3},{4,5,6,7}}, use_global_device_ids=true, dimensions={1}, to_apply=%region_0.0
+  %reduce-scatter-done = f32[8,4]{0,1} reduce-scatter-done(%reduce-scatter-start)
+  %reduce-scatter-start.1 = ((f32[32,300]{1,0}, f32[32,16]{1,0}), (f32[4,300]{1,0}, /*index=1*/f32[4,16]{1,0})) reduce-scatter-start(%slice, %slice.1), channel_id=2, replica_groups=mesh['axis_0'=8,'axis_1'=1] {'axis_0'}, dimensions={0}, to_apply=%add.53.clone
+  %all-gather-start = (f32[8,16]{1,0}, f32[32,16]{1,0}) all-gather-start(%copy.11), channel_id=1, replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}, use_global_device_ids=true
+  %all-gather-start.1 = ((f32[16,300]{1,0}, f32[16,16]{1,0}), (f32[32,300]{1,0}, f32[32,16]{1,0})) all-gather-start(%a, %b), channel_id=1, replica_groups=[4,2]<=[8], dimensions={0}
+  %all-to-all-start = ((f32[8,16]{0,1}), f32[8,16]{0,1}) all-to-all-start(%bitcast.33.0), channel_id=1, replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={1}
+  %all-reduce-start.19 = f32[7488]{0} all-reduce-start(%wrapped), channel_id=5, replica_groups=mesh['axis_0'=2,'axis_1'=1,'axis_2'=4], device_ids=([4,2]T(1,0)) {'axis_0'}, use_global_device_ids=true, to_apply=%add.1.clone
+}
+"""  # noqa: E501 - as XLA for GPUs writes it
+
+
+def test_traffic_of_a_gpu_counts_what_comes_out_alone():
+    """The type of a -start names the operands too, in one of three ways, and a group may be named by a mesh."""
+    assert collectives(GPU) == {
+        "collective-permute": Traffic(1, 8 * 16 * 4),
+        "reduce-scatter": Traffic(2, 8 * 4 * 4 * 3 + (4 * 300 + 4 * 16) * 4 * 7),
+        "all-gather": Traffic(2, 32 * 16 * 4 * 3 / 4 + (32 * 300 + 32 * 16) * 4 / 2),
+        "all-to-all": Traffic(1, 8 * 16 * 4 * 3 / 4),
+        "all-reduce": Traffic(1, 7488 * 4 * 2 / 2),
+    }

@@ -124,7 +124,9 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 _INSTRUCTION = re.compile(r"^(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z][a-z\-]*)\((.*)$")
 _CALLED = re.compile(r"(?:calls|to_apply|body|called_computations)=\{?%?([\w.\-]+)")
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
-_GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]*)\}|mesh\[(.*?)\] \{(.*?)\})")
+_GROUPS = re.compile(
+    r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]*)\}|mesh\[(.*?)\](?:, device_ids=\(.*?\))? \{(.*?)\})"
+)
 _SIZES = re.compile(r"'(\w+)'=(\d+)")
 _AXES = re.compile(r"'(\w+)'(?::\(\d+\)(\d+))?")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
@@ -231,7 +233,8 @@ def _found(what: re.Pattern[str], lines: Sequence[str]) -> dict[str, str]:
 def _group(rest: str) -> float:
     """Among how many devices a collective runs, infinitely many where it does not say.
 
-    [8,4]<=[32]: 8 groups of 4. {{0,1},{2,3}}: groups of 2. mesh['a'=8,'b'=4] {'b'}: along b, 4.
+    [8,4]<=[32]: 8 groups of 4. {{0,1},{2,3}}: groups of 2. mesh['a'=8,'b'=4] {'b'}: along b, 4, whatever the
+    device_ids=([4,8]T(1,0)) behind the mesh.
     """
     found = _GROUPS.search(rest)
     if not found:
@@ -244,20 +247,36 @@ def _group(rest: str) -> float:
 
 
 def _sent(kind: str, result: str, rest: str, started: bool) -> float:
-    """Bytes that one device sends. `result` is the type of what comes out; that of a -start names the operands too."""
-    arrays = [
+    """Bytes that one device sends. `result` is the type of what comes out, or of what a -start gives.
+
+    That of a -start holds the operands too, (operand, result), ((operands), (results)) or ((operand), result), and may
+    hold more behind; of an all-reduce-start it is the result alone.
+    """
+    if started and kind != "all-reduce":
+        result = _elements(result)[1]
+    size = sum(
         math.prod(map(int, filter(None, shape.split(",")))) * BITS[dtype] / 8
         for dtype, shape in _ARRAY.findall(result)
         if dtype in BITS
-    ]
-    if started and kind == "all-gather":
-        arrays = arrays[len(arrays) // 2 :]
-    elif kind == "collective-permute":
-        return arrays[0]
+    )
+    if kind == "collective-permute":
+        return size
     devices = _group(rest)
     if kind == "reduce-scatter":
-        return sum(arrays) * (devices - 1)
-    return sum(arrays) * (1 - 1 / devices) * (2 if kind == "all-reduce" else 1)
+        return size * (devices - 1)
+    return size * (1 - 1 / devices) * (2 if kind == "all-reduce" else 1)
+
+
+def _elements(kind: str) -> list[str]:
+    """The types in a tuple's: ((f32[8,16]{0,1}), f32[8,4]{0,1}) has (f32[8,16]{0,1}) and f32[8,4]{0,1}."""
+    found, depth = [""], 0
+    for letter in kind[1:-1]:
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == "," and not depth:
+            found.append("")
+        else:
+            found[-1] += letter
+    return found
 
 
 def _total(parts: Any) -> dict[str, Traffic]:
