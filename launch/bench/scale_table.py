@@ -71,7 +71,7 @@ def cells(plan: dict[str, Any], name: str) -> str:
         name,
         *(f"{plan['held'].get(kind, 0) / gib:.2f}" for kind in kinds),
         "–" if temporaries is None else f"{temporaries / gib:.2f}",
-        f"{plan['total'] / gib:.2f}" + ("" if plan["fits"] else " **no**"),
+        ("more" if plan["total"] is None else f"{plan['total'] / gib:.2f}") + ("" if plan["fits"] else " **no**"),
         f"{plan['flops'] / 1e12:.1f}",
         f"{plan['recomputed'] / plan['flops']:.0%}",
         *(f"{plan['traffic'].get(kind, 0.0) / 1e9:.1f}" for kind in SHOWN),
@@ -92,18 +92,18 @@ def config_of(name: str, settings: dict[str, Any]) -> Any:
 
 
 def rows() -> Iterator[str]:
-    from avg_llava_jax.parallel import planning
+    from avg_llava_jax.parallel import chips, planning
 
     yield head("answering", "parameters", "cache")
     for topology, settings in ANSWERING:
-        config, target = config_of("avg_llava_7b", settings), planning.target(topology)
+        config, target = config_of("avg_llava_7b", settings), chips.target(topology)
         shape = planning.largest_shape(planning.model_of(config))
         for plan in known(f"answering {topology}", planning.answering, config, target, shape, 128):
             yield cells(plan, f"{plan['program']}, {topology}")
     yield "\n"
     yield head("step", "trained", "frozen", "optimizer")
     for name, topology, settings in TRAINING:
-        config, target = config_of(name, settings), planning.target(topology)
+        config, target = config_of(name, settings), chips.target(topology)
         shape = planning.largest_shape(planning.model_of(config))
         label = f"`{name}` {topology}"
         (plan,) = known(label, planning.train_step, config, target, shape)
