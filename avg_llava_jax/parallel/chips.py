@@ -1,8 +1,10 @@
 """Devices to plan for: what their makers say of them, and how XLA compiles for them where none is there.
 
-    target("v5e:8x8")   64 TPUs           libtpu compiles, `pip install 'avg_llava_jax[plan]'`
-    target("h100:8x4")  4 hosts of 8 GPUs XLA's CUDA plugin compiles, `pip install 'avg_llava_jax[plan-gpu]'`
-    target("cpu:8")     8 CPU devices     of this machine; nothing is known of their speed
+    target("v5e:8x8")   64 TPUs            libtpu compiles, `pip install 'avg_llava_jax[plan]'`
+    target("h100:8x4")  4 hosts of 8 GPUs  XLA's CUDA plugin compiles, `pip install 'avg_llava_jax[plan-gpu]'`
+    target("cpu:8")     8 CPU devices      of this machine
+
+Of CPUs no speed and no memory is known.
 """
 
 import importlib.util

@@ -32,13 +32,14 @@ from avg_llava_jax.training.step import Step
 class Program(NamedTuple):
     """A program of the project for a target, traced: what XLA is to compile.
 
-    held: its arguments by kind, trees of shapes with shardings. useful: the same without rematerialisation, if it has
-    any.
+    held: its arguments by kind, trees of shapes with shardings. donated: the kinds that it may overwrite. useful: the
+    same without rematerialisation, if it has any.
     """
 
     name: str
     traced: jax.stages.Traced
     held: dict[str, Any]
+    donated: tuple[str, ...] = ()
     useful: jax.stages.Traced | None = None
 
 
@@ -144,7 +145,7 @@ def training(config: ml_collections.ConfigDict, model: ModelConfig, target: Targ
             plain = config.copy_and_resolve_references()
             plain.remat = "none"
             useful, _ = traced(plain)
-        return Program("train step", program, held, useful)
+        return Program("train step", program, held, ("trained", "optimizer"), useful)
 
 
 def answering(config: ml_collections.ConfigDict, target: Target, shape: Shape, room: int) -> Iterator[Plan]:
@@ -194,7 +195,7 @@ def answers(
             *(array(rows, dtype=kind) for kind in (jnp.float32, jnp.float32, jnp.int32, jnp.uint32, jnp.int32))
         )
         program = generate.decode.trace(model, params, state, sampling, array(1), array(), True)
-        yield Program("decode, a token", program, {"parameters": params, "cache": cache})
+        yield Program("decode, a token", program, {"parameters": params, "cache": cache}, ("cache",))
 
 
 def _batch(rows: dict[str, Any], count: int, mesh: Mesh) -> Any:
@@ -238,7 +239,7 @@ def cost(program: Program, target: Target, made: jax.stages.Compiled | str) -> P
     """What a program costs, by what XLA made of it, or else by what it said when it gave up."""
     flops = costs.flops(program.traced.jaxpr.jaxpr)
     recomputed = flops - costs.flops(program.useful.jaxpr.jaxpr) if program.useful else 0.0
-    held = {kind: sum(map(_bytes, jax.tree.leaves(tree))) for kind, tree in program.held.items()}
+    held = {kind: size(tree) for kind, tree in program.held.items()}
     partial = functools.partial(Plan, program.name, target, held, flops=flops, recomputed=recomputed)
     if isinstance(made, str):
         return partial(temporaries=None, total=None, traffic={}, refused=made)
@@ -248,9 +249,10 @@ def cost(program: Program, target: Target, made: jax.stages.Compiled | str) -> P
     return partial(temporaries=memory.temp_size_in_bytes, total=total, traffic=costs.collectives(made.as_text()))
 
 
-def _bytes(leaf: Any) -> int:
-    """What one device holds of an array."""
-    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+def size(tree: Any) -> int:
+    """Bytes that one device holds of arrays, by their shapes and shardings."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
 def knobs(config: ml_collections.ConfigDict, devices: int) -> Iterator[tuple[str, ml_collections.ConfigDict]]:
