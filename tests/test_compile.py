@@ -58,7 +58,8 @@ ENTRY %main (p: f32[8,16]) -> f32[8,16] {
         ((32, 640, 577), 577, True),  # padded to the kernel's blocks
         ((2, 577, 16, 577), 577, True),
         ((2, 577, 1024), 577, False),
-        ((4096, 4096), 3900, False),  # a weight
+        ((4096, 4096), 4096, False),  # a weight
+        ((2, 1024, 1024), 932, False),  # weights of two layers
         ((2, 2, 132, 132), 132, False),  # as small as a block
         ((2, 16, 256, 577), 577, False),
     ],

@@ -32,6 +32,7 @@ from launch import cli
 
 if TYPE_CHECKING:
     from avg_llava_jax.config import ModelConfig
+    from avg_llava_jax.data.packing import Shape
     from avg_llava_jax.parallel.chips import Target
     from avg_llava_jax.parallel.planning import Program
 
@@ -105,8 +106,7 @@ def training(name: str, **settings: Any) -> Case:
         config.batch_size = ROWS * mesh["data"] * mesh["fsdp"] * config.optimizer.accumulate
         yield planning.training(config, model, target, shape)._replace(name="")
 
-    lengths = tuple(shape.length(model, g) for g in model.granularities)
-    return Case(f"{name} {settings['phase']} {shown}".strip(), make, (model.vision.grid**2 + 1, *lengths))
+    return Case(f"{name} {settings['phase']} {shown}".strip(), make, _lengths(model, shape))
 
 
 def answering(name: str, dtype: str) -> Case:
@@ -123,9 +123,7 @@ def answering(name: str, dtype: str) -> Case:
         config.mesh.update(mesh)
         yield from planning.answers(config, model, target, shape, 64)
 
-    rows = model.pyramid_rows + model.router.text_tokens
-    lengths = tuple(shape.length(model, g) for g in model.granularities)
-    return Case(f"{name} answering {dtype}", make, (model.vision.grid**2 + 1, rows, *lengths))
+    return Case(f"{name} answering {dtype}", make, _lengths(model, shape))
 
 
 def attending(length: int, heads: tuple[int, int], size: int, causal: bool, dtype: str) -> Case:
@@ -203,7 +201,7 @@ def judge(program: Program, target: Target, mesh: Mapping[str, int], lengths: tu
 
     It must fit. What is donated must be overwritten. No score of a whole sequence by itself may be written to memory,
     (B, H, S, S), for sequences of `LONG` or more. Of a program that keeps a cache, temporaries must be at most a tenth
-    of it, and no copy of half of it may be written. Where parameters lie whole (no fsdp), no program may gather a tenth
+    of it and `WORKSPACE`, and no copy of half of it may be written. Where parameters lie whole (no fsdp), no program may gather a tenth
     of them.
     """
     from avg_llava_jax.parallel import costs, planning
@@ -221,7 +219,7 @@ def judge(program: Program, target: Target, mesh: Mapping[str, int], lengths: tu
     if scores := [array for array in arrays if any(_is_scores(array.shape, length) for length in lengths)]:
         faults.append(f"scores in memory: {_largest(scores)}")
     if cache := plan.held.get("cache", 0):
-        if plan.temporaries > 0.1 * cache:
+        if plan.temporaries > 0.1 * cache + WORKSPACE:
             faults.append(f"temporaries are {plan.temporaries / cache:.2f} of the cache")
         if copies := [a for a in arrays if a.operation in COPIES and a.size > cache / 4]:  # half of keys, or of values
             faults.append(f"copies of the cache: {len(copies)}, {_largest(copies)}")
@@ -239,13 +237,16 @@ def judge(program: Program, target: Target, mesh: Mapping[str, int], lengths: tu
     }
 
 
+WORKSPACE = 2**25
+"""Bytes of temporaries that products need on a GPU, however small they are."""
+
 COPIES = ("copy", "copy-start", "transpose")
 
 
 def _is_scores(shape: tuple[int, ...], length: int) -> bool:
-    """Whether an array holds a number for each pair of positions: two axes of `length`, or a little more by padding."""
-    near = [size for size in shape if length <= size < length + 256]
-    return length >= LONG and len(shape) > 2 and len(near) >= 2
+    """Whether an array holds a number for each pair of positions: two axes of `length`, maybe padded for a kernel."""
+    padded = {-(-length // block) * block for block in (1, 2, 8, 64)}
+    return length >= LONG and len(shape) > 2 and sum(size in padded for size in shape) >= 2
 
 
 def _largest(arrays: list[Any]) -> str:
@@ -257,10 +258,16 @@ def _bytes(size: float) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**27 else f"{size / 2**20:.2f} MiB"
 
 
-def _shape(model: ModelConfig, sizes: dict[str, int]) -> Any:
+def _shape(model: ModelConfig, sizes: dict[str, int]) -> Shape:
     from avg_llava_jax.parallel import planning
 
     return planning.largest_shape(model, **sizes)
+
+
+def _lengths(model: ModelConfig, shape: Shape) -> tuple[int, ...]:
+    """Positions that attend to each other: of the encoder, of the router, of each granularity's sequence."""
+    rows = model.pyramid_rows + model.router.text_tokens
+    return (model.vision.grid**2 + 1, rows, *(shape.length(model, g) for g in model.granularities))
 
 
 def child(where: str) -> None:
