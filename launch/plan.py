@@ -12,6 +12,7 @@ a program may use 75 %, as JAX has it, or what XLA_CLIENT_MEM_FRACTION says.
 Where the step does not fit, settings that need less memory are tried in turn, and the first that fits is named.
 """
 
+import re
 from typing import TYPE_CHECKING
 
 from absl import flags
@@ -30,6 +31,7 @@ ANSWERING = flags.DEFINE_bool(
 TILES = flags.DEFINE_integer("tiles", 0, "Tile slots of a sample; 0 = one image of the largest mosaic.", 0)
 TEXT = flags.DEFINE_integer("text", 512, "Text tokens of a sample.", 1)
 ANSWER = flags.DEFINE_integer("answer", 128, "Answer tokens of a sample, or new tokens with --answering.", 1)
+MOVES = flags.DEFINE_integer("moves", 0, "So many lines on what goes between memory and cores, the most first.", 0)
 ADVISE = flags.DEFINE_bool("advise", True, "Compile other settings where these do not fit.")
 
 
@@ -64,8 +66,29 @@ def _lines(plan: "Plan") -> list[str]:
     for resource, seconds in plan.seconds.items() if plan.fits else ():
         bound = "  <- the roofline" if seconds == max(plan.seconds.values()) else ""
         lines.append(f"  {resource + ' alone':<22}{number(seconds * 1e3)} ms{bound}")
+    lines += _moves(plan, MOVES.value) if MOVES.value else []
     if chip and chip.card:
         lines.append("  not known without a GPU: how fast its kernels are, what overlaps, cuDNN's workspace")
+    return lines
+
+
+def _moves(plan: "Plan", count: int) -> list[str]:
+    """What moves the most bytes, by what of the model it comes from."""
+    from avg_llava_jax.parallel.chips import GIB
+
+    by: dict[tuple[str, str], list[float]] = {}
+    for each in plan.moves:
+        found = by.setdefault((each.operation, re.sub(r"^jit\(\w+\)/", "", each.source)), [0, 0.0, 0.0])
+        for at, value in enumerate((each.times, each.times * each.read, each.times * each.written)):
+            found[at] += value
+    moved, once = sum(each.bytes for each in plan.moves), sum(plan.held.values())
+    lines = [
+        f"  {'moves':<22}{moved / GIB:>10.2f} GiB between a device's memory and cores, {moved / once:.2f} x arguments"
+    ]
+    for (operation, source), (times, read, written) in sorted(by.items(), key=lambda item: -sum(item[1][1:]))[:count]:
+        lines.append(
+            f"    reads {read / GIB:8.3f}, writes {written / GIB:8.3f} GiB, {times} times: {operation} {source}"
+        )
     return lines
 
 

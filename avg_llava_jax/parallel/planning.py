@@ -51,6 +51,7 @@ class Plan:
         all of it, outputs included that reuse no argument. Both None where XLA gave up.
     flops: of matrix products, over all devices. recomputed: the part of them that rematerialisation adds.
     traffic: by kind of collective.
+    moves: what goes between a device's memory and its cores, by instruction.
     refused: why XLA gave up, in its words; only its compiler for TPUs does so where a program is too large.
     """
 
@@ -62,6 +63,7 @@ class Plan:
     flops: float
     recomputed: float
     traffic: dict[str, costs.Traffic]
+    moves: tuple[costs.Access, ...] = ()
     refused: str = ""
 
     @property
@@ -243,10 +245,15 @@ def cost(program: Program, target: Target, made: jax.stages.Compiled | str) -> P
     partial = functools.partial(Plan, program.name, target, held, flops=flops, recomputed=recomputed)
     if isinstance(made, str):
         return partial(temporaries=None, total=None, traffic={}, refused=made)
-    memory = made.memory_analysis()
+    memory, text = made.memory_analysis(), made.as_text()
     total = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     total += memory.temp_size_in_bytes
-    return partial(temporaries=memory.temp_size_in_bytes, total=total, traffic=costs.collectives(made.as_text()))
+    return partial(
+        temporaries=memory.temp_size_in_bytes,
+        total=total,
+        traffic=costs.collectives(text),
+        moves=tuple(costs.accesses(text)),
+    )
 
 
 def size(tree: Any) -> int:

@@ -201,8 +201,8 @@ def judge(program: Program, target: Target, mesh: Mapping[str, int], lengths: tu
 
     It must fit. What is donated must be overwritten. No score of a whole sequence by itself may be written to memory,
     (B, H, S, S), for sequences of `LONG` or more. Of a program that keeps a cache, temporaries must be at most a tenth
-    of it and `WORKSPACE`, and no copy of half of it may be written. Where parameters lie whole (no fsdp), no program may
-    gather a tenth of them.
+    of it and `WORKSPACE`, and no copy of half of it may be written. Where parameters lie whole (no fsdp), no program
+    may gather a tenth of them.
     """
     from avg_llava_jax.parallel import costs, planning
 
@@ -231,6 +231,7 @@ def judge(program: Program, target: Target, mesh: Mapping[str, int], lengths: tu
         "seconds": time.monotonic() - begin,
         "total": plan.total,
         "temporaries": plan.temporaries,
+        "moved": sum(each.bytes for each in plan.moves),
         "held": plan.held,
         "sent": {kind: each.sent for kind, each in plan.traffic.items()},
         "faults": faults,

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 DOCUMENT = flags.DEFINE_string("document", "docs/scale.md", "Where the tables stand.")
 WORKDIR = flags.DEFINE_string("workdir", "workdirs/scale_table", "Keeps what is known already.")
 BEGIN, END = "<!-- plans: python -m launch.bench.scale_table -->\n", "<!-- end of plans -->\n"
+LEFT_OUT = ("target", "moves")
 SHOWN = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute")
 
 TRAINING = [
@@ -53,7 +54,9 @@ def known(label: str, function: "Callable[..., Plan | Iterator[Plan]]", *argumen
     begin, found = time.monotonic(), []
     plans = function(*arguments)
     for plan in [plans] if dataclasses.is_dataclass(plans) else plans:
-        values = {field.name: getattr(plan, field.name) for field in dataclasses.fields(plan) if field.name != "target"}
+        values = {
+            field.name: getattr(plan, field.name) for field in dataclasses.fields(plan) if field.name not in LEFT_OUT
+        }
         sent = {kind: each.sent for kind, each in plan.traffic.items()}
         found.append(values | {"traffic": sent, "fits": plan.fits, "seconds": plan.seconds})
     print(f"  took {time.monotonic() - begin:.0f} s", file=sys.stderr, flush=True)
