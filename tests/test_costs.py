@@ -6,7 +6,7 @@ import pytest
 
 from avg_llava_jax import parameters
 from avg_llava_jax.config import LanguageConfig, from_dict
-from avg_llava_jax.parallel.costs import Traffic, collectives, flops, language_flops, step_flops
+from avg_llava_jax.parallel.costs import Access, Traffic, accesses, collectives, flops, language_flops, step_flops
 from avg_llava_jax.parallel.planning import largest_shape
 from avg_llava_jax.training import phases
 from avg_llava_jax.training.optimizer import OptimizerConfig, trainable
@@ -135,3 +135,87 @@ def test_traffic_over_a_ring_counts_loops():
         "reduce-scatter": Traffic(1 + 3, 2 * 16 * 4 * 3 + 3 * 8 * 16 * 4 * 3 / 4),
         "collective-permute": Traffic(1 + 8 / 2, 8 * 16 * 4 + 8 / 2 * 2 * 16 * 4),
     }
+
+
+GPU = """HloModule jit_step, num_partitions=8
+
+ENTRY %main (a: f32[8,16]) -> f32[8,16] {
+  %collective-permute-start = (f32[8,16]{1,0}, f32[8,16]{1,0}) collective-permute-start(%copy.11), channel_id=1, source_target_pairs={{0,4},{4,0}}, metadata={op_name="jit(f)/shard_map/ppermute"}
+  %collective-permute-done = f32[8,16]{1,0} collective-permute-done(%collective-permute-start)
+  %reduce-scatter-start = ((f32[8,16]{0,1}), f32[8,4]{0,1}) reduce-scatter-start(%bitcast.33.0), channel_id=1, replica_groups={{0,1,2,3},{4,5,6,7}}, use_global_device_ids=true, dimensions={1}, to_apply=%region_0.0
+  %reduce-scatter-done = f32[8,4]{0,1} reduce-scatter-done(%reduce-scatter-start)
+  %reduce-scatter-start.1 = ((f32[32,300]{1,0}, f32[32,16]{1,0}), (f32[4,300]{1,0}, /*index=1*/f32[4,16]{1,0})) reduce-scatter-start(%slice, %slice.1), channel_id=2, replica_groups=mesh['axis_0'=8,'axis_1'=1] {'axis_0'}, dimensions={0}, to_apply=%add.53.clone
+  %all-gather-start = (f32[8,16]{1,0}, f32[32,16]{1,0}) all-gather-start(%copy.11), channel_id=1, replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}, use_global_device_ids=true
+  %all-gather-start.1 = ((f32[16,300]{1,0}, f32[16,16]{1,0}), (f32[32,300]{1,0}, f32[32,16]{1,0})) all-gather-start(%a, %b), channel_id=1, replica_groups=[4,2]<=[8], dimensions={0}
+  %all-to-all-start = ((f32[8,16]{0,1}), f32[8,16]{0,1}) all-to-all-start(%bitcast.33.0), channel_id=1, replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={1}
+  %all-reduce-start.19 = f32[7488]{0} all-reduce-start(%wrapped), channel_id=5, replica_groups=mesh['axis_0'=2,'axis_1'=1,'axis_2'=4], device_ids=([4,2]T(1,0)) {'axis_0'}, use_global_device_ids=true, to_apply=%add.1.clone
+}
+"""  # noqa: E501 - as XLA for GPUs writes it
+
+
+def test_traffic_of_a_gpu_counts_what_comes_out_alone():
+    """The type of a -start names the operands too, in one of three ways, and a group may be named by a mesh."""
+    assert collectives(GPU) == {
+        "collective-permute": Traffic(1, 8 * 16 * 4),
+        "reduce-scatter": Traffic(2, 8 * 4 * 4 * 3 + (4 * 300 + 4 * 16) * 4 * 7),
+        "all-gather": Traffic(2, 32 * 16 * 4 * 3 / 4 + (32 * 300 + 32 * 16) * 4 / 2),
+        "all-to-all": Traffic(1, 8 * 16 * 4 * 3 / 4),
+        "all-reduce": Traffic(1, 7488 * 4 * 2 / 2),
+    }
+
+
+MOVES = """HloModule jit_f
+
+%slices (param_0: f32[3,8,4], param_1: s32[]) -> f32[8,4] {
+  %param_0 = f32[3,8,4]{2,1,0} parameter(0)
+  %param_1 = s32[] parameter(1)
+  %layer = f32[1,8,4]{2,1,0} dynamic-slice(%param_0, %param_1, %zero, %zero), dynamic_slice_sizes={1,8,4}
+  ROOT %weight = f32[8,4]{1,0} bitcast(%layer)
+}
+
+%keeps (param_0.1: bf16[2,100], param_1.1: bf16[2,1], param_2: s32[]) -> bf16[2,100] {
+  %param_0.1 = bf16[2,100]{1,0} parameter(0)
+  %param_1.1 = bf16[2,1]{1,0} parameter(1)
+  %param_2 = s32[] parameter(2)
+  ROOT %kept = bf16[2,100]{1,0} dynamic-update-slice(%param_0.1, %param_1.1, %zero, %param_2)
+}
+
+%more (state: (s32[], f32[3,8,4], bf16[2,100])) -> pred[] {
+  %limit = s32[] constant(3)
+  %count = s32[] get-tuple-element(%state), index=0
+  ROOT %below = pred[] compare(%count, %limit), direction=LT
+}
+
+%body (state: (s32[], f32[3,8,4], bf16[2,100])) -> (s32[], f32[3,8,4], bf16[2,100]) {
+  %at = s32[] get-tuple-element(%state), index=0
+  %weights = f32[3,8,4]{2,1,0} get-tuple-element(%state), index=1
+  %cache = bf16[2,100]{1,0} get-tuple-element(%state), index=2
+  %slice_fusion = f32[8,4]{1,0} fusion(%weights, %at), kind=kLoop, calls=%slices, metadata={op_name="layers/slice"}
+  %product = (bf16[2,1]{1,0}, s8[4194304]{0}) custom-call(%slice_fusion), custom_call_target="__cublas$gemm"
+  %new = bf16[2,1]{1,0} get-tuple-element(%product), index=0
+  %update_fusion = bf16[2,100]{1,0} fusion(%cache, %new, %at), kind=kLoop, calls=%keeps
+  ROOT %next = (s32[], f32[3,8,4]{2,1,0}, bf16[2,100]{1,0}) tuple(%at.1, %weights, %update_fusion)
+}
+
+ENTRY %main (p: f32[3,8,4], c: bf16[2,100]) -> bf16[2,100] {
+  %p = f32[3,8,4]{2,1,0} parameter(0)
+  %c = bf16[2,100]{1,0:T(8,128)S(1)} parameter(1)
+  %copied = bf16[2,100]{1,0} copy(%c)
+  %loop = (s32[], f32[3,8,4], bf16[2,100]) while(%init), condition=%more, body=%body
+  %fetched = (f32[3,8,4]{2,1,0:S(1)}, f32[3,8,4]{2,1,0}, u32[]{:S(2)}) copy-start(%p)
+  ROOT %out = bf16[2,100]{1,0} get-tuple-element(%loop), index=2
+}
+"""
+
+
+def test_what_a_program_moves():
+    """Of a stack of weights one layer a turn, of a cache what is new; workspaces and a core's own memory are free."""
+    found = {each.source: each for each in accesses(MOVES)}
+    assert found == {
+        "copied": Access("copy", "copied", 1, 0.0, 400.0),
+        "layers/slice": Access("fusion", "layers/slice", 3, 128.0 + 4, 128.0),
+        "product": Access("custom-call", "product", 3, 128.0, 4.0),
+        "update_fusion": Access("fusion", "update_fusion", 3, 4.0 + 4, 4.0),
+        "fetched": Access("copy-start", "fetched", 1, 384.0, 0.0),
+    }
+    assert found["product"].bytes == 3 * 132

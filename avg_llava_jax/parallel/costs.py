@@ -10,7 +10,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from jax.extend import core
 
@@ -124,7 +124,9 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 _INSTRUCTION = re.compile(r"^(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z][a-z\-]*)\((.*)$")
 _CALLED = re.compile(r"(?:calls|to_apply|body|called_computations)=\{?%?([\w.\-]+)")
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
-_GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]*)\}|mesh\[(.*?)\] \{(.*?)\})")
+_GROUPS = re.compile(
+    r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]*)\}|mesh\[(.*?)\](?:, device_ids=\(.*?\))? \{(.*?)\})"
+)
 _SIZES = re.compile(r"'(\w+)'=(\d+)")
 _AXES = re.compile(r"'(\w+)'(?::\(\d+\)(\d+))?")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
@@ -154,12 +156,215 @@ class Traffic:
     sent: float = 0.0
 
 
-def collectives(hlo: str) -> dict[str, Traffic]:
-    """Traffic of each kind in a compiled program, `compiled.as_text()`; loops count as often as XLA knows they run.
+@dataclasses.dataclass(frozen=True)
+class Array:
+    """What one instruction of a compiled program writes to memory, on each device."""
 
-    On a TPU a collective that goes on beside products stands in the fusion that starts it, where it counts, in those
-    that run meanwhile, and in the one that ends it.
+    operation: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> float:
+        """Bytes."""
+        return math.prod(self.shape) * BITS[self.dtype] / 8
+
+    def __str__(self) -> str:
+        return f"{self.operation} {self.dtype}[{','.join(map(str, self.shape))}]"
+
+
+NOT_WRITTEN = {"parameter", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call", "constant"}
+"""Operations whose results lie where others have put them."""
+
+
+def written(hlo: str) -> list[Array]:
+    """The arrays that a compiled program, `compiled.as_text()`, writes: what is inside a fusion never gets there.
+
+    The body of a loop counts once. What a `-start` names counts, its `-done` does not.
     """
+    computations, _ = _computations(hlo)
+    fused = {name for lines in computations.values() for line in lines if " fusion(" in line for name in _calls(line)}
+    found = []
+    for name in computations.keys() - fused:
+        for line in computations[name]:
+            parts = _INSTRUCTION.match(line)
+            if parts and parts[2] not in NOT_WRITTEN and not parts[2].endswith("-done"):
+                found += [
+                    Array(parts[2], dtype, tuple(map(int, filter(None, shape.split(",")))))
+                    for dtype, shape in _ARRAY.findall(parts[1])
+                    if dtype in BITS
+                ]
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Access:
+    """What one instruction of a compiled program moves between a device's memory and its cores, in one run.
+
+    operation, source: HLO's, and what of the model it comes from. times: how often it runs, with the loops around it.
+    read, written: bytes each time.
+    """
+
+    operation: str
+    source: str
+    times: int
+    read: float
+    written: float
+
+    @property
+    def bytes(self) -> float:
+        return self.times * (self.read + self.written)
+
+
+class _Line(NamedTuple):
+    """An instruction: its name, the type of its result, its operation, the names of its operands, and what follows."""
+
+    name: str
+    result: str
+    operation: str
+    operands: tuple[str, ...]
+    rest: str
+    root: bool
+
+
+def accesses(hlo: str) -> list[Access]:
+    """What a compiled program, `compiled.as_text()`, moves, by instruction.
+
+    Fusions read each operand once, and of one that they only slice or gather from, what they take; what is updated in
+    place is read and written where it changes. Arrays that lie in a core's own memory (S(1) and so on in their layout)
+    move nothing. A loop of a length that only the device knows counts once.
+    """
+    texts, entry = _computations(hlo)
+    lines = {name: [found for text in body if (found := _parsed(text))] for name, body in texts.items()}
+    types = {name: {line.name: line.result for line in body} for name, body in lines.items()}
+    found: list[Access] = []
+
+    def of_parameter(body: str, number: int) -> float:
+        """Bytes that a fused computation reads of one of its parameters."""
+        name = next(line.name for line in lines[body] if line.operation == "parameter" and line.rest == str(number))
+        return of_value(body, name)
+
+    def of_value(body: str, name: str) -> float:
+        whole, total = _in_memory(types[body][name]), 0.0
+        for line in lines[body]:
+            if name not in line.operands:
+                continue
+            first = line.operands[0] == name
+            if line.operation in ("dynamic-slice", "slice", "gather") and first:
+                total += _size(line.result)
+            elif line.operation in ("dynamic-update-slice", "scatter") and first:
+                total += 0.0
+            elif line.operation in ("bitcast", "reshape", "get-tuple-element"):
+                total += of_value(body, line.name)
+            elif line.operation == "fusion":
+                inner = next(iter(_calls(line.rest)))
+                total += sum(of_parameter(inner, at) for at, each in enumerate(line.operands) if each == name)
+            elif line.operation == "tuple" and line.root:
+                total += 0.0
+            else:
+                return whole
+        return min(total, whole)
+
+    def of_result(body: str, name: str, result: str) -> float:
+        """Bytes that a fused computation writes of a value that it returns."""
+        line = next(line for line in lines[body] if line.name == name)
+        match line.operation:
+            case "tuple":
+                parts = _elements(result)
+                return sum(of_result(body, each, kind) for each, kind in zip(line.operands, parts, strict=True))
+            case "dynamic-update-slice":
+                return min(_size(types[body][line.operands[1]]), _in_memory(result))
+            case "scatter":
+                return min(_size(types[body][line.operands[-1]]), _in_memory(result))
+            case "bitcast" | "reshape":
+                return of_result(body, line.operands[0], result)
+            case "parameter":
+                return 0.0
+        return _in_memory(result)
+
+    def walk(body: str, times: int) -> None:
+        for line in lines.get(body, ()):
+            operation, read, written = line.operation, 0.0, 0.0
+            if operation == "while":
+                walk(_LOOP.search(line.rest)[2], times * _trips(line.rest, texts))
+                continue
+            if operation in ("call", "conditional"):
+                for name in _BRANCHES.findall(line.rest):
+                    walk(name, times)
+                continue
+            if operation in NOT_WRITTEN or operation.endswith(("-done", "-update")):
+                continue
+            result = line.result
+            if operation.endswith("-start") and operation != "all-reduce-start":
+                result = _elements(result)[operation != "copy-start"]  # of which the result comes first
+            sizes = [_in_memory(types[body].get(name, "")) for name in line.operands]
+            if operation == "fusion":
+                inner = next(iter(_calls(line.rest)))
+                read = sum(of_parameter(inner, at) for at, size in enumerate(sizes) if size)
+                written = of_result(inner, next(each.name for each in lines[inner] if each.root), result)
+            elif operation in ("dynamic-slice", "slice", "gather"):
+                read = written = _in_memory(result)
+            elif operation in ("dynamic-update-slice", "scatter"):
+                read = written = sizes[1 if operation == "dynamic-update-slice" else -1]
+            else:
+                read, written = sum(sizes), _in_memory(_WORKSPACE.sub("", result))
+            if read or written:
+                source = _SOURCE.search(line.rest)
+                found.append(Access(operation, source[1] if source else line.name, times, read, written))
+
+    walk(entry, 1)
+    return found
+
+
+_OPERANDS = re.compile(r"%([\w.\-]+)")
+_PARSED = re.compile(r"^(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z\-]*)\((.*)$")
+_SOURCE = re.compile(r'op_name="([^"]*)"')
+_LAID_OUT = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
+_BRANCHES = re.compile(r"(?:to_apply=|_computation=|branch_computations=\{|, )%([\w.\-]+)(?=[,}]|$)")
+_WORKSPACE = re.compile(r", s8\[\d+\](\{0\})?(?=\)$)")
+
+
+def _parsed(text: str) -> _Line | None:
+    found = _PARSED.match(text)
+    if not found:
+        return None
+    root, name, result, operation, rest = found.groups()
+    depth, end = 1, len(rest)
+    for at, letter in enumerate(rest):
+        depth += (letter == "(") - (letter == ")")
+        if not depth:
+            end = at
+            break
+    inside = rest[:end]
+    if operation == "parameter":
+        return _Line(name, result, operation, (), inside, bool(root))
+    return _Line(name, result, operation, tuple(_OPERANDS.findall(inside)), rest[end:], bool(root))
+
+
+def _size(kind: str) -> float:
+    """Bytes of the arrays in a type."""
+    return sum(
+        math.prod(map(int, filter(None, shape.split(",")))) * BITS[dtype] / 8
+        for dtype, shape in _ARRAY.findall(kind)
+        if dtype in BITS
+    )
+
+
+def _in_memory(kind: str) -> float:
+    """Bytes of those arrays in a type that lie in the device's main memory."""
+    return sum(
+        _size(f"{dtype}[{shape}]")
+        for dtype, shape, layout in _LAID_OUT.findall(kind)
+        if dtype in BITS and "S(" not in layout
+    )
+
+
+def _calls(line: str) -> list[str]:
+    return re.findall(r"calls=%?([\w.\-]+)", line)
+
+
+def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
+    """The lines of each computation by its name, and the name of the one that is entered."""
     computations: dict[str, list[str]] = {}
     entry, lines = "", []
     for line in hlo.splitlines():
@@ -168,6 +373,16 @@ def collectives(hlo: str) -> dict[str, Traffic]:
             entry = found[2] if found[1] else entry
         else:
             lines.append(line.strip())
+    return computations, entry
+
+
+def collectives(hlo: str) -> dict[str, Traffic]:
+    """Traffic of each kind in a compiled program, `compiled.as_text()`; loops count as often as XLA knows they run.
+
+    On a TPU a collective that goes on beside products stands in the fusion that starts it, where it counts, in those
+    that run meanwhile, and in the one that ends it.
+    """
+    computations, entry = _computations(hlo)
     known: dict[str, dict[str, Traffic]] = {}
 
     def of(name: str) -> dict[str, Traffic]:
@@ -231,7 +446,8 @@ def _found(what: re.Pattern[str], lines: Sequence[str]) -> dict[str, str]:
 def _group(rest: str) -> float:
     """Among how many devices a collective runs, infinitely many where it does not say.
 
-    [8,4]<=[32]: 8 groups of 4. {{0,1},{2,3}}: groups of 2. mesh['a'=8,'b'=4] {'b'}: along b, 4.
+    [8,4]<=[32]: 8 groups of 4. {{0,1},{2,3}}: groups of 2. mesh['a'=8,'b'=4] {'b'}: along b, 4, whatever the
+    device_ids=([4,8]T(1,0)) behind the mesh.
     """
     found = _GROUPS.search(rest)
     if not found:
@@ -244,20 +460,32 @@ def _group(rest: str) -> float:
 
 
 def _sent(kind: str, result: str, rest: str, started: bool) -> float:
-    """Bytes that one device sends. `result` is the type of what comes out; that of a -start names the operands too."""
-    arrays = [
-        math.prod(map(int, filter(None, shape.split(",")))) * BITS[dtype] / 8
-        for dtype, shape in _ARRAY.findall(result)
-        if dtype in BITS
-    ]
-    if started and kind == "all-gather":
-        arrays = arrays[len(arrays) // 2 :]
-    elif kind == "collective-permute":
-        return arrays[0]
+    """Bytes that one device sends. `result` is the type of what comes out, or of what a -start gives.
+
+    That of a -start holds the operands too, (operand, result), ((operands), (results)) or ((operand), result), and may
+    hold more behind; of an all-reduce-start it is the result alone.
+    """
+    if started and kind != "all-reduce":
+        result = _elements(result)[1]
+    size = _size(result)
+    if kind == "collective-permute":
+        return size
     devices = _group(rest)
     if kind == "reduce-scatter":
-        return sum(arrays) * (devices - 1)
-    return sum(arrays) * (1 - 1 / devices) * (2 if kind == "all-reduce" else 1)
+        return size * (devices - 1)
+    return size * (1 - 1 / devices) * (2 if kind == "all-reduce" else 1)
+
+
+def _elements(kind: str) -> list[str]:
+    """The types in a tuple's: ((f32[8,16]{0,1}), f32[8,4]{0,1}) has (f32[8,16]{0,1}) and f32[8,4]{0,1}."""
+    found, depth = [""], 0
+    for letter in kind[1:-1]:
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == "," and not depth:
+            found.append("")
+        else:
+            found[-1] += letter
+    return found
 
 
 def _total(parts: Any) -> dict[str, Traffic]:

@@ -1,22 +1,19 @@
 """What a config would cost on devices that are not there: its real programs, compiled ahead of time from shapes alone.
 
-The `libtpu` package compiles for TPU topologies on any machine. A plan says what each device would hold, what it
-would compute and send, and how long that takes at the least.
+`chips.target` names the devices, XLA compiles for them on any machine. A plan says what each device would hold, what
+it would compute and send, and how long that takes at the least.
 """
 
 import dataclasses
 import functools
-import importlib.util
 import math
-import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import ml_collections
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 
 from avg_llava_jax import checkpoint, parameters
@@ -27,90 +24,53 @@ from avg_llava_jax.data.packing import Shape, load_tiles
 from avg_llava_jax.data.pipeline import EMPTY, collate_rows
 from avg_llava_jax.inference import generate
 from avg_llava_jax.parallel import costs, placement, sharding
+from avg_llava_jax.parallel.chips import Target
 from avg_llava_jax.training import setup
 from avg_llava_jax.training.step import Step
 
-GIB = 2**30
 
+class Program(NamedTuple):
+    """A program of the project for a target, traced: what XLA is to compile.
 
-class Chip(NamedTuple):
-    """One device as its maker describes it: bytes of memory that programs may use, bf16 FLOP/s, bytes/s of its memory,
-    and bytes/s that it sends to its neighbours over all links together (half the bidirectional figure)."""
-
-    memory: float
-    flops: float
-    bandwidth: float
-    links: float
-
-
-CHIPS = {
-    "v5e": Chip(15.75 * GIB, 197e12, 819e9, 200e9),
-    "v5p": Chip(95.74 * GIB, 459e12, 2765e9, 600e9),
-    "v6e": Chip(31.25 * GIB, 918e12, 1638e9, 400e9),
-}
-"""By the name that begins a topology: https://docs.cloud.google.com/tpu/docs/v5e and its neighbours."""
-
-
-class Target(NamedTuple):
-    """Devices to compile for; `chip` is None where nothing is known of them."""
-
-    topology: str
-    devices: Sequence[jax.Device]
-    chip: Chip | None
-
-
-def target(topology: str) -> Target:
-    """`v5e:8x8`, `v5p:2x2x4`, `v6e:4x4`: a TPU slice; `cpu:8`: as many devices of this machine.
-
-    Everything else of this process runs on the CPU from then on; call it before anything has.
-
-    Raises:
-      ValueError: no such topology, or libtpu is not installed.
+    held: its arguments by kind, trees of shapes with shardings. donated: the kinds that it may overwrite. useful: the
+    same without rematerialisation, if it has any.
     """
-    kind, _, size = topology.partition(":")
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_enable_compilation_cache", False)  # it has nothing to run what is compiled for others
-    if kind == "cpu" and size.isdecimal() and int(size):
-        jax.config.update("jax_num_cpu_devices", int(size))
-        return Target(topology, jax.devices(), None)
-    if kind not in CHIPS:
-        raise ValueError(f"topology {topology!r}: give cpu:N, or {', '.join(CHIPS)} and a shape, as v5e:4x4")
-    if importlib.util.find_spec("libtpu") is None:
-        raise ValueError(f"topology {topology!r} needs libtpu: pip install 'avg_llava_jax[plan]'")
-    # libtpu looks for the machine that it runs on, and for others that use it; here is neither.
-    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    try:
-        devices = topologies.get_topology_desc(topology, platform="tpu").devices
-    except (ValueError, jax.errors.JaxRuntimeError) as error:
-        raise ValueError(f"topology {topology!r} is not known to libtpu: {str(error).splitlines()[0]}") from None
-    return Target(topology, devices, CHIPS[kind])
+
+    name: str
+    traced: jax.stages.Traced
+    held: dict[str, Any]
+    donated: tuple[str, ...] = ()
+    useful: jax.stages.Traced | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """What one program costs.
 
-    held: bytes a device of each kind of argument. temporaries: bytes a device that the program needs besides, None
-        where XLA gave up. total: all of it, outputs included that reuse no argument.
+    held: bytes a device of each kind of argument. temporaries: bytes a device that the program needs besides. total:
+        all of it, outputs included that reuse no argument. Both None where XLA gave up.
     flops: of matrix products, over all devices. recomputed: the part of them that rematerialisation adds.
     traffic: by kind of collective.
+    moves: what goes between a device's memory and its cores, by instruction.
+    refused: why XLA gave up, in its words; only its compiler for TPUs does so where a program is too large.
     """
 
     program: str
     target: Target
     held: dict[str, int]
     temporaries: float | None
-    total: float
+    total: float | None
     flops: float
     recomputed: float
     traffic: dict[str, costs.Traffic]
+    moves: tuple[costs.Access, ...] = ()
+    refused: str = ""
 
     @property
     def fits(self) -> bool | None:
         """None where the memory of the devices is not known."""
-        return (
-            None if self.target.chip is None else self.temporaries is not None and self.total <= self.target.chip.memory
-        )
+        memory = self.target.memory
+        return None if memory is None else self.total is not None and self.total <= memory
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -124,7 +84,7 @@ class Plan:
         return {
             "compute": self.flops / len(self.target.devices) / chip.flops,
             "memory": sum(self.held.values()) / chip.bandwidth,
-            "network": sum(each.sent for each in self.traffic.values()) / chip.links,
+            "network": sum(each.sent for each in self.traffic.values()) / self.target.links,
         }
 
 
@@ -147,8 +107,12 @@ def largest_shape(model: ModelConfig, tiles: int = 0, text: int = 512, answer: i
 
 
 def train_step(config: ml_collections.ConfigDict, target: Target, shape: Shape) -> Plan:
-    """The step that `launch.train` runs, on batches of one shape."""
-    model = model_of(config)
+    """What the step costs that `launch.train` runs, on batches of one shape."""
+    return plan(training(config, model_of(config), target, shape), target)
+
+
+def training(config: ml_collections.ConfigDict, model: ModelConfig, target: Target, shape: Shape) -> Program:
+    """The step that `launch.train` runs for a model, on batches of one shape."""
     mesh = sharding.make_mesh(config.mesh, target.devices)
     setup.check_step(config, mesh)
     nothing, tiles = None, load_tiles(EMPTY, model)
@@ -178,20 +142,27 @@ def train_step(config: ml_collections.ConfigDict, target: Target, shape: Shape) 
 
     with jax.set_mesh(mesh):
         program, held = traced(config)
-        useful = program
+        useful = None
         if config.remat != "none":
             plain = config.copy_and_resolve_references()
             plain.remat = "none"
             useful, _ = traced(plain)
-        return _plan("train step", target, program, held, useful)
+        return Program("train step", program, held, ("trained", "optimizer"), useful)
 
 
 def answering(config: ml_collections.ConfigDict, target: Target, shape: Shape, room: int) -> Iterator[Plan]:
+    """What the programs cost that answer `config.batch_size` questions; of `decode` one token of each answer."""
+    for program in answers(config, model_of(config), target, shape, room):
+        yield plan(program, target)
+
+
+def answers(
+    config: ml_collections.ConfigDict, model: ModelConfig, target: Target, shape: Shape, room: int
+) -> Iterator[Program]:
     """The programs that answer `config.batch_size` questions at the finest granularity, `room` tokens at most each.
 
-    Parameters are in the compute dtype. Of `decode` one token of each answer is counted.
+    Parameters are in the compute dtype.
     """
-    model = model_of(config)
     mesh = sharding.make_mesh(config.mesh, target.devices)
     rows, dtype = config.batch_size, setup.DTYPES[config.compute_dtype]
     whole = parameters.abstract(model, dtype)
@@ -213,11 +184,11 @@ def answering(config: ml_collections.ConfigDict, target: Target, shape: Shape, r
 
     with jax.set_mesh(mesh):
         held = {"parameters": params, "batch": batch}
-        yield _plan("see and route", target, generate.see_and_route.trace(model, params, batch), held)
+        yield Program("see and route", generate.see_and_route.trace(model, params, batch), held)
 
         embeds = spread(array(rows, length, model.language.width, dtype=dtype), "batch", None, None)
         program = generate.prefill.trace(model, params, embeds, array(rows), room)
-        yield _plan(f"prefill of {length}", target, program, {"parameters": params, "batch": embeds})
+        yield Program(f"prefill of {length}", program, {"parameters": params, "batch": embeds})
 
         _, cache = program.out_info
         cache = spread(cache, "layers", "batch", None, "heads", None)
@@ -226,7 +197,7 @@ def answering(config: ml_collections.ConfigDict, target: Target, shape: Shape, r
             *(array(rows, dtype=kind) for kind in (jnp.float32, jnp.float32, jnp.int32, jnp.uint32, jnp.int32))
         )
         program = generate.decode.trace(model, params, state, sampling, array(1), array(), True)
-        yield _plan("decode, a token", target, program, {"parameters": params, "cache": cache})
+        yield Program("decode, a token", program, {"parameters": params, "cache": cache}, ("cache",))
 
 
 def _batch(rows: dict[str, Any], count: int, mesh: Mesh) -> Any:
@@ -235,28 +206,60 @@ def _batch(rows: dict[str, Any], count: int, mesh: Mesh) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype, sharding=at), rows)
 
 
-def _plan(name: str, target: Target, program: Any, held: dict[str, Any], useful: Any = None) -> Plan:
-    """Compile a trace and read off what it costs; `useful`: the same program without rematerialisation."""
-    flops = costs.flops(program.jaxpr.jaxpr)
-    recomputed = flops - costs.flops(useful.jaxpr.jaxpr) if useful else 0.0
-    sizes = {kind: sum(map(_bytes, jax.tree.leaves(tree))) for kind, tree in held.items()}
-    plan = functools.partial(Plan, name, target, sizes, flops=flops, recomputed=recomputed)
+def plan(program: Program, target: Target) -> Plan:
+    """Compile a program and read off what it costs."""
     try:
-        compiled = program.lower().compile()
+        return cost(program, target, compiled(program, target))
     except jax.errors.JaxRuntimeError as error:
-        used = re.search(r"Used ([\d.]+)([MGT]) of", str(error))
-        if not used:
+        if not too_large(error):
             raise
-        return plan(temporaries=None, total=float(used[1]) * 2 ** {"M": 20, "G": 30, "T": 40}[used[2]], traffic={})
-    memory = compiled.memory_analysis()
+        return cost(program, target, str(error).splitlines()[0])
+
+
+def compiled(program: Program, target: Target) -> jax.stages.Compiled:
+    """What XLA makes of a program.
+
+    Raises:
+      jax.errors.JaxRuntimeError: it cannot compile it; see `too_large`.
+    """
+    return program.traced.lower().compile(compiler_options=target.options or None)
+
+
+def too_large(error: jax.errors.JaxRuntimeError) -> bool:
+    """Whether XLA gave up on a program because a device has too little memory for it.
+
+    XLA says so by the error's code; its words are only asked whether it is the memory of a core that is short
+    (RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem), which is a fault of a kernel.
+    """
+    return error.error_code_string == "RESOURCE_EXHAUSTED" and not _OF_A_CORE.search(str(error))
+
+
+_OF_A_CORE = re.compile(r"\b[vs]mem\b|shared memory", re.IGNORECASE)
+
+
+def cost(program: Program, target: Target, made: jax.stages.Compiled | str) -> Plan:
+    """What a program costs, by what XLA made of it, or else by what it said when it gave up."""
+    flops = costs.flops(program.traced.jaxpr.jaxpr)
+    recomputed = flops - costs.flops(program.useful.jaxpr.jaxpr) if program.useful else 0.0
+    held = {kind: size(tree) for kind, tree in program.held.items()}
+    partial = functools.partial(Plan, program.name, target, held, flops=flops, recomputed=recomputed)
+    if isinstance(made, str):
+        return partial(temporaries=None, total=None, traffic={}, refused=made)
+    memory, text = made.memory_analysis(), made.as_text()
     total = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     total += memory.temp_size_in_bytes
-    return plan(temporaries=memory.temp_size_in_bytes, total=total, traffic=costs.collectives(compiled.as_text()))
+    return partial(
+        temporaries=memory.temp_size_in_bytes,
+        total=total,
+        traffic=costs.collectives(text),
+        moves=tuple(costs.accesses(text)),
+    )
 
 
-def _bytes(leaf: Any) -> int:
-    """What one device holds of an array."""
-    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+def size(tree: Any) -> int:
+    """Bytes that one device holds of arrays, by their shapes and shardings."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
 def knobs(config: ml_collections.ConfigDict, devices: int) -> Iterator[tuple[str, ml_collections.ConfigDict]]:

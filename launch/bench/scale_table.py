@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 DOCUMENT = flags.DEFINE_string("document", "docs/scale.md", "Where the tables stand.")
 WORKDIR = flags.DEFINE_string("workdir", "workdirs/scale_table", "Keeps what is known already.")
 BEGIN, END = "<!-- plans: python -m launch.bench.scale_table -->\n", "<!-- end of plans -->\n"
+LEFT_OUT = ("target", "moves")
 SHOWN = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute")
 
 TRAINING = [
@@ -53,7 +54,9 @@ def known(label: str, function: "Callable[..., Plan | Iterator[Plan]]", *argumen
     begin, found = time.monotonic(), []
     plans = function(*arguments)
     for plan in [plans] if dataclasses.is_dataclass(plans) else plans:
-        values = {field.name: getattr(plan, field.name) for field in dataclasses.fields(plan) if field.name != "target"}
+        values = {
+            field.name: getattr(plan, field.name) for field in dataclasses.fields(plan) if field.name not in LEFT_OUT
+        }
         sent = {kind: each.sent for kind, each in plan.traffic.items()}
         found.append(values | {"traffic": sent, "fits": plan.fits, "seconds": plan.seconds})
     print(f"  took {time.monotonic() - begin:.0f} s", file=sys.stderr, flush=True)
@@ -71,7 +74,7 @@ def cells(plan: dict[str, Any], name: str) -> str:
         name,
         *(f"{plan['held'].get(kind, 0) / gib:.2f}" for kind in kinds),
         "–" if temporaries is None else f"{temporaries / gib:.2f}",
-        f"{plan['total'] / gib:.2f}" + ("" if plan["fits"] else " **no**"),
+        ("more" if plan["total"] is None else f"{plan['total'] / gib:.2f}") + ("" if plan["fits"] else " **no**"),
         f"{plan['flops'] / 1e12:.1f}",
         f"{plan['recomputed'] / plan['flops']:.0%}",
         *(f"{plan['traffic'].get(kind, 0.0) / 1e9:.1f}" for kind in SHOWN),
@@ -92,18 +95,18 @@ def config_of(name: str, settings: dict[str, Any]) -> Any:
 
 
 def rows() -> Iterator[str]:
-    from avg_llava_jax.parallel import planning
+    from avg_llava_jax.parallel import chips, planning
 
     yield head("answering", "parameters", "cache")
     for topology, settings in ANSWERING:
-        config, target = config_of("avg_llava_7b", settings), planning.target(topology)
+        config, target = config_of("avg_llava_7b", settings), chips.target(topology)
         shape = planning.largest_shape(planning.model_of(config))
         for plan in known(f"answering {topology}", planning.answering, config, target, shape, 128):
             yield cells(plan, f"{plan['program']}, {topology}")
     yield "\n"
     yield head("step", "trained", "frozen", "optimizer")
     for name, topology, settings in TRAINING:
-        config, target = config_of(name, settings), planning.target(topology)
+        config, target = config_of(name, settings), chips.target(topology)
         shape = planning.largest_shape(planning.model_of(config))
         label = f"`{name}` {topology}"
         (plan,) = known(label, planning.train_step, config, target, shape)

@@ -48,10 +48,6 @@ BASELINE = flags.DEFINE_bool("baseline", True, "Time PyTorch too, where it is in
 OUTPUT = flags.DEFINE_string("output", None, "JSON file for the figures.")
 
 WARM_UP = 2  # runs before the clock starts: the first compiles
-PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12}
-"""bf16 FLOP/s without sparsity of NVIDIA's GPUs by their data sheets; the first name that is in JAX's name counts."""
-TPUS = {"TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5p": "v5p", "TPU v5": "v5p", "TPU v6": "v6e"}
-"""What JAX calls TPUs, by what `planning.CHIPS` does; likewise."""
 
 
 def model_of(shape: str, layers: int | None) -> "ModelConfig":
@@ -84,12 +80,11 @@ def peak() -> tuple[float, str]:
     import jax
     import jax.numpy as jnp
 
-    from avg_llava_jax.parallel.planning import CHIPS
+    from avg_llava_jax.parallel import chips
 
     kind = jax.devices()[0].device_kind
-    for name, flops in [*PEAKS.items(), *((name, CHIPS[chip].flops) for name, chip in TPUS.items())]:
-        if name in kind:
-            return flops, f"{kind}: the maker's figure for bfloat16"
+    if chip := chips.by_kind(kind):
+        return chip.flops, f"{kind}: the maker's figure for bfloat16"
     size, product = 2048, jax.jit(jnp.dot)
     matrix = jnp.ones((size, size), COMPUTE.value or "float32")
     best = min(seconds({"": lambda: product(matrix, matrix)}, 5)[""])

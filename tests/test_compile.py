@@ -1,0 +1,122 @@
+"""The core of the compile matrix: programs of a few seconds each, compiled for GPUs and TPUs that are not there."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from avg_llava_jax.parallel import chips, costs
+from launch.bench import compile_matrix
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+CORE = r"^attention (577|1024|37) .*bfloat16|^attention 577 .*float32|^tiny connector"
+"""Every length, head size and dtype that takes another kernel, forward and backward, and one whole step."""
+
+
+@pytest.mark.parametrize("target", ["h100:1", "h100:8/tensor=8", "v5e:2x2/fsdp=2,tensor=2"])
+def test_programs_compile(target, tmp_path):
+    if missing := chips.missing(chips.CHIPS[target.partition(":")[0]]):
+        pytest.skip(f"not installed: {missing}")
+    flags = [f"--target={target}", f"--only={CORE}", f"--workdir={tmp_path}", "--document=", "--limit_s=200"]
+    command = [sys.executable, "-m", "launch.bench.compile_matrix", *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(list(tmp_path.rglob("*.json"))) == 5
+
+
+def test_what_a_program_writes():
+    hlo = """HloModule jit_f
+
+%fused_computation (p: f32[8,16]) -> f32[8,16] {
+  %inside = f32[8,600,600]{2,1,0} exponential(%p)
+  ROOT %out = f32[8,16]{1,0} reduce(%inside, %zero), dimensions={1}, to_apply=%sum
+}
+
+%body (state: (s32[], bf16[2,3])) -> (s32[], bf16[2,3]) {
+  %copied = bf16[2,3]{1,0} copy(%x)
+  ROOT %next = (s32[], bf16[2,3]{1,0}) tuple(%i, %copied)
+}
+
+ENTRY %main (p: f32[8,16]) -> f32[8,16] {
+  %p = f32[8,16]{1,0} parameter(0)
+  %loop = (s32[], bf16[2,3]) while(%init), condition=%less, body=%body
+  ROOT %fusion = f32[8,16]{1,0} fusion(%p), kind=kLoop, calls=%fused_computation
+}
+"""
+    found = costs.written(hlo)
+    assert sorted(map(str, found)) == ["copy bf16[2,3]", "fusion f32[8,16]"]
+    assert sorted(array.size for array in found) == [12, 512]
+
+
+@pytest.mark.parametrize(
+    "shape, length, scores",
+    [
+        ((2, 16, 577, 577), 577, True),
+        ((32, 640, 577), 577, True),  # padded to the kernel's blocks
+        ((2, 577, 16, 577), 577, True),
+        ((2, 577, 1024), 577, False),
+        ((4096, 4096), 4096, False),  # a weight
+        ((2, 1024, 1024), 932, False),  # weights of two layers
+        ((2, 2, 132, 132), 132, False),  # as small as a block
+        ((2, 16, 256, 577), 577, False),
+    ],
+)
+def test_what_counts_as_scores(shape, length, scores):
+    assert compile_matrix._is_scores(shape, length) is scores
+
+
+SAYS = """
+import sys, time
+sys.argv[1:] = []
+print("begin first", flush=True)
+print('end {"first": {"faults": []}}', flush=True)
+print("begin second", flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    "then, fault",
+    [
+        ("import os; os.abort()", "the compiler ended the process: signal 6"),
+        ("time.sleep(60)", "not compiled after 2 s"),
+    ],
+)
+def test_a_compiler_that_ends_or_does_not_is_a_line_of_the_table(then, fault, tmp_path, monkeypatch):
+    """Its child is run again, and goes on behind the case that it was at."""
+    started = []
+
+    def child(command, **options):
+        started.append(command)
+        code = SAYS + then if len(started) == 1 else "pass"
+        return original([sys.executable, "-c", code], **options)
+
+    original = subprocess.Popen
+    monkeypatch.setattr(compile_matrix.subprocess, "Popen", child)
+    for name, value in {"WORKDIR": str(tmp_path), "ONLY": "", "LIMIT": 2.0}.items():
+        monkeypatch.setattr(compile_matrix, name, type("Flag", (), {"value": value}))
+    compile_matrix.compile_all("h100:1")
+    known = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "h100-1").iterdir()}
+    assert known == {"first": {"first": {"faults": []}}, "second": {"second": {"faults": [fault]}}}
+    assert len(started) == 2 and "--child=h100:1" in started[0]
+
+
+def test_tables_number_what_is_wrong():
+    found = {
+        "h100:1": {"step": {"total": 2**30, "faults": []}, "decode": {"total": 2**29, "faults": ["copies", "scores"]}},
+        "v5e:2x2": {"step": {"faults": ["it crashed"]}, "decode": {"total": 2**28, "faults": ["copies"]}},
+    }
+    assert compile_matrix.tables(found).splitlines() == [
+        "| GiB a device | h100:1 | v5e:2x2 |",
+        "|---|---:|---:|",
+        "| step | 1.00 | **no** (1) |",
+        "| decode | 0.50 (2) (3) | 0.25 (2) |",
+        "",
+        "1. it crashed",
+        "2. copies",
+        "3. scores",
+        "",
+        "1 of 4 pass.",
+    ]
