@@ -10,7 +10,7 @@ The first tunes the model at all granularities, the second the router that choos
 
 from ml_collections import ConfigDict
 
-from configs import base
+from avg_llava_jax.configs import base
 
 
 def get_config() -> ConfigDict:
