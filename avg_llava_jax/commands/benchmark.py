@@ -38,8 +38,8 @@ flags.adopt_module_key_flags(processes)
 
 def run_task(model: Any, task: Any, data: str, weights: list[float]) -> dict[str, Any] | None:
     """One benchmark, from its rows to its report, which the first process writes; None on the others."""
-    from avg_llava_jax.eval import evaluation, plots
-    from avg_llava_jax.eval.benchmarks import records, running, sharing
+    from avg_llava_jax.eval import benchmarking, evaluation, plots, sharing
+    from avg_llava_jax.eval.benchmarks import records
     from avg_llava_jax.files import same_run, write_whole
     from avg_llava_jax.parallel import hosts
 
@@ -58,7 +58,7 @@ def run_task(model: Any, task: Any, data: str, weights: list[float]) -> dict[str
     if hosts.first():
         same_run(folder, "benchmark.json", settings)
         print(f"{task.title}: {len(rows)} questions", flush=True)
-    questions, skipped = running.questions_of(task, rows, model, PROFILE.value)
+    questions, skipped = benchmarking.questions_of(task, rows, model, PROFILE.value)
     answered = sharing.answer_together(model, questions, folder, new_tokens, SLOTS.value, skipped)
     if not hosts.first():
         return None
@@ -70,11 +70,11 @@ def run_task(model: Any, task: Any, data: str, weights: list[float]) -> dict[str
         raise ValueError(f"{task.name}: none of {len(rows)} rows can be asked, see {folder / 'skipped.jsonl'}")
     known = {record["id"] for record in answered}
     questions = [question for question in questions if question.sample.id in known]
-    weighted = running.weighted_choices(model.config, questions, answered, weights)
+    weighted = benchmarking.weighted_choices(model.config, questions, answered, weights)
     for picked in weighted.values():
         evaluation.answer_mixed(model, questions, answered, picked, folder / "mixed.jsonl", new_tokens, SLOTS.value)
-    seconds = running.seconds(model, questions, answered, TIMED.value, new_tokens)
-    report = running.report(task, model.config, rows, answered, seconds, SEED.value, weighted)
+    seconds = benchmarking.seconds(model, questions, answered, TIMED.value, new_tokens)
+    report = benchmarking.report(task, model.config, rows, answered, seconds, SEED.value, weighted)
     report["profile"] = PROFILE.value
     write_whole(folder / "report.json", json.dumps(report, indent=1) + "\n")
     plots.accuracy_against_tokens(report, folder / plots.PLOTS / "accuracy_against_tokens.png")
@@ -83,8 +83,8 @@ def run_task(model: Any, task: Any, data: str, weights: list[float]) -> dict[str
 
 
 def main() -> None:
-    from avg_llava_jax.eval import plots
-    from avg_llava_jax.eval.benchmarks import records, running, table, tasks
+    from avg_llava_jax.eval import benchmarking, plots
+    from avg_llava_jax.eval.benchmarks import records, table, tasks
     from avg_llava_jax.files import write_whole
     from avg_llava_jax.parallel import hosts
 
@@ -105,7 +105,7 @@ def main() -> None:
         write_whole(workdir / "table.md", table.markdown(lines))
         write_whole(workdir / "table.csv", table.comma_separated(lines))
     if hosts.first():
-        plots.choices(running.over_tasks(reports), workdir / plots.PLOTS / "choices.png")
+        plots.choices(benchmarking.over_tasks(reports), workdir / plots.PLOTS / "choices.png")
         print(table.markdown(lines))
         print(workdir / "table.md")
     hosts.wait("everything to be written")

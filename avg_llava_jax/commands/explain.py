@@ -1,6 +1,6 @@
 """Show why the router chose a granularity: scores, votes, and the words it used.
 
-    avg-llava explain --image=photo.png --prompt="Who wears 7?" --figure=why.png
+avg-llava explain --image=photo.png --prompt="Who wears 7?" --figure=why.png
 """
 
 import pathlib

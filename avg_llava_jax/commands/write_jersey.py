@@ -1,6 +1,6 @@
 """Write `jersey`, the data set that draws itself, as LLaVA JSON and PNG files.
 
-    avg-llava write-jersey --output=DIR --source="jersey?split=test&paired=true" --count=300
+avg-llava write-jersey --output=DIR --source="jersey?split=test&paired=true" --count=300
 """
 
 from absl import flags
