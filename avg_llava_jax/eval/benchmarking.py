@@ -134,7 +134,7 @@ def report(
 
 
 def _graded(task: Benchmark, config: ModelConfig, rows: Sequence[Row], answered: Sequence[Record]) -> list[Record]:
-    """The records with the grades that `launch.score` gives: all rows in order, for each granularity."""
+    """The records with the grades that `avg-llava score` gives: all rows in order, for each granularity."""
 
     def grades(answer: Callable[[Record], str | None]) -> list[float]:
         answers: list[str | None] = [None] * len(rows)
