@@ -12,6 +12,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from avg_llava_jax.commands.main import COMMANDS, summary
+from tests import benchmark_fixtures as fixtures
 
 ROOT = Path(__file__).parents[1]
 LOADED = """
@@ -123,8 +124,11 @@ def test_help_of_a_command_shows_its_flags_and_loads_no_device_library(run, comm
 
 def test_score_loads_no_device_library(run, tmp_path):
     (tmp_path / "answers.jsonl").write_text('{"index": 0, "answer": "yes"}\n')
-    flags = ["--task=pope", f"--answers={tmp_path / 'answers.jsonl'}", "--output=score.json", "--data=nowhere"]
-    code, _, error = run("-c", LOADED, "score", *flags)
+    data = fixtures.write_hub(tmp_path / "data", "pope")
+    flags = ["--task=pope", "--answers=answers.jsonl", "--output=score.json"]
+    code, out, error = run("-c", LOADED, "score", *flags, f"--data={data}")
+    assert (code, error) == (0, "[]\n") and "pope_f1_score" in out and (tmp_path / "score.json").is_file()
+    code, _, error = run("-c", LOADED, "score", *flags, "--data=nowhere")
     assert code == 2 and error.endswith("[]\n") and "--data=nowhere: no such folder" in error
 
 
@@ -135,3 +139,19 @@ def test_the_shipped_model_answers(run, tmp_path):
     code, out, error = run(run.program, "answer", "--image=a.png", "--prompt=What is the weather?", "--granularity=16")
     assert code == 0, error
     assert "image 0: 16 tokens a tile" in out and " new tokens, " in out
+
+
+def test_a_checkout_has_a_thin_file_for_each_command():
+    """As `python -m launch.train`. `make_tokenizer` writes into the checkout, so it is no command of the package."""
+    files = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "launch").glob("*.py")}
+    assert files.keys() - {"__init__", "make_tokenizer"} == set(COMMANDS.values())
+    for command, module in COMMANDS.items():
+        call = f"python -m launch.{module} --flag=value ..."
+        assert files[module].splitlines() == [
+            f'"""`avg-llava {command}` in a checkout that is not installed: {call}"""',
+            "",
+            f"from avg_llava_jax.commands.{module} import command",
+            "",
+            'if __name__ == "__main__":',
+            "    command()",
+        ]
