@@ -9,6 +9,7 @@ from PIL import Image
 
 from avg_llava_jax import parameters
 from avg_llava_jax.config import ScalerConfig
+from avg_llava_jax.configs import base
 from avg_llava_jax.data.tokenizer import load_tokenizer
 from avg_llava_jax.inference import generate
 from avg_llava_jax.inference.api import AvgLlava
@@ -19,7 +20,6 @@ from avg_llava_jax.models.flash import flash_attention
 from avg_llava_jax.parallel import sharding
 from avg_llava_jax.parallel.costs import collectives
 from avg_llava_jax.training.step import Step
-from configs import base
 from tests.conftest import TOKENIZER
 from tests.random_model import random_model
 from tests.test_attention import draw, formula

@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 
 from avg_llava_jax import checkpoint
+from avg_llava_jax.configs import ablations
 from avg_llava_jax.data.jersey import Jersey
-from avg_llava_jax.eval import evaluation, policies
+from avg_llava_jax.eval import evaluation, policies, quickstart
 from avg_llava_jax.inference.api import AvgLlava
 from avg_llava_jax.parallel import sharding
 from avg_llava_jax.training import losses, setup
-from configs import ablations
-from launch import quickstart
 from launch.bench import ablate
 from tests.random_model import random_model, save_random_model
 

@@ -114,7 +114,8 @@ def test_the_score_command(tmp_path):
 
 def test_scoring_needs_no_device_library(tmp_path):
     code = (
-        "import sys; from avg_llava_jax.eval.benchmarks import records, scoring, tasks; import launch.score;"
+        "import sys; from avg_llava_jax.commands import score;"
+        "from avg_llava_jax.eval.benchmarks import records, scoring, tasks;"
         "print({'jax', 'torch', 'transformers'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

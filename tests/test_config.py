@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 
 from avg_llava_jax.config import ModelConfig, RopeScaling, from_dict, to_dict
+from avg_llava_jax.configs import avg_llava_7b
 from avg_llava_jax.training import setup
-from configs import avg_llava_7b
 
 
 def test_a_config_survives_json(tiny):

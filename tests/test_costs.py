@@ -6,11 +6,11 @@ import pytest
 
 from avg_llava_jax import parameters
 from avg_llava_jax.config import LanguageConfig, from_dict
+from avg_llava_jax.configs import jersey
 from avg_llava_jax.parallel.costs import Access, Traffic, accesses, collectives, flops, language_flops, step_flops
 from avg_llava_jax.parallel.planning import largest_shape
 from avg_llava_jax.training import phases
 from avg_llava_jax.training.optimizer import OptimizerConfig, trainable
-from configs import jersey
 from launch.bench.parts import random_batch
 
 

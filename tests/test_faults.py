@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 
 from avg_llava_jax import checkpoint, stored
+from avg_llava_jax.configs import base
 from avg_llava_jax.data.conversation import encode_conversation
 from avg_llava_jax.models import avg_llava
 from avg_llava_jax.training.loop import train
 from avg_llava_jax.training.metrics import read_rows
 from avg_llava_jax.training.optimizer import OptimizerConfig, make_optimizer
-from configs import base
 from tests.conftest import TOKENIZER
 from tests.test_training import settings
 

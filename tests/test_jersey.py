@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from avg_llava_jax.config import from_dict, to_dict
+from avg_llava_jax.configs import jersey as jersey_config
 from avg_llava_jax.data import jersey
 from avg_llava_jax.data.grounding import Words, patch_centres, patch_words
 from avg_llava_jax.data.jersey import Jersey
 from avg_llava_jax.data.sources import LlavaJson
-from configs import jersey as jersey_config
 
 MODEL = from_dict(json.loads(json.dumps(jersey_config.model().to_dict())))
 

@@ -12,11 +12,11 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 from avg_llava_jax import checkpoint
+from avg_llava_jax.configs import connector_7b
 from avg_llava_jax.convert import convert, foreign
 from avg_llava_jax.models import avg_llava
 from avg_llava_jax.models.encoder import Encoder, normalise
 from avg_llava_jax.training.loop import train
-from configs import connector_7b
 from tests.conftest import TOKENIZER
 from tests.test_convert import SOURCE
 

@@ -359,7 +359,7 @@ def test_the_plugin(tiny, tokenizer, monkeypatch):
 
     for name in ("api.model", "models.registry_v2"):
         module(name)
-    plugin = importlib.import_module("avg_llava_jax.eval.benchmarks.lmms_eval_plugin")
+    plugin = importlib.import_module("avg_llava_jax.eval.lmms_eval_plugin")
     model = random_model(tiny, tokenizer)
     monkeypatch.setattr(AvgLlava, "load", lambda *of, **options: model)
     wrapped = plugin.AvgLlavaForLmmsEval(checkpoint="W", granularity="auto", batch_size="2")

@@ -19,6 +19,7 @@ from PIL import Image
 
 from avg_llava_jax import checkpoint, parameters
 from avg_llava_jax.config import ModelConfig, to_dict
+from avg_llava_jax.configs import base
 from avg_llava_jax.data.pipeline import PlannedBatches
 from avg_llava_jax.data.sources import open_sources
 from avg_llava_jax.models import avg_llava
@@ -26,7 +27,6 @@ from avg_llava_jax.training import phases
 from avg_llava_jax.training.loop import TERMINATED, train
 from avg_llava_jax.training.metrics import MetricsLog, Progress, read_rows
 from avg_llava_jax.training.optimizer import OptimizerConfig, gradients, make_optimizer, trainable
-from configs import base
 from tests.conftest import TOKENIZER
 
 ROOT = Path(__file__).parents[1]

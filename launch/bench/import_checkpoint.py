@@ -15,7 +15,7 @@ import time
 
 from absl import flags
 
-from launch import cli
+from avg_llava_jax.commands import cli
 
 LLAMA_3 = {"kv_heads": 8, "mlp_width": 8192, "vocab_size": 128256, "tied_embeddings": True}
 SIZES = {
@@ -36,8 +36,8 @@ def write_source(folder: pathlib.Path) -> None:
 
     from avg_llava_jax import checkpoint
     from avg_llava_jax.config import LanguageConfig, ModelConfig, RouterConfig
+    from avg_llava_jax.configs import base
     from avg_llava_jax.convert import convert, foreign, layouts, tensors
-    from configs import base
 
     config = ModelConfig(
         language=LanguageConfig(**SIZES[SIZE.value]), router=RouterConfig(attention="tiles"), unpad="released"

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from launch import cli
+from avg_llava_jax.commands import cli
 
 if TYPE_CHECKING:
     from avg_llava_jax.parallel.planning import Plan
@@ -89,7 +89,7 @@ def head(*first: str) -> str:
 
 
 def config_of(name: str, settings: dict[str, Any]) -> Any:
-    config = importlib.import_module(f"configs.{name}").get_config()
+    config = importlib.import_module(f"avg_llava_jax.configs.{name}").get_config()
     config.update_from_flattened_dict(settings)
     return config
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from launch import cli
+from avg_llava_jax.commands import cli
 
 if TYPE_CHECKING:
     import ml_collections
@@ -55,7 +55,7 @@ def model_of(shape: str, layers: int | None) -> "ModelConfig":
     import dataclasses
 
     from avg_llava_jax.config import LanguageConfig, ModelConfig, VisionConfig, from_dict
-    from configs import jersey
+    from avg_llava_jax.configs import jersey
 
     mid = ModelConfig(
         vision=VisionConfig(width=768, layers=12, heads=12, mlp_width=3072),
@@ -68,7 +68,7 @@ def model_of(shape: str, layers: int | None) -> "ModelConfig":
 
 def config_of(phase: str, rows: int, dtype: str, remat: str) -> "ml_collections.ConfigDict":
     """Settings of `launch.train` for a phase."""
-    from configs import base
+    from avg_llava_jax.configs import base
 
     config = base.get_config()
     config.update({"phase": phase, "batch_size": rows, "compute_dtype": dtype, "remat": remat})

@@ -6,7 +6,7 @@ Stage 2, visual instruction tuning, is the same with --config.granularities="(57
 
 from ml_collections import ConfigDict
 
-from configs import base
+from avg_llava_jax.configs import base
 
 
 def get_config() -> ConfigDict:

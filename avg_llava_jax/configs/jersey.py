@@ -13,7 +13,7 @@
 
 from ml_collections import ConfigDict
 
-from configs import base
+from avg_llava_jax.configs import base
 
 STAGES = {
     "grounding": {

@@ -8,7 +8,7 @@ The first five are the paper's (a random choice trains nothing). `launch.bench.a
 
 from ml_collections import ConfigDict
 
-from configs import base, jersey
+from avg_llava_jax.configs import base, jersey
 
 ABLATIONS = {
     "full": {},

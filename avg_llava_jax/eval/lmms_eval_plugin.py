@@ -13,17 +13,18 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from lmms_eval.api.instance import GenerationResult, TokenCounts
-from lmms_eval.api.model import lmms
-from lmms_eval.models.registry_v2 import ModelManifest
-from loguru import logger
 from tqdm import tqdm
 
+from avg_llava_jax import extras
 from avg_llava_jax.inference.requests import Answer, Request
 
-MANIFEST = ModelManifest(
-    "avg_llava_jax", simple_class_path="avg_llava_jax.eval.benchmarks.lmms_eval_plugin.AvgLlavaForLmmsEval"
-)
+with extras.required("lmms-eval", "the lmms-eval plugin"):
+    from lmms_eval.api.instance import GenerationResult, TokenCounts
+    from lmms_eval.api.model import lmms
+    from lmms_eval.models.registry_v2 import ModelManifest
+    from loguru import logger
+
+MANIFEST = ModelManifest("avg_llava_jax", simple_class_path="avg_llava_jax.eval.lmms_eval_plugin.AvgLlavaForLmmsEval")
 
 NEW_TOKENS = 64
 """Where a task leaves the length of answers to the model (TextVQA, VizWiz)."""

@@ -30,7 +30,7 @@ def answer_together(
     slots: int,
     skipped: list[dict[str, str]],
 ) -> list[Record]:
-    """`engine.questions.answer_all` by all processes, each its part; all of them return all records.
+    """`questions.answer_all` by all processes, each its part; all of them return all records.
 
     folder: shared by all, with the file `answers.jsonl`. skipped: gets what any of them had to leave out.
 

@@ -1,8 +1,8 @@
 """The jersey-sized model on your own LLaVA JSON, in two phases:
 
-    python -m launch.train --config=configs/own_data.py --workdir=W1 \\
+    avg-llava train --config=configs/own_data.py --workdir=W1 \\
         --config.data.path=train.json --config.data.images=DIR
-    python -m launch.train --config=configs/own_data.py --workdir=W2 \\
+    avg-llava train --config=configs/own_data.py --workdir=W2 \\
         --config.data.path=train.json --config.data.images=DIR --config.phase=rglf --config.init_from=W1
 
 The first tunes the model at all granularities, the second the router that chooses among them.
@@ -10,7 +10,7 @@ The first tunes the model at all granularities, the second the router that choos
 
 from ml_collections import ConfigDict
 
-from configs import base
+from avg_llava_jax.configs import base
 
 
 def get_config() -> ConfigDict:

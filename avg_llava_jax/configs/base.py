@@ -53,7 +53,7 @@ def get_config() -> ConfigDict:
                 "ce_weight": 0.1,
                 "nll_weight": 0.0,  # of the answer's NLL expected under the router's probabilities: instruction tuning
                 "tie_nats": 0.0,  # this close to the best is as good, and the cheapest of those wins; 0 = paper
-                "feedback": "",  # folder made by launch.feedback; "" = the frozen model is asked on the way
+                "feedback": "",  # folder made by `avg-llava feedback`; "" = the frozen model is asked on the way
                 "execution": "per_length",  # per_length | vmap
             },
             # Sizes of the device mesh; -1 = all that is left.

@@ -7,7 +7,7 @@ The checkpoint keeps the `plain` template: give the next stage --config.model.te
 
 from ml_collections import ConfigDict
 
-from configs import base
+from avg_llava_jax.configs import base
 
 
 def get_config() -> ConfigDict:

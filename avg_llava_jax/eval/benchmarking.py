@@ -1,10 +1,10 @@
 """A model on the paper's benchmarks: the answers at every granularity, and what each way to choose makes of them.
 
-    rows --questions_of--> questions --engine.questions.answer_all--> records --report--> metrics, tokens, by policy
+    rows --questions_of--> questions --questions.answer_all--> records --report--> metrics, tokens, by policy
     reports --table.table--> ours beside the paper's, as Markdown and CSV
 
 The policies are each fixed granularity, `random`, `adaptive` (the router), `oracle` (the cheapest granularity whose
-answer scores best) and `cost weight W` (the router, where tokens have that price, see `answering.choosing`). A row that
+answer scores best) and `cost weight W` (the router, where tokens have that price, see `inference.choosing`). A row that
 could not be asked counts as wrong in all of them.
 """
 
@@ -125,16 +125,16 @@ def report(
         "seconds": {"answer": seconds},
         "speedup": None if seconds is None else seconds["fixed"][ladder[-1]] / seconds["adaptive"],
         "paper": {
-            "llava_next": task.paper[0],
-            "avg_llava": task.paper[1],
-            "token_cut": task.cut,
-            "speedup": task.speedup,
+            "llava_next": task.paper and task.paper.llava_next,
+            "avg_llava": task.paper and task.paper.avg_llava,
+            "token_cut": task.paper and task.paper.cut,
+            "speedup": task.paper and task.paper.speedup,
         },
     }
 
 
 def _graded(task: Benchmark, config: ModelConfig, rows: Sequence[Row], answered: Sequence[Record]) -> list[Record]:
-    """The records with the grades that `launch.score` gives: all rows in order, for each granularity."""
+    """The records with the grades that `avg-llava score` gives: all rows in order, for each granularity."""
 
     def grades(answer: Callable[[Record], str | None]) -> list[float]:
         answers: list[str | None] = [None] * len(rows)

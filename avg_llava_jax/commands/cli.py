@@ -1,17 +1,21 @@
-"""What the commands share: flags for a model, and errors as one line.
+"""What the commands share: flags for a model and for a config, and errors as one line.
 
 Commands import what needs JAX late, so that --help and a mistyped flag are answered at once.
 """
 
 from __future__ import annotations
 
+import contextlib
+import pathlib
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from absl import app, flags, logging
+from ml_collections import config_flags
 
-from avg_llava_jax import SHIPPED
+from avg_llava_jax import SHIPPED, configs
+from avg_llava_jax.extras import MissingExtra
 
 if TYPE_CHECKING:
     from avg_llava_jax.inference.api import AvgLlava
@@ -32,6 +36,40 @@ def load_model() -> AvgLlava:
     return AvgLlava.load(CHECKPOINT.value, VISION_TOWER.value, dtype=DTYPE.value, quantize=QUANTIZE.value)
 
 
+class ConfigFile(flags.ArgumentParser):
+    """`FILE.py` or `FILE.py:ARGUMENT` -> what its `get_config` returns.
+
+    `configs/NAME.py` is a config of this package wherever the working directory has no such file.
+    """
+
+    def __init__(self, parser: flags.ArgumentParser):
+        self._parser = parser
+
+    def parse(self, argument: Any) -> Any:
+        """The config of a file; ValueError where there is no such file."""
+        name, colon, stage = argument.partition(":")
+        file = pathlib.Path(name)
+        if not file.is_file() and file.parent == pathlib.Path("configs"):
+            file = CONFIGS / file.name
+        if not file.is_file():
+            shipped = ", ".join(sorted(f"configs/{each.name}" for each in CONFIGS.glob("[!_]*.py")))
+            raise ValueError(f"{name} does not exist; the package has {shipped}")
+        return self._parser.parse(f"{file}{colon}{stage}")
+
+    def flag_type(self) -> str:
+        return self._parser.flag_type()
+
+
+CONFIGS = pathlib.Path(configs.__file__).parent
+
+
+def define_config(help: str) -> flags.FlagHolder[Any]:
+    """The flag --config, whose fields are flags as well: --config.steps=10."""
+    holder = config_flags.DEFINE_config_file("config", None, help, lock_config=True)
+    flags.FLAGS["config"].parser = ConfigFile(flags.FLAGS["config"].parser)
+    return holder
+
+
 def weights_of(texts: list[str]) -> list[float]:
     """["0", "0.5"] -> [0.0, 0.5]; ValueError for what is no weight."""
     try:
@@ -50,12 +88,21 @@ def run(main: Callable[[], None], required: Sequence[str], model_flags: Sequence
     """
     for name in set(MODEL_FLAGS) - set(model_flags):
         delattr(flags.FLAGS, name)
-    for name in (*model_flags, TRACEBACK.name):  # so that --help shows them beside the command's own
+    # --help shows the docstring and the flags of the program: here those of the command, which is a module of its own.
+    module = sys.modules[main.__module__]
+    sys.modules["__main__"].__doc__ = module.__doc__
+    own = [flag.name for flag in flags.FLAGS.get_key_flags_for_module(module.__name__)]
+    own += [name for name in ("config",) if name in flags.FLAGS]
+    for name in (*own, *model_flags, TRACEBACK.name):
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
 
     def parse(argv: list[str]) -> list[str]:
+        for flag in {"-h", "--help", "--helpfull"} & set(argv):
+            with contextlib.suppress(SystemExit):  # the library ends with 1, as if to ask for help were an error
+                app.parse_flags_with_usage([argv[0], "--help" if flag == "-h" else flag])
+            sys.exit(0)
         try:
-            rest = app.parse_flags_with_usage(argv) if {"--help", "--helpfull"} & set(argv) else flags.FLAGS(argv)
+            rest = flags.FLAGS(argv)
             missing = [name for name in required if not flags.FLAGS[name].value]
         except AttributeError as error:  # from --config.x=1, where the config has no x
             name = str(error).strip("'\"")
@@ -74,12 +121,13 @@ def run(main: Callable[[], None], required: Sequence[str], model_flags: Sequence
             logging.set_verbosity(logging.WARNING)  # JAX and Orbax report much at INFO
         try:
             main()
-        except (OSError, ValueError, RuntimeError, FloatingPointError) as error:
+        except (OSError, ValueError, RuntimeError, FloatingPointError, MissingExtra) as error:
             if TRACEBACK.value:
                 raise
-            from avg_llava_jax.parallel import hosts
-
             message = f"{_one_line(error)} (--traceback shows where)"
+            hosts = sys.modules.get("avg_llava_jax.parallel.hosts")
+            if hosts is None:  # not even JAX is loaded: there are no other processes
+                _fail(message)
             hosts.leave(hosts.RESTART if isinstance(error, ConnectionError) else 2, message)
 
     app.run(guarded, flags_parser=parse)
