@@ -193,6 +193,9 @@ def export_transformers(
 
     Needs a token `<image>`. Where the tokenizer has none it becomes the next id, and where the embedding
     has no row for it, row 0 is there once more: its logit is that of token 0, and `generate` suppresses it.
+
+    The library's processor does not see transparent and, under Pillow 13, some tall images as `data.images` does; a
+    warning and the model card say so.
     """
     source = pathlib.Path(source)
     config, _ = checkpoint.read_config(source)
@@ -226,6 +229,12 @@ def export_transformers(
             exported.save(beside, SHARD_SIZE, foreign.ROUTER)  # one file: modeling_avg_llava.py reads no more
             shutil.copyfile(llava_next.MODELING, folder / llava_next.MODELING.name)
         (folder / model_card.CARD).write_text(card, encoding="utf-8")
+    logger.warning(
+        "%s: give its processor image.convert('RGB'): newer transformers blend transparency onto white, this model saw"
+        " the colour stored under it; and Pillow 13 resizes some tall images in another order (%s)",
+        output,
+        model_card.CARD,
+    )
 
 
 def _special_ids(tokenizer: Tokenizer, eos: int | list[int]) -> dict[str, Any]:

@@ -239,6 +239,20 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return rgb.copy() if rgb is image else rgb
 
 
+def resized(
+    image: Image.Image, size: tuple[int, int], resample: Image.Resampling = Image.Resampling.BICUBIC
+) -> Image.Image:
+    """The image at another (width, height): the width is resampled first, then the height, one axis a call.
+
+    Between the two passes values are rounded to 8 bits, so their order shows. In one call Pillow 12 and before takes
+    the width first, as the released weights saw their images; Pillow 13 takes the height of some tall images first,
+    which moves values of noise by about 20 levels of 255.
+
+        300 x 1000 to 336 x 336:   300 x 1000 -> 336 x 1000 -> 336 x 336
+    """
+    return image.resize((size[0], image.height), resample).resize(size, resample)
+
+
 def _upright_size(image: Image.Image) -> tuple[int, int]:
     width, height = image.size
     return (height, width) if _orientation(image) >= 5 else (width, height)
