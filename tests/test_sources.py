@@ -39,7 +39,7 @@ def test_an_empty_column_does_not_hide_the_image(source, tokenizer, tiny, nothin
 def test_image_and_images_must_agree(source):
     records = source({"image": "a.png", "images": ["a.png"]}, {"image": "a.png", "images": ["b.png"]})
     assert len(records[0]["images"]) == 1
-    with pytest.raises(BadSample, match=r"record 1: `image` is \['a.png'\], but `images` is \['b.png'\]"):
+    with pytest.raises(BadSample, match=r"record 1: `image` is \['a.png'\], `images` is \['b.png'\]"):
         _ = records[1]
 
 

@@ -103,7 +103,7 @@ class LlavaJson:
     def _references(self, index: int, record: Record) -> list[Any]:
         one, several = _names(record.get("image")), _names(record.get("images"))
         if one and several and one != several:
-            raise BadSample("malformed_record", f"record {index}: `image` is {one}, but `images` is {several}: keep one")
+            raise BadSample("malformed_record", f"record {index}: `image` is {one}, `images` is {several}: keep one")
         names = one or several
         if names and self.store is None:
             raise ValueError(f"{self.path} has images: say where they lie with data.images (a folder, zip or tar)")

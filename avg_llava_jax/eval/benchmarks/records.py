@@ -45,7 +45,7 @@ def read(task: Benchmark, data: str | os.PathLike[str], images: bool = True) -> 
 def locate(task: Benchmark, data: str) -> str:
     """Where one of several benchmarks lies below a folder: in one named as lmms-eval, the hub or the paper does.
 
-    `hub` in place of a folder is the hub itself. Raises FileNotFoundError.
+    `hub` in place of a folder is the hub itself. Raises FileNotFoundError, ValueError: not there, or twice.
     """
     if data == "hub":
         return task.hub
@@ -53,6 +53,8 @@ def locate(task: Benchmark, data: str) -> str:
     found = [path for path in sorted(Path(data).glob("*")) if path.is_dir() and path.name.lower() in names]
     if not found:
         raise FileNotFoundError(f"--data={data} has no folder for {task.name}: name it {' or '.join(sorted(names))}")
+    if len(found) > 1:
+        raise ValueError(f"--data={data} has {task.name} twice, as {found[0].name} and as {found[1].name}: keep one")
     return str(found[0])
 
 
