@@ -136,6 +136,19 @@ def test_names_old_and_new(theirs, tmp_path, renamed):
         foreign.load(other)
 
 
+def test_two_names_of_one_tensor_must_agree(theirs, tmp_path):
+    """A folder with the old and the new name of one tensor: once the same, once a stale copy."""
+    folder = shutil.copytree(theirs[1], tmp_path / "both")
+    tensors = load_file(folder / "model.safetensors")
+    for change in (0, 1):
+        copy = {"model.image_newline": tensors["image_newline"] + np.float32(change)}
+        save_file(tensors | copy, folder / "model.safetensors")
+        if not change:
+            jax.tree.map(np.testing.assert_array_equal, foreign.load(folder)[1], theirs[3])
+    with pytest.raises(ValueError, match="'image_newline' and .*'model.image_newline' are both 'model.image_newline'"):
+        foreign.load(folder)
+
+
 def test_there_and_back(theirs, tmp_path):
     """Import and export: every tensor the same, and the library loads all of it."""
     model, folder, *_ = theirs
