@@ -31,6 +31,7 @@ _FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
+    "chat_template.json",
 )
 
 
@@ -40,7 +41,8 @@ class Tokenizer:
     vocab_size: rows an embedding needs, added tokens included.
     bos_id: None where the model's texts do not begin with one. eos_id; pad_id is never None.
     special_tokens: text of each special token -> its id.
-    chat_template: the tokenizer's own Jinja template, or None.
+    chat_template: the tokenizer's own Jinja template, or None: of chat_template.jinja, tokenizer_config.json or, as
+        older versions of the transformers library write it for a processor, chat_template.json.
     """
 
     def __init__(self, folder: Path, config: dict[str, Any], backend: _JsonBackend | _SentencePieceBackend):
@@ -87,17 +89,43 @@ class Tokenizer:
         return self._backend.decode([int(i) for i in ids if int(i) not in skip])
 
     def apply_chat_template(self, messages: list[dict[str, str]], *, add_generation_prompt: bool = False) -> str:
-        """Renders `[{"role": "user" | "assistant", "content": ...}]` with the tokenizer's own template."""
+        """Renders `[{"role": "user" | "assistant", "content": text}]` with the tokenizer's own template.
+
+        A template that wants parts gets `[{"type": "text", "text": text}]`; ValueError where it cannot be rendered.
+        """
         if self.chat_template is None:
             raise ValueError(f"{self.folder}: this tokenizer has no chat template; choose another `template`")
+        if self._takes_parts:
+            messages = [_in_parts(message) for message in messages]
+        return self._render(messages, add_generation_prompt)
+
+    def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
         # Imported late: it takes a second, and most models use a template of ours.
+        import jinja2
         from transformers.utils.chat_template_utils import render_jinja_template
 
         names = {f"{key}_token": text for key, text in self._named.items()}
-        rendered, _ = render_jinja_template(
-            [messages], chat_template=self.chat_template, add_generation_prompt=add_generation_prompt, **names
-        )
+        try:
+            rendered, _ = render_jinja_template(
+                [messages], chat_template=self.chat_template, add_generation_prompt=add_generation_prompt, **names
+            )
+        except (jinja2.TemplateError, TypeError) as error:
+            raise ValueError(f"{self.folder}: its chat template cannot be rendered: {error}") from None
         return rendered[0]
+
+    @functools.cached_property
+    def _takes_parts(self) -> bool:
+        """Whether the template, as those of processors, wants parts: a plain text does not come through."""
+        probe = {"role": "user", "content": "probe"}
+        try:
+            if "probe" in self._render([probe]):
+                return False
+        except ValueError:
+            pass
+        try:
+            return "probe" in self._render([_in_parts(probe)])
+        except ValueError:
+            return False
 
     def save(self, folder: str | Path) -> None:
         """Copies the tokenizer's files, unchanged, into `folder` (made if need be)."""
@@ -282,10 +310,15 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     path = folder / "chat_template.jinja"
     if path.is_file():
         return path.read_text(encoding="utf-8")
-    template = config.get("chat_template")
+    template = config.get("chat_template") or _read_json(folder / "chat_template.json").get("chat_template")
     if isinstance(template, list):  # several, by name
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
     return template
+
+
+def _in_parts(message: dict[str, str]) -> dict[str, Any]:
+    """A message whose content is a list of one part, its text."""
+    return message | {"content": [{"type": "text", "text": message["content"]}]}
 
 
 def _read_json(path: Path) -> dict[str, Any]:
