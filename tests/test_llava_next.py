@@ -298,7 +298,9 @@ SPOKEN = {
         "vicuna_v1",
         "vicuna_v1",
     ),
-    "instruct": ("{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}", (), "tokenizer", "mistral_instruct"),
+    "instruct": (
+        "{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}", (), "tokenizer", "mistral_instruct"
+    ),
 }  # fmt: skip
 
 

@@ -44,7 +44,10 @@ class Counts(TokenCounts):
 class AvgLlavaForLmmsEval(lmms):
     """lmms-eval's model interface; `--model_args` are the arguments but for the last two, which lmms-eval gives.
 
-    granularity: "auto", or tokens per tile for every image. checkpoint: by default the shipped one.
+    granularity: "auto", or tokens per tile for every image, one of the model's. checkpoint: by default the shipped one.
+
+    Raises:
+      ValueError: an argument that the model cannot be run with; names it.
     """
 
     is_simple = True
@@ -64,17 +67,28 @@ class AvgLlavaForLmmsEval(lmms):
 
         if device is not None:
             logger.info(f"device={device} is for PyTorch; JAX runs where JAX_PLATFORMS says")
+        self.batch_size = _positive("batch_size", batch_size)
         self.model = AvgLlava.load(checkpoint or SHIPPED, vision_tower, dtype=dtype)
-        self.granularity = granularity if granularity == "auto" else int(granularity)
-        self.batch_size = int(batch_size)
+        self.granularity = _granularity(granularity, self.model.config.granularities)
 
     def generate_until(self, requests: Sequence[Any]) -> list[GenerationResult]:
-        """One result a request, in their order; an empty text where a prompt is too long for the model."""
-        results = []
+        """One result a request, in their order; an empty text where a prompt is too long for the model.
+
+        Raises:
+          ValueError: none of the requests can be answered; says why not the last one.
+        """
+        results, self._refused = [], []
         window = 8 * self.batch_size  # so many images are held at once, and sorted by shape
         for start in tqdm(range(0, len(requests), window), desc="avg_llava_jax"):
             part = [self._request(*request.args) for request in requests[start : start + window]]
             results += [self._result(answer) for answer in self._answer(part)]
+        if self._refused:
+            said = (
+                f"{len(self._refused)} of {len(requests)} requests are not answered, the last one: {self._refused[-1]}"
+            )
+            if len(self._refused) == len(requests):
+                raise ValueError(said)
+            logger.warning(said)
         return results
 
     def _request(
@@ -96,6 +110,7 @@ class AvgLlavaForLmmsEval(lmms):
             if len(requests) > 1:  # find out which one it is
                 return [answer for request in requests for answer in self._answer([request])]
             logger.warning(f"not answered: {error}")
+            self._refused.append(error)
             return [None]
 
     def _result(self, answer: Answer | None) -> GenerationResult:
@@ -111,3 +126,17 @@ class AvgLlavaForLmmsEval(lmms):
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
         raise NotImplementedError("avg_llava_jax answers one question at a time: tasks of type `generate_until`")
+
+
+def _positive(name: str, value: int | str) -> int:
+    """A model argument that is a number from 1 on, given as such or as a text."""
+    if not str(value).isdecimal() or int(value) < 1:
+        raise ValueError(f"{name}={value!r} is no whole number from 1 on")
+    return int(value)
+
+
+def _granularity(value: int | str, ladder: Sequence[int]) -> int | str:
+    """`auto`, or one of the model's granularities: any other would leave every question without an answer."""
+    if value == "auto" or (str(value).isdecimal() and int(value) in ladder):
+        return value if value == "auto" else int(value)
+    raise ValueError(f"granularity={value!r} is none of this model's: auto, {', '.join(map(str, ladder))}")
