@@ -43,6 +43,39 @@ def test_image_and_images_must_agree(source):
         _ = records[1]
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (r'{"id": "x", "conversations": [{"from": "human", "value": "Hello \ud83d"}]}', r"has \\ud83d, half of a"),
+        (r'{"id": "\udc80"}', r"has \\udc80, half of a surrogate pair"),
+        (r'{"image": "\uDEAD.png"}', r"has \\udead, half of a surrogate pair"),
+        (b'{"id": "\xed\xa0\xbd"}', "'utf-8' codec can't decode"),
+        (b'{"id": "caf\xe9"}', "'utf-8' codec can't decode"),
+    ],
+)
+@pytest.mark.parametrize("ending", ["json", "jsonl"])
+def test_texts_that_are_no_unicode_name_their_record(tmp_path, text, message, ending):
+    text = text if isinstance(text, bytes) else text.encode()
+    good = json.dumps({"id": "smile 😀", "conversations": TURNS}).encode()  # a whole pair, as \ud83d\ude00
+    path = tmp_path / f"r.{ending}"
+    path.write_bytes(b"[%b,%b]" % (good, text) if ending == "json" else b"\xef\xbb\xbf%b\n%b\n" % (good, text))
+    records = LlavaJson(path)
+    assert records[0]["id"] == "smile 😀"
+    with pytest.raises(BadSample, match=f"record 1.*{message}") as error:
+        _ = records[1]
+    assert error.value.reason == "malformed_record" and error.value.detail.encode()
+    assert records.id(1) == "1"
+
+
+def test_nesting_without_end_is_malformed(tmp_path):
+    (tmp_path / "r.jsonl").write_text(json.dumps({"id": "x"}) + "\n" + "[" * 100_000 + "\n")
+    with pytest.raises(BadSample, match="malformed_record: record 1: "):
+        _ = LlavaJson(tmp_path / "r.jsonl")[1]
+    (tmp_path / "r.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="r.json is not valid JSON"):
+        LlavaJson(tmp_path / "r.json")
+
+
 def test_a_null_id_is_the_number(source):
     records = source({"id": None}, {}, {"id": "x"}, {"id": 0})
     assert [records[n]["id"] for n in range(4)] == ["0", "1", "x", "0"] == [records.id(n) for n in range(4)]

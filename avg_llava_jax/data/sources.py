@@ -27,7 +27,7 @@ import numpy as np
 
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.data.conversation import encode_conversation
-from avg_llava_jax.data.errors import BadSample
+from avg_llava_jax.data.errors import BadSample, half_character
 from avg_llava_jax.data.grounding import read_words
 from avg_llava_jax.data.images import MAX_PIXELS, ImageStore
 from avg_llava_jax.data.jersey import Jersey
@@ -93,9 +93,14 @@ class LlavaJson:
             file.seek(start)
             text = file.read(end - start)
         try:
-            record = json.loads(text)
-        except ValueError as error:
+            record = json.loads(text.decode("utf-8-sig"))
+        except (ValueError, RecursionError) as error:
             raise BadSample("malformed_record", f"record {index}: {error}") from None
+        half = b"\\u" in text and half_character(json.dumps(record, ensure_ascii=False))
+        if half:
+            raise BadSample(
+                "malformed_record", f"record {index} has {half}, half of a surrogate pair, which is no text"
+            )
         if not isinstance(record, dict):
             raise BadSample("malformed_record", f"record {index} is no object")
         return record
@@ -149,7 +154,7 @@ def _elements(path: Path) -> np.ndarray:
     while text[at : at + 1] != "]":
         try:
             _, end = decoder.raw_decode(text, at)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not valid JSON: {error}") from None
         places.append((at + skipped, end + skipped))
         at = _blank(text, end)
