@@ -82,6 +82,7 @@ def import_folder(
     _check_known(source)
     with whole(output) as folder:
         loaded = checkpoint.load(source, vision_tower, mesh, dtype, seed)
+        layouts.check_tokenizer(source, loaded.config.language.vocab_size)
         write_checkpoint(loaded, folder)
         foreign.keep_unused(source, folder, vision_tower)
     return loaded.config
@@ -121,6 +122,7 @@ def dry_run(source: Folder, vision_tower: Folder | None = None) -> str:
     else:
         config, count, listed = foreign.match_names(folder, vision_tower)
         found = f"{count} tensors " + ("match in name" if listed else "are what its config asks for") + ", no weights"
+    layouts.check_tokenizer(folder, config.language.vocab_size)
     sizes = sum(leaf.size for leaf in parameters.flat(parameters.abstract(config)).values())
     return f"{folder}: {found}; {sizes / 1e9:.3f} G parameters, granularities {list(config.granularities)}"
 

@@ -191,6 +191,30 @@ def _check_preprocessor(path: pathlib.Path, values: dict[str, Any]) -> None:
         raise ValueError(f"{path}: rescale_factor={factor!r} is not supported, only 1/255")
 
 
+def has_tokenizer(folder: Folder) -> bool:
+    """Whether a tokenizer is in the folder."""
+    return any((pathlib.Path(folder) / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+
+
+def check_tokenizer(folder: Folder, rows: int) -> None:
+    """Every id of a folder's tokenizer, where it has one, has a row in its embedding, which has `rows`.
+
+    Raises:
+      ValueError: names the tokens without one.
+    """
+    if not has_tokenizer(folder):
+        return
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.vocab_size > rows:
+        over = [repr(text) for text, token in tokenizer.special_tokens.items() if token >= rows]
+        named = f" ({', '.join(over[:4])}{', …' if len(over) > 4 else ''})" if over else ""
+        raise ValueError(
+            f"{folder}: the tokenizer has ids up to {tokenizer.vocab_size - 1}{named}, the embedding has {rows} rows:"
+            " remove the added tokens that the model does not know (added_tokens.json, tokenizer_config.json), or take"
+            " the tokenizer that belongs to the weights"
+        )
+
+
 def template(folder: Folder, family: Literal["llama", "mistral"]) -> str:
     """The conversation template of a model: what its tokenizer speaks, else LLaVA's for its family.
 
@@ -202,7 +226,7 @@ def template(folder: Folder, family: Literal["llama", "mistral"]) -> str:
     """
     folder = pathlib.Path(folder)
     default = {"llama": "vicuna_v1", "mistral": "mistral_instruct"}[family]
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+    if not has_tokenizer(folder):
         return default
     tokenizer = load_tokenizer(folder)
     if "<|start_header_id|>" in tokenizer.special_tokens:

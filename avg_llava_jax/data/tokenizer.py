@@ -166,7 +166,7 @@ class _JsonBackend:
     def __init__(self, folder: Path):
         text = (folder / "tokenizer.json").read_text(encoding="utf-8")
         self._start = self._plain(text)
-        self.vocab_size = self._start.get_vocab_size(with_added_tokens=True)
+        self.vocab_size = 1 + max(self._start.get_vocab(with_added_tokens=True).values())  # ids may leave gaps
         added = self._start.get_added_tokens_decoder()
         self.special_tokens = {token.content: i for i, token in added.items() if token.special}
         self._has_bos = self._start.encode("a", add_special_tokens=True).ids[:1]
