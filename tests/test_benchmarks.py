@@ -94,6 +94,15 @@ def test_one_image_is_held_once(tmp_path):
     assert len(images) == 2 and rows[0].images["image"] is rows[2].images["image"]
 
 
+def test_the_bound_on_pixels_is_an_argument(tmp_path):
+    folder = fixtures.write_hub(tmp_path, "pope")
+    images = [row.images["image"] for row in records.read(tasks.POPE, folder, max_pixels=100)]
+    assert len({id(image) for image in images}) == 2
+    with pytest.raises(BadSample, match=r"40 x 20 is over 100 pixels \(max_pixels\)"):
+        images[0].load()
+    assert records.read(tasks.POPE, folder, max_pixels=40 * 20)[0].images["image"].load().size == (40, 20)
+
+
 def test_the_score_command(tmp_path):
     fixtures.write_hub(tmp_path / "data", "chartqa")
     answers = answers_file(tmp_path / "answers.jsonl", ["13%", None])

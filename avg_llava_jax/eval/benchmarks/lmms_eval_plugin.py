@@ -19,6 +19,7 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from loguru import logger
 from tqdm import tqdm
 
+from avg_llava_jax.data.images import MAX_PIXELS, image_ref
 from avg_llava_jax.inference.requests import Answer, Request
 
 MANIFEST = ModelManifest(
@@ -42,9 +43,10 @@ class Counts(TokenCounts):
 
 
 class AvgLlavaForLmmsEval(lmms):
-    """lmms-eval's model interface; `--model_args` are the arguments but for the last two, which lmms-eval gives.
+    """lmms-eval's model interface; `--model_args` are the arguments but for batch_size and device, which it gives.
 
     granularity: "auto", or tokens per tile for every image, one of the model's. checkpoint: by default the shipped one.
+    max_pixels: an image with more is not looked at, and its question not answered.
 
     Raises:
       ValueError: an argument that the model cannot be run with; names it.
@@ -60,6 +62,7 @@ class AvgLlavaForLmmsEval(lmms):
         dtype: str | None = None,
         batch_size: int | str = 1,
         device: str | None = None,
+        max_pixels: int | str = MAX_PIXELS,
     ):
         super().__init__()
         from avg_llava_jax import SHIPPED
@@ -68,6 +71,7 @@ class AvgLlavaForLmmsEval(lmms):
         if device is not None:
             logger.info(f"device={device} is for PyTorch; JAX runs where JAX_PLATFORMS says")
         self.batch_size = _positive("batch_size", batch_size)
+        self.max_pixels = _positive("max_pixels", max_pixels)
         self.model = AvgLlava.load(checkpoint or SHIPPED, vision_tower, dtype=dtype)
         self.granularity = _granularity(granularity, self.model.config.granularities)
 
@@ -96,7 +100,7 @@ class AvgLlavaForLmmsEval(lmms):
     ) -> Request:
         return Request(
             context,
-            to_images(self.task_dict[task][split][row]),
+            [image_ref(image, self.max_pixels) for image in to_images(self.task_dict[task][split][row])],
             granularity=self.granularity,
             max_new_tokens=options.get("max_new_tokens", NEW_TOKENS),
             temperature=(options.get("temperature") or 0.0) if options.get("do_sample", True) else 0.0,

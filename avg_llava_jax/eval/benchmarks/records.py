@@ -15,17 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from avg_llava_jax.data.errors import BadSample
-from avg_llava_jax.data.images import ImageRef
+from avg_llava_jax.data.images import MAX_PIXELS, ImageRef
 from avg_llava_jax.eval.benchmarks import originals, parquet
 from avg_llava_jax.eval.benchmarks.metrics import CIRCLE, Fields
 from avg_llava_jax.eval.benchmarks.rows import Row
 from avg_llava_jax.eval.benchmarks.tasks import MMBENCH, MME, Benchmark
 
 
-def read(task: Benchmark, data: str | os.PathLike[str], images: bool = True) -> list[Row]:
+def read(task: Benchmark, data: str | os.PathLike[str], images: bool = True, max_pixels: int = MAX_PIXELS) -> list[Row]:
     """All rows of the benchmark's split, in the order of the files' names and of the rows in them.
 
     data: the data set's folder as downloaded, or its id on the hub.
+    max_pixels: of an image; see `ImageRef`.
 
     Raises:
       FileNotFoundError, ValueError: in one line; a row that cannot be used is named by file and number.
@@ -39,6 +40,11 @@ def read(task: Benchmark, data: str | os.PathLike[str], images: bool = True) -> 
     if not rows:
         raise ValueError(f"{folder} has no rows of {task.name}'s split {task.split!r}")
     _check_ids(task, rows)
+    bounded: dict[ImageRef, ImageRef] = {}  # an image of several rows stays one object
+    for row in rows:
+        for name, image in row.images.items():
+            if image is not None and image.max_pixels != max_pixels:
+                row.images[name] = bounded.setdefault(image, dataclasses.replace(image, max_pixels=max_pixels))
     return rows
 
 
