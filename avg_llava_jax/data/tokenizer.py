@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import json
 import re
 import shutil
@@ -84,9 +85,32 @@ class Tokenizer:
         return [(part, self.special_tokens.get(part)) for part in parts if part]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids; special tokens are left out."""
+        """Text of ids; special tokens are left out.
+
+        Bytes that are no UTF-8 become U+FFFD each time one is reached, and nothing else does, so the text of more ids
+        begins with the text of fewer, less the U+FFFD at its end. (Left to themselves the libraries take back whole
+        characters before such a byte.)
+        """
         skip = self._special_ids
-        return self._backend.decode([int(i) for i in ids if int(i) not in skip])
+        return self._backend.decode(self._mended([int(i) for i in ids if int(i) not in skip]))
+
+    def _mended(self, ids: list[int]) -> list[int]:
+        """Ids whose runs of byte tokens are UTF-8: E6 97 "a" becomes EF BF BD "a", the bytes of U+FFFD."""
+        byte_of = self._backend.bytes
+        if not any(i in byte_of for i in ids):
+            return ids
+        mended: list[int] = []
+        for is_byte, run in itertools.groupby(ids, byte_of.__contains__):
+            if is_byte:
+                text = bytes(byte_of[i] for i in run).decode("utf-8", errors="replace")
+                mended += [self._id_of_byte[byte] for byte in text.encode()]
+            else:
+                mended += run
+        return mended
+
+    @functools.cached_property
+    def _id_of_byte(self) -> dict[int, int]:
+        return {byte: i for i, byte in self._backend.bytes.items()}
 
     def apply_chat_template(self, messages: list[dict[str, str]], *, add_generation_prompt: bool = False) -> str:
         """Renders `[{"role": "user" | "assistant", "content": text}]` with the tokenizer's own template.
@@ -177,6 +201,8 @@ class _JsonBackend:
                 # "first" means: of the whole string, specials included. After one, no word boundary.
                 part["prepend_scheme"], changed = "never", True
         self._after = self._plain(json.dumps(spec)) if changed else self._start
+        falls_back = any(part.get("type") == "ByteFallback" for part in _parts(spec.get("decoder"), "decoders"))
+        self.bytes = _byte_tokens(self._start.get_vocab(with_added_tokens=False)) if falls_back else {}
 
     @staticmethod
     def _plain(text: str) -> tokenizers.Tokenizer:
@@ -215,6 +241,7 @@ class _SentencePieceBackend:
         for token, entry in config.get("added_tokens_decoder", {}).items():
             self.special_tokens[entry["content"]] = int(token)
         self.vocab_size = max(pieces.vocab_size(), 1 + max(self.special_tokens.values(), default=-1))
+        self.bytes = _byte_tokens({pieces.id_to_piece(i): i for i in range(pieces.vocab_size()) if pieces.is_byte(i)})
         legacy = config.get("legacy")
         self._after = pieces if legacy is None or legacy else _without_word_boundary(pieces)
 
@@ -293,12 +320,18 @@ def train_byte_bpe(
     return load_tokenizer(folder)
 
 
-def _parts(node: dict[str, Any] | None) -> Iterable[dict[str, Any]]:
-    """A pre-tokenizer's description and those inside it."""
+def _parts(node: dict[str, Any] | None, inside: str = "pretokenizers") -> Iterable[dict[str, Any]]:
+    """The description of a pre-tokenizer (`inside`: decoders) and those inside it."""
     if node is not None:
         yield node
-        for inner in node.get("pretokenizers", ()):
-            yield from _parts(inner)
+        for inner in node.get(inside, ()):
+            yield from _parts(inner, inside)
+
+
+def _byte_tokens(vocabulary: dict[str, int]) -> dict[int, int]:
+    """Id -> byte of the tokens <0x00> to <0xFF>; none where one of them is missing."""
+    ids = [vocabulary.get(f"<0x{byte:02X}>") for byte in range(256)]
+    return {} if None in ids else dict(zip(ids, range(256), strict=True))
 
 
 def _content(token: str | dict[str, Any] | None) -> str | None:
