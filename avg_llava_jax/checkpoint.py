@@ -28,7 +28,7 @@ from avg_llava_jax import parameters, stored
 from avg_llava_jax.config import ModelConfig, from_dict, to_dict
 from avg_llava_jax.convert import foreign
 from avg_llava_jax.data.tokenizer import load_tokenizer
-from avg_llava_jax.files import write_whole
+from avg_llava_jax.files import refuse_buckets, write_whole
 from avg_llava_jax.parallel import hosts, sharding
 
 logger = logging.getLogger(__name__)
@@ -241,10 +241,11 @@ class Manager:
         besides; more than the largest parameter. None = all of them.
 
     Raises:
-      RuntimeError: another process holds the workdir.
+      RuntimeError: another process holds the workdir. ValueError: it is a bucket.
     """
 
     def __init__(self, workdir: Folder, keep: int = 2, at_once: int | None = None):
+        refuse_buckets({"workdir": workdir})
         self.folder = pathlib.Path(workdir).resolve()
         (self.folder / STEPS).mkdir(parents=True, exist_ok=True)
         self._lock = _lock(self.folder) if hosts.first() else None

@@ -16,6 +16,7 @@ from ml_collections import config_flags
 
 from avg_llava_jax import SHIPPED, configs
 from avg_llava_jax.extras import MissingExtra
+from avg_llava_jax.files import refuse_buckets
 
 if TYPE_CHECKING:
     from avg_llava_jax.inference.api import AvgLlava
@@ -26,6 +27,7 @@ DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Converts the 
 QUANTIZE = flags.DEFINE_enum("quantize", None, ["int8"], "Hold the language model's weights so; default: as they are.")
 STORED_FLAGS = tuple(flag.name for flag in (CHECKPOINT, VISION_TOWER, DTYPE))
 MODEL_FLAGS = (*STORED_FLAGS, QUANTIZE.name)
+TEXT_FLAGS = ("prompt", "stop", "name", "coordinator")  # what they hold is no path, whatever it looks like
 TRACEBACK = flags.DEFINE_bool("traceback", False, "Where an error happened, not only what it is.")
 
 
@@ -120,6 +122,7 @@ def run(main: Callable[[], None], required: Sequence[str], model_flags: Sequence
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # JAX and Orbax report much at INFO
         try:
+            refuse_buckets({name: flags.FLAGS[name].value for name in flags.FLAGS if name not in TEXT_FLAGS})
             main()
         except (OSError, ValueError, RuntimeError, FloatingPointError, MissingExtra) as error:
             if TRACEBACK.value:

@@ -22,6 +22,8 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from avg_llava_jax.data.images import resized
+
 COLOURS = {
     "red": (214, 32, 38),
     "orange": (250, 132, 20),
@@ -199,7 +201,7 @@ def draw(scene: Scene) -> Image.Image:
         pen.line((x, y, x + 3, y), fill=tuple(max(0, min(255, c + shade)) for c in FIELDS[scene.field]))
     for player in scene.players:
         _player(pen, player, COLOURS[scene.team])
-    return image.resize(scene.size, Image.Resampling.BOX)
+    return resized(image, scene.size, Image.Resampling.BOX)
 
 
 def _weather(pen: ImageDraw.ImageDraw, rng: random.Random, weather: str, width: int, sky: int) -> None:
