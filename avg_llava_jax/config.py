@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import typing
+from collections.abc import Mapping
 from typing import Any, Literal
 
 
@@ -214,28 +216,35 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def from_dict(values: dict[str, Any]) -> ModelConfig:
     """The inverse of `to_dict`; an unknown key is an error that names it."""
-    return _build(ModelConfig, values, "model")
+    return build(ModelConfig, values, "model")
 
 
-_NESTED = {
-    "vision": VisionConfig,
-    "scaler": ScalerConfig,
-    "router": RouterConfig,
-    "language": LanguageConfig,
-    "rope_scaling": RopeScaling,
-}
+def build(cls: type, values: Mapping[str, Any], where: str) -> Any:
+    """A dataclass, nested ones included, from the values of its fields; lists become tuples.
 
-
-def _build(cls: type, values: dict[str, Any], where: str) -> Any:
+    Raises:
+      ValueError: there is no such field; it is named as `where.key`.
+    """
+    types = nested(cls)
     known = {field.name for field in dataclasses.fields(cls)}
     unknown = sorted(set(values) - known)
     if unknown:
         raise ValueError(f"{where}: unknown key {unknown[0]!r}; known keys are {', '.join(sorted(known))}")
     built = {}
     for key, value in values.items():
-        if key in _NESTED and value is not None:
-            value = _build(_NESTED[key], dict(value), f"{where}.{key}")
+        if key in types and value is not None:
+            value = build(types[key], value, f"{where}.{key}")
         elif isinstance(value, (list, tuple)):
             value = tuple(tuple(v) if isinstance(v, (list, tuple)) else v for v in value)
         built[key] = value
     return cls(**built)
+
+
+def nested(cls: type) -> dict[str, type]:
+    """The fields of a dataclass that are dataclasses themselves, or None: {"rope_scaling": RopeScaling}."""
+    found = {}
+    for name, hint in typing.get_type_hints(cls).items():
+        kinds = [kind for kind in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(kind)]
+        if kinds:
+            found[name] = kinds[0]
+    return found

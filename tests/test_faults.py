@@ -17,10 +17,10 @@ import pytest
 from avg_llava_jax import checkpoint, stored
 from avg_llava_jax.data.conversation import encode_conversation
 from avg_llava_jax.models import avg_llava
+from avg_llava_jax.training.config import OptimizerConfig, defaults
 from avg_llava_jax.training.loop import train
 from avg_llava_jax.training.metrics import read_rows
-from avg_llava_jax.training.optimizer import OptimizerConfig, make_optimizer
-from configs import base
+from avg_llava_jax.training.optimizer import make_optimizer
 from tests.conftest import TOKENIZER
 from tests.test_training import settings
 
@@ -84,7 +84,7 @@ def poisoned(tiny, tokenizer, llava_folder):
         manager.save(1, params)
 
     config = settings(tiny, llava_folder)
-    config.model, config.init_from = base.as_in_checkpoint(), str(start)
+    config.model, config.init_from = defaults().model, str(start)
     config.phase, config.granularities, config.steps, config.checkpoint_every = "connector", (4,), 12, 1
     return config
 

@@ -11,6 +11,7 @@ from avg_llava_jax.data.pipeline import PlannedBatches
 from avg_llava_jax.data.sources import open_sources
 from avg_llava_jax.parallel import sharding
 from avg_llava_jax.training import feedback, phases
+from avg_llava_jax.training.config import RglfConfig
 from tests.conftest import write_llava
 from tests.random_model import random_model
 
@@ -38,7 +39,7 @@ def test_stored_feedback_trains_as_live_does(tiny, asked, keep):
 
     mixed = next(number for number in range(16) if tile_counts(batches[number]) == {0, 3, 8})
     live = batches[mixed]
-    loss = phases.make_loss("rglf", tiny, tiny.granularities, phases.FeedbackConfig(), remat="none")
+    loss = phases.make_loss("rglf", tiny, tiny.granularities, RglfConfig(), remat="none")
 
     @jax.jit
     def compiled(router, batch):

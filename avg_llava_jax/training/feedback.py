@@ -1,10 +1,11 @@
-"""Feedback once, routers many: how the frozen model answers does not depend on the router, so it can be stored.
+"""Stored feedback, measured: how the frozen model answers does not depend on the router, so once is enough for many.
 
-`launch.feedback` measures it into a folder (see `data.feedback`), and the features that the model saw as well,
-if asked. `config.rglf.feedback` names the folder; RGLF then trains without running the language model, or where
-features are kept without the encoder too, to the same losses.
+`launch.feedback` measures it into a folder (see `data.feedback`), and if asked keeps the features that the model
+saw. `config.rglf.feedback` names the folder; RGLF then trains without running the language model, or where features
+are kept without the encoder too, to the same losses.
 """
 
+import dataclasses
 import functools
 import math
 import pathlib
@@ -12,51 +13,49 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
+from avg_llava_jax import checkpoint
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.data.feedback import FeedbackFolder, Stored
 from avg_llava_jax.data.pipeline import WINDOW, PlannedBatches
+from avg_llava_jax.data.tokenizer import load_tokenizer
 from avg_llava_jax.models import avg_llava
 from avg_llava_jax.models.scaler import scale
 from avg_llava_jax.parallel import hosts, sharding
-from avg_llava_jax.training import losses
+from avg_llava_jax.training import losses, rglf, setup
+from avg_llava_jax.training.config import TrainConfig
 
 NOT_ARRAYS = ("ids", "skipped")
 """What the pipeline adds to a batch for the host alone."""
 
 
-def answer_feedback(
-    config: ModelConfig,
-    params: avg_llava.Params,
-    pyramid: jax.Array,
-    text: jax.Array,
-    batch: Mapping[str, Any],
-    execution: losses.Execution,
-) -> tuple[jax.Array, jax.Array]:
-    """Mean answer NLL in nats at every granularity (B, G), without gradient, and who has an answer, bool (B,).
-
-    Stored feedback (`batch["nll"]`, NaN = none) is taken as it is. A sample counts if it has an answer
-    token at every granularity.
-    """
-    if "nll" in batch:
-        answered = jnp.all(jnp.isfinite(batch["nll"]), axis=1)
-        return jnp.where(answered[:, None], batch["nll"], 0.0), answered
-    sums, counts = losses.granularity_nll(config, params, pyramid, text, batch, config.granularities, execution)
-    return jax.lax.stop_gradient(sums / jnp.maximum(counts, 1.0)).T, jnp.all(counts > 0, axis=0)
-
-
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _measure(
-    config: ModelConfig, params: avg_llava.Params, batch: Mapping[str, Any]
+    config: ModelConfig, execution: losses.Execution, params: avg_llava.Params, batch: Mapping[str, Any]
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Mean NLL (B, G), who has an answer (B,), features (B, T, P, D)."""
     features = avg_llava.see(config, params, batch["pixels"])
     text = avg_llava.embed(config, params, batch["text"])
-    return *answer_feedback(config, params, scale(config, features), text, batch, "per_length"), features
+    return *rglf.feedback(config, params, scale(config, features), text, batch, execution), features
+
+
+def run(config: TrainConfig, folder: str | pathlib.Path, keep_features: bool) -> None:
+    """`measure` what a run of this config would ask, with its model.
+
+    Raises:
+      ValueError: it is not a run of phase rglf; and as `measure`.
+    """
+    if config.phase != "rglf":
+        raise ValueError(f"phase={config.phase}: feedback is for phase rglf")
+    mesh = sharding.make_mesh(dataclasses.asdict(config.mesh))
+    setup.check(config, mesh)
+    loaded = checkpoint.load(config.init_from, config.vision_tower or None, mesh, setup.DTYPES[config.compute_dtype])
+    model = setup.override(loaded.config, config.model)
+    batches = setup.plan_batches(config, model, load_tokenizer(loaded.tokenizer_folder), mesh)
+    measure(model, loaded.params, batches, config.steps, folder, mesh, keep_features, config.rglf.execution)
 
 
 def measure(
@@ -67,6 +66,7 @@ def measure(
     folder: str | pathlib.Path,
     mesh: jax.sharding.Mesh,
     keep_features: bool,
+    execution: losses.Execution = "per_length",
 ) -> None:
     """Store the feedback on all samples that a run of `steps` steps would see, once each; goes on with a folder.
 
@@ -87,7 +87,8 @@ def measure(
     with jax.set_mesh(mesh), tqdm(total=windows * WINDOW, unit="batch") as progress:
         for window in range(windows):
             if not hosts.agree(store.has(window, process)):
-                store.add(window, process, _window(config, params, batches, window, known, mesh, keep_features))
+                found = _window(config, execution, params, batches, window, known, mesh, keep_features)
+                store.add(window, process, found)
             known.update(store.ids(window, process))
             progress.update(WINDOW)
     multihost_utils.sync_global_devices("feedback is stored")
@@ -97,6 +98,7 @@ def measure(
 
 def _window(
     config: ModelConfig,
+    execution: losses.Execution,
     params: avg_llava.Params,
     batches: PlannedBatches,
     window: int,
@@ -111,7 +113,7 @@ def _window(
         batch = batches[number]
         arrays = {key: value for key, value in batch.items() if key not in NOT_ARRAYS}
         arrays = jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), arrays)
-        measured = _measure(config, params, arrays)
+        measured = _measure(config, execution, params, arrays)
         ours = multihost_utils.global_array_to_host_local_array(measured, mesh, rows.spec)
         nll, answered, features = map(np.asarray, ours)
         tiles = (batch["tile_image"] >= 0).sum(axis=1)

@@ -5,6 +5,7 @@ depend on n alone, so a run that was killed goes on from its last checkpoint to 
 """
 
 import contextlib
+import dataclasses
 import itertools
 import math
 import os
@@ -23,18 +24,19 @@ from avg_llava_jax import checkpoint, parameters
 from avg_llava_jax.data.pipeline import Batch, Batches
 from avg_llava_jax.parallel import hosts, sharding
 from avg_llava_jax.training import curves, disk, setup
+from avg_llava_jax.training.config import TrainConfig, read
 from avg_llava_jax.training.metrics import MetricsLog, Progress, SkippedLog
-from avg_llava_jax.training.optimizer import OptimizerConfig, rate_shape
+from avg_llava_jax.training.optimizer import rate_shape
 from avg_llava_jax.training.step import Step
 
 TERMINATED = 128 + signal.SIGTERM
 """Exit code after SIGTERM, 143: what a shell reports for it, so that a scheduler sees who ended the run."""
 
 
-def train(config: ml_collections.ConfigDict, workdir: str | Path) -> None:
-    """Run a phase to its end, or on from where it was stopped.
+def train(settings: ml_collections.ConfigDict, workdir: str | Path) -> None:
+    """Run a phase to its end; a run that was stopped resumes.
 
-    `configs/` says what there is to set. `workdir` becomes a checkpoint folder, with metrics.jsonl,
+    `config.TrainConfig` says what there is to set. `workdir` becomes a checkpoint folder, with metrics.jsonl,
     skipped.jsonl, tensorboard/ and plots/. The processes of a run (see `hosts`) share it: all of them save
     their part of a checkpoint, the first writes the logs.
 
@@ -46,8 +48,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> None:
       ConnectionError: another process of the run is gone.
       SystemExit: with TERMINATED after SIGTERM to any of the processes, once a checkpoint is written.
     """
-    workdir = Path(workdir)
-    mesh = sharding.make_mesh(config.mesh)
+    config, workdir = read(settings), Path(workdir)
+    mesh = sharding.make_mesh(dataclasses.asdict(config.mesh))
     setup.check(config, mesh)
     with hosts.together():
         setup.check_alike(config, workdir)
@@ -70,7 +72,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> None:
 
 
 def _loop(
-    config: ml_collections.ConfigDict,
+    config: TrainConfig,
     workdir: Path,
     run: "_Run",
     manager: checkpoint.Manager,
@@ -142,12 +144,12 @@ class _Run:
 class _Reporter:
     """Writes the metrics of a step once the next one has been handed to the device."""
 
-    def __init__(self, config: ml_collections.ConfigDict, run: _Run, log: MetricsLog | None, progress: Progress):
+    def __init__(self, config: TrainConfig, run: _Run, log: MetricsLog | None, progress: Progress):
         self._phase, self._run, self._log, self._progress = config.phase, run, log, progress
         self._batch_size, self._max_bad_steps = config.batch_size, config.max_bad_steps
         self._bad_steps = hosts.gather(log.bad_steps if log else 0)[0]  # the first process has the log
         self._peak = config.optimizer.learning_rate
-        self._rate = rate_shape(OptimizerConfig(**config.optimizer), config.steps)
+        self._rate = rate_shape(config.optimizer, config.steps)
         self._pending: tuple[int, dict[str, jax.Array], list[str], int] | None = None
         self._shapes: set[tuple[int, ...]] = set()
         self._since = time.monotonic()

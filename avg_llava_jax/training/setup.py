@@ -3,12 +3,12 @@
 import functools
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 from jax.experimental import multihost_utils
 
 from avg_llava_jax import checkpoint, parameters
@@ -20,7 +20,8 @@ from avg_llava_jax.data.sources import open_sources
 from avg_llava_jax.data.tokenizer import Tokenizer, load_tokenizer
 from avg_llava_jax.models.stack import Remat
 from avg_llava_jax.parallel import hosts, sharding
-from avg_llava_jax.training.optimizer import OptimizerConfig, trainable
+from avg_llava_jax.training.config import TrainConfig
+from avg_llava_jax.training.optimizer import trainable
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ class Start(NamedTuple):
     params: parameters.Params | None
 
 
-def begin(config: ml_collections.ConfigDict, workdir: Path, mesh: jax.sharding.Mesh) -> Start:
+def begin(config: TrainConfig, workdir: Path, mesh: jax.sharding.Mesh) -> Start:
     """The run's own checkpoint, else `init_from`, else a fresh model; writes config.json and tokenizer/.
 
     Raises:
@@ -52,7 +53,7 @@ def begin(config: ml_collections.ConfigDict, workdir: Path, mesh: jax.sharding.M
     """
     if checkpoint.steps(workdir):
         model, values = checkpoint.read_config(workdir)
-        _compare(workdir, values["training"] or {}, config.to_dict())
+        _compare(workdir, values["training"] or {}, to_dict(config))
         return Start(model, None)
     if config.init_from:
         loaded = checkpoint.load(config.init_from, config.vision_tower or None, mesh, dtypes(config), config.seed)
@@ -66,19 +67,19 @@ def begin(config: ml_collections.ConfigDict, workdir: Path, mesh: jax.sharding.M
         shardings = sharding.shardings(mesh, parameters.abstract(model))
         params = jax.jit(init, out_shardings=shardings)(jax.random.key(config.seed))
         tokenizer, trained = config.tokenizer, None
-    if config.phase != "rglf":
+    if config.phase not in ("grounding", "rglf"):
         trained = list(granularities(config, model))
     if hosts.first():
         checkpoint.copy_tokenizer(tokenizer, workdir)
         if config.init_from:
             foreign.keep_unused(config.init_from, workdir, config.vision_tower or None)
-        checkpoint.save_config(workdir, model, config.to_dict(), trained)
+        checkpoint.save_config(workdir, model, to_dict(config), trained)
     multihost_utils.sync_global_devices("config.json and tokenizer are written")
     return Start(model, params)
 
 
 def _with_fresh(
-    config: ml_collections.ConfigDict, model: ModelConfig, params: parameters.Params, mesh: jax.sharding.Mesh
+    config: TrainConfig, model: ModelConfig, params: parameters.Params, mesh: jax.sharding.Mesh
 ) -> parameters.Params:
     """`params`, in which the components of `config.fresh` are drawn anew."""
     if not config.fresh:
@@ -92,21 +93,21 @@ def _with_fresh(
     return parameters.merge(jax.jit(draw, out_shardings=sharding.shardings(mesh, shapes))(), kept)
 
 
-def override(model: ModelConfig, overrides: ml_collections.ConfigDict) -> ModelConfig:
-    """`config.model` over a model's config; what is None there stays as it is."""
+def override(model: ModelConfig, overrides: Mapping[str, Any]) -> ModelConfig:
+    """A model's config with `config.model` over it; what is None there stays as it is."""
 
-    def over(values: dict[str, Any], by: dict[str, Any]) -> dict[str, Any]:
+    def over(values: dict[str, Any], by: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in by.items():
-            if isinstance(value, dict):
-                values[key] = over(dict(values.get(key) or {}), value)
-            elif value is not None:
+            if isinstance(value, Mapping):
+                value = over(dict(values.get(key) or {}), value) or None
+            if value is not None:
                 values[key] = value
         return values
 
-    return from_dict(over(to_dict(model), overrides.to_dict()))
+    return from_dict(over(to_dict(model), overrides))
 
 
-def granularities(config: ml_collections.ConfigDict, model: ModelConfig) -> tuple[int, ...]:
+def granularities(config: TrainConfig, model: ModelConfig) -> tuple[int, ...]:
     """Those that the phase trains, ascending; unset means all."""
     chosen = tuple(sorted(config.granularities)) or model.granularities
     if not set(chosen) <= set(model.granularities):
@@ -114,14 +115,19 @@ def granularities(config: ml_collections.ConfigDict, model: ModelConfig) -> tupl
     return chosen
 
 
-def dtypes(config: ml_collections.ConfigDict) -> dict[str, Any]:
+def packed_granularities(config: TrainConfig, model: ModelConfig) -> tuple[int, ...]:
+    """Those that batches are packed at: none for phase grounding, which runs no language model."""
+    return () if config.phase == "grounding" else granularities(config, model)
+
+
+def dtypes(config: TrainConfig) -> dict[str, Any]:
     """The dtype in which the parameters of each component are held: fp32 where they learn, else that of the compute."""
-    learning = trainable(config.phase, OptimizerConfig(**config.optimizer))
+    learning = trainable(config.phase, config.optimizer)
     frozen = DTYPES[config.compute_dtype]
     return {name: jnp.float32 if name in learning else frozen for name in parameters.COMPONENTS}
 
 
-def check(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> None:
+def check(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
     """Settings that would only fail later.
 
     Raises:
@@ -137,34 +143,39 @@ def check(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> None:
         raise ValueError(f"fresh names {unknown[0]!r}: the components are {', '.join(parameters.COMPONENTS)}")
     if not config.data.path:
         raise ValueError("data.path is not set: give a LLaVA JSON or JSONL, or `jersey`")
-    if not config.init_from and not config.get("tokenizer"):
-        raise ValueError("init_from is not set: give a checkpoint, or a `tokenizer` to begin with fresh parameters")
+    if not config.init_from:
+        if not config.tokenizer:
+            raise ValueError("init_from is not set: give a checkpoint, or a `tokenizer` to start from fresh parameters")
+        for name in ("fresh", "vision_tower"):
+            if getattr(config, name):
+                raise ValueError(f"{name}={getattr(config, name)!r} has no effect without init_from: leave it unset")
 
 
-def check_alike(config: ml_collections.ConfigDict, workdir: Path) -> None:
+def check_alike(config: TrainConfig, workdir: Path) -> None:
     """All processes of a run were given the same; all must call it.
 
     Raises:
       ValueError: names a setting that differs, and where.
     """
-    first, *others = hosts.gather(_leaves({"workdir": str(workdir), **config.to_dict()}))
+    first, *others = hosts.gather(leaves({"workdir": str(workdir), **to_dict(config)}))
     for process, other in enumerate(others, 1):
         for name in sorted(first.keys() | other.keys()):
             if (here := first.get(name)) != (there := other.get(name)):
                 raise ValueError(f"{name}={there!r} on process {process}, {here!r} on process 0: start them alike")
 
 
-def check_step(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> None:
+def check_step(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
     """Those settings of `check` that the training step depends on."""
-    optimizer = OptimizerConfig(**config.optimizer)
+    optimizer = config.optimizer
     trainable(config.phase, optimizer)
     if config.compute_dtype not in DTYPES:
         raise ValueError(f"compute_dtype={config.compute_dtype!r}: choose {' or '.join(DTYPES)}")
     if config.remat not in get_args(Remat):
         raise ValueError(f"remat={config.remat!r}: choose {' or '.join(get_args(Remat))}")
+    _without_effect(config)
     for name in ("steps", "batch_size"):
-        if config[name] < 1:
-            raise ValueError(f"{name}={config[name]} must be at least 1")
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name}={getattr(config, name)} must be at least 1")
     parts = optimizer.accumulate * mesh.shape["data"] * mesh.shape["fsdp"]
     if config.batch_size % parts:
         raise ValueError(
@@ -173,16 +184,43 @@ def check_step(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> No
         )
 
 
-def open_batches(
-    config: ml_collections.ConfigDict, workdir: Path, model: ModelConfig, mesh: jax.sharding.Mesh
-) -> Batches:
+def _without_effect(config: TrainConfig) -> None:
+    """A setting that this run would not read is an error, not silence.
+
+    Raises:
+      ValueError: names the setting, and why it has no effect.
+    """
+    phase, trained = config.phase, parameters.TRAINED_IN[config.phase]
+    for component in ("encoder", "connector"):
+        name = f"{component}_learning_rate"
+        rate = getattr(config.optimizer, name)
+        if rate and component not in trained:
+            raise ValueError(
+                f"optimizer.{name}={rate} has no effect in phase {phase}, which trains {', '.join(trained)}: "
+                "leave it unset"
+            )
+    if phase == "rglf" and config.remat != "none":
+        raise ValueError(
+            f"remat={config.remat} has no effect in phase rglf, which has no backward pass through the model: "
+            "leave it at none"
+        )
+    if config.rglf.feedback and config.rglf.execution != "per_length":
+        raise ValueError(
+            f"rglf.execution={config.rglf.execution} has no effect with rglf.feedback, whose answers are measured: "
+            "leave it unset, or give it to launch.feedback"
+        )
+    if phase == "grounding" and config.granularities:
+        raise ValueError(f"granularities={config.granularities} has no effect in phase grounding: leave it unset")
+
+
+def open_batches(config: TrainConfig, workdir: Path, model: ModelConfig, mesh: jax.sharding.Mesh) -> Batches:
     """This process's rows of the batches, from the first batch on."""
     tokenizer = load_tokenizer(workdir / checkpoint.TOKENIZER)
     return Batches(plan_batches(config, model, tokenizer, mesh), config.data.workers)
 
 
 def plan_batches(
-    config: ml_collections.ConfigDict, model: ModelConfig, tokenizer: Tokenizer, mesh: jax.sharding.Mesh | None = None
+    config: TrainConfig, model: ModelConfig, tokenizer: Tokenizer, mesh: jax.sharding.Mesh | None = None
 ) -> PlannedBatches:
     """The batches by number: the rows that lie on this process's devices of the mesh, or all of them."""
     if tokenizer.vocab_size > model.language.vocab_size:
@@ -193,7 +231,7 @@ def plan_batches(
         parts=open_sources(config.data.path, config.data.images, config.data.max_pixels),
         tokenizer=tokenizer,
         config=model,
-        granularities=granularities(config, model),
+        granularities=packed_granularities(config, model),
         batch_size=config.batch_size,
         seed=config.seed,
         shapes=config.data.shapes,
@@ -212,21 +250,21 @@ def _same_shapes(params: parameters.Params, wanted: parameters.Params, where: st
 
 
 def _compare(workdir: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Another phase is an error; another setting that matters is worth a warning, once the run has begun."""
+    """Another phase is an error; another setting that matters is worth a warning, once the run has started."""
     if before.get("phase") != now["phase"]:
         raise ValueError(f"{workdir} holds phase {before.get('phase')}: give phase {now['phase']} a workdir of its own")
-    before, now = _leaves(before), _leaves(now)
+    before, now = leaves(before), leaves(now)
     for name in sorted(before.keys() & now.keys()):
         if before[name] != now[name] and not name.startswith(MAY_CHANGE):
             logger.warning("%s goes on with %s=%s, it began with %s", workdir, name, now[name], before[name])
 
 
-def _leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"data.path": ...} of nested settings, with tuples as JSON has them."""
-    leaves: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):
-            leaves |= _leaves(value, f"{prefix}{key}.")
+            found |= leaves(value, f"{prefix}{key}.")
         else:
-            leaves[prefix + key] = json.loads(json.dumps(value))
-    return leaves
+            found[prefix + key] = json.loads(json.dumps(value))
+    return found
