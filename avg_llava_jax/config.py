@@ -1,13 +1,18 @@
 """Model dims as frozen dataclasses: what a checkpoint must say about itself.
 
-Legend of dims, used in every docstring of the project:
+Legend of dims, used in every signature and docstring of the project:
 
-    B  samples of a batch          T  tile slots of a sample (all its images)
-    I  image slots of a sample     P  patches of a tile (finest granularity)
-    G  granularities               R  pyramid rows of a tile, the sum over G
-    L  text tokens of a sample     S  packed length: text, visual tokens, newlines
-    A  answer tokens of a sample   D  width of the language model
-    N  visual tokens of a sample   V  vocabulary
+    B  samples of a batch           T  tile slots of a sample (all its images)
+    I  image slots of a sample      P  patches of a tile (finest granularity)
+    G  granularities                R  pyramid rows of a tile, the sum over G
+    L  text tokens of a sample      S  packed length: text, visual tokens, newlines
+    A  answer tokens of a sample    N  visual tokens of an image, newlines included
+    D  width of the language model  E  width of the vision encoder
+    V  vocabulary                   M  tiles, or images, of all samples together
+    H  height of a tile in pixels   W  width of a tile in pixels
+    Q  query heads                  K  key-value heads
+    F  features of a head           C  positions a cache has room for
+    J  instruction tokens that the router reads
 
 A *granularity* is named by its tokens per tile: 36, 72, 144, 288, 576 for the released
 24 x 24 grid. Lists of granularities are always ascending.

@@ -47,7 +47,9 @@ def collect_feedback(model: AvgLlava, config: Any, workdir: pathlib.Path) -> pat
     if not (workdir / "feedback.seconds").exists():
         begin = time.perf_counter()
         mesh = sharding.make_mesh(config.mesh)
-        params = jax.device_put(model.params, sharding.shardings(mesh, model.params))
+        dtype = setup.DTYPES[config.compute_dtype]
+        params = jax.tree.map(lambda leaf: leaf.astype(dtype), model.params)
+        params = jax.device_put(params, sharding.shardings(mesh, params))
         batches = setup.plan_batches(read(config), model.config, model.tokenizer)
         feedback.measure(model.config, params, batches, config.steps, path, mesh, keep_features=True)
         _note_seconds(workdir, "feedback", begin)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxtyping import TypeCheckError
 
 from avg_llava_jax.models import avg_llava
 from avg_llava_jax.training import losses, phases, rglf
@@ -118,3 +119,18 @@ def test_grounding_is_the_mean_over_words(tiny, params):
 
     (value, (weight, _)), grad = both(params, batch | {"patch_words": np.full_like(words, -1)})
     assert value == weight == 0 and not any(leaf.any() for leaf in jax.tree.leaves(grad))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda: rglf.rank_loss(jnp.zeros(3), jnp.zeros(4), 1.0),
+        lambda: rglf.rglf_loss(jnp.zeros((2, 3)), jnp.zeros((2, 3)), jnp.ones(3, bool), **WEIGHTS),
+        lambda: jax.eval_shape(rglf.rank, jnp.zeros((2, 3)), 0.0),
+        lambda: jax.jit(rglf.cross_entropy)(jnp.zeros((2, 3), int)),
+    ],
+)
+def test_shapes_in_signatures_are_checked_while_tests_run(wrong):
+    """Under jit as well; see tests/__init__.py."""
+    with pytest.raises(TypeCheckError):
+        wrong()

@@ -55,6 +55,9 @@ IN_RGLF = {
 
 SHOWN_BY = {
     "checkpoint_every": "test_a_run_that_is_stopped_goes_on_to_the_same_losses",
+    "evaluate_every": "test_validation_while_training",
+    "data.validation": "test_validation_while_training",
+    "data.validation_images": "test_validation_of_a_path",
     "max_bad_steps": "test_steps_that_are_not_finite_are_passed_over",
     "init_from": "test_train_then_route",
     "fresh": "test_asks_once_trains_many_and_goes_on",
@@ -163,6 +166,9 @@ FRESH = {"tokenizer": "T", "data.path": "jersey"}
         ("rglf", {"optimizer.connector_learning_rate": 1.0}, "connector_learning_rate=1.0 has no effect in phase rglf"),
         ("connector", {"optimizer.encoder_learning_rate": 1.0}, "phase connector, which trains connector"),
         ("rglf", {"rglf.feedback": "F", "rglf.execution": "vmap"}, "execution=vmap has no effect with rglf.feedback"),
+        ("connector", {"evaluate_every": 3}, "evaluate_every=3 has no effect without data.validation"),
+        ("connector", {"data.validation": "1.5"}, r"data.validation=1.5: a share of the records lies between 0 and 1"),
+        ("connector", {"data.validation": "0.5", "data.validation_images": "I"}, "validation_images=I has no effect"),
         ("grounding", {}, r"granularities=\(4,\) has no effect in phase grounding"),
         ("connector", FRESH | {"fresh": ("router",)}, r"fresh=\('router',\) has no effect without init_from"),
         ("connector", FRESH | {"vision_tower": "V"}, "vision_tower='V' has no effect without init_from"),

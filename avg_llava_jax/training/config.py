@@ -30,6 +30,9 @@ class DataConfig:
     max_skipped_share: the run stops where more of the samples cannot be used.
     shapes: batch shapes; each is compiled once, fewer of them mean more padding.
     workers: processes that read data; 0 = a thread.
+    validation: samples that are held out of training and measured now and then: a path, as `path`; or a share of the
+      records of each path, as `0.02`, the same ones in every run; "" = none.
+    validation_images: where the images of a validation path lie; "" = where `images` says.
     """
 
     path: str = ""
@@ -38,6 +41,24 @@ class DataConfig:
     max_skipped_share: float = 0.05
     shapes: int = 6
     workers: int = 0
+    validation: str = ""
+    validation_images: str = ""
+
+    def __post_init__(self) -> None:
+        if self.validation_share is not None and not 0 < self.validation_share < 1:
+            raise ValueError(f"data.validation={self.validation}: a share of the records lies between 0 and 1")
+        if self.validation_images and (not self.validation or self.validation_share):
+            raise ValueError(
+                f"data.validation_images={self.validation_images} has no effect without a path in data.validation"
+            )
+
+    @property
+    def validation_share(self) -> float | None:
+        """Of the records that are held out, None where there is no validation or it has a path of its own."""
+        try:
+            return float(self.validation)
+        except ValueError:
+            return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +141,7 @@ class TrainConfig:
     seed: of fresh parameters, of the order of the data and of dropout.
     steps, batch_size: optimizer steps; samples in each, over all devices.
     checkpoint_every: steps.
+    evaluate_every: steps between measurements on `data.validation`, also after the last; 0 = with each checkpoint.
     max_bad_steps: steps passed over, unchanged, because their loss is not finite; one more ends the run.
     init_from: a checkpoint of ours or a PyTorch folder; "" = fresh parameters.
     fresh: components that start fresh although `init_from` has them, as ("router",); they may have another form.
@@ -136,6 +158,7 @@ class TrainConfig:
     steps: int = 1000
     batch_size: int = 128
     checkpoint_every: int = 500
+    evaluate_every: int = 0
     max_bad_steps: int = 0
     init_from: str = ""
     fresh: tuple[str, ...] = ()

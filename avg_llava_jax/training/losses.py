@@ -1,39 +1,42 @@
 """What the model is trained on: pure functions of parameters and one batch (paper, section 3.4). The router: `rglf`."""
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float, Int
 
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.models import avg_llava
 from avg_llava_jax.models.stack import Remat
 
-Batch = dict[str, jax.Array | dict[int, jax.Array]]
+Batch = Mapping[str, Any]
+"""Arrays as `data.pipeline.collate_rows` describes them; those of one granularity in a dict {g: array}."""
+Metrics = dict[str, Float[Array, ""]]
 Execution = Literal["per_length", "vmap"]
 
 
 def answer_nll(
     config: ModelConfig,
     params: avg_llava.Params,
-    pyramid: jax.Array,
-    text: jax.Array,
-    index: jax.Array,
-    target_at: jax.Array,
-    targets: jax.Array,
+    pyramid: Float[ArrayLike, "B T R D"],
+    text: Float[ArrayLike, "B L D"],
+    index: Int[ArrayLike, "B S"],
+    target_at: Int[ArrayLike, "B A"],
+    targets: Int[ArrayLike, "B A"],
     remat: Remat = "none",
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
     """Negative log-likelihood of each sample's answer at one granularity.
 
     Logits are formed at the A positions that predict an answer token, not at all S.
 
     Args:
-      pyramid (B, T, R, D), text (B, L, D); index int (B, S), see `assemble`.
-      target_at: int (B, A), the packed position whose next token is the target, -1 = none.
-      targets: int (B, A).
+      index: see `avg_llava.assemble`.
+      target_at: the packed position whose next token is the target, -1 = none.
+      targets: token ids.
     Returns:
-      the sum over the answer in nats (B,), and how many tokens were counted (B,), both fp32.
+      the sum over the answer in nats, and how many tokens were counted, both fp32.
     """
     hidden, _ = avg_llava.language(config, params, avg_llava.assemble(params, pyramid, text, index), remat=remat)
     at = jnp.take_along_axis(hidden, jnp.maximum(target_at, 0)[..., None], axis=1)
@@ -47,14 +50,14 @@ def answer_nll(
 def granularity_nll(
     config: ModelConfig,
     params: avg_llava.Params,
-    pyramid: jax.Array,
-    text: jax.Array,
+    pyramid: Float[ArrayLike, "B T R D"],
+    text: Float[ArrayLike, "B L D"],
     batch: Batch,
     granularities: Sequence[int],
     execution: Execution = "per_length",
     remat: Remat = "none",
-) -> tuple[jax.Array, jax.Array]:
-    """`answer_nll` at each granularity: sums and counts, (G, B) each.
+) -> tuple[Float[Array, "G B"], Float[Array, "G B"]]:
+    """`answer_nll` at each granularity: sums and counts.
 
     `per_length` runs one program part per granularity at its own static length. `vmap` pads all to the longest
     and maps over the granularity axis.
@@ -82,7 +85,7 @@ def language_loss(
     batch: Batch,
     granularities: Sequence[int],
     remat: Remat = "none",
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+) -> tuple[Float[Array, ""], Metrics]:
     """Next-token cross-entropy of the answers, mean over tokens, then over granularities (paper, equation 5).
 
     Serves connector pre-training, visual instruction tuning (the finest granularity alone) and
@@ -96,7 +99,9 @@ def language_loss(
     return jnp.mean(per_granularity), metrics
 
 
-def grounding_loss(config: ModelConfig, params: avg_llava.Params, batch: Batch, remat: Remat = "none"):
+def grounding_loss(
+    config: ModelConfig, params: avg_llava.Params, batch: Batch, remat: Remat = "none"
+) -> tuple[Float[Array, ""], Metrics]:
     """Each patch names what it shows: cross-entropy of its words, read straight through the unembedding.
 
     Scores are sharpened by sqrt(D), so that features come out about as long as the embeddings that they are

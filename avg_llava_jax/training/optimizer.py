@@ -66,10 +66,10 @@ def _decayed(params: parameters.Params) -> parameters.Params:
 
 
 Aux = tuple[jax.Array, dict[str, jax.Array]]
-Loss = Callable[[parameters.Params, Mapping[str, Any], jax.Array], tuple[jax.Array, Aux]]
+Loss = Callable[[parameters.Params, Mapping[str, Any], jax.Array | None], tuple[jax.Array, Aux]]
 """(params, batch, keys) -> mean loss, (weight, metrics): over how many things the loss and the metrics are means.
 
-keys (B,): one a sample, for whatever it draws at random.
+keys (B,): one a sample, for whatever it draws at random; None = it draws nothing.
 """
 
 

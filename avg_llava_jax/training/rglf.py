@@ -14,11 +14,9 @@ Worked example, one image, three granularities, margin 1. L = [0.9, 0.2, 0.5], s
     j = 2    max(0, 2 * (0.9 - 0.2))                    = 1.4        ranking loss 1.75, cross-entropy log 3
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key
 
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.models import avg_llava
@@ -26,25 +24,21 @@ from avg_llava_jax.models.scaler import scale
 from avg_llava_jax.training import losses
 from avg_llava_jax.training.config import RglfConfig
 
-Metrics = dict[str, jax.Array]
-
 
 def feedback(
     config: ModelConfig,
     params: avg_llava.Params,
-    pyramid: jax.Array,
-    text: jax.Array,
-    batch: Mapping[str, Any],
+    pyramid: Float[ArrayLike, "B T R D"],
+    text: Float[ArrayLike, "B L D"],
+    batch: losses.Batch,
     execution: losses.Execution,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Float[Array, "B G"], Bool[Array, " B"]]:
     """How well the frozen model answers: mean answer NLL in nats at every granularity, without gradient.
 
     Stored feedback (`batch["nll"]`, NaN = none) is taken as it is.
 
-    Args:
-      pyramid (B, T, R, D); text (B, L, D).
     Returns:
-      NLL (B, G) fp32, and which samples have an answer token at every granularity, bool (B,).
+      the NLL in fp32, and which samples have an answer token at every granularity.
     """
     if "nll" in batch:
         answered = jnp.all(jnp.isfinite(batch["nll"]), axis=1)
@@ -53,8 +47,8 @@ def feedback(
     return jax.lax.stop_gradient(sums / jnp.maximum(counts, 1.0)).T, jnp.all(counts > 0, axis=0)
 
 
-def rank(nll: jax.Array, tie_nats: float) -> tuple[jax.Array, jax.Array]:
-    """Order the granularities of one image by feedback: (G,) -> nll with ties levelled (G,), order int (G,).
+def rank(nll: Float[ArrayLike, " G"], tie_nats: float) -> tuple[Float[Array, " G"], Int[Array, " G"]]:
+    """Order the granularities of one image by feedback: nll with ties levelled, and the order.
 
     Within `tie_nats` of the best counts as tied, and ties rank cheapest first. With tie_nats = 0.1:
 
@@ -65,12 +59,12 @@ def rank(nll: jax.Array, tie_nats: float) -> tuple[jax.Array, jax.Array]:
     return level, jnp.argsort(level, stable=True)
 
 
-def rank_loss(scores: jax.Array, nll: jax.Array, margin: float) -> jax.Array:
+def rank_loss(scores: Float[ArrayLike, " G"], nll: Float[ArrayLike, " G"], margin: float) -> Float[Array, ""]:
     """Ranking loss of one image with an adaptive margin (paper, equations 8 and 9).
 
     Args:
-      scores: (G,) log-probabilities of the router; nll: (G,); both in ascending order of nll.
-    Returns: scalar; sum over distances j of the mean over pairs (i, i + j) of
+      scores: log-probabilities of the router; scores and nll in ascending order of nll.
+    Returns: sum over distances j of the mean over pairs (i, i + j) of
       max(0, scores[i+j] - scores[i] + margin * j * (nll[i+j] - nll[i])).
     """
     total = jnp.zeros((), scores.dtype)
@@ -80,22 +74,22 @@ def rank_loss(scores: jax.Array, nll: jax.Array, margin: float) -> jax.Array:
     return total
 
 
-def cross_entropy(scores: jax.Array) -> jax.Array:
-    """Of choosing the best granularity: log-probabilities (M, G), the best first -> (M,)."""
+def cross_entropy(scores: Float[ArrayLike, "M G"]) -> Float[Array, " M"]:
+    """Of choosing the best granularity, from log-probabilities, the best first."""
     return -scores[:, 0]
 
 
 def rglf_loss(
-    logits: jax.Array,
-    nll: jax.Array,
-    valid: jax.Array,
+    logits: Float[ArrayLike, "M G"],
+    nll: Float[ArrayLike, "M G"],
+    valid: Bool[ArrayLike, " M"],
     *,
     margin: float,
     rank_weight: float,
     ce_weight: float,
     nll_weight: float = 0.0,
     tie_nats: float = 0.0,
-) -> tuple[jax.Array, Metrics]:
+) -> tuple[Float[Array, ""], losses.Metrics]:
     """The loss of M images: rank the granularities by log-likelihood, and choose the best one (paper, equation 10).
 
     `nll_weight` adds the answer's NLL expected where the router draws a granularity by its probabilities p,
@@ -105,9 +99,9 @@ def rglf_loss(
     which is what instruction tuning through the router's choice would minimise, here without the noise of drawing.
 
     Args:
-      logits: (M, G) router scores, one row an image; nll: (M, G) mean answer NLL in nats at each granularity.
-      valid: bool (M,); rows without an image or without labels add nothing.
-    Returns: scalar loss and its parts, with `best_chosen` (share) and `regret` (nats) of the router's argmax.
+      logits: router scores, one row an image; nll: mean answer NLL in nats at each granularity.
+      valid: rows without an image or without labels add nothing.
+    Returns: the loss and its parts, with `best_chosen` (share) and `regret` (nats) of the router's argmax.
     """
     # An invalid row may hold anything: make it harmless before it meets a logarithm.
     logits = jnp.where(valid[:, None], logits.astype(jnp.float32), 0.0)
@@ -137,13 +131,13 @@ def rglf_loss(
 def batch_loss(
     config: ModelConfig,
     params: avg_llava.Params,
-    batch: Mapping[str, Any],
-    keys: jax.Array | None,
+    batch: losses.Batch,
+    keys: Key[Array, " B"] | None,
     settings: RglfConfig,
-) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
+) -> tuple[Float[Array, ""], tuple[Float[Array, ""], losses.Metrics]]:
     """RGLF on one batch: every image of a sample learns from how well that sample was answered.
 
-    Each image is encoded once, for the answers and for the router. `keys` (B,) drive the router's
+    Each image is encoded once, for the answers and for the router. `keys` drive the router's
     dropout, None = none. An image counts if its sample has an answer token at every granularity.
 
     Returns:

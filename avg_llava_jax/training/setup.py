@@ -1,5 +1,6 @@
 """What a run begins with: its settings checked, its model, its data."""
 
+import dataclasses
 import functools
 import json
 import logging
@@ -14,8 +15,10 @@ from jax.experimental import multihost_utils
 from avg_llava_jax import checkpoint, parameters
 from avg_llava_jax.config import ModelConfig, from_dict, to_dict
 from avg_llava_jax.convert import foreign
-from avg_llava_jax.data.feedback import read_feedback
-from avg_llava_jax.data.pipeline import Batches, PlannedBatches
+from avg_llava_jax.data.errors import BadSample
+from avg_llava_jax.data.feedback import asked, read_feedback
+from avg_llava_jax.data.packing import Sample
+from avg_llava_jax.data.pipeline import WINDOW, Batches, PlannedBatches, hold_out
 from avg_llava_jax.data.sources import open_sources
 from avg_llava_jax.data.tokenizer import Tokenizer, load_tokenizer
 from avg_llava_jax.models.stack import Remat
@@ -26,8 +29,11 @@ from avg_llava_jax.training.optimizer import trainable
 logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+CHECKED = 64
+"""Records that are looked up in stored feedback before a run starts."""
 MAY_CHANGE = (
     "checkpoint_every",
+    "evaluate_every",
     "max_bad_steps",
     "data.workers",
     "data.max_skipped_share",
@@ -136,6 +142,8 @@ def check(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
     check_step(config, mesh)
     if config.checkpoint_every < 1:
         raise ValueError(f"checkpoint_every={config.checkpoint_every} must be at least 1")
+    if config.evaluate_every < 0:
+        raise ValueError(f"evaluate_every={config.evaluate_every} must not be negative")
     if config.max_bad_steps < 0:
         raise ValueError(f"max_bad_steps={config.max_bad_steps} must not be negative")
     unknown = sorted(set(config.fresh) - set(parameters.COMPONENTS))
@@ -209,26 +217,54 @@ def _without_effect(config: TrainConfig) -> None:
             f"rglf.execution={config.rglf.execution} has no effect with rglf.feedback, whose answers are measured: "
             "leave it unset, or give it to launch.feedback"
         )
+    if config.evaluate_every and not config.data.validation:
+        raise ValueError(f"evaluate_every={config.evaluate_every} has no effect without data.validation: leave it at 0")
     if phase == "grounding" and config.granularities:
         raise ValueError(f"granularities={config.granularities} has no effect in phase grounding: leave it unset")
 
 
 def open_batches(config: TrainConfig, workdir: Path, model: ModelConfig, mesh: jax.sharding.Mesh) -> Batches:
     """This process's rows of the batches, from the first batch on."""
-    tokenizer = load_tokenizer(workdir / checkpoint.TOKENIZER)
-    return Batches(plan_batches(config, model, tokenizer, mesh), config.data.workers)
+    planned = plan_batches(config, model, load_tokenizer(workdir / checkpoint.TOKENIZER), mesh)
+    if config.rglf.feedback:
+        _same_questions(config, planned)
+    return Batches(planned, config.data.workers)
+
+
+def _same_questions(config: TrainConfig, planned: PlannedBatches) -> None:
+    """Stored feedback must be on this data; a few records that it lacks are skipped as the run comes to them.
+
+    Raises:
+      ValueError: it is not.
+    """
+    members = list(planned.first(min(CHECKED, WINDOW * planned.batch_size)))
+    missing = [record for record, sample in members if not _is_stored(planned, sample)]
+    if len(missing) > config.data.max_skipped_share * len(members):
+        raise ValueError(
+            f"rglf.feedback={config.rglf.feedback} has no answers to {len(missing)} of the first {len(members)} "
+            f"records as they are now, {missing[0]} among them: run launch.feedback with this config and folder"
+        )
+
+
+def _is_stored(planned: PlannedBatches, sample: Sample) -> bool:
+    try:
+        return asked(sample) in planned.feedback
+    except BadSample:  # its image is missing: it will be skipped for that
+        return True
 
 
 def plan_batches(
     config: TrainConfig, model: ModelConfig, tokenizer: Tokenizer, mesh: jax.sharding.Mesh | None = None
 ) -> PlannedBatches:
     """The batches by number: the rows that lie on this process's devices of the mesh, or all of them."""
+    share = config.data.validation_share
     if tokenizer.vocab_size > model.language.vocab_size:
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, model.language.vocab_size={model.language.vocab_size}"
         )
+    parts = open_sources(config.data.path, config.data.images, config.data.max_pixels)
     return PlannedBatches(
-        parts=open_sources(config.data.path, config.data.images, config.data.max_pixels),
+        parts=parts,
         tokenizer=tokenizer,
         config=model,
         granularities=packed_granularities(config, model),
@@ -238,7 +274,24 @@ def plan_batches(
         words=config.phase == "grounding",
         rows=None if mesh is None else sharding.process_rows(mesh, config.batch_size),
         feedback=read_feedback(config.rglf.feedback, model.granularities) if config.rglf.feedback else None,
+        kept=None if share is None else tuple(hold_out(len(part.source), share)[0] for part in parts),
     )
+
+
+def plan_validation(config: TrainConfig, planned: PlannedBatches) -> PlannedBatches | None:
+    """`data.validation` as batches that end, of the shapes of the training batches; None where there is none.
+
+    They bring no stored feedback: the frozen model is asked once, see `validation`.
+    """
+    share = config.data.validation_share
+    if share is not None:
+        held = tuple(hold_out(len(part.source), share)[1] for part in planned.parts)
+        return dataclasses.replace(planned, kept=held, once=True, feedback=None, shapes_of=planned)
+    if not config.data.validation:
+        return None
+    images = config.data.validation_images or config.data.images
+    parts = open_sources(config.data.validation, images, config.data.max_pixels)
+    return dataclasses.replace(planned, parts=parts, kept=None, once=True, feedback=None, shapes_of=planned)
 
 
 def _same_shapes(params: parameters.Params, wanted: parameters.Params, where: str) -> None:

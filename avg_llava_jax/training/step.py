@@ -27,6 +27,8 @@ class Step:
     init: trainable parameters -> state.
     update: (trainable parameters, state, frozen parameters, batch, step int32 ()) -> the first two after the
         step, and its metrics; the first two are donated.
+    evaluate: (trainable parameters, frozen parameters, batch) -> the loss and its metrics without gradient and without
+        dropout, each times its weight, and the weight.
     """
 
     def __init__(self, config: TrainConfig, model: ModelConfig, mesh: Mesh):
@@ -54,6 +56,12 @@ class Step:
         self.state = sharding.placed(state, sharding.state_shardings(mesh, whole, state))
         self.rows, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
         of_ours, of_frozen, of_state = (jax.tree.map(lambda x: x.sharding, tree) for tree in (ours, frozen, self.state))
+
+        def evaluate(ours: Any, frozen: Any, batch: Any) -> tuple[Any, Any]:
+            ours = sharding.constrain(jax.tree.map(lambda x: x.astype(dtype), ours))
+            value, (weight, metrics) = loss(parameters.merge(ours, frozen), batch, None)
+            return jax.tree.map(lambda x: weight * x, metrics | {"loss": value}), weight
+
         self.init = jax.jit(optimizer.init, out_shardings=of_state)
         self.update = jax.jit(
             update,
@@ -61,6 +69,7 @@ class Step:
             out_shardings=(of_ours, of_state, everywhere),
             donate_argnums=(0, 1),
         )
+        self.evaluate = jax.jit(evaluate, in_shardings=(of_ours, of_frozen, self.rows), out_shardings=everywhere)
 
     def split(self, params: parameters.Params) -> tuple[parameters.Params, parameters.Params]:
         """Parameters that learn in this phase, and those that are frozen."""
