@@ -48,7 +48,7 @@ class Row:
     form: how that PyTorch tensor (of one layer) is laid out:
         `same`         as ours
         `transposed`   a linear weight, (out, in)
-        `patches`      a convolution, (V, 3, p, p), where ours is (p * p * 3, V), rows ordered (row, column, colour)
+        `patches`      a convolution, (E, 3, p, p), where ours is (p * p * 3, E), rows ordered (row, column, colour)
         `third 0|1|2`  one of query, key, value stacked in one (3 D, D) weight or (3 D,) bias
         `column`       (n, 1) where ours is (n,)
     """

@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
+from avg_llava_jax.inference.intake import places_of
 
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.inference.buckets import STEPS, chunk_rung, make_ladders, rung
 from avg_llava_jax.inference.image_pages import ImagePages, digest_of
-from avg_llava_jax.inference.intake import places_of
 from avg_llava_jax.inference.scheduler import STEPS_BETWEEN_CHUNKS, Scheduler, Work
 
 LADDERS = make_ladders(ModelConfig(), slots=3, chunk=64, pages=20)

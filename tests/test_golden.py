@@ -36,7 +36,7 @@ def see_and_route(model):
 
     @jax.jit
     def compiled(params, pixels, batch):
-        features = avg_llava.see(config, params, pixels)
+        features = avg_llava.encode_images(config, params, pixels)
         pyramid = avg_llava.scale(config, features)
         text = avg_llava.embed(config, params, batch["text"])
         return features, pyramid, text, avg_llava.route(config, params, pyramid, text, batch)
@@ -51,7 +51,7 @@ def read(model):
     @jax.jit
     def compiled(params, pyramid, text, index):
         embeds = avg_llava.assemble(params, pyramid, text, index)
-        hidden, _ = avg_llava.language(model.config, params, embeds)
+        hidden = avg_llava.decoder(model.config, params, embeds)
         return embeds[0], avg_llava.unembed(model.config, params, hidden[0])
 
     return compiled

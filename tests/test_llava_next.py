@@ -90,7 +90,7 @@ def our_logits(config, params, tiles, index):
     def compiled(params, tiles, index):
         text = avg_llava.embed(config, params, jnp.array([[i for i in IDS if i >= 0]]))
         pyramid = avg_llava.pyramid_of(config, params, tiles[None])
-        hidden, _ = avg_llava.language(config, params, avg_llava.assemble(params, pyramid, text, index[None]))
+        hidden = avg_llava.decoder(config, params, avg_llava.assemble(params, pyramid, text, index[None]))
         return avg_llava.unembed(config, params, hidden[0])
 
     with jax.default_matmul_precision("highest"):

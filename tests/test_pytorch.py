@@ -118,7 +118,7 @@ def our_logits(pair, requests):
 
     @jax.jit
     def read(params, embeds):
-        return avg_llava.unembed(config, params, avg_llava.language(config, params, embeds)[0])
+        return avg_llava.unembed(config, params, avg_llava.decoder(config, params, embeds))
 
     def logits(granularity):
         with jax.default_matmul_precision("highest"):

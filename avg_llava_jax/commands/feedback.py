@@ -18,23 +18,13 @@ FEATURES = flags.DEFINE_bool(
 
 
 def main() -> None:
-    from avg_llava_jax import checkpoint
-    from avg_llava_jax.data.tokenizer import load_tokenizer
-    from avg_llava_jax.parallel import hosts, sharding
-    from avg_llava_jax.training import feedback, setup
+    from avg_llava_jax.parallel import hosts
+    from avg_llava_jax.training import feedback
+    from avg_llava_jax.training.config import read
 
-    config = CONFIG.value
-    if config.phase != "rglf":
-        raise ValueError(f"phase={config.phase}: feedback is for phase rglf")
-    mesh = sharding.make_mesh(config.mesh)
-    setup.check(config, mesh)
-    dtype = setup.DTYPES[config.compute_dtype]
-    loaded = checkpoint.load(config.init_from, config.vision_tower or None, mesh, dtype)
-    model = setup.override(loaded.config, config.model)
-    batches = setup.plan_batches(config, model, load_tokenizer(loaded.tokenizer_folder), mesh)
-    feedback.measure(model, loaded.params, batches, config.steps, OUTPUT.value, mesh, FEATURES.value)
+    found = feedback.run(read(CONFIG.value), OUTPUT.value, FEATURES.value)
     if hosts.first():
-        print(f"{OUTPUT.value}: train from it with --config.rglf.feedback={OUTPUT.value}")
+        print(f"{OUTPUT.value}: {found}; train from it with --config.rglf.feedback={OUTPUT.value}")
 
 
 def command() -> None:

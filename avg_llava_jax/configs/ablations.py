@@ -8,7 +8,8 @@ The first five are the paper's (a random choice trains nothing). `launch.bench.a
 
 from ml_collections import ConfigDict
 
-from avg_llava_jax.configs import base, jersey
+from avg_llava_jax.configs import jersey
+from avg_llava_jax.training.config import defaults
 
 ABLATIONS = {
     "full": {},
@@ -32,6 +33,6 @@ def get_config(name: str = "full") -> ConfigDict:
     if name not in ABLATIONS:
         raise ValueError(f"configs/ablations.py:{name}: choose {', '.join(ABLATIONS)}")
     config = jersey.get_config("router")
-    config.model = base.as_in_checkpoint()
+    config.model = defaults().model  # as in the checkpoint
     config.update_from_flattened_dict(ABLATIONS[name])
     return config

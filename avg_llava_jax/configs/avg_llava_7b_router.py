@@ -5,13 +5,12 @@
 
 from ml_collections import ConfigDict
 
-from avg_llava_jax.configs import base
+from avg_llava_jax.training.config import defaults
 
 
 def get_config() -> ConfigDict:
-    config = base.get_config()
+    config = defaults()
     config.phase = "rglf"
-    config.model = base.as_in_checkpoint()
     config.steps = 7800
     config.batch_size = 128
     config.compute_dtype = "bfloat16"

@@ -7,14 +7,13 @@ The checkpoint keeps the `plain` template: give the next stage --config.model.te
 
 from ml_collections import ConfigDict
 
-from avg_llava_jax.configs import base
+from avg_llava_jax.training.config import defaults
 
 
 def get_config() -> ConfigDict:
-    config = base.get_config()
+    config = defaults()
     config.phase = "connector"
     config.granularities = (576,)
-    config.model = base.as_in_checkpoint()
     config.model.template = "plain"
     config.steps = 2180
     config.batch_size = 256

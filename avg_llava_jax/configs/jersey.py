@@ -13,24 +13,21 @@
 
 from ml_collections import ConfigDict
 
-from avg_llava_jax.configs import base
+from avg_llava_jax import ASSETS
+from avg_llava_jax.training.config import defaults
 
 STAGES = {
     "grounding": {
         "phase": "grounding",
-        "granularities": (64,),
         "steps": 2000,
         "data.path": "jersey?turns=1&near=0.5&crowd=0.6",
         "optimizer.learning_rate": 2e-3,
-        "optimizer.encoder_learning_rate": 2e-3,
     },
     "reading": {
         "phase": "grounding",
-        "granularities": (64,),
         "steps": 1500,
         "data.path": "jersey?turns=1&near=0.6&crowd=0.5&seed=1",
         "optimizer.learning_rate": 1.5e-3,
-        "optimizer.encoder_learning_rate": 1.5e-3,
     },
     "roster": {
         "granularities": (64,),
@@ -58,7 +55,7 @@ STAGES = {
     },
     "router": {
         "phase": "rglf",
-        "init_from": str(base.ASSETS / "jersey"),
+        "init_from": str(ASSETS / "jersey"),
         "fresh": ("router",),  # the shipped one has learnt already
         "steps": 600,
         "data.path": "jersey?split=router&turns=1&coarse=0.4&near=0.5&size=2048",
@@ -74,10 +71,10 @@ STAGES = {
 def get_config(stage: str = "full") -> ConfigDict:
     if stage not in STAGES:
         raise ValueError(f"configs/jersey.py:{stage}: choose {', '.join(STAGES)}")
-    config = base.get_config()
+    config = defaults()
     config.batch_size = 16
     config.checkpoint_every = 100
-    config.tokenizer = str(base.ASSETS / "tokenizer")
+    config.tokenizer = str(ASSETS / "tokenizer")
     config.data.path = "jersey"
     config.data.shapes = 3
     config.data.workers = 1
@@ -86,7 +83,7 @@ def get_config(stage: str = "full") -> ConfigDict:
     config.optimizer.b2 = 0.98
     config.optimizer.weight_decay = 0.01
     config.rglf.tie_nats = 0.005
-    config.model = model()
+    config.model.update(model())
     if stage == "tiny":
         config.model.vision.update({"patch_size": 24, "width": 32, "layers": 2, "heads": 2, "mlp_width": 64})
         config.model.scaler.halvings = 2  # a 4 x 4 grid: 16, 8, 4

@@ -10,19 +10,18 @@ The first tunes the model at all granularities, the second the router that choos
 
 from ml_collections import ConfigDict
 
-from avg_llava_jax.configs import base
+from avg_llava_jax import ASSETS
+from avg_llava_jax.training.config import defaults
 
 
 def get_config() -> ConfigDict:
-    config = base.get_config()
-    config.init_from = str(base.ASSETS / "jersey")  # what the project ships
-    config.model = base.as_in_checkpoint()
+    config = defaults()
+    config.init_from = str(ASSETS / "jersey")  # what the project ships
     config.steps = 500
     config.batch_size = 16
     config.checkpoint_every = 100
     config.data.shapes = 4
     config.data.workers = 1
     config.optimizer.learning_rate = 5e-4
-    config.optimizer.encoder_learning_rate = 5e-4
     config.rglf.tie_nats = 0.1
     return config

@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import io
 import os
 import posixpath
@@ -29,6 +30,7 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Container, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -84,6 +86,13 @@ class ImageRef:
                 with self._opened_bare(error) as bare:
                     rgb = to_rgb(self._bounded(bare))
         return rgb.transpose(_TURNS[orientation]) if orientation in _TURNS else rgb
+
+    def digest(self) -> bytes:
+        """SHA-256 of the encoded bytes: the same picture under another name has the same; raises `missing_image`."""
+        with self._guard():
+            source = self._source()
+            content = source.getbuffer() if isinstance(source, io.BytesIO) else Path(source).read_bytes()
+            return hashlib.sha256(content).digest()
 
     def _source(self) -> str | io.BytesIO:
         """A path, or the encoded bytes."""
@@ -196,6 +205,12 @@ class MemoryImage(ImageRef):
         if isinstance(self.content, Image.Image):
             return self.content.copy()
         return super()._open()
+
+    def digest(self) -> bytes:
+        if isinstance(self.content, Image.Image):
+            about = f"{self.content.mode} {self.content.size} ".encode()
+            return hashlib.sha256(about + self.content.tobytes()).digest()
+        return super().digest()
 
     def _source(self) -> io.BytesIO:
         return io.BytesIO(self.content)

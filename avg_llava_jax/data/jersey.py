@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import itertools
 import json
 import random
@@ -105,6 +106,10 @@ class SceneImage:
 
     def load(self) -> Image.Image:
         return draw(self.scene)
+
+    def digest(self) -> bytes:
+        """Of what is drawn, which decides the pixels."""
+        return hashlib.sha256(repr(self.scene).encode()).digest()
 
 
 def make_scene(rng: random.Random, near: bool, crowd: bool = False) -> Scene:

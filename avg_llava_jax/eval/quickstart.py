@@ -20,6 +20,7 @@ from avg_llava_jax.files import same_run, write_whole
 from avg_llava_jax.inference.api import SHIPPED, AvgLlava
 from avg_llava_jax.parallel import sharding
 from avg_llava_jax.training import feedback, loop, setup
+from avg_llava_jax.training.config import read
 
 TEST = Jersey(split="test", paired=True)
 QUESTIONS = 1008  # a third of them coarse, fine and near each
@@ -44,8 +45,10 @@ def collect_feedback(model: AvgLlava, config: Any, workdir: pathlib.Path) -> pat
     if not (workdir / "feedback.seconds").exists():
         begin = time.perf_counter()
         mesh = sharding.make_mesh(config.mesh)
-        params = jax.device_put(model.params, sharding.shardings(mesh, model.params))
-        batches = setup.plan_batches(config, model.config, model.tokenizer)
+        dtype = setup.DTYPES[config.compute_dtype]
+        params = jax.tree.map(lambda leaf: leaf.astype(dtype), model.params)
+        params = jax.device_put(params, sharding.shardings(mesh, params))
+        batches = setup.plan_batches(read(config), model.config, model.tokenizer)
         feedback.measure(model.config, params, batches, config.steps, path, mesh, keep_features=True)
         _note_seconds(workdir, "feedback", begin)
     return path

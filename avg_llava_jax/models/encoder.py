@@ -17,7 +17,7 @@ def normalise(config: VisionConfig, pixels: jax.Array) -> jax.Array:
 
 
 class EncoderLayer(nn.Module):
-    """Pre-norm transformer layer of CLIP: (M, 1 + P, V) -> the same shape."""
+    """Pre-norm transformer layer of CLIP: (M, 1 + P, E) -> the same shape."""
 
     config: VisionConfig
 
@@ -47,7 +47,7 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(self, pixels: jax.Array) -> jax.Array:
-        """uint8 (M, H, W, 3) -> (M, P, V), patches row-major."""
+        """uint8 (M, H, W, 3) -> (M, P, E), patches row-major."""
         config = self.config
         pixels, side = normalise(config, pixels), config.patch_size
         patches = rearrange(pixels, "m (r a) (c b) rgb -> m (r c) (a b rgb)", a=side, b=side)

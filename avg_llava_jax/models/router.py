@@ -15,12 +15,12 @@ from avg_llava_jax.parallel.placement import constrain
 
 
 class Routing(NamedTuple):
-    """What the router decided and why. K = router.text_tokens.
+    """What the router decided and why. J = router.text_tokens.
 
     logits    (B, I, G)        after the layer norm; argmax chooses, the first of a tie
     pre_norm  (B, I, G)        before it: the mean over the image's tiles of the summed votes
-    votes     (B, T, R + K, G) weight of each row times its opinion; empty tile slots hold garbage
-    text_rows (B, I, K)        positions in `text` of the selected instruction tokens, -1 = none
+    votes     (B, T, R + J, G) weight of each row times its opinion; empty tile slots hold garbage
+    text_rows (B, I, J)        positions in `text` of the selected instruction tokens, -1 = none
     """
 
     logits: jax.Array

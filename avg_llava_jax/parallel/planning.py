@@ -25,6 +25,7 @@ from avg_llava_jax.data.pipeline import EMPTY, collate_rows
 from avg_llava_jax.inference import generate
 from avg_llava_jax.parallel import costs, placement, sharding
 from avg_llava_jax.parallel.chips import Target
+from avg_llava_jax.training import config as training_config
 from avg_llava_jax.training import setup
 from avg_llava_jax.training.step import Step
 
@@ -90,6 +91,7 @@ class Plan:
 
 def model_of(config: ml_collections.ConfigDict) -> ModelConfig:
     """The model that a run of this config would train; where it does not say, and `init_from` is not set, the 7B."""
+    config = training_config.read(config)
     folder = config.init_from
     if not folder:
         model = ModelConfig()
@@ -113,21 +115,22 @@ def train_step(config: ml_collections.ConfigDict, target: Target, shape: Shape) 
 
 def training(config: ml_collections.ConfigDict, model: ModelConfig, target: Target, shape: Shape) -> Program:
     """The step that `launch.train` runs for a model, on batches of one shape."""
-    mesh = sharding.make_mesh(config.mesh, target.devices)
+    config = training_config.read(config)
+    mesh = sharding.make_mesh(dataclasses.asdict(config.mesh), target.devices)
     setup.check_step(config, mesh)
     nothing, tiles = None, load_tiles(EMPTY, model)
     if config.rglf.feedback:
         nothing = next(iter(read_feedback(config.rglf.feedback, model.granularities).values()))
         tiles = tiles if nothing.features is None else nothing.features[:0]
 
-    def traced(config: ml_collections.ConfigDict) -> tuple[Any, dict[str, Any]]:
+    def traced(config: training_config.TrainConfig) -> tuple[Any, dict[str, Any]]:
         step = Step(config, model, mesh)
         rows = collate_rows(
             [EMPTY],
             [tiles],
             shape,
             model,
-            setup.granularities(config, model),
+            setup.packed_granularities(config, model),
             words=config.phase == "grounding",
             stored=[nothing] if nothing else None,
         )
@@ -144,9 +147,7 @@ def training(config: ml_collections.ConfigDict, model: ModelConfig, target: Targ
         program, held = traced(config)
         useful = None
         if config.remat != "none":
-            plain = config.copy_and_resolve_references()
-            plain.remat = "none"
-            useful, _ = traced(plain)
+            useful, _ = traced(dataclasses.replace(config, remat="none"))
         return Program("train step", program, held, ("trained", "optimizer"), useful)
 
 
@@ -163,7 +164,8 @@ def answers(
 
     Parameters are in the compute dtype.
     """
-    mesh = sharding.make_mesh(config.mesh, target.devices)
+    config = training_config.read(config)
+    mesh = sharding.make_mesh(dataclasses.asdict(config.mesh), target.devices)
     rows, dtype = config.batch_size, setup.DTYPES[config.compute_dtype]
     whole = parameters.abstract(model, dtype)
     params = sharding.placed(whole, sharding.shardings(mesh, whole))

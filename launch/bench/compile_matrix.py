@@ -69,8 +69,8 @@ ROWS = 2
 def models() -> dict[str, tuple[ModelConfig, str, dict[str, int]]]:
     """Model, compute dtype and text tokens by name: the 7B cut to `LAYERS`, and the tests' tiny model."""
     from avg_llava_jax.config import LanguageConfig, ModelConfig, VisionConfig
+    from avg_llava_jax.configs import jersey
     from avg_llava_jax.training import setup
-    from configs import jersey
 
     seven = ModelConfig(vision=VisionConfig(layers=LAYERS + 1), language=LanguageConfig(layers=LAYERS))
     tiny = setup.override(ModelConfig(), jersey.get_config("tiny").model)
@@ -98,9 +98,9 @@ def training(name: str, **settings: Any) -> Case:
 
     def make(target: Target, mesh: Mapping[str, int]) -> Iterator[Program]:
         from avg_llava_jax.parallel import planning
-        from configs import base
+        from avg_llava_jax.training.config import defaults
 
-        config = base.get_config()
+        config = defaults()
         config.update_from_flattened_dict({"compute_dtype": dtype, **settings})
         config.mesh.update(mesh)
         config.batch_size = ROWS * mesh["data"] * mesh["fsdp"] * config.optimizer.accumulate
@@ -116,9 +116,9 @@ def answering(name: str, dtype: str) -> Case:
 
     def make(target: Target, mesh: Mapping[str, int]) -> Iterator[Program]:
         from avg_llava_jax.parallel import planning
-        from configs import base
+        from avg_llava_jax.training.config import defaults
 
-        config = base.get_config()
+        config = defaults()
         config.update({"compute_dtype": dtype, "batch_size": ROWS * mesh["data"] * mesh["fsdp"]})
         config.mesh.update(mesh)
         yield from planning.answers(config, model, target, shape, 64)
