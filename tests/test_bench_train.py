@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from avg_llava_jax import parameters
+from avg_llava_jax.commands import planning
 from avg_llava_jax.config import ScalerConfig
-from avg_llava_jax.parallel import planning, sharding
+from avg_llava_jax.parallel import sharding
 from avg_llava_jax.training import losses, rglf
 from avg_llava_jax.training.config import RglfConfig
 from avg_llava_jax.training.step import Step

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import pytest
 
 from avg_llava_jax import parameters
+from avg_llava_jax.commands.planning import largest_shape
 from avg_llava_jax.config import LanguageConfig, from_dict
 from avg_llava_jax.configs import jersey
 from avg_llava_jax.parallel.costs import Access, Traffic, accesses, collectives, flops, language_flops, step_flops
-from avg_llava_jax.parallel.planning import largest_shape
 from avg_llava_jax.training import phases
 from avg_llava_jax.training.config import OptimizerConfig, RglfConfig
 from avg_llava_jax.training.optimizer import trainable

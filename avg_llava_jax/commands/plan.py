@@ -20,7 +20,7 @@ from absl import flags
 from avg_llava_jax.commands import cli
 
 if TYPE_CHECKING:
-    from avg_llava_jax.parallel.planning import Plan
+    from avg_llava_jax.commands.planning import Plan
 
 CONFIG = cli.define_config("The config, configs/X.py.")
 TOPOLOGY = flags.DEFINE_string("topology", None, "v5e:8x8, v6e:4x4, tpu7x:2x2x1, h100:8, b200:8x4, cpu:8, ...")
@@ -97,7 +97,8 @@ def state(plan: "Plan") -> int:
 
 
 def main() -> None:
-    from avg_llava_jax.parallel import chips, planning
+    from avg_llava_jax.commands import planning
+    from avg_llava_jax.parallel import chips
 
     config = CONFIG.value
     target = chips.target(TOPOLOGY.value)

@@ -12,9 +12,8 @@ import json
 import pathlib
 from collections.abc import Sequence
 
-from avg_llava_jax.eval.evaluation import Question, read_records
+from avg_llava_jax.eval.evaluation import Question, answer_all, read_records
 from avg_llava_jax.eval.policies import Record
-from avg_llava_jax.eval.questions import answer_all
 from avg_llava_jax.files import write_whole
 from avg_llava_jax.inference.api import AvgLlava
 from avg_llava_jax.parallel import hosts
@@ -30,7 +29,7 @@ def answer_together(
     slots: int,
     skipped: list[dict[str, str]],
 ) -> list[Record]:
-    """`questions.answer_all` by all processes, each its part; all of them return all records.
+    """`evaluation.answer_all` by all processes, each its part; all of them return all records.
 
     folder: shared by all, with the file `answers.jsonl`. skipped: gets what any of them had to leave out.
 

@@ -51,8 +51,7 @@ def lanes_of(model: Model) -> int:
 
 def page_bytes(model: Model) -> int:
     """What the pyramid of one tile takes in the pool."""
-    _, pool = jax.eval_shape(lambda params: programs.empty.__wrapped__(model.config, params, 1, 1, 1), model.params)
-    return pool.size * pool.dtype.itemsize
+    return model.config.pyramid_rows * model.config.language.width * model.params["image_newline"].dtype.itemsize
 
 
 class Device:

@@ -116,7 +116,8 @@ def _of_the_model(config: TrainConfig, model: ModelConfig, params: parameters.Pa
 
     sees = {name: params[name] for name in ("encoder", "connector")}
     speaks = {name: params[name] for name in ("language", "image_newline")}
-    yield Part("encode", timed(lambda p, pixels: avg_llava.encode_images(model, p, pixels, remat), sees, fixed=batch["pixels"]))
+    encoded = timed(lambda p, pixels: avg_llava.encode_images(model, p, pixels, remat), sees, fixed=batch["pixels"])
+    yield Part("encode", encoded)
 
     features = jax.jit(lambda p, pixels: avg_llava.encode_images(model, p, pixels))(sees, batch["pixels"])
     yield Part("pool", timed(lambda features, _: scale(model, features), features))

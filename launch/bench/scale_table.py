@@ -20,7 +20,7 @@ from absl import flags
 from avg_llava_jax.commands import cli
 
 if TYPE_CHECKING:
-    from avg_llava_jax.parallel.planning import Plan
+    from avg_llava_jax.commands.planning import Plan
 
 DOCUMENT = flags.DEFINE_string("document", "docs/scale.md", "Where the tables stand.")
 WORKDIR = flags.DEFINE_string("workdir", "workdirs/scale_table", "Keeps what is known already.")
@@ -95,7 +95,8 @@ def config_of(name: str, settings: dict[str, Any]) -> Any:
 
 
 def rows() -> Iterator[str]:
-    from avg_llava_jax.parallel import chips, planning
+    from avg_llava_jax.commands import planning
+    from avg_llava_jax.parallel import chips
 
     yield head("answering", "parameters", "cache")
     for topology, settings in ANSWERING:

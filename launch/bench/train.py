@@ -247,8 +247,8 @@ def main() -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch comes first, and needs room
     import jax
 
+    from avg_llava_jax.commands import planning
     from avg_llava_jax.files import write_json
-    from avg_llava_jax.parallel import planning
 
     platform, devices = jax.default_backend(), jax.device_count()
     dtype = COMPUTE.value or ("float32" if platform == "cpu" else "bfloat16")

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from avg_llava_jax import checkpoint, parameters
 from avg_llava_jax.config import ModelConfig
@@ -22,7 +23,9 @@ from avg_llava_jax.convert import foreign
 from avg_llava_jax.data.feedback import read_feedback
 from avg_llava_jax.data.packing import Shape, load_tiles
 from avg_llava_jax.data.pipeline import EMPTY, collate_rows
-from avg_llava_jax.inference import generate
+from avg_llava_jax.inference import programs
+from avg_llava_jax.inference.buckets import STEPS, length_bucket
+from avg_llava_jax.models import language
 from avg_llava_jax.parallel import costs, placement, sharding
 from avg_llava_jax.parallel.chips import Target
 from avg_llava_jax.training import config as training_config
@@ -160,46 +163,66 @@ def answering(config: ml_collections.ConfigDict, target: Target, shape: Shape, r
 def answers(
     config: ml_collections.ConfigDict, model: ModelConfig, target: Target, shape: Shape, room: int
 ) -> Iterator[Program]:
-    """The programs that answer `config.batch_size` questions at the finest granularity, `room` tokens at most each.
+    """The engine's programs, for `config.batch_size` slots that hold a prompt of `shape` and `room` new tokens each.
 
-    Parameters are in the compute dtype.
+    Parameters are in the compute dtype. One micro-batch encodes and routes one image for each slot.
     """
     config = training_config.read(config)
     mesh = sharding.make_mesh(dataclasses.asdict(config.mesh), target.devices)
-    rows, dtype = config.batch_size, setup.DTYPES[config.compute_dtype]
+    slots, dtype = config.batch_size, setup.DTYPES[config.compute_dtype]
     whole = parameters.abstract(model, dtype)
     params = sharding.placed(whole, sharding.shardings(mesh, whole))
-    batch = collate_rows([EMPTY], [load_tiles(EMPTY, model)], shape, model, ())
-    batch = _batch(
-        {key: batch[key] for key in ("pixels", "tile_image", "first_tile", "text", "instruction")}, rows, mesh
-    )
-    length = generate.length_bucket(shape.length(model, model.granularities[-1]), model.language.max_length)
+    length = length_bucket(shape.length(model, model.granularities[-1]), model.language.max_length)
+    capacity, side = length + room, model.vision.image_size
 
     def array(*sizes: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(sizes, dtype)
 
-    def spread(tree: Any, *axes: str | None) -> Any:
-        def at(leaf: Any) -> NamedSharding:
-            return NamedSharding(mesh, placement.fitting(mesh, placement.spec(*axes), leaf.shape))
-
-        return sharding.placed(tree, jax.tree.map(at, tree))
-
     with jax.set_mesh(mesh):
-        held = {"parameters": params, "batch": batch}
-        yield Program("see and route", generate.see_and_route.trace(model, params, batch), held)
+        layers = jax.eval_shape(language.unstack, params["language"]["layers"])
+        one = jax.tree.map(lambda leaf: NamedSharding(mesh, P(*leaf.sharding.spec[1:])), params["language"]["layers"])
+        layers = tuple(sharding.placed(layer, one) for layer in layers)
+        params = params | {"language": params["language"] | {"layers": layers}}
 
-        embeds = spread(array(rows, length, model.language.width, dtype=dtype), "batch", None, None)
-        program = generate.prefill.trace(model, params, embeds, array(rows), room)
-        yield Program(f"prefill of {length}", program, {"parameters": params, "batch": embeds})
+        empty = jax.eval_shape(lambda params: programs.empty.__wrapped__(model, params, slots, capacity, 1), params)
+        cache = jax.tree.map(lambda leaf: _placed(mesh, leaf, "batch", "heads", None, None), empty[0])
+        pages = slots * shape.tiles
+        pool = _placed(mesh, array(pages, *empty[1].shape[1:], dtype=dtype), None, None, "width")
 
-        _, cache = program.out_info
-        cache = spread(cache, "layers", "batch", None, "heads", None)
-        state = generate.State(cache, array(rows), array(rows, room), array(rows), array(rows, dtype=bool))
-        sampling = generate.Sampling(
-            *(array(rows, dtype=kind) for kind in (jnp.float32, jnp.float32, jnp.int32, jnp.uint32, jnp.int32))
-        )
-        program = generate.decode.trace(model, params, state, sampling, array(1), array(), True)
+        pixels = array(pages, side, side, 3, dtype=jnp.uint8)
+        program = programs.encode.trace(model, params, pool, pixels, array(pages))
+        yield Program("encode", program, {"parameters": params, "pool": pool, "batch": _local(pixels)}, ("pool",))
+
+        program = programs.route.trace(model, params, pool, array(slots, shape.tiles), array(slots, 512), array(slots))
+        yield Program("route", program, {"parameters": params, "pool": pool})
+
+        held = {"parameters": params, "cache": cache, "pool": pool}
+        for name, size, window in (
+            (f"prefill of {length}", length, 0),
+            ("prefill of 256 behind a prefix", min(256, length), capacity),
+        ):
+            by_slot = None if mesh.shape["data"] * mesh.shape["fsdp"] > 1 else array(slots)
+            chunk = programs.Chunk(by_slot, array(slots), array(slots), array(slots, size), array(slots, size))
+            program = programs.prefill.trace(model, params, cache, pool, chunk, window)
+            yield Program(name, program, held, ("cache",))
+
+        rows = programs.Rows(array(slots), array(slots), array(slots))
+        kinds = (jnp.float32, jnp.float32, jnp.int32, jnp.uint32, jnp.int32)
+        sampling = programs.Sampling(*(array(slots, dtype=kind) for kind in kinds))
+        sizes = STEPS, capacity, True
+        program = programs.decode.trace(model, params, cache, rows, sampling, array(1), array(), *sizes)
         yield Program("decode, a token", program, {"parameters": params, "cache": cache}, ("cache",))
+
+
+def _placed(mesh: Mesh, leaf: jax.ShapeDtypeStruct, *axes: str | None) -> jax.ShapeDtypeStruct:
+    spec = placement.fitting(mesh, placement.spec(*axes), leaf.shape)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+
+def _local(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """An array that comes from the host whole."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, P()))
 
 
 def _batch(rows: dict[str, Any], count: int, mesh: Mesh) -> Any:
