@@ -3,20 +3,17 @@
 import contextlib
 from collections.abc import Iterator
 
-EXTRAS = {"serve": ("starlette", "uvicorn"), "plan": ("libtpu",), "lmms-eval": ("lmms_eval",)}
-"""The top-level modules that an extra of pyproject.toml brings, as far as the package imports them."""
+EXTRAS = {"serve": ("starlette", "uvicorn"), "lmms-eval": ("lmms_eval",)}
+"""The top-level modules that an extra of pyproject.toml brings, as far as the package imports them itself."""
 
 
 class MissingExtra(ImportError):
-    """An optional dependency is not installed: `missing` writes the text."""
+    """An optional dependency is not installed; the text says what needs it and, by `lacking`, how to install it."""
 
 
-def missing(extra: str, what: str, module: str) -> MissingExtra:
-    """The error that says what needs which module, and how to install the extra that brings it."""
-    return MissingExtra(
-        f"{what} needs {module}, which is not installed: install the extra `{extra}`, "
-        f"in a checkout by pip install -e '.[{extra}]'"
-    )
+def lacking(extra: str, names: str) -> str:
+    """The end of a sentence on what an extra brings: "libtpu, which is not installed: ..."."""
+    return f"{names}, which is not installed: install the extra `{extra}`, in a checkout by pip install -e '.[{extra}]'"
 
 
 @contextlib.contextmanager
@@ -33,4 +30,4 @@ def required(extra: str, what: str) -> Iterator[None]:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in EXTRAS[extra]:
             raise
-        raise missing(extra, what, error.name) from None
+        raise MissingExtra(f"{what} needs {lacking(extra, error.name)}") from None

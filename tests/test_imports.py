@@ -1,11 +1,12 @@
 """Imports only go down: the graph of all imports in the package, at module level and in functions alike.
 
-    config, files, extras, configs
+    config, files, extras
     data      models              data without JAX, models without NumPy and Pillow
     parameters
     parallel
     checkpoint, stored, convert
     training  inference
+    configs                       experiments: what they change of training's defaults
     eval                          eval/benchmarks without JAX
     server
     commands
@@ -29,12 +30,13 @@ PACKAGE = Path(avg_llava_jax.config.__file__).parent
 ROOT = "avg_llava_jax"
 
 LAYERS = (
-    ({"config", "files", "extras", "configs"},),
+    ({"config", "files", "extras"},),
     ({"data"}, {"models"}),
     ({"parameters"},),
     ({"parallel"},),
     ({"checkpoint", "stored", "convert"},),
     ({"training"}, {"inference"}),
+    ({"configs"},),
     ({"eval"},),
     ({"server"},),
     ({"commands"},),
@@ -43,17 +45,13 @@ LAYERS = (
 
 UPWARD: set[tuple[str, str]] = {
     # `parallel.placement` only names axes and constrains arrays: it belongs below `models`.
+    ("models.attention", "parallel.placement"),
+    ("models.cache", "parallel.placement"),
     ("models.encoder", "parallel.placement"),
-    ("models.flash", "parallel.placement"),
     ("models.language", "parallel.placement"),
+    ("models.one_cpu", "parallel.placement"),
     ("models.router", "parallel.placement"),
     ("parameters", "parallel.placement"),
-    # Planning compiles training steps and answering programs: it belongs above both.
-    ("parallel.planning", "checkpoint"),
-    ("parallel.planning", "convert.foreign"),
-    ("parallel.planning", "inference.generate"),
-    ("parallel.planning", "training.setup"),
-    ("parallel.planning", "training.step"),
 }
 """Imports that still go up, by importer and imported module. It may only shrink: one that is gone must leave it."""
 

@@ -162,9 +162,10 @@ def test_missing_packages_are_named_with_their_extra(monkeypatch):
     monkeypatch.setattr(chips, "_installed", lambda module: module == "nvidia.cudnn")
     monkeypatch.setattr(chips.shutil, "which", lambda name: None)
     assert chips.missing(chips.CHIPS["b200"]) == (
-        "jax-cuda12-plugin, nvidia-cuda-nvcc-cu12: pip install 'avg_llava_jax[plan-gpu]'"
+        "jax-cuda12-plugin, nvidia-cuda-nvcc-cu12, which is not installed: install the extra `plan-gpu`, "
+        "in a checkout by pip install -e '.[plan-gpu]'"
     )
-    assert chips.missing(chips.CHIPS["v6e"]) == "libtpu: pip install 'avg_llava_jax[plan]'"
+    assert chips.missing(chips.CHIPS["v6e"]).startswith("libtpu, which is not installed: install the extra `plan`, ")
     monkeypatch.setattr(chips, "_installed", lambda module: True)
     assert chips.missing(chips.CHIPS["b200"]) is None
 

@@ -3,7 +3,7 @@
     avg-llava feedback --config=X --output=DIR
 
 Then, as often as you like: avg-llava train --config=X --config.rglf.feedback=DIR --workdir=...
-A killed run resumes where it was.
+Killed, the same command resumes. What DIR holds for these samples and this model is not measured again.
 """
 
 from absl import flags
