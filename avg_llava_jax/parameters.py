@@ -14,9 +14,9 @@ import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import PartitionSpec
 
+from avg_llava_jax import placement
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.models import avg_llava
-from avg_llava_jax.parallel import placement
 
 Params = dict[str, Any]
 

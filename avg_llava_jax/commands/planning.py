@@ -17,7 +17,7 @@ import ml_collections
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from avg_llava_jax import checkpoint, parameters
+from avg_llava_jax import checkpoint, parameters, placement
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.convert import foreign
 from avg_llava_jax.data.feedback import read_feedback
@@ -26,7 +26,7 @@ from avg_llava_jax.data.pipeline import EMPTY, collate_rows
 from avg_llava_jax.inference import programs
 from avg_llava_jax.inference.buckets import STEPS, length_bucket
 from avg_llava_jax.models import language
-from avg_llava_jax.parallel import costs, placement, sharding
+from avg_llava_jax.parallel import costs, sharding
 from avg_llava_jax.parallel.chips import Target
 from avg_llava_jax.training import config as training_config
 from avg_llava_jax.training import setup

@@ -18,12 +18,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from tqdm import tqdm
 
-from avg_llava_jax import parameters
+from avg_llava_jax import parameters, placement
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.convert import joined, layouts, llava_next, tensors
 from avg_llava_jax.convert.tensors import Catalog, Tensors, read_json
 from avg_llava_jax.models import avg_llava
-from avg_llava_jax.parallel import placement
 
 logger = logging.getLogger(__name__)
 

@@ -11,13 +11,13 @@ import numpy as np
 from jax.sharding import NamedSharding
 from tqdm import tqdm
 
+from avg_llava_jax import placement
 from avg_llava_jax.inference import programs
 from avg_llava_jax.inference.buckets import STEPS, Buckets, bucket
 from avg_llava_jax.inference.model import Model
 from avg_llava_jax.inference.programs import Sampling
 from avg_llava_jax.inference.requests import Request
 from avg_llava_jax.models.router import Routing
-from avg_llava_jax.parallel import placement
 
 
 class Part(NamedTuple):

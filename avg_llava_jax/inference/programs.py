@@ -26,7 +26,7 @@ from avg_llava_jax.models.avg_llava import Params
 from avg_llava_jax.models.cache import Cache, LayerCache, Span, spread
 from avg_llava_jax.models.router import Routing
 from avg_llava_jax.parallel import sharding
-from avg_llava_jax.parallel.placement import constrain
+from avg_llava_jax.placement import constrain
 
 TEXT = -1
 """A place that is a text token. Page p's pyramid row r is p * R + r, and pages * R the newline."""

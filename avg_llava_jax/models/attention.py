@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from avg_llava_jax import placement
 from avg_llava_jax.models import one_cpu
 from avg_llava_jax.models.cache import LayerCache, Span
 from avg_llava_jax.models.flash import flash_attention
-from avg_llava_jax.parallel import placement
 
 Kernel = Literal["splash", "cudnn", "one_cpu", "blocks", "dense"]
 

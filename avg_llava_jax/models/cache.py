@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from avg_llava_jax.parallel.placement import constrain
+from avg_llava_jax.placement import constrain
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ from einops import rearrange
 from avg_llava_jax.config import VisionConfig
 from avg_llava_jax.models.attention import self_attention
 from avg_llava_jax.models.stack import Remat, stack
-from avg_llava_jax.parallel.placement import constrain
+from avg_llava_jax.placement import constrain
 
 
 def normalise(config: VisionConfig, pixels: jax.Array) -> jax.Array:

@@ -20,7 +20,7 @@ from avg_llava_jax.models import one_cpu
 from avg_llava_jax.models.attention import cached_attention, self_attention
 from avg_llava_jax.models.cache import Cache, LayerCache, Span
 from avg_llava_jax.models.stack import SHALLOW, Remat, rematerialised
-from avg_llava_jax.parallel.placement import constrain
+from avg_llava_jax.placement import constrain
 
 Params = dict[str, Any]
 

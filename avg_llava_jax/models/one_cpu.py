@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from avg_llava_jax import placement
 from avg_llava_jax.models.cache import LayerCache, Span
-from avg_llava_jax.parallel import placement
 
 BLOCK, MOST_BLOCKS = 192, 16
 """Queries whose scores are formed at once, and into how many blocks a sequence is cut at most: each is compiled."""

@@ -11,7 +11,7 @@ from einops import rearrange
 
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.models.attention import dense, self_attention
-from avg_llava_jax.parallel.placement import constrain
+from avg_llava_jax.placement import constrain
 
 
 class Routing(NamedTuple):

@@ -134,9 +134,10 @@ def attending(length: int, heads: tuple[int, int], size: int, causal: bool, dtyp
         import jax.numpy as jnp
         from jax.sharding import NamedSharding
 
+        from avg_llava_jax import placement
         from avg_llava_jax.commands import planning
         from avg_llava_jax.models.attention import self_attention
-        from avg_llava_jax.parallel import placement, sharding
+        from avg_llava_jax.parallel import sharding
 
         devices = sharding.make_mesh(mesh, target.devices)
 
