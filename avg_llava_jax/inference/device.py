@@ -81,7 +81,7 @@ class Device:
                 for images, text in sizes.routes
             ),
             *(partial(self.prefill, [], *size) for size in sizes.prefills),
-            *(partial(self._first, prompts) for prompts in sizes.prompts),
+            *(partial(self._first, prompts, sizes.prefills[0][1]) for prompts in sizes.prompts),
             *(partial(self.decode, [], rows, window, 0) for rows, window in sizes.decodes),
             *(partial(self.copy, [], window) for window in sizes.windows),
         ]
@@ -131,8 +131,8 @@ class Device:
             tokens = programs.first(*self._model, logits, _sampling(prompts, rows, requests, [1] * len(parts)))
         return logits, tokens, rows
 
-    def _first(self, prompts: int) -> None:
-        logits = np.zeros((prompts, self.model.config.language.vocab_size), np.float32)
+    def _first(self, prompts: int, chunk: int) -> None:
+        logits, _, _ = self.prefill([], prompts, chunk, 0)
         programs.first(*self._model, logits, _sampling(prompts, [], [], []))
 
     def decode(self, answers: Sequence[Answering], rows: int, window: int, steps: int) -> list[list[int]]:

@@ -242,7 +242,7 @@ class Engine:
         batch = unrouted[: self.buckets.images[-1]]
         if batch and (self._eager or len(batch) == self.buckets.images[-1]):
             routing = self._device.route([job.pages[at] for job, at in batch], [job.text for job, _ in batch])
-            scores = np.array(routing.logits[:, 0])
+            scores = np.array(routing.logits)[:, 0]  # sliced on the host: on the device that would compile
             for row, (job, _) in enumerate(batch):
                 job.scores.append(scores[row])
         for job in ready:
@@ -315,7 +315,7 @@ class Engine:
                 job.tokens.append(int(tokens[row]))
                 job.reached("first")
                 if job.ticket.keep_logits:
-                    job.ticket.logits = np.asarray(logits[row])
+                    job.ticket.logits = np.asarray(logits)[row]
                 self._let_go(job)
                 self._show(job)
 
