@@ -202,8 +202,8 @@ class Access:
     """What one instruction of a compiled program moves between a device's memory and its cores, in one run.
 
     operation, source: HLO's, and what of the model it comes from. times: how often it runs, with the loops around it.
-    read, written: bytes each time. a_turn: it is in a loop whose length only the device knows (generation), of which one
-    turn is counted.
+    read, written: bytes each time. a_turn: it is in a loop whose length only the device knows (generation), of which
+    one turn is counted.
     """
 
     operation: str
