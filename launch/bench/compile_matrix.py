@@ -303,8 +303,11 @@ def child(where: str) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"[:300]
+    """What went wrong: its first line, or that of the error in Python which XLA ran into and quotes."""
+    text = str(error).strip()
+    inner = re.search(r"^\w+(?:Error|Exception): .*", text, re.MULTILINE) if "Traceback" in text else None
+    first = inner[0] if inner else f"{type(error).__name__}: {text.partition(chr(10))[0]}"
+    return first[:300]
 
 
 def compile_all(where: str) -> None:
