@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from avg_llava_jax.inference import batching, choosing
+from avg_llava_jax.inference import choosing
+from avg_llava_jax.inference.model import visual_tokens
 from avg_llava_jax.inference.requests import Request
 from tests.random_model import random_model
 
@@ -55,7 +56,7 @@ def test_requests_keep_to_their_knobs(tiny, tokenizer):
     options = {"max_new_tokens": 2}
 
     def tokens(*each):
-        return sum(batching.visual_tokens(tiny, model.prepare(Request("Who?", photos)).sample, each))
+        return sum(visual_tokens(tiny, model.prepare(Request("Who?", photos)).sample, each))
 
     def chosen(logits, **knobs):
         return choosing.choose(tiny, model.prepare(Request("Who?", photos, **knobs)), np.array(logits))
