@@ -202,7 +202,8 @@ class Access:
     """What one instruction of a compiled program moves between a device's memory and its cores, in one run.
 
     operation, source: HLO's, and what of the model it comes from. times: how often it runs, with the loops around it.
-    read, written: bytes each time.
+    read, written: bytes each time. a_turn: it is in a loop whose length only the device knows (generation), of which
+    one turn is counted.
     """
 
     operation: str
@@ -210,6 +211,7 @@ class Access:
     times: int
     read: float
     written: float
+    a_turn: bool = False
 
     @property
     def bytes(self) -> float:
@@ -282,15 +284,16 @@ def accesses(hlo: str) -> list[Access]:
                 return 0.0
         return _in_memory(result)
 
-    def walk(body: str, times: int) -> None:
+    def walk(body: str, times: int, a_turn: bool) -> None:
         for line in lines.get(body, ()):
             operation, read, written = line.operation, 0.0, 0.0
             if operation == "while":
-                walk(_LOOP.search(line.rest)[2], times * _trips(line.rest, texts))
+                turns = _trips(line.rest, texts)
+                walk(_LOOP.search(line.rest)[2], times * (turns or 1), a_turn or not turns)
                 continue
             if operation in ("call", "conditional"):
                 for name in _BRANCHES.findall(line.rest):
-                    walk(name, times)
+                    walk(name, times, a_turn)
                 continue
             if operation in NOT_WRITTEN or operation.endswith(("-done", "-update")):
                 continue
@@ -310,9 +313,9 @@ def accesses(hlo: str) -> list[Access]:
                 read, written = sum(sizes), _in_memory(_WORKSPACE.sub("", result))
             if read or written:
                 source = _SOURCE.search(line.rest)
-                found.append(Access(operation, source[1] if source else line.name, times, read, written))
+                found.append(Access(operation, source[1] if source else line.name, times, read, written, a_turn))
 
-    walk(entry, 1)
+    walk(entry, 1, False)
     return found
 
 
@@ -407,13 +410,13 @@ def _traffic(line: str, of: Any, computations: Mapping[str, list[str]]) -> Mappi
         return {kind: Traffic(1, _sent(kind, result, rest, operation != kind))}
     if operation.endswith("-done") or operation.endswith("-update"):
         return {}
-    times = _trips(rest, computations) if operation == "while" else 1
+    times = _trips(rest, computations) or 1 if operation == "while" else 1
     called = _total(of(name) for name in _CALLED.findall(rest))
     return {kind: Traffic(times * each.count, times * each.sent) for kind, each in called.items()}
 
 
-def _trips(loop: str, computations: Mapping[str, list[str]]) -> int:
-    """How often a loop runs: what XLA notes of it, or else as its counter tells; 1 if nobody knows.
+def _trips(loop: str, computations: Mapping[str, list[str]]) -> int | None:
+    """How often a loop runs: what XLA notes of it, or else as its counter tells; None if nobody knows.
 
     The counter is the element of the loop's tuple that its condition holds against a constant; it begins at 0, and the
     body adds a constant to it: 1, or more where XLA has unrolled the loop (products that are sent around in parts). A
@@ -430,7 +433,7 @@ def _trips(loop: str, computations: Mapping[str, list[str]]) -> int:
             added = _names(sums.get(results[int(elements[counter])], "")) if results else []
             step = next((int(numbers[name]) for name in added if name in numbers), 1)
             return -(-int(limits[limit]) // step)
-    return 1
+    return None
 
 
 def _names(operands: str) -> list[str]:

@@ -203,8 +203,8 @@ def judge(program: Program, target: Target, mesh: Mapping[str, int], lengths: tu
 
     It must fit. What is donated must be overwritten. No score of a whole sequence by itself may be written to memory,
     (B, H, S, S), for sequences of `LONG` or more. Of a program that keeps a cache, temporaries must be at most a tenth
-    of it and `WORKSPACE`, and no copy of half of it may be written. Where parameters lie whole (no fsdp), no program
-    may gather a tenth of them.
+    of it and `WORKSPACE`, no copy of half of it may be written, and a turn of its loop, a token, may move 1.1 times
+    parameters and cache. Where parameters lie whole (no fsdp), no program may gather a tenth of them.
     """
     from avg_llava_jax.commands import planning
     from avg_llava_jax.parallel import costs
@@ -224,6 +224,9 @@ def judge(program: Program, target: Target, mesh: Mapping[str, int], lengths: tu
     if cache := plan.held.get("cache", 0):
         if plan.temporaries > 0.1 * cache + WORKSPACE:
             faults.append(f"temporaries are {plan.temporaries / cache:.2f} of the cache")
+        turn, bound = sum(each.bytes for each in plan.moves if each.a_turn), 1.1 * (plan.held["parameters"] + cache)
+        if turn > bound + WORKSPACE:
+            faults.append(f"a token moves {_bytes(turn)}, parameters and cache are {_bytes(bound / 1.1)}")
         if copies := [a for a in arrays if a.operation in COPIES and a.size > cache / 4]:  # half of keys, or of values
             faults.append(f"copies of the cache: {len(copies)}, {_largest(copies)}")
     parameters = sum(plan.held.get(kind, 0) for kind in ("parameters", "trained", "frozen"))
@@ -304,8 +307,11 @@ def child(where: str) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"[:300]
+    """What went wrong: its first line, or that of the error in Python which XLA ran into and quotes."""
+    text = str(error).strip()
+    inner = re.search(r"^\w+(?:Error|Exception): .*", text, re.MULTILINE) if "Traceback" in text else None
+    first = inner[0] if inner else f"{type(error).__name__}: {text.partition(chr(10))[0]}"
+    return first[:300]
 
 
 def compile_all(where: str) -> None:
