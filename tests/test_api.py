@@ -107,7 +107,7 @@ def test_a_chat_is_the_conversation_asked_anew(model, photos):
         ({"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
         ({"temperature": -1.0}, "temperature=-1.0 must be 0"),
         ({"top_p": 0.0}, "top_p=0.0 must be over 0"),
-        ({"stop": [""]}, "stop strings must be texts that are not empty"),
+        ({"stop": [""]}, "stop strings must be non-empty texts"),
         ({"images": "nowhere.png"}, "missing_image: nowhere.png: no such file"),
         ({"images": b"no image"}, "corrupt_image"),
         ({"images": [3]}, "an image is a path, bytes or a Pillow image, not int"),
