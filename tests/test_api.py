@@ -97,8 +97,8 @@ def test_a_chat_is_the_conversation_asked_anew(model, photos):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"granularity": 5}, "granularity=5 is none of this model's: auto, 4, 8, 16"),
-        ({"granularity": "36"}, "granularity='36' is none of this model's: auto, 4, 8, 16"),
+        ({"granularity": 5}, "granularity=5: choose auto, 4, 8, 16"),
+        ({"granularity": "36"}, "granularity='36': choose auto, 4, 8, 16"),
         ({"granularity": [4, 8]}, "names 2 for 1 images"),
         ({"prompt": "<image> <image>?"}, "image_count: 1 images for 2 <image>"),
         ({"prompt": "", "images": ()}, "empty_question"),

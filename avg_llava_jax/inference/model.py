@@ -81,7 +81,7 @@ class Model:
         for one in each or [granularity]:
             if one != "auto" and (isinstance(one, bool) or one not in self.config.granularities):
                 ladder = ", ".join(map(str, self.config.granularities))
-                raise ValueError(f"granularity={one!r} is none of this model's: auto, {ladder}")
+                raise ValueError(f"granularity={one!r}: choose auto, {ladder}")
         return tuple(None if one == "auto" else int(one) for one in each)
 
     def longest(self, prepared: Prepared) -> int:
