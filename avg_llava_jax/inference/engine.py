@@ -66,7 +66,7 @@ class Engine:
             if value < least:
                 raise ValueError(f"{name}={value} must be at least {least}")
         if length > limit:
-            raise ValueError(f"max_length={length} is over the model's {limit}")
+            raise ValueError(f"max_length={length} is over the model's {limit}: lower it")
         pages, lanes = image_cache_bytes // page_bytes(model), lanes_of(model)
         if chunk is None:
             buckets = offline_buckets(model.config, slots, length, pages, lanes, prompts)
@@ -219,7 +219,7 @@ class Engine:
         if self._closed:
             raise RuntimeError("the engine is closed")
         if self.full:
-            raise QueueFull(f"{self.queue} requests wait already")
+            raise QueueFull(f"{self.queue} requests wait already: try again later")
 
     def _waiting_count(self) -> int:
         return len(self._inbox) + len(self._waiting) + len(self._encoding) + len(self._routed)

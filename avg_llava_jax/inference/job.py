@@ -83,7 +83,7 @@ def make_job(
     sample = prepared.sample
     count = sum(tile_count(size, model.config) for size in sample.sizes)
     if count > most_tiles:
-        raise ValueError(f"the images have {count} tiles, the engine holds {most_tiles}: send fewer at once")
+        raise ValueError(f"the images have {count} tiles, the engine holds {most_tiles}: send fewer images")
     return Job(
         prepared=prepared,
         ticket=ticket,

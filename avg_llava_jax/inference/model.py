@@ -33,7 +33,7 @@ class Model:
         if tokenizer.vocab_size > config.language.vocab_size:
             raise ValueError(
                 f"{tokenizer.folder}: the tokenizer has {tokenizer.vocab_size} ids, "
-                f"the model's vocabulary {config.language.vocab_size}"
+                f"the model's vocabulary {config.language.vocab_size}: use the tokenizer that it was trained with"
             )
         self.config, self.params, self.tokenizer, self.step = config, params, tokenizer, step
         self.stop_ids = stop_ids(tokenizer, config.template)
@@ -63,7 +63,7 @@ class Model:
             turns = [{"from": "human", "value": prompt}] if isinstance(prompt, str) else prompt
             tokens = encode_prompt(turns, self.tokenizer, self.config.template, len(refs))
         if tokens.images != len(refs):
-            raise ValueError(f"{len(refs)} images for {tokens.images} {PLACEHOLDER} in the prompt")
+            raise ValueError(f"{len(refs)} images for {tokens.images} {PLACEHOLDER} in the prompt: give one for each")
         if not tokens.ids:
             raise ValueError("the prompt is empty")
         sample = make_sample("request", tokens, refs)
@@ -77,7 +77,7 @@ class Model:
         """The requested granularity of each image, None for "auto"."""
         each = granularity if isinstance(granularity, (list, tuple)) else [granularity] * images
         if len(each) != images:
-            raise ValueError(f"granularity={granularity!r} names {len(each)} for {images} images")
+            raise ValueError(f"granularity={granularity!r} names {len(each)} for {images} images: give one for each")
         for one in each or [granularity]:
             if one != "auto" and (isinstance(one, bool) or one not in self.config.granularities):
                 ladder = ", ".join(map(str, self.config.granularities))

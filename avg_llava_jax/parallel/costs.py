@@ -49,7 +49,7 @@ def router_flops(config: ModelConfig, rows: int, tiles: int) -> int:
     width, router = config.language.width, config.router
     tokens = config.pyramid_rows + router.text_tokens  # of a tile
     products = 2 * tokens * width * (7 * width + len(config.granularities))
-    seen = tokens if router.attention == "tokens" else tiles  # by each token
+    seen = tokens if router.attention == "tokens" else tiles  # keys that each token attends to
     return rows * tiles * (products + 4 * tokens * seen * width)
 
 
@@ -451,7 +451,7 @@ def _group(rest: str) -> float:
     """The number of devices of a collective; infinite where the instruction does not say.
 
     [8,4]<=[32]: 8 groups of 4. {{0,1},{2,3}}: groups of 2. mesh['a'=8,'b'=4] {'b'}: along b, 4, whatever the
-    device_ids=([4,8]T(1,0)) behind the mesh.
+    device_ids=([4,8]T(1,0)) after the mesh.
     """
     found = _GROUPS.search(rest)
     if not found:

@@ -31,7 +31,10 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
         raise ValueError(f"mesh {dict(zip(AXES, given, strict=True))}: sizes are positive, at most one is -1")
     shape = tuple(len(devices) // fixed if size == -1 else size for size in given)
     if shape[0] * shape[1] * shape[2] != len(devices):
-        raise ValueError(f"mesh {dict(zip(AXES, given, strict=True))} does not fit {len(devices)} devices")
+        raise ValueError(
+            f"mesh {dict(zip(AXES, given, strict=True))} does not fit {len(devices)} devices: "
+            "give sizes whose product is their number"
+        )
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
