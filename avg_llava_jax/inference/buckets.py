@@ -139,7 +139,7 @@ def few_buckets(sizes: Sequence[int], needs: Sequence[int], most: int = 6) -> tu
     """Choose at most `most` of the ascending `sizes`, so that they hold all `needs` with the least padding.
 
     >>> few_buckets((16, 32, 64, 128), [10, 30, 31, 33, 100], most=2)
-    (64, 128)
+    (32, 128)
     """
     counts = Counter(bucket(tuple(sizes), need) for need in needs)
     used = sorted(counts)
