@@ -293,7 +293,7 @@ class AvgLlavaForConditionalGeneration(LlavaNextForConditionalGeneration):
     def level(self, levels: dict[int, Tensor], granularity: int) -> Tensor:
         """The level of a pyramid; an error that names what there is where that is none."""
         if granularity not in levels:
-            raise ValueError(f"granularity={granularity!r}: choose one of {self.granularities}")
+            raise ValueError(f"granularity={granularity!r} is none of this model's: {self.granularities}")
         return levels[granularity]
 
     def lay_out(self, tiles: Tensor, size: Size) -> Tensor:
