@@ -393,9 +393,9 @@ def test_the_plugin(tiny, tokenizer, monkeypatch):
         True,
     ]
     for options, message in (
-        ({"granularity": "36"}, "granularity='36': choose auto, 4, 8, 16"),
-        ({"granularity": 7}, "granularity=7: choose auto"),
-        ({"granularity": "all"}, "granularity='all': choose auto"),
+        ({"granularity": "36"}, "granularity='36' is none of this model's: auto, 4, 8, 16"),
+        ({"granularity": 7}, "granularity=7 is none of this model's"),
+        ({"granularity": "all"}, "granularity='all' is none of this model's"),
         ({"batch_size": "auto"}, "batch_size='auto' is no whole number from 1 on"),
         ({"max_pixels": "many"}, "max_pixels='many' is no whole number from 1 on"),
         ({"batch_size": 0}, "batch_size=0 is no whole number from 1 on"),

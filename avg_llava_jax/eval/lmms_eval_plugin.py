@@ -144,4 +144,4 @@ def _granularity(value: int | str, ladder: Sequence[int]) -> int | str:
     """`auto`, or one of the model's granularities: any other would leave every question without an answer."""
     if value == "auto" or (str(value).isdecimal() and int(value) in ladder):
         return value if value == "auto" else int(value)
-    raise ValueError(f"granularity={value!r}: choose auto, {', '.join(map(str, ladder))}")
+    raise ValueError(f"granularity={value!r} is none of this model's: auto, {', '.join(map(str, ladder))}")
