@@ -10,12 +10,13 @@ Legend of dims, used in every signature and docstring of the project:
     D  width of the language model  E  width of the vision encoder
     V  vocabulary                   M  tiles, or images, of all samples together
     H  height of a tile in pixels   W  width of a tile in pixels
-    Q  query heads                  K  key-value heads
-    F  features of a head           C  capacity of a cache slot in positions
     J  instruction tokens that the router selects
 
-Attention and the KV cache write the names of the field instead: H query heads, KV key-value heads, d features of a
-head, W positions of a window.
+In attention and the KV cache alone:
+
+    H  query heads                  KV key-value heads
+    d  features of a head           C  capacity of a slot in positions
+    W  positions of a window
 
 A *granularity* is named by its tokens per tile: 36, 72, 144, 288, 576 for the released
 24 x 24 grid. Together they are the *ladder*. Lists of granularities are always ascending.

@@ -161,7 +161,7 @@ def decode(
 ) -> tuple[Cache, jax.Array, jax.Array]:
     """Decode tokens of the first B slots until every row is done, at most `steps` (a traced scalar, up to `most`).
 
-    stops: int (K,), stop ids, which end a row and are kept. window: at least the cached positions and `most` more.
+    stops: int (n,), stop ids, which end a row and are kept. window: at least the cached positions and `most` more.
     greedy: every row is greedy, and the vocabulary is not sorted.
 
     Returns the cache, tokens int (B, most), and the number of real ones in each row int (B,).
