@@ -19,7 +19,7 @@ from avg_llava_jax.config import LanguageConfig
 from avg_llava_jax.models import one_cpu
 from avg_llava_jax.models.attention import cached_attention, self_attention
 from avg_llava_jax.models.cache import Cache, LayerCache, Span
-from avg_llava_jax.models.stack import SHALLOW, Remat, rematerialised
+from avg_llava_jax.models.stack import SHALLOW, Remat, rematerialised, stack
 from avg_llava_jax.placement import constrain
 
 Params = dict[str, Any]
@@ -200,23 +200,29 @@ def empty_cache(config: LanguageConfig, slots: int, capacity: int, dtype: Any) -
     return tuple(LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.layers))
 
 
+class _Fresh(nn.Module):
+    """The whole model on one token, which is how its parameters are drawn; nothing else runs it."""
+
+    config: LanguageConfig
+
+    def setup(self) -> None:
+        config = self.config
+        draw = nn.initializers.normal(config.width**-0.5)
+        self.embedding = self.param("embed", draw, (config.vocab_size, config.width))
+        self.layers = stack(DecoderLayer, config.layers, "none", (nn.broadcast, nn.broadcast))(config)
+        self.norm = nn.RMSNorm(config.norm_eps)
+        if not config.tied_embeddings:
+            self.head = Linear(config.vocab_size, use_bias=False, name="unembed")
+
+    def __call__(self) -> jax.Array:
+        positions = jnp.zeros((1, 1), jnp.int32)
+        x, _ = self.layers(self.embedding[positions], rotary(self.config, positions), positions)
+        return self.norm(x) if self.config.tied_embeddings else self.head(self.norm(x))
+
+
 def init(config: LanguageConfig, rng: jax.Array) -> Params:
     """Fresh fp32 parameters, layers stacked."""
-    rngs = jax.random.split(rng, 3)
-    x, draw = jnp.zeros((1, 1, config.width)), nn.initializers.normal(config.width**-0.5)
-
-    def layer(rng: jax.Array) -> Params:
-        positions = jnp.zeros((1, 1), jnp.int32)
-        return DecoderLayer(config).init(rng, x, rotary(config, positions), positions)["params"]
-
-    params = {
-        "embed": draw(rngs[0], (config.vocab_size, config.width)),
-        "layers": jax.vmap(layer)(jax.random.split(rngs[1], config.layers)),
-        "norm": nn.RMSNorm(config.norm_eps).init(rng, x)["params"],
-    }
-    if not config.tied_embeddings:
-        params["unembed"] = Linear(config.vocab_size, use_bias=False).init(rngs[2], x)["params"]
-    return params
+    return _Fresh(config).init(rng)["params"]
 
 
 def embed(params: Params, ids: jax.Array) -> jax.Array:
