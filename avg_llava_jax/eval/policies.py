@@ -172,8 +172,8 @@ TEMPERATURES = np.geomspace(0.05, 20, 241)
 def temperature(config: ModelConfig, records: Sequence[Record]) -> dict[str, float]:
     """The router's temperature T under which softmax(scores / T) predicts the oracle's choices best.
 
-    T minimises the mean negative log-likelihood (nats per image) of the oracle's choices over every other question; the
-    questions between measure it: {"temperature", "nll", "nll_at_1"}. Choosing does not need T, and no checkpoint holds
+    T minimises the mean negative log-likelihood (nats per image) of the oracle's choices over every other question;
+    the questions between measure it: {"temperature", "nll", "nll_at_1"}. Choosing does not need T, and no checkpoint holds
     it: argmax(scores / T - w cost) = argmax(scores - w T cost), so T only changes the unit of `cost_weight`. A weight of
     w nats of a calibrated router is cost_weight = w * T.
 
