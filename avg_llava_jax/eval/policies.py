@@ -173,9 +173,9 @@ def temperature(config: ModelConfig, records: Sequence[Record]) -> dict[str, flo
     """The router's temperature T under which softmax(scores / T) predicts the oracle's choices best.
 
     T minimises the mean negative log-likelihood (nats per image) of the oracle's choices over every other question;
-    the questions between measure it: {"temperature", "nll", "nll_at_1"}. Choosing does not need T, and no checkpoint holds
-    it: argmax(scores / T - w cost) = argmax(scores - w T cost), so T only changes the unit of `cost_weight`. A weight of
-    w nats of a calibrated router is cost_weight = w * T.
+    the questions between measure it: {"temperature", "nll", "nll_at_1"}. Choosing does not need T, and no checkpoint
+    holds it: argmax(scores / T - w cost) = argmax(scores - w T cost), so T only changes the unit of `cost_weight`.
+    A weight of w nats of a calibrated router is cost_weight = w * T.
 
     Raises:
       ValueError: fewer than two questions have images.

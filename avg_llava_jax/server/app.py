@@ -237,7 +237,7 @@ class Service:
         return refusal
 
     async def _body(self, request: Request, limit: int) -> bytes:
-        """The body. One over `limit` is read and discarded, since many clients read no reply before they have sent it all."""
+        """The body. One over `limit` is read and discarded, since many clients send all before they read a reply."""
         body, size = bytearray(), 0
         most = DISCARDED * self.limits.body_bytes
         try:

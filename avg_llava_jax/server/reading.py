@@ -6,8 +6,8 @@
     our extensions (`extra_body`): granularity, cost_weight, max_visual_tokens, top_k
 
 A message's images precede its text, as in training, unless `<image>` in the text places each of them. The system
-message is prepended to the first question. `detail` of an image sets its granularity: `low` the coarsest, `high` the finest,
-`auto` the router's choice.
+message is prepended to the first question. `detail` of an image sets its granularity: `low` the coarsest, `high` the
+finest, `auto` the router's choice.
 """
 
 from __future__ import annotations
