@@ -1,4 +1,4 @@
-"""Plan a run for devices you do not have: compile its programs and report memory, FLOPs and traffic.
+"""Plan the memory and time of a run on devices you do not have, by compiling its programs.
 
     avg-llava plan --config=configs/avg_llava_7b.py --topology=v5e:8x8 [--config.remat=dots ...]
     avg-llava plan --config=configs/avg_llava_7b.py --topology=v5e:2x2 --answering --config.batch_size=8 \\

@@ -33,7 +33,7 @@ MAX_MEGAPIXELS = flags.DEFINE_float("max_megapixels", 24, "Size of the largest i
 MAX_IMAGES = flags.DEFINE_integer("max_images", 8, "Most images in one conversation.", lower_bound=0)
 MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 1024, "Upper bound on a request's max_tokens.", lower_bound=1)
 MAX_SECONDS = flags.DEFINE_float("max_seconds", 120, "Time limit of a request, in seconds.", lower_bound=0.001)
-DRAIN_SECONDS = flags.DEFINE_float("drain_seconds", 30, "Seconds that running requests have after SIGTERM.", lower_bound=0)
+DRAIN_SECONDS = flags.DEFINE_float("drain_seconds", 30, "Seconds for running requests after SIGTERM.", lower_bound=0)
 API_KEY = "AVG_LLAVA_API_KEY"
 
 
