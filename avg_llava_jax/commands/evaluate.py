@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint on your own questions, at every granularity and at its router's choice.
+"""Evaluate a checkpoint on your own questions, at every granularity and as routed.
 
     avg-llava evaluate --checkpoint=W --data=test.json --images=DIR --workdir=OUT
 
