@@ -29,7 +29,7 @@ def refuse_buckets(named: Mapping[str, Any]) -> None:
             if found := _BUCKET.search(os.fspath(value)):
                 raise ValueError(
                     f"{name}={found[1]} is no path of this machine: buckets are neither read nor written here;"
-                    " mount it (gcsfuse, mountpoint-s3, rclone mount) or copy the files"
+                    " copy the files to a disk or a shared file system"
                 )
         elif isinstance(value, (list, tuple)):
             refuse_buckets({f"{name}[{number}]": one for number, one in enumerate(value)})

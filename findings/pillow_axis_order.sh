@@ -22,7 +22,7 @@ for width, height in ((1000, 300), (500, 375), (3000, 4000), (300, 400), (300, 1
     print(f"{width}x{height}", "height first, by up to" if difference else "width first", difference or "", end="; ")
 PY
 for version in 12.3.0 13.0.0; do
-  "$PYTHON" -m pip install -qq --disable-pip-version-check --target "$T/$version" "pillow==$version" "numpy==2.4.*"
+  "$PYTHON" -m pip install -qq --disable-pip-version-check --no-warn-conflicts --target "$T/$version" "pillow==$version" "numpy==2.4.*"
   PYTHONPATH="$T/$version" "$PYTHON" "$T/resize.py" > "$T/seen.$version"
   echo "pillow $version, to 336x336 in one call: $(cat "$T/seen.$version")"
 done

@@ -24,7 +24,7 @@ for name, image in (("RGBA", red), ("convert", red.convert("RGB"))):
     print(f"{name}:{','.join(f'{value:.0f}' for value in pixels[:, 4, 4])}", end=" ")
 PY
 for version in 5.0.0 5.24.0; do
-  "$PYTHON" -m pip install -qq --disable-pip-version-check --target "$T/$version" "transformers==$version" "pillow==12.3.0"
+  "$PYTHON" -m pip install -qq --disable-pip-version-check --no-warn-conflicts --target "$T/$version" "transformers==$version" "pillow==12.3.0"
   PYTHONPATH="$T/$version" "$PYTHON" "$T/process.py" 2>/dev/null > "$T/seen.$version"
   echo "transformers $version, (red, green, blue) of a transparent red pixel: $(cat "$T/seen.$version")"
 done

@@ -12,8 +12,8 @@ from launch.bench import compile_matrix
 
 ROOT = pathlib.Path(__file__).parents[1]
 
-CORE = r"^attention (577|1024|37) .*bfloat16|^attention 577 .*float32|^tiny connector"
-"""Every length, head size and dtype that takes another kernel, forward and backward, and one whole step."""
+CORE = r"^attention (577|1024|37) .*bfloat16|^attention 577 .*float32|^tiny answering bfloat16"
+"""Lengths, head sizes and dtypes that take different kernels, forward and backward, and whole programs."""
 
 
 @pytest.mark.parametrize("target", ["h100:1", "h100:8/tensor=8", "v5e:2x2/fsdp=2,tensor=2"])
@@ -120,3 +120,14 @@ def test_tables_number_what_is_wrong():
         "",
         "1 of 4 pass.",
     ]
+
+
+def test_what_went_wrong_is_one_line():
+    text = """INTERNAL: custom_partitioner: Traceback (most recent call last):
+  File "fused_attention_stablehlo.py", line 575, in infer_sharding_from_operands
+ValueError: Query, key and value should have same sharding.
+At: fused_attention_stablehlo.py"""
+    assert (
+        compile_matrix._first_line(RuntimeError(text)) == "ValueError: Query, key and value should have same sharding."
+    )
+    assert compile_matrix._first_line(RuntimeError("no such thing\nat all")) == "RuntimeError: no such thing"

@@ -158,7 +158,7 @@ def test_onto_eight_devices(tmp_path):
 def test_mesh_as_written():
     assert sharding.read_sizes("fsdp=-1, tensor=2") == {"data": 1, "fsdp": -1, "tensor": 2}
     for text in ("fsdp", "fsdp=x", "model=2", ""):
-        with pytest.raises(ValueError, match="is no AXIS=SIZE; the axes are data, fsdp, tensor"):
+        with pytest.raises(ValueError, match="must be AXIS=SIZE; the axes are data, fsdp, tensor"):
             sharding.read_sizes(text)
 
 

@@ -56,7 +56,7 @@ MALFORMED = {
     "top_p": ({"messages": ONE, "top_p": 0}, "top_p=0.0 must be over 0"),
     "stop": ({"messages": ONE, "stop": ["a"] * 5}, "stop takes up to 4 strings"),
     "stop number": ({"messages": ONE, "stop": 5}, "stop must be a string or a list of strings, not 5"),
-    "granularity": ({"messages": ONE, "granularity": 5}, "granularity=5 is none of this model's: auto, 4, 8, 16"),
+    "granularity": ({"messages": ONE, "granularity": 5}, "granularity=5: choose auto, 4, 8, 16"),
     "granularity text": ({"messages": ONE, "granularity": "fine"}, "granularity='fine' must be"),
     "granularities": ({"messages": [user([link()])], "granularity": [4, 4]}, "names 2 for 1 images"),
     "cost": ({"messages": ONE, "cost_weight": -1}, "cost_weight=-1 must be in"),

@@ -81,8 +81,10 @@ def _moves(plan: "Plan", count: int) -> list[str]:
         for at, value in enumerate((each.times, each.times * each.read, each.times * each.written)):
             found[at] += value
     moved, once = sum(each.bytes for each in plan.moves), sum(plan.held.values())
+    turn = sum(each.bytes for each in plan.moves if each.a_turn)
+    a_turn = f", {turn / GIB:.2f} of them for a token" if turn else ""
     lines = [
-        f"  {'moves':<22}{moved / GIB:>10.2f} GiB between a device's memory and cores, {moved / once:.2f} x arguments"
+        f"  {'moves':<22}{moved / GIB:>10.2f} GiB between memory and cores, {moved / once:.2f} x arguments{a_turn}"
     ]
     for (operation, source), (times, read, written) in sorted(by.items(), key=lambda item: -sum(item[1][1:]))[:count]:
         lines.append(

@@ -72,6 +72,29 @@ _TURNS = {
 }
 
 
+# In front of a template that takes texts alone: what the messages say, parts and images, as texts.
+_AS_TEXTS = (
+    _SAID[: _SAID.index("{%- set heard")].replace("NAME", "tokenizer")
+    + """\
+{%- set heard = namespace(messages=[]) -%}
+{%- for message in messages -%}
+{%- if message['content'] is string or message['content'] -%}
+{%- set heard.messages = heard.messages + [dict(message, content=said(message, ''))] -%}
+{%- else -%}{%- set heard.messages = heard.messages + [message] -%}{%- endif -%}
+{%- endfor -%}
+{%- set messages = heard.messages -%}
+"""
+)
+
+
+def with_images(own: str, after_image: str) -> str:
+    """A tokenizer's own chat template, which takes texts, made to take parts as well, images among them.
+
+    By itself it would print a list of parts as Python does: `[{'type': 'image'}, ...`.
+    """
+    return _AS_TEXTS.replace("GAP", PLACEHOLDER + after_image).replace("IMAGE", PLACEHOLDER) + own
+
+
 def chat_template(template: str, after_image: str) -> str | None:
     """The Jinja of one of our templates; None for one whose turns are not chat, or that is the tokenizer's own.
 

@@ -22,7 +22,7 @@ import tokenizers
 
 from avg_llava_jax.config import LanguageConfig, ModelConfig, RouterConfig, ScalerConfig, to_dict
 from avg_llava_jax.convert import layouts
-from avg_llava_jax.convert.chat_templates import chat_template
+from avg_llava_jax.convert.chat_templates import chat_template, with_images
 from avg_llava_jax.convert.tensors import read_json
 from avg_llava_jax.data.sentencepiece_json import write_tokenizer_json
 from avg_llava_jax.data.tokenizer import Tokenizer
@@ -234,6 +234,8 @@ def save_tokenizer(folder: pathlib.Path, tokenizer: Tokenizer, image_token: int,
     name_image_token(folder, image_token)
     after_image = " " if tokenizer.encode("\na") != tokenizer.encode("\na", after_special=True) else ""
     chat = chat_template(template, after_image)
+    if template == "tokenizer" and not tokenizer.writes_images:
+        chat = with_images(tokenizer.chat_template, after_image)
     if chat is not None:
         (folder / "chat_template.jinja").write_text(chat, encoding="utf-8")
 

@@ -123,6 +123,15 @@ class Tokenizer:
             messages = [_in_parts(message) for message in messages]
         return self._render(messages, add_generation_prompt)
 
+    @functools.cached_property
+    def writes_images(self) -> bool:
+        """Whether its chat template knows image parts, and writes `<image>` for each."""
+        content = [{"type": "image"}, {"type": "text", "text": "probe"}]
+        try:
+            return "<image>" in self._render([{"role": "user", "content": content}])
+        except ValueError:
+            return False
+
     def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
         # Imported late: it takes a second, and most models use a template of ours.
         import jinja2

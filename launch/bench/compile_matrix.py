@@ -203,8 +203,9 @@ def judge(program: Program, target: Target, mesh: Mapping[str, int], lengths: tu
 
     The program must fit and overwrite its donated arguments. It must not write attention scores (B, H, S, S) of
     sequences of `LONG` or more to memory. With a cache, temporaries must be at most a tenth of the cache plus
-    `WORKSPACE`, and no copy of half the cache may be written. Without fsdp, where parameters are whole on each device,
-    it must not gather a tenth of them.
+    `WORKSPACE`, no copy of half the cache may be written, and one iteration of the decode loop, a token, may move at
+    most 1.1 times parameters and cache. Without fsdp, where parameters are whole on each device, the program must not
+    gather a tenth of them.
     """
     from avg_llava_jax.commands import planning
     from avg_llava_jax.parallel import costs
@@ -224,6 +225,9 @@ def judge(program: Program, target: Target, mesh: Mapping[str, int], lengths: tu
     if cache := plan.held.get("cache", 0):
         if plan.temporaries > 0.1 * cache + WORKSPACE:
             faults.append(f"temporaries are {plan.temporaries / cache:.2f} of the cache")
+        turn, bound = sum(each.bytes for each in plan.moves if each.a_turn), 1.1 * (plan.held["parameters"] + cache)
+        if turn > bound + WORKSPACE:
+            faults.append(f"a token moves {_bytes(turn)}, parameters and cache are {_bytes(bound / 1.1)}")
         if copies := [a for a in arrays if a.operation in COPIES and a.size > cache / 4]:  # half of keys, or of values
             faults.append(f"copies of the cache: {len(copies)}, {_largest(copies)}")
     parameters = sum(plan.held.get(kind, 0) for kind in ("parameters", "trained", "frozen"))
@@ -304,8 +308,11 @@ def child(where: str) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"[:300]
+    """What went wrong: its first line, or that of the error in Python which XLA ran into and quotes."""
+    text = str(error).strip()
+    inner = re.search(r"^\w+(?:Error|Exception): .*", text, re.MULTILINE) if "Traceback" in text else None
+    first = inner[0] if inner else f"{type(error).__name__}: {text.partition(chr(10))[0]}"
+    return first[:300]
 
 
 def compile_all(where: str) -> None:
