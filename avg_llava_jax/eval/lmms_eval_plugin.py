@@ -145,4 +145,4 @@ def _granularity(value: int | str, ladder: Sequence[int]) -> int | str:
     """`auto`, or one of the model's granularities: with any other, every question would fail."""
     if value == "auto" or (str(value).isdecimal() and int(value) in ladder):
         return value if value == "auto" else int(value)
-    raise ValueError(f"granularity={value!r} is none of this model's: auto, {', '.join(map(str, ladder))}")
+    raise ValueError(f"granularity={value!r} is not one of this model's: auto, {', '.join(map(str, ladder))}")
