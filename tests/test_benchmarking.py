@@ -170,7 +170,7 @@ def test_the_command(folder, tmp_path):  # noqa: F811
     code, said, error = run("benchmark", *flags, f"--data={tmp_path / 'data'}", "--task=chartqa,pope")
     assert code == 0, error
     assert "| ChartQA | 3 | 0 |" in said and "| POPE | 6 | 3 |" in said and "right 0" in error
-    assert "not asked: " in error and "coco_pope_adversarial.json row 1: corrupt_image: " in error
+    assert "skipped: " in error and "coco_pope_adversarial.json row 1: corrupt_image: " in error
     table = list(csv.DictReader((out / "table.csv").open()))
     assert [line["task"] for line in table] == ["ChartQA", "POPE", "mean"]
     assert table[0]["AVG-LLaVA-7B"] == "66.3" and table[2]["unanswered"] == "3"
