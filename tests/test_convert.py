@@ -284,7 +284,7 @@ def test_what_is_not_whole_is_not_there(imported, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").touch()
-    with pytest.raises(ValueError, match="is there already"):
+    with pytest.raises(ValueError, match="already exists"):
         convert.export_released(imported, tmp_path / "out")
 
 
