@@ -289,9 +289,9 @@ def test_what_is_not_whole_is_not_there(imported, tmp_path, monkeypatch):
 
 
 def test_sources_that_are_none(tmp_path, imported):
-    with pytest.raises(FileNotFoundError, match="is no folder, and no hub id"):
+    with pytest.raises(FileNotFoundError, match="is neither a folder nor a hub id"):
         convert.import_folder(tmp_path / "nowhere", tmp_path / "out")
-    with pytest.raises(ValueError, match="config.json: model_type=None is none of those that are known here"):
+    with pytest.raises(ValueError, match="config.json: model_type=None is not supported, only llava_llama"):
         convert.import_folder(imported, tmp_path / "out")
 
 
@@ -326,8 +326,8 @@ def test_hub_ids(tmp_path):
     )
     found, absent, invalid = done.stdout.strip().split("\n")
     assert "tensors match in name, shape and dtype" in found and "owner--tiny" in found
-    assert absent.startswith("error: owner/absent is no folder here, and the hub's answer is: ")
-    assert invalid.startswith("error: not/a valid id is no folder here")
+    assert absent.startswith("error: owner/absent is not a local folder, and the hub's answer is: ")
+    assert invalid.startswith("error: not/a valid id is not a local folder")
 
 
 def test_bin_is_asked_for_where_the_hub_has_nothing_else(tmp_path, monkeypatch):

@@ -162,5 +162,5 @@ def test_what_does_not_join(clip, tmp_path):
     clip_values["vision_config"]["image_size"] = 28
     (odd / "config.json").write_text(json.dumps(clip_values))
     fails("7 x 7 patches cannot be halved", tower=odd)
-    with pytest.raises(ValueError, match="model_type='clip' is none of those that are known here: llava_llama"):
+    with pytest.raises(ValueError, match="model_type='clip' is not supported, only llava_llama"):
         convert.import_folder(tower, tmp_path / "out")
