@@ -242,8 +242,8 @@ def export_transformers(
             shutil.copyfile(llava_next.MODELING, folder / llava_next.MODELING.name)
         (folder / model_card.CARD).write_text(card, encoding="utf-8")
     logger.warning(
-        "%s: pass image.convert('RGB') to its processor: newer transformers blend transparency onto white, this model was"
-        " trained on the colour under it; Pillow 13 resizes some tall images in another order (%s)",
+        "%s: pass image.convert('RGB') to its processor: newer transformers blend transparency onto white, this model"
+        " was trained on the colour under it; Pillow 13 resizes some tall images in another order (%s)",
         output,
         model_card.CARD,
     )
