@@ -251,7 +251,7 @@ def no_weights(folder, _):
         (wrong_dtype, r"tensor 'model\.image_newline' has dtype I32, not one of F32, F16, BF16"),
         (part_of_a_router, r"tensor 'model\.router\.merger\..*' is missing"),
         (truncated, r"model\.safetensors is truncated or damaged"),
-        (other_header, r"model\.safetensors is damaged, or no safetensors file"),
+        (other_header, r"model\.safetensors is damaged, or not a safetensors file"),
         (overlapping, r"is damaged: tensor '.*' of shape \(65,\) does not take 256 bytes"),
         (no_index, r"index\.json has no weight_map"),
         (no_weights, r"holds no model\.safetensors \(.*\) and no pytorch_model\.bin"),

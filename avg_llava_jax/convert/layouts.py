@@ -189,7 +189,7 @@ def _check_preprocessor(path: pathlib.Path, values: dict[str, Any]) -> None:
         colour = values.get(key)
         numbers = isinstance(colour, list) and len(colour) == 3 and all(type(x) in (int, float) for x in colour)
         if not numbers or (key == "image_std" and min(colour) <= 0):
-            raise ValueError(f"{path}: {key}={colour!r} is no list of three numbers" + " over 0" * (key == "image_std"))
+            raise ValueError(f"{path}: {key}={colour!r} must be three numbers" + " over 0" * (key == "image_std"))
     factor = values.get("rescale_factor", 1 / 255)
     if type(factor) is not float or not math.isclose(factor, 1 / 255, rel_tol=1e-6):
         raise ValueError(f"{path}: rescale_factor={factor!r} is not supported, only 1/255")

@@ -220,8 +220,8 @@ def save_tokenizer(folder: pathlib.Path, tokenizer: Tokenizer, image_token: int,
     """Write the chat template and tokenizer files with which the library produces the same ids as `conversation`.
 
     The library must read tokenizer.json unchanged (it rebuilds Llama tokenizers), so tokenizer_config.json names
-    PreTrainedTokenizerFast, and tokenizer.json itself adds BOS. If text after a special token starts without a word boundary,
-    text after an image still starts with one (as in the released code): the chat template then adds a space.
+    PreTrainedTokenizerFast, and tokenizer.json itself adds BOS. If text after a special token starts without a word
+    boundary, text after an image still starts with one (as in the released code): the chat template then adds a space.
     """
     tokenizer.save(folder)
     path = folder / "tokenizer_config.json"
