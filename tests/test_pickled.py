@@ -128,7 +128,10 @@ def test_other_files(tmp_path):
     path = tmp_path / "pytorch_model.bin"
     weights = {"a": torch.ones(300)}
     for write, message in (
-        (lambda: torch.save(weights, path, _use_new_zipfile_serialization=False), "from before 1.6.* rewrite it with PyTorch"),
+        (
+            lambda: torch.save(weights, path, _use_new_zipfile_serialization=False),
+            "from before 1.6.* rewrite it with PyTorch",
+        ),
         (lambda: path.write_bytes(pickle.dumps({"a": 1})), "truncated or damaged"),
         (lambda: (torch.save(weights, path), path.write_bytes(path.read_bytes()[:-200])), "truncated or damaged"),
         (lambda: write_zip(path, pickle.dumps({}, 2), byteorder="big"), "big-endian"),

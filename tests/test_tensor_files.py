@@ -191,4 +191,7 @@ def test_shards_that_the_index_does_not_name_are_left_alone_and_named(sharded, c
     save_file({NAME: np.zeros(64, np.float32)}, sharded / "model-00003-of-00003.safetensors")
     with caplog.at_level(logging.WARNING):
         assert Tensors(sharded).read(NAME).any()
-    assert "model-00003-of-00003.safetensors not read, because model.safetensors.index.json does not name it" in caplog.text
+    assert (
+        "model-00003-of-00003.safetensors not read, because model.safetensors.index.json does not name it"
+        in caplog.text
+    )

@@ -101,7 +101,7 @@ class Tensors:
                     pass
                 else:
                     raise ValueError(
-                        f"{path} and {self._places[tensor].path} hold {tensor!r} with different bytes: remove one of them"
+                        f"{path} and {self._places[tensor].path} hold {tensor!r} with different bytes: remove one file"
                     )
         for tensor, name in listed.items():
             if tensor not in self._places:
