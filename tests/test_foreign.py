@@ -179,7 +179,7 @@ def test_without_a_router_a_fresh_one_is_made(folder, tensors, caplog):
     edit(folder, vis_token_granularity=None, filtered_text_num=None)
     with caplog.at_level("INFO"):
         config, params, trained = foreign.load(folder, TOWER)
-    assert "made fresh: ['router']" in caplog.text
+    assert "initialised ['router'], which the checkpoint lacks" in caplog.text
     assert (config.router.attention, config.unpad) == ("tokens", "exact")
     assert params["router"]["voter"].shape == (1148,)
     assert trained == [576]  # a LLaVA-NeXT has seen nothing else

@@ -148,7 +148,7 @@ def test_what_does_not_join(clip, tmp_path):
             checkpoint.load(folder, tower)
         assert "\n" not in str(error.value)
 
-    fails("is a language model alone: give the CLIP folder", tower=None)
+    fails("is only a language model: give the CLIP folder", tower=None)
     fails("model_type='llava_llama' is not a CLIP", tower=SOURCE)
     fails("mlp_bias=True is not supported", mlp_bias=True)
     fails("rope scaling 'yarn' is not supported", rope_parameters={"rope_type": "yarn", "factor": 2.0})

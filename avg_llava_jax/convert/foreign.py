@@ -39,7 +39,7 @@ MODEL_TYPES: dict[str, Layout] = {
     llava_next.MODEL_TYPE: "transformers",
     **dict.fromkeys(joined.MODEL_TYPES, "language"),
 }
-"""`model_type` of a config.json -> layout of the folder; `language` is a decoder alone, to join with a CLIP folder."""
+"""`model_type` of a config.json -> layout of the folder; `language` is only a decoder, to join with a CLIP folder."""
 
 UNUSED = "unused.safetensors"
 """File of a checkpoint folder: the tensors of its source that the model does not run, for export."""
@@ -94,7 +94,7 @@ def _tower_folder(folder: pathlib.Path, vision_tower: Folder | None) -> Folder |
         raise ValueError(f"{folder} is a {llava_next.MODEL_TYPE} and holds its vision encoder: drop vision_tower")
     vision_tower = layouts.tower_folder(folder, vision_tower)
     if layout == "language" and vision_tower is None:
-        raise FileNotFoundError(f"{folder} is a language model alone: give the CLIP folder to join as vision_tower")
+        raise FileNotFoundError(f"{folder} is only a language model: give the CLIP folder to join as vision_tower")
     return vision_tower
 
 
@@ -295,7 +295,7 @@ def _fresh(
 ) -> dict[str, jax.Array]:
     """Initial values of the parameters at these paths, with their shardings; `stored` is the dtype of the others."""
     trees = sorted({path.split("/")[0] for path in at})
-    logger.info("not in the checkpoint, so made fresh: %s (router.attention=%s)", trees, config.router.attention)
+    logger.info("initialised %s, which the checkpoint lacks (router.attention=%s)", trees, config.router.attention)
 
     def make() -> dict[str, jax.Array]:
         leaves = parameters.flat(avg_llava.init(config, jax.random.key(seed)))

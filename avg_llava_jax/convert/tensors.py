@@ -92,7 +92,7 @@ class Tensors:
         for name in files or weight_files(folder):
             path = folder / name
             if not path.is_file():
-                raise FileNotFoundError(f"{path} is missing, though the folder's index names it")
+                raise FileNotFoundError(f"{path} is missing, but the index of the folder names it")
             found = (pickled if path.suffix == ".bin" else tensor_files).read_header(path)
             for tensor, place in found.items():
                 if tensor in listed:
@@ -105,7 +105,7 @@ class Tensors:
                     )
         for tensor, name in listed.items():
             if tensor not in self._places:
-                raise ValueError(f"{folder / name} lacks tensor {tensor!r}, though {index.name} says that it holds it")
+                raise ValueError(f"{folder / name} lacks tensor {tensor!r}, which {index.name} assigns to it")
         if not self._places:
             either = " and no ".join(f"{name} (or {name}.index.json)" for name in WEIGHTS)
             raise FileNotFoundError(f"{folder} holds no {either}")
@@ -120,7 +120,7 @@ class Tensors:
             logger.warning("%s holds a tensor %r that is not read: %s says %s", place.path, tensor, index.name, file)
 
     def has(self, prefix: str) -> bool:
-        """Whether any tensor's name starts so."""
+        """Whether any tensor's name starts with `prefix`."""
         return any(name.startswith(prefix) for name in self.names)
 
     def place(self, name: str) -> Place:
@@ -128,11 +128,11 @@ class Tensors:
         return self._places[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """From the header alone."""
+        """Shape of a tensor, from the header alone."""
         return self._places[name].shape
 
     def dtype(self, name: str, counters: bool = False) -> np.dtype:
-        """From the header alone; raises ValueError unless it is in `DTYPES` (or, with `counters`, in `COUNTERS`)."""
+        """Dtype from the header alone; raises ValueError unless in `DTYPES` (or, with `counters`, in `COUNTERS`)."""
         code = self._places[name].code
         if counters and code in COUNTERS:
             return COUNTERS[code]
@@ -189,7 +189,7 @@ class Catalog:
         self.names = self._entries.keys()
 
     def has(self, prefix: str) -> bool:
-        """Whether any tensor's name starts so."""
+        """Whether any tensor's name starts with `prefix`."""
         return any(name.startswith(prefix) for name in self.names)
 
     def where(self, name: str) -> str:
@@ -198,7 +198,7 @@ class Catalog:
         return f"{tensors.folder}: tensor {stored!r}"
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """From the header alone."""
+        """Shape of a tensor, from the header alone."""
         tensors, stored = self._entries[name]
         return tensors.shape(stored)
 
