@@ -56,9 +56,13 @@ class Loaded(NamedTuple):
 class Stateful(Protocol):
     """A data pipeline that can save its position as JSON values and resume there."""
 
-    def get_state(self) -> Any: ...
+    def get_state(self) -> Any:
+        """The position, as JSON values."""
+        ...
 
-    def set_state(self, state: Any) -> None: ...
+    def set_state(self, state: Any) -> None:
+        """Resume at a position that `get_state` returned."""
+        ...
 
 
 def save_config(

@@ -102,7 +102,13 @@ def read_config(folder: Folder, vision_tower: Folder | None, has_router: bool) -
 
 
 def check_fixed(path: pathlib.Path, values: dict[str, Any], fixed: dict[str, Any], inside: str = "") -> None:
-    """Check that each field in `fixed` is absent or has its only supported value; `path`, `inside` are for errors."""
+    """Check that each field in `fixed` is absent or has its only supported value.
+
+    path, inside: file and prefix of the fields, for errors.
+
+    Raises:
+      ValueError: names the first field with another value.
+    """
     for key, only in fixed.items():
         if values.get(key, only) != only:
             raise ValueError(f"{path}: {inside}{key}={values[key]!r} is not supported, only {only!r}")
@@ -140,7 +146,11 @@ def _vision(folder: pathlib.Path, values: dict[str, Any], vision_tower: Folder |
 
 
 def read_tower(vision_tower: Folder, select: int) -> VisionConfig:
-    """Build the encoder config from a CLIP folder; `select` is the index of the selected layer."""
+    """Build the encoder config from a CLIP folder; `select` is the index of the selected layer.
+
+    Raises:
+      FileNotFoundError, ValueError: not a CLIP folder, or a config that this model does not support.
+    """
     path = pathlib.Path(vision_tower) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"vision_tower {vision_tower} is not a CLIP folder: it has no config.json")
@@ -247,7 +257,11 @@ def template(folder: Folder, family: Literal["llama", "mistral"]) -> str:
 
 
 def clip_vision(path: pathlib.Path, clip: dict[str, Any], colours: dict[str, Any], select: int) -> VisionConfig:
-    """Build the encoder config from a CLIPVisionConfig and the result of `read_preprocessor`; `path` is for errors."""
+    """Build the encoder config from a CLIPVisionConfig and the result of `read_preprocessor`; `path` is for errors.
+
+    Raises:
+      ValueError: names the field that this model does not support.
+    """
     _check_counts(path, clip)
     # The defaults are those of CLIPVisionConfig, whose config.json may omit them.
     vision = VisionConfig(

@@ -247,7 +247,7 @@ def save(
 
 
 def save_file(path: pathlib.Path, tensors: Announced, read: Callable[[str], np.ndarray]) -> None:
-    """Write one safetensors file; see `save`."""
+    """Write one safetensors file; see `save`. Raises AssertionError where `read` returns another shape or dtype."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name, (shape, dtype) in tensors.items():

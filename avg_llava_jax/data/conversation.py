@@ -47,6 +47,7 @@ class Tokens:
 
     @property
     def images(self) -> int:
+        """Number of images."""
         return self.ids.count(IMAGE)
 
 

@@ -207,6 +207,7 @@ class MemoryImage(ImageRef):
         return super()._open()
 
     def digest(self) -> bytes:
+        """SHA-256 of the encoded bytes; for a Pillow image, of its mode, size and pixels."""
         if isinstance(self.content, Image.Image):
             about = f"{self.content.mode} {self.content.size} ".encode()
             return hashlib.sha256(about + self.content.tobytes()).digest()

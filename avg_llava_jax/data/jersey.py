@@ -102,9 +102,11 @@ class SceneImage:
 
     @property
     def size(self) -> tuple[int, int]:
+        """Size (width, height) in pixels."""
         return self.scene.size
 
     def load(self) -> Image.Image:
+        """Draws the RGB picture."""
         return draw(self.scene)
 
     def digest(self) -> bytes:

@@ -362,9 +362,11 @@ class Batches:
         return read.mp_prefetch(grain.MultiprocessingOptions(self.workers, per_worker_buffer_size=2))
 
     def get_state(self) -> dict[str, int]:
+        """Position of the iterator: {"next_batch": n}."""
         return {"next_batch": self._next}
 
     def set_state(self, state: dict[str, int]) -> None:
+        """Resume at a position that `get_state` returned."""
         self.close()
         self._next = int(state["next_batch"])
 

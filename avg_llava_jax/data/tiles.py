@@ -32,6 +32,8 @@ Size = tuple[int, int]  # (width, height) in pixels
 def best_resolution(size: Size, pinpoints: Sequence[Size]) -> Size:
     """The pinpoint (width, height) that keeps most pixels of the image; ties go to the least padding, then the first.
 
+    Raises ValueError without pinpoints.
+
     >>> best_resolution((500, 375), ((336, 672), (672, 336), (672, 672)))
     (672, 672)
     """

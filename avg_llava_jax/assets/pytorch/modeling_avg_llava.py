@@ -340,7 +340,10 @@ class AvgLlavaForConditionalGeneration(LlavaNextForConditionalGeneration):
         return tuple(kept)
 
     def places(self, rows: Sequence[Tensor], sizes: Sequence[Size]) -> list[list[tuple[int, int, int]]]:
-        """Positions of the images of each row: (first, last + 1, image), images numbered across the batch."""
+        """Positions of the images of each row: (first, last + 1, image), images numbered across the batch.
+
+        Raises ValueError where the image tokens of a row are not those that the processor writes for its images.
+        """
         found, left = [], list(range(len(sizes)))
         for row in rows:
             found.append([])
