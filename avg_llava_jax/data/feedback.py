@@ -171,7 +171,7 @@ def read_feedback(path: str | os.PathLike[str], granularities: Sequence[int]) ->
                 kept = None if features is None else features[end - count : end]
                 found[digest] = Stored(nll[row], kept, records[row])
     if not found:
-        raise ValueError(f"rglf.feedback={path} holds no answers: run launch.feedback on other data")
+        raise ValueError(f"rglf.feedback={path} holds no answers: check data.path and run launch.feedback again")
     return found
 
 

@@ -87,8 +87,8 @@ class Tokenizer:
         """Text of ids, without special tokens.
 
         Each byte that is not valid UTF-8 becomes U+FFFD, and nothing else does. So the text of a prefix of the ids is a
-        prefix of their text, except for U+FFFD at its end. (The libraries themselves would also drop complete
-        characters before such a byte.)
+        prefix of their text, except for U+FFFD at its end. (The libraries would also retract complete characters
+        before such a byte.)
         """
         skip = self._special_ids
         return self._backend.decode(self._mended([int(i) for i in ids if int(i) not in skip]))
