@@ -281,7 +281,7 @@ def test_comes_back_whole(pair, tmp_path):
 def test_bad_inputs(pair):
     _, theirs, processor, _, images = pair
     inputs = ask(processor, PROMPTS, images)
-    with pytest.raises(ValueError, match=r"granularity=5 is none of this model's: \[4, 8, 16\]"):
+    with pytest.raises(ValueError, match=r"granularity=5 is not one of this model's: \[4, 8, 16\]"):
         theirs.generate(**inputs, granularity=5)
     with pytest.raises(ValueError, match="names 2 for 4 images"):
         theirs.generate(**inputs, granularity=[4, 8])

@@ -79,7 +79,7 @@ def test_memory_and_the_table(tiny, tokenizer):
     assert specs["language/embed_scale"] == jax.sharding.PartitionSpec(specs["language/embed"][0])
     with pytest.raises(ValueError, match="'language/.*_scale' belongs to quantized weights"):
         parameters.torch_parts(small)
-    with pytest.raises(ValueError, match="'language/.*' is int8 already"):
+    with pytest.raises(ValueError, match="'language/.*' is already int8"):
         quantized(small)
 
 
