@@ -71,9 +71,10 @@ def models() -> dict[str, tuple[ModelConfig, str, dict[str, int]]]:
     from avg_llava_jax.config import LanguageConfig, ModelConfig, VisionConfig
     from avg_llava_jax.configs import jersey
     from avg_llava_jax.training import setup
+    from avg_llava_jax.training.config import read
 
     seven = ModelConfig(vision=VisionConfig(layers=LAYERS + 1), language=LanguageConfig(layers=LAYERS))
-    tiny = setup.override(ModelConfig(), jersey.get_config("tiny").model)
+    tiny = setup.override(ModelConfig(), read(jersey.get_config("tiny")).model)
     return {
         "7B": (seven, "bfloat16", {"text": 512, "answer": 128}),
         "tiny": (tiny, "float32", {"text": 32, "answer": 16}),
