@@ -224,7 +224,7 @@ def judge(program: Program, target: Target, mesh: Mapping[str, int], lengths: tu
         turn, bound = sum(each.bytes for each in plan.moves if each.a_turn), 1.1 * (plan.held["parameters"] + cache)
         if turn > bound + WORKSPACE:
             faults.append(f"a token moves {_bytes(turn)}, parameters and cache are {_bytes(bound / 1.1)}")
-        if copies := [a for a in arrays if a.operation in COPIES and a.size > cache / 4]:  # half of keys, or of values
+        if copies := [a for a in arrays if a.operation in COPIES and a.size > max(cache / 4, 2**20)]:
             faults.append(f"copies of the cache: {len(copies)}, {_largest(copies)}")
     parameters = sum(plan.held.get(kind, 0) for kind in ("parameters", "trained", "frozen"))
     gathered = plan.traffic.get("all-gather", costs.Traffic()).sent
@@ -244,6 +244,7 @@ def judge(program: Program, target: Target, mesh: Mapping[str, int], lengths: tu
 WORKSPACE = 2**25
 """Bytes of temporaries that products need on a GPU, however small they are."""
 
+# Of a cache of kilobytes a TPU copies all into its core's own memory, as it should. A quarter is half of the keys.
 COPIES = ("copy", "copy-start", "transpose")
 
 
