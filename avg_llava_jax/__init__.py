@@ -10,7 +10,8 @@ These names are loaded when they are first asked for: data workers import the pa
 
 from pathlib import Path
 
-SHIPPED = Path(__file__).parent / "assets" / "jersey"
+ASSETS = Path(__file__).parent / "assets"
+SHIPPED = ASSETS / "jersey"
 """The checkpoint that comes with the package."""
 
 _API = ("Answer", "AvgLlava", "Chat", "Request")

@@ -2,9 +2,9 @@
 
     config.json              {"format": 1, "model": ..., "training": ... | null, "granularities_trained": [...] | null}
     tokenizer/               tokenizer files
-    checkpoints/<step>/      Orbax: params, optimizer, data (position of the data pipeline), meta and checksums (JSON)
+    checkpoints/<step>/      Orbax: params, optimizer, data (position of the data pipeline) and checksums (JSON)
 
-A training workdir is such a folder; one to ship holds only `params` and `meta`. Readers take the
+A training workdir is such a folder; one to ship holds only `params` and `checksums`. Readers take the
 newest step. `load` reads PyTorch folders as well, see `foreign`.
 """
 
@@ -28,13 +28,15 @@ from avg_llava_jax import parameters, stored
 from avg_llava_jax.config import ModelConfig, from_dict, to_dict
 from avg_llava_jax.convert import foreign
 from avg_llava_jax.data.tokenizer import load_tokenizer
-from avg_llava_jax.files import write_whole
+from avg_llava_jax.files import refuse_buckets, write_whole
 from avg_llava_jax.parallel import hosts, sharding
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
 CONFIG, STEPS, TOKENIZER, LOCK = "config.json", "checkpoints", "tokenizer", ".lock"
+KEPT = 2
+"""Steps that a run keeps."""
 
 Folder = str | os.PathLike[str]
 
@@ -52,7 +54,7 @@ class Loaded(NamedTuple):
 
 
 class Stateful(Protocol):
-    """A data pipeline that can say where it is (bytes or JSON values) and go there."""
+    """A data pipeline that can say where it is (JSON values) and go there."""
 
     def get_state(self) -> Any: ...
 
@@ -207,7 +209,6 @@ class Restored(NamedTuple):
     step: int
     params: parameters.Params
     optimizer: Any
-    meta: dict[str, Any]
 
 
 @dataclasses.dataclass
@@ -217,22 +218,20 @@ class _Position:
     source: Stateful
 
     def get_state(self) -> bytes:
-        state = self.source.get_state()
-        kind, state = ("bytes", state.decode()) if isinstance(state, bytes) else ("json", state)
-        return json.dumps({"kind": kind, "state": state}).encode()
+        return json.dumps({"state": self.source.get_state()}).encode()
 
     @staticmethod
     def read(folder: pathlib.Path) -> Any | None:
         """The state in a step's folder, whatever number of processes saved it; None where it cannot be read."""
         for path in (folder / "data").glob("process_0-of-*.json"):
             values = stored.read_json(path)
-            if isinstance(values, dict) and values.keys() == {"kind", "state"}:
-                return values["state"].encode() if values["kind"] == "bytes" else values["state"]
+            if isinstance(values, dict) and "state" in values:
+                return values["state"]
         return None
 
 
 class Manager:
-    """Writes the checkpoints of one training run, in the background, and keeps the newest `keep`.
+    """Writes the checkpoints of one training run, in the background, and keeps the two newest.
 
     Only one process (or one group of `jax.distributed` processes, who all call each method) may hold a
     workdir. Use it as a context manager: leaving it waits for the last save and lets the workdir go.
@@ -241,15 +240,16 @@ class Manager:
         besides; more than the largest parameter. None = all of them.
 
     Raises:
-      RuntimeError: another process holds the workdir.
+      RuntimeError: another process holds the workdir. ValueError: it is a bucket.
     """
 
-    def __init__(self, workdir: Folder, keep: int = 2, at_once: int | None = None):
+    def __init__(self, workdir: Folder, at_once: int | None = None):
+        refuse_buckets({"workdir": workdir})
         self.folder = pathlib.Path(workdir).resolve()
         (self.folder / STEPS).mkdir(parents=True, exist_ok=True)
         self._lock = _lock(self.folder) if hosts.first() else None
         self._clear_unfinished()
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep)
+        options = ocp.CheckpointManagerOptions(max_to_keep=KEPT)
         handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
         if at_once is not None:
             limited = ocp.StandardCheckpointHandler(save_concurrent_gb=at_once)
@@ -267,17 +267,10 @@ class Manager:
         else:
             self.close()
 
-    def save(
-        self,
-        step: int,
-        params: parameters.Params,
-        optimizer: Any = None,
-        data: Stateful | None = None,
-        meta: dict[str, Any] | None = None,
-    ) -> None:
+    def save(self, step: int, params: parameters.Params, optimizer: Any = None, data: Stateful | None = None) -> None:
         """Start saving a step; the arrays are copied before this returns and may then be donated.
 
-        `params` are all of them, frozen ones included. `meta` is JSON. Errors of an earlier save surface here.
+        `params` are all of them, frozen ones included. Errors of an earlier save surface here.
         """
         if step == self._last or step in steps(self.folder):
             return
@@ -285,7 +278,6 @@ class Manager:
         trees = {"params": params} if optimizer is None else {"params": params, "optimizer": optimizer}
         items: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
         items["checksums"] = ocp.args.JsonSave({name: stored.checksums(tree) for name, tree in trees.items()})
-        items["meta"] = ocp.args.JsonSave(meta or {})
         if data is not None:
             items["data"] = grain.checkpoint.CheckpointSave(_Position(data))
         self._manager.save(step, args=ocp.args.Composite(**items), force=True)
@@ -325,9 +317,8 @@ class Manager:
     def _restore(self, step: int, params: Any, optimizer: Any, data: Stateful | None) -> Restored | None:
         place = _step(self.folder, step)
         shapes, moments, sums = stored.shapes(place / "params"), stored.shapes(place / "optimizer"), _checksums(place)
-        meta = stored.read_json(place / "meta" / "metadata")
         position = _Position.read(place) if data is not None else {}
-        if not hosts.agree(all(part is not None for part in (shapes, moments, sums, meta, position))):
+        if not hosts.agree(all(part is not None for part in (shapes, moments, sums, position))):
             return None
         stored.require(f"{self.folder}, step {step}", shapes, parameters.flat(params))
         if sorted(leaf.shape for leaf in moments.values()) != sorted(leaf.shape for leaf in jax.tree.leaves(optimizer)):
@@ -339,7 +330,7 @@ class Manager:
                 return None
         if data is not None:
             data.set_state(position)
-        return Restored(step, trees["params"], trees["optimizer"], meta)
+        return Restored(step, trees["params"], trees["optimizer"])
 
     def check(self) -> None:
         """Raises if a save that was started has failed; does not wait for one."""

@@ -1,13 +1,18 @@
 """Model dims as frozen dataclasses: what a checkpoint must say about itself.
 
-Legend of dims, used in every docstring of the project:
+Legend of dims, used in every signature and docstring of the project:
 
-    B  samples of a batch          T  tile slots of a sample (all its images)
-    I  image slots of a sample     P  patches of a tile (finest granularity)
-    G  granularities               R  pyramid rows of a tile, the sum over G
-    L  text tokens of a sample     S  packed length: text, visual tokens, newlines
-    A  answer tokens of a sample   D  width of the language model
-    N  visual tokens of a sample   V  vocabulary
+    B  samples of a batch           T  tile slots of a sample (all its images)
+    I  image slots of a sample      P  patches of a tile (finest granularity)
+    G  granularities                R  pyramid rows of a tile, the sum over G
+    L  text tokens of a sample      S  packed length: text, visual tokens, newlines
+    A  answer tokens of a sample    N  visual tokens of an image, newlines included
+    D  width of the language model  E  width of the vision encoder
+    V  vocabulary                   M  tiles, or images, of all samples together
+    H  height of a tile in pixels   W  width of a tile in pixels
+    Q  query heads                  K  key-value heads
+    F  features of a head           C  positions a cache has room for
+    J  instruction tokens that the router reads
 
 A *granularity* is named by its tokens per tile: 36, 72, 144, 288, 576 for the released
 24 x 24 grid. Lists of granularities are always ascending.
@@ -16,7 +21,10 @@ A *granularity* is named by its tokens per tile: 36, 72, 144, 288, 576 for the r
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import typing
+from collections.abc import Mapping
 from typing import Any, Literal
 
 
@@ -171,7 +179,7 @@ class ModelConfig:
             if width % side or height % side:
                 raise ValueError(f"pinpoint {(width, height)} is no multiple of the tile side {side}")
 
-    @property
+    @functools.cached_property
     def grids(self) -> tuple[tuple[int, int], ...]:
         """(rows, columns) of one tile at each granularity, ascending in tokens.
 
@@ -187,17 +195,17 @@ class ModelConfig:
             grids.append((rows, columns))
         return tuple(reversed(grids))
 
-    @property
+    @functools.cached_property
     def granularities(self) -> tuple[int, ...]:
         """Tokens per tile, ascending: (36, 72, 144, 288, 576) by default."""
         return tuple(rows * columns for rows, columns in self.grids)
 
-    @property
+    @functools.cached_property
     def pyramid_rows(self) -> int:
         """R: rows of one tile's pyramid, all granularities one after another (1116)."""
         return sum(self.granularities)
 
-    @property
+    @functools.cached_property
     def pyramid_offsets(self) -> dict[int, int]:
         """First pyramid row of each granularity: {36: 0, 72: 36, 144: 108, 288: 252, 576: 540}."""
         offsets, at = {}, 0
@@ -214,28 +222,35 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def from_dict(values: dict[str, Any]) -> ModelConfig:
     """The inverse of `to_dict`; an unknown key is an error that names it."""
-    return _build(ModelConfig, values, "model")
+    return build(ModelConfig, values, "model")
 
 
-_NESTED = {
-    "vision": VisionConfig,
-    "scaler": ScalerConfig,
-    "router": RouterConfig,
-    "language": LanguageConfig,
-    "rope_scaling": RopeScaling,
-}
+def build(cls: type, values: Mapping[str, Any], where: str) -> Any:
+    """A dataclass, nested ones included, from the values of its fields; lists become tuples.
 
-
-def _build(cls: type, values: dict[str, Any], where: str) -> Any:
+    Raises:
+      ValueError: there is no such field; it is named as `where.key`.
+    """
+    types = nested(cls)
     known = {field.name for field in dataclasses.fields(cls)}
     unknown = sorted(set(values) - known)
     if unknown:
         raise ValueError(f"{where}: unknown key {unknown[0]!r}; known keys are {', '.join(sorted(known))}")
     built = {}
     for key, value in values.items():
-        if key in _NESTED and value is not None:
-            value = _build(_NESTED[key], dict(value), f"{where}.{key}")
+        if key in types and value is not None:
+            value = build(types[key], value, f"{where}.{key}")
         elif isinstance(value, (list, tuple)):
             value = tuple(tuple(v) if isinstance(v, (list, tuple)) else v for v in value)
         built[key] = value
     return cls(**built)
+
+
+def nested(cls: type) -> dict[str, type]:
+    """The fields of a dataclass that are dataclasses themselves, or None: {"rope_scaling": RopeScaling}."""
+    found = {}
+    for name, hint in typing.get_type_hints(cls).items():
+        kinds = [kind for kind in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(kind)]
+        if kinds:
+            found[name] = kinds[0]
+    return found

@@ -4,11 +4,37 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO
 
 Path = str | os.PathLike[str]
+
+
+_BUCKET = re.compile(r"(?:^|[,*])\s*(?!https?:)([a-z][a-z0-9+.-]+:/\S*)")
+
+
+def refuse_buckets(named: Mapping[str, Any]) -> None:
+    """Refuse addresses of object stores (`gs://`, `s3://`, `hdfs://`, ...): every file here lies in a file system.
+
+    As paths they would become local folders `gs:`. named: settings by name, nested; of lists and of comma-separated
+    texts each element counts. http and https are no paths and pass.
+
+    Raises:
+      ValueError: names the first one.
+    """
+    for name, value in named.items():
+        if isinstance(value, (str, os.PathLike)):
+            if found := _BUCKET.search(os.fspath(value)):
+                raise ValueError(
+                    f"{name}={found[1]} is no path of this machine: buckets are neither read nor written here;"
+                    " mount it (gcsfuse, mountpoint-s3, rclone mount) or copy the files"
+                )
+        elif isinstance(value, (list, tuple)):
+            refuse_buckets({f"{name}[{number}]": one for number, one in enumerate(value)})
+        elif hasattr(value, "items"):
+            refuse_buckets({f"{name}.{key}": inner for key, inner in value.items()})
 
 
 def write_whole(path: Path, content: str | Callable[[BinaryIO], object]) -> None:
@@ -65,8 +91,9 @@ def whole(output: Path, replace: bool = False) -> Iterator[pathlib.Path]:
     replace: what is at `output` already goes when the block has ended well; otherwise only an empty folder may be.
 
     Raises:
-      ValueError: there is something at `output` already.
+      ValueError: there is something at `output` already, or it is a bucket.
     """
+    refuse_buckets({"output": output})
     output = pathlib.Path(output).absolute()
     if not replace and output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise ValueError(f"{output} is there already: remove it or give another --output")
@@ -93,8 +120,9 @@ def same_run(workdir: Path, name: str, settings: dict[str, Any]) -> None:
     """Results in a workdir are gone on with only by the run they come from; its settings are kept in `name`.
 
     Raises:
-      ValueError: the workdir holds results of other settings; names the first that differs.
+      ValueError: the workdir holds results of other settings, or is a bucket; names the first that differs.
     """
+    refuse_buckets({"workdir": workdir})
     path = pathlib.Path(workdir) / name
     if path.is_file():
         try:

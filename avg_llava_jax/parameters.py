@@ -14,9 +14,9 @@ import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import PartitionSpec
 
+from avg_llava_jax import placement
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.models import avg_llava
-from avg_llava_jax.parallel import placement
 
 Params = dict[str, Any]
 
@@ -48,7 +48,7 @@ class Row:
     form: how that PyTorch tensor (of one layer) is laid out:
         `same`         as ours
         `transposed`   a linear weight, (out, in)
-        `patches`      a convolution, (V, 3, p, p), where ours is (p * p * 3, V), rows ordered (row, column, colour)
+        `patches`      a convolution, (E, 3, p, p), where ours is (p * p * 3, E), rows ordered (row, column, colour)
         `third 0|1|2`  one of query, key, value stacked in one (3 D, D) weight or (3 D,) bias
         `column`       (n, 1) where ours is (n,)
     """

@@ -1,41 +1,6 @@
-"""Why this granularity: python -m launch.explain --image=photo.png --prompt="Who wears 7?" --figure=why.png"""
+"""`avg-llava explain` in a checkout that is not installed: python -m launch.explain --flag=value ..."""
 
-import pathlib
-
-from absl import flags
-
-from launch import cli
-
-IMAGE = flags.DEFINE_multi_string("image", None, "An image file; once for each image.")
-PROMPT = flags.DEFINE_string("prompt", None, "The question; <image> in it says where an image goes.")
-RAW = flags.DEFINE_bool("raw", False, "Take the prompt as it is, <image> included, without a conversation template.")
-OUTPUT = flags.DEFINE_string("output", None, "Where the arrays go, an .npz; see explain.Explanation.")
-FIGURE = flags.DEFINE_string("figure", None, "Where the picture goes: .png, .pdf or .svg.")
-
-
-def main() -> None:
-    for flag in (OUTPUT, FIGURE):
-        if flag.value and not pathlib.Path(flag.value).resolve().parent.is_dir():
-            raise FileNotFoundError(f"--{flag.name}={flag.value}: its folder does not exist")
-    if FIGURE.value and pathlib.Path(FIGURE.value).suffix not in (".png", ".pdf", ".svg"):
-        raise ValueError(f"--figure={FIGURE.value}: must end in .png, .pdf or .svg")
-    from avg_llava_jax.eval import explain
-    from avg_llava_jax.inference.requests import Request
-
-    found = explain.explain(cli.load_model(), Request(PROMPT.value, IMAGE.value, raw=RAW.value))
-    for i, (path, scores, shares) in enumerate(zip(IMAGE.value, found.router_logits, found.probabilities, strict=True)):
-        print(f"{path}: {found.router_choice_granularity[i]} tokens a tile")
-        for g, score, share in zip(found.config.granularities, scores, shares, strict=True):
-            print(f"  {g:6d}  score {score:7.3f}  probability {share:.3f}  {'#' * round(40 * share)}")
-        print(f"  instruction read: {' | '.join(word.strip() for word in found.words[i] if word.strip())}")
-    for name, length in zip([*found.config.granularities, "router"], found.seq_len, strict=True):
-        left_out = "" if name in found.logits else "  (more than the model takes)"
-        print(f"packed length at {name}: {length}{left_out}")
-    if OUTPUT.value:
-        found.save(OUTPUT.value)
-    if FIGURE.value:
-        explain.draw(found, FIGURE.value)
-
+from avg_llava_jax.commands.explain import command
 
 if __name__ == "__main__":
-    cli.run(main, required=["image", "prompt"])
+    command()

@@ -1,32 +1,6 @@
-"""A checkpoint of ours as a PyTorch folder:
+"""`avg-llava export` in a checkout that is not installed: python -m launch.export_torch --flag=value ..."""
 
-python -m launch.export_torch --checkpoint=CHECKPOINT --output=FOLDER --layout=released|transformers [--dtype=bfloat16]
-
-`transformers` is for AutoModelForImageTextToText with trust_remote_code (the adaptive model) and for
-LlavaNextForConditionalGeneration (the finest granularity, always); `released` is for the released code.
-"""
-
-from absl import flags
-
-from launch import cli
-
-OUTPUT = flags.DEFINE_string("output", None, "The folder to make.")
-LAYOUT = flags.DEFINE_enum("layout", "released", ["released", "transformers"], "Who is to read it.")
-ROUTER = flags.DEFINE_bool("router", True, "--norouter leaves it out: a LLaVA-NeXT.")
-SHARD_SIZE = flags.DEFINE_float("shard_size", 5.0, "Largest file, in GiB.", lower_bound=1e-6)
-REPORT = flags.DEFINE_string(
-    "report", None, "report.json of launch.evaluate, for the model card; default: the checkpoint folder's."
-)
-
-
-def main() -> None:
-    from avg_llava_jax.convert import convert
-
-    export = {"released": convert.export_released, "transformers": convert.export_transformers}[LAYOUT.value]
-    shard_size = int(SHARD_SIZE.value * convert.GIB)
-    export(cli.CHECKPOINT.value, OUTPUT.value, cli.DTYPE.value, shard_size, ROUTER.value, REPORT.value)
-    print(f"{OUTPUT.value}: {LAYOUT.value} layout, from {cli.CHECKPOINT.value}")
-
+from avg_llava_jax.commands.export_torch import command
 
 if __name__ == "__main__":
-    cli.run(main, required=["output"], model_flags=cli.STORED_FLAGS)
+    command()

@@ -1,40 +1,6 @@
-"""Ask the frozen model once, train routers many times: python -m launch.feedback --config=X --output=DIR
+"""`avg-llava feedback` in a checkout that is not installed: python -m launch.feedback --flag=value ..."""
 
-Then, as often as you like: python -m launch.train --config=X --config.rglf.feedback=DIR --workdir=...
-Killed, it goes on where it was.
-"""
-
-from absl import flags
-from ml_collections import config_flags
-
-from launch import cli
-
-CONFIG = config_flags.DEFINE_config_file("config", None, "A config of phase rglf, configs/X.py.", lock_config=True)
-OUTPUT = flags.DEFINE_string("output", None, "Folder of the feedback.")
-FEATURES = flags.DEFINE_bool(
-    "features", True, "Keep the visual features too: a router then trains without the encoder."
-)
-
-
-def main() -> None:
-    from avg_llava_jax import checkpoint
-    from avg_llava_jax.data.tokenizer import load_tokenizer
-    from avg_llava_jax.parallel import hosts, sharding
-    from avg_llava_jax.training import feedback, setup
-
-    config = CONFIG.value
-    if config.phase != "rglf":
-        raise ValueError(f"phase={config.phase}: feedback is for phase rglf")
-    mesh = sharding.make_mesh(config.mesh)
-    setup.check(config, mesh)
-    dtype = setup.DTYPES[config.compute_dtype]
-    loaded = checkpoint.load(config.init_from, config.vision_tower or None, mesh, dtype)
-    model = setup.override(loaded.config, config.model)
-    batches = setup.plan_batches(config, model, load_tokenizer(loaded.tokenizer_folder), mesh)
-    feedback.measure(model, loaded.params, batches, config.steps, OUTPUT.value, mesh, FEATURES.value)
-    if hosts.first():
-        print(f"{OUTPUT.value}: train from it with --config.rglf.feedback={OUTPUT.value}")
-
+from avg_llava_jax.commands.feedback import command
 
 if __name__ == "__main__":
-    cli.run(main, required=["config", "output"], model_flags=())
+    command()

@@ -1,25 +1,6 @@
-"""`jersey` as files: LLaVA JSON and PNG, to look at or to train other code on.
+"""`avg-llava write-jersey` in a checkout that is not installed: python -m launch.write_jersey --flag=value ..."""
 
-python -m launch.write_jersey --output=DIR --source="jersey?split=test&paired=true" --count=300
-"""
-
-from absl import flags
-
-from avg_llava_jax.data import jersey
-from avg_llava_jax.data.sources import open_source
-from launch import cli
-
-OUTPUT = flags.DEFINE_string("output", None, "The folder: SPLIT.json and images/.")
-SOURCE = flags.DEFINE_string("source", "jersey?split=test&paired=true", "Which of its records, as data.path has it.")
-COUNT = flags.DEFINE_integer("count", 300, "How many.", lower_bound=1)
-
-
-def main() -> None:
-    source = open_source(SOURCE.value)
-    if not isinstance(source, jersey.Jersey):
-        raise ValueError(f"--source={SOURCE.value} is not jersey: give `jersey?field=value&...`")
-    print(jersey.write(source, COUNT.value, OUTPUT.value))
-
+from avg_llava_jax.commands.write_jersey import command
 
 if __name__ == "__main__":
-    cli.run(main, required=["output"], model_flags=())
+    command()

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from avg_llava_jax import ASSETS
 from avg_llava_jax.config import LanguageConfig, ModelConfig, RouterConfig, ScalerConfig, VisionConfig
 from avg_llava_jax.data.tokenizer import Tokenizer, load_tokenizer
 from avg_llava_jax.inference.api import AvgLlava
 from avg_llava_jax.models import avg_llava
-from configs import base
 from tests.differences import LARGEST
 
-TOKENIZER = base.ASSETS / "tokenizer"
+TOKENIZER = ASSETS / "tokenizer"
 
 
 class LargestOfAllProcesses:

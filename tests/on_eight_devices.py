@@ -18,8 +18,8 @@ from avg_llava_jax.inference.stress import compilations
 from avg_llava_jax.models.flash import flash_attention
 from avg_llava_jax.parallel import sharding
 from avg_llava_jax.parallel.costs import collectives
+from avg_llava_jax.training.config import OptimizerConfig, TrainConfig
 from avg_llava_jax.training.step import Step
-from configs import base
 from tests.conftest import TOKENIZER
 from tests.random_model import random_model
 from tests.test_attention import draw, formula
@@ -59,8 +59,7 @@ def mesh_of(sizes):
 
 def trained(params, batch, phase, sizes, accumulate=1):
     """Metrics and Adam's moments, which are the gradients, after one step; and its traffic."""
-    config = base.get_config()
-    config.phase, config.batch_size, config.optimizer.accumulate = phase, ROWS, accumulate
+    config = TrainConfig(phase=phase, batch_size=ROWS, optimizer=OptimizerConfig(accumulate=accumulate))
     mesh = mesh_of(sizes)
     with jax.set_mesh(mesh):
         step = Step(config, MODEL, mesh)

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from avg_llava_jax import checkpoint
+from avg_llava_jax.configs import ablations
 from avg_llava_jax.data.jersey import Jersey
-from avg_llava_jax.eval import evaluation, policies
+from avg_llava_jax.eval import evaluation, policies, quickstart
 from avg_llava_jax.inference.api import AvgLlava
 from avg_llava_jax.parallel import sharding
-from avg_llava_jax.training import losses, setup
-from configs import ablations
-from launch import quickstart
+from avg_llava_jax.training import rglf, setup
+from avg_llava_jax.training.config import read
 from launch.bench import ablate
 from tests.random_model import random_model, save_random_model
 
@@ -118,7 +118,7 @@ def test_instruction_tuning_minimises_the_expected_nll():
     p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     expected = (p * nll).sum(axis=1, keepdims=True)
     (value, _), grad = jax.value_and_grad(
-        lambda x: losses.feedback_loss(x, jnp.asarray(nll), valid, **weights), has_aux=True
+        lambda x: rglf.rglf_loss(x, jnp.asarray(nll), valid, **weights), has_aux=True
     )(jnp.asarray(logits))
     np.testing.assert_allclose(value, expected[[0, 2]].sum(), rtol=1e-5)
     by_hand = p * (nll - expected)
@@ -130,7 +130,7 @@ def test_every_ablation_changes_one_thing_of_the_recipe():
     full = ablations.get_config().to_dict()
     assert full["fresh"] == ("router",) and "nll_weight" in full["rglf"]
     for name, changes in ablations.ABLATIONS.items():
-        leaves, others = (setup._leaves(config) for config in (full, ablations.get_config(name).to_dict()))
+        leaves, others = (setup.leaves(config) for config in (full, ablations.get_config(name).to_dict()))
         assert {key for key in leaves if leaves[key] != others[key]} == changes.keys(), name
 
 
@@ -138,7 +138,7 @@ def test_fresh_names_components():
     config = ablations.get_config()
     config.fresh = ("voter",)
     with pytest.raises(ValueError, match="fresh names 'voter': the components are encoder, connector, router"):
-        setup.check(config, sharding.make_mesh(config.mesh))
+        setup.check(read(config), sharding.make_mesh(config.mesh))
 
 
 @pytest.mark.parametrize("changes", [{"text_tokens": 0}, {"text_tokens": 40}, {"attention": "tiles"}], ids=str)

@@ -5,8 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from avg_llava_jax.models.attention import BLOCK, _block_by_block, _cached_at_once, _cached_by_head
+from avg_llava_jax.models import attention, one_cpu
+from avg_llava_jax.models.attention import QUERY_BLOCK, cached_attention, dense, kernel_for, padded_attention
+from avg_llava_jax.models.cache import LayerCache, Span
 from avg_llava_jax.models.flash import flash_attention
+from avg_llava_jax.models.one_cpu import BLOCK
 
 
 def draw(dtype, length, heads=4, kv_heads=2, width=16):
@@ -24,19 +27,19 @@ def formula(q, k, v, causal):
     return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores), v)
 
 
-def cudnn(q, k, v, causal):
-    return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
-
-
 WAYS = {
-    "cpu": _block_by_block,
-    "xla": lambda q, k, v, causal: jax.nn.dot_product_attention(q, k, v, is_causal=causal),
+    "cpu": one_cpu.self_attention,
+    "dense": attention._over_own,
+    "blocks": attention._in_blocks,
     "tpu": lambda q, k, v, causal: flash_attention(q, k, v, causal, interpret=jax.default_backend() != "tpu"),
-    "gpu": cudnn,
+    "padded": lambda q, k, v, causal: padded_attention(q, k, v, causal, "xla"),  # cuDNN's padding, on any device
+    "gpu": padded_attention,
 }
 
 
 CASES = [(way, *case) for way in WAYS for case in ((True, 200), (False, 130))]  # no multiples of a kernel's tile
+CASES += [("padded", causal, length) for causal in (True, False) for length in (1, 131)]
+CASES += [("blocks", True, 2 * QUERY_BLOCK + 9), ("blocks", False, QUERY_BLOCK + 1)]
 
 
 @pytest.mark.parametrize("way, causal, length", [*CASES, ("cpu", True, 2 * BLOCK + 9), ("cpu", False, BLOCK + 1)])
@@ -64,18 +67,76 @@ def test_attention_is_the_formula(way, causal, length):
         np.testing.assert_allclose(ours, wanted, atol=1e-5)
 
 
-@pytest.mark.parametrize("way", [_cached_at_once, _cached_by_head])
+@pytest.mark.parametrize("one_device", [True, False])
 @pytest.mark.parametrize("steps", [1, 5])
-def test_attention_over_a_cache_is_the_formula(way, steps):
-    """Rows of unequal length, and a cache whose end is garbage: as if what is real stood in one sequence."""
-    real = [9, 4]
+def test_attention_over_a_cache_is_the_formula(monkeypatch, one_device, steps):
+    """Rows of unequal length in other slots of a cache whose end is garbage: as if all stood in one sequence."""
+    monkeypatch.setattr(one_cpu, "here", lambda: one_device)
+    start, slot = jnp.array([9, 4]), jnp.array([2, 0])
     q, k, v = draw(jnp.float32, 9 + steps)
-    whole = [
-        formula(*(x[row : row + 1, 9 - cached :] for x in (q, k, v)), True)[0, -steps:]
-        for row, cached in enumerate(real)
+    wanted = [
+        formula(*(x[row : row + 1, 9 - before :] for x in (q, k, v)), True)[0, -steps:]
+        for row, before in enumerate((9, 4))
     ]
-    garbage = jnp.full((2, 3, *k.shape[2:]), 1e4)
-    old = [jnp.stack([jnp.roll(x[row, :9], cached - 9, axis=0) for row, cached in enumerate(real)]) for x in (k, v)]
-    new = [x[:, 9:] for x in (k, v)]
-    out = way(q[:, 9:], *new, *(jnp.concatenate([x, garbage], axis=1) for x in old), jnp.array(real))
-    np.testing.assert_allclose(out, jnp.stack(whole), atol=1e-5)
+    garbage = jnp.full((3, 2, 20, 16), 1e4)
+    cache = LayerCache(garbage, garbage)
+    for row, before in enumerate((9, 4)):  # what each row reads first
+        earlier = (x[row : row + 1, 9 - before : 9] for x in (k, v))
+        cache = cache.write(*earlier, Span(jnp.zeros(1, int), slot[row : row + 1]))
+    span = Span(start, slot, window=16)
+    cache = cache.write(k[:, 9:], v[:, 9:], span)
+    out = cached_attention(q[:, 9:], cache, span, start[:, None] + jnp.arange(steps))
+    np.testing.assert_allclose(out, jnp.stack(wanted), atol=1e-5)
+    assert (cache.k[1] == 1e4).all(), "the slot of no row is as it was"
+
+
+@pytest.mark.parametrize("by_slot", [True, False])
+def test_a_row_outside_the_cache_writes_nothing(by_slot):
+    k = jnp.arange(2 * 3 * 2 * 4, dtype=jnp.float32).reshape(2, 3, 2, 4) + 1
+    cache = LayerCache(jnp.zeros((2, 2, 5, 4)), jnp.zeros((2, 2, 5, 4)))
+    if by_slot:
+        written = cache.write(k, k, Span(jnp.array([1, 1]), jnp.array([1, 2])))
+        row, slot, start = 0, 1, 1
+    else:
+        written = cache.write(k, k, Span(jnp.array([5, 2])))
+        row, slot, start = 1, 1, 2
+    wanted = np.zeros((2, 2, 5, 4), np.float32)
+    wanted[slot, :, start : start + 3] = np.asarray(k[row]).swapaxes(0, 1)
+    np.testing.assert_array_equal(written.k, wanted)
+
+
+def test_dense_attention_drops_and_masks():
+    q, k, v = (x.swapaxes(1, 2) for x in draw(jnp.float32, 6))
+    seen = jnp.arange(6) < 4
+    shown = dense(q, k, v, seen)
+    np.testing.assert_allclose(shown, dense(q, k[:, :, :4], v[:, :, :4]), atol=1e-6)
+    halved = dense(q, k, v, drop=lambda weights: weights / 2)
+    np.testing.assert_allclose(halved, dense(q, k, v) / 2, atol=1e-6)
+
+
+@pytest.mark.parametrize("length", [1, 2, 577, 1148, 2885, 4096])
+def test_kernel_for_every_head_that_is_asked_for(length):
+    """Encoder, language model and router of the 7B, on every platform: none holds S x S scores of a long sequence."""
+    bf16, fp32 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
+    plain = "dense" if length <= QUERY_BLOCK else "blocks"
+    for head_dim in (64, 128):
+        assert kernel_for("cuda", 8, bf16, head_dim, length) == "cudnn"
+        assert kernel_for("tpu", 4, bf16, head_dim, length) == "splash"
+    assert kernel_for("cuda", 1, bf16, 512, length) == kernel_for("cuda", 1, bf16, 20, length) == plain
+    assert kernel_for("cuda", 1, fp32, 64, length) == kernel_for("tpu", 1, fp32, 64, length) == plain
+    assert kernel_for("cpu", 8, fp32, 64, length) == plain and kernel_for("cpu", 1, fp32, 64, length) == "one_cpu"
+
+
+def test_a_cudnn_kernel_is_traced_for_no_odd_length(monkeypatch):
+    """JAX differentiates cuDNN's attention for even lengths alone, and a CLIP encoder has 577 positions."""
+    lengths, real = [], jax.nn.dot_product_attention
+
+    def traced(q, k, v, implementation, **options):
+        lengths.append(q.shape[1])
+        return real(q, k, v, implementation="xla", **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", traced)
+    monkeypatch.setattr(attention.placement, "platform", lambda: ("cuda", 1))
+    q, k, v = draw(jnp.bfloat16, 577)
+    jax.grad(lambda q: jnp.sum(attention.self_attention(q, k, v, False).astype(jnp.float32)))(q)
+    assert lengths == [578]

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from avg_llava_jax import parameters
+from avg_llava_jax.commands import planning
 from avg_llava_jax.config import ScalerConfig
-from avg_llava_jax.parallel import planning, sharding
-from avg_llava_jax.training import losses, phases
+from avg_llava_jax.parallel import sharding
+from avg_llava_jax.training import losses, rglf
+from avg_llava_jax.training.config import RglfConfig
 from avg_llava_jax.training.step import Step
 from launch.bench import parts as bench_parts
 from launch.bench import torch_baseline
@@ -62,7 +64,7 @@ def test_a_random_batch_fills_its_shape(small, shape):
 def test_parts_compute_what_the_step_does(small, shape, phase):
     """The answers of each granularity, and in RGLF the two executions, from parameters that both were given."""
     config = bench_train.config_of(phase, ROWS, "float32", "none")
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = sharding.make_mesh(dataclasses.asdict(config.mesh))
     batch = jax.device_put(bench_parts.random_batch(small, ROWS, shape))
     with jax.set_mesh(mesh):
         step = Step(config, small, mesh)
@@ -120,7 +122,7 @@ def test_pytorch_computes_the_same(small, shape, phase, tmp_path):
     batch = bench_parts.random_batch(small, ROWS, shape)
     with jax.default_matmul_precision("highest"):
         if phase == "rglf":
-            loss = phases.feedback_loss(small, params, batch, None, phases.FeedbackConfig())[0]
+            loss = rglf.batch_loss(small, params, batch, None, RglfConfig())[0]
         else:
             loss = losses.language_loss(small, params, batch, small.granularities)[0]
     np.testing.assert_allclose(found, [loss, loss], rtol=1e-4)

@@ -1,6 +1,7 @@
 """A model on the eleven benchmarks: from both layouts to the table, killed and gone on with."""
 
 import csv
+import dataclasses
 import json
 import os
 import signal
@@ -12,9 +13,9 @@ import time
 import pytest
 
 from avg_llava_jax.config import ModelConfig
-from avg_llava_jax.eval import evaluation
+from avg_llava_jax.eval import benchmarking, evaluation
 from avg_llava_jax.eval import questions as through_engine
-from avg_llava_jax.eval.benchmarks import records, running, scoring, table, tasks
+from avg_llava_jax.eval.benchmarks import records, scoring, table, tasks
 from tests import benchmark_fixtures as fixtures
 from tests.random_model import random_model
 from tests.test_launch import ROOT, folder, run  # noqa: F401 (a fixture)
@@ -37,14 +38,14 @@ def test_a_benchmark(name, model, tmp_path):
     """Every row is asked, what is reported is what launch.score says of the file, and a killed run goes on."""
     task = tasks.find(name)
     rows = records.read(task, fixtures.write_hub(tmp_path / "data", name))
-    questions, skipped = running.questions_of(task, rows, model, "lmms_eval")
+    questions, skipped = benchmarking.questions_of(task, rows, model, "lmms_eval")
     assert not skipped and sorted(int(question.sample.id) for question in questions) == list(range(len(rows)))
     file = tmp_path / "answers.jsonl"
     answered = through_engine.answer_all(model, questions, file, **OPTIONS)
-    weighted = running.weighted_choices(model.config, questions, answered, [0.0, 0.05, 1e6])
+    weighted = benchmarking.weighted_choices(model.config, questions, answered, [0.0, 0.05, 1e6])
     for picked in weighted.values():
         evaluation.answer_mixed(model, questions, answered, picked, tmp_path / "mixed.jsonl", 2, 4)
-    report = running.report(task, model.config, rows, answered, weighted=weighted)
+    report = benchmarking.report(task, model.config, rows, answered, weighted=weighted)
 
     for key in ("metrics", "score", "interval", "visual_tokens", "token_cut", "chosen"):
         assert report[key]["cost weight 0"] == report[key]["adaptive"]
@@ -63,7 +64,7 @@ def test_a_benchmark(name, model, tmp_path):
     again = through_engine.answer_all(model, questions, file, **OPTIONS)
     for picked in weighted.values():
         evaluation.answer_mixed(model, questions, again, picked, tmp_path / "mixed.jsonl", 2, 4)
-    assert running.report(task, model.config, rows, again, weighted=weighted) == report
+    assert benchmarking.report(task, model.config, rows, again, weighted=weighted) == report
     assert file.read_text(encoding="utf-8").splitlines(keepends=True)[0] == lines[0]
 
 
@@ -75,7 +76,7 @@ def test_what_cannot_be_asked_counts_as_wrong(model, tmp_path):
             for n, image in enumerate(images)]  # fmt: skip
     rows[5]["question"] = "red " * 300
     rows = records.read(tasks.CHARTQA, fixtures.write_hub(tmp_path, "chartqa", rows))
-    questions, skipped = running.questions_of(tasks.CHARTQA, rows, model, "lmms_eval")
+    questions, skipped = benchmarking.questions_of(tasks.CHARTQA, rows, model, "lmms_eval")
     answered = through_engine.answer_all(model, questions, skipped=skipped, **OPTIONS)
     reasons = {entry["id"]: entry["reason"] for entry in skipped}
     assert reasons == {
@@ -83,7 +84,7 @@ def test_what_cannot_be_asked_counts_as_wrong(model, tmp_path):
     }  # fmt: skip
     answered[0]["answer"] = answered[0]["answers"][4] = "4"  # as if it were right
     answered[0]["chosen"] = [4]
-    report = running.report(tasks.CHARTQA, model.config, rows, answered)
+    report = benchmarking.report(tasks.CHARTQA, model.config, rows, answered)
     assert (report["n"], report["answered"]) == (6, 1)
     assert report["metrics"]["adaptive"]["relaxed_overall"] == pytest.approx(1 / 6)
     assert report["metrics"]["fixed"]["16"]["relaxed_overall"] == 0
@@ -93,7 +94,7 @@ def test_what_cannot_be_asked_counts_as_wrong(model, tmp_path):
 def test_images_are_encoded_once(model, tmp_path, monkeypatch):
     """Questions about one image share its encoding, and are answered as they would be alone."""
     rows = records.read(tasks.POPE, fixtures.write_hub(tmp_path, "pope"))
-    questions, _ = running.questions_of(tasks.POPE, rows, model, "lmms_eval")
+    questions, _ = benchmarking.questions_of(tasks.POPE, rows, model, "lmms_eval")
     names = [question.sample.images[0].name for question in questions]
     assert names == sorted(names, key=names.index) and len(set(names)) == 2
     encoded = []
@@ -124,7 +125,7 @@ def test_figures():
         }
         for n, (cheap, fine, chosen) in enumerate(said)
     ]  # fmt: skip
-    report = running.report(tasks.GQA, config, rows, answered)
+    report = benchmarking.report(tasks.GQA, config, rows, answered)
     assert report["score"]["fixed"] == {"36": 25.0, "72": 25.0, "144": 25.0, "288": 25.0, "576": 75.0}
     assert report["score"]["adaptive"] == 50.0 and report["score"]["oracle"] == 75.0
     assert report["visual_tokens"]["adaptive"] == 2 * (36 + 576 + 36) / 3
@@ -137,17 +138,25 @@ def test_figures():
     assert shown["router"] == "26.2"  # 50 of 100 and 50 of 2000
     assert shown["seconds"] == "" and shown["AVG-LLaVA-7B"] == "33.1"
 
+    other = benchmarking.report(dataclasses.replace(tasks.GQA, paper=None), config, rows, answered)
+    assert other["score"] == report["score"] and set(other["paper"].values()) == {None}
+    lines = table.table([report, other])
+    shown = [dict(zip(lines[0], line, strict=True)) for line in lines[1:]]
+    assert [one["router"] for one in shown] == ["50.0", "50.0", "50.0"]
+    assert [one["LLaVA-NeXT-7B"] for one in shown] == ["64.2", "", ""]
+    assert [one["its speed-up"] for one in shown] == ["1.14", "", ""]
+
 
 def test_seconds(model, tmp_path):
     """Only questions that fit at every granularity are timed, so that the same ones are compared."""
     rows = records.read(tasks.POPE, fixtures.write_hub(tmp_path, "pope"))
-    questions, _ = running.questions_of(tasks.POPE, rows, model, "lmms_eval")
+    questions, _ = benchmarking.questions_of(tasks.POPE, rows, model, "lmms_eval")
     answered = [{"id": question.sample.id, "answers": {4: "a", 16: None}} for question in questions]
-    assert running.seconds(model, questions, answered, 2, 2) is None
+    assert benchmarking.seconds(model, questions, answered, 2, 2) is None
     answered[0]["answers"][16] = "b"
-    seconds = running.seconds(model, questions, answered, 2, 2)
+    seconds = benchmarking.seconds(model, questions, answered, 2, 2)
     assert set(seconds["fixed"]) == {"4", "8", "16"} and seconds["adaptive"] > 0
-    assert running.seconds(model, questions, answered, 0, 2) is None
+    assert benchmarking.seconds(model, questions, answered, 0, 2) is None
 
 
 def test_the_command(folder, tmp_path):  # noqa: F811
@@ -238,7 +247,7 @@ def test_killed_and_gone_on_with_by_two_processes(model, folder, tmp_path):  # n
     assert (out / "answers.jsonl").read_bytes().splitlines()[:3] == early
 
     read = records.read(tasks.POPE, tmp_path / "data")
-    questions, _ = running.questions_of(tasks.POPE, read, model, "lmms_eval")
+    questions, _ = benchmarking.questions_of(tasks.POPE, read, model, "lmms_eval")
     expected = through_engine.answer_all(model, questions, skipped=[], **OPTIONS | {"max_new_tokens": 4})
     found = evaluation.read_records(out / "answers.jsonl")
     assert len(found) == 59

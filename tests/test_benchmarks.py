@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import subprocess
 import sys
 
@@ -93,6 +94,15 @@ def test_one_image_is_held_once(tmp_path):
     assert len(images) == 2 and rows[0].images["image"] is rows[2].images["image"]
 
 
+def test_the_bound_on_pixels_is_an_argument(tmp_path):
+    folder = fixtures.write_hub(tmp_path, "pope")
+    images = [row.images["image"] for row in records.read(tasks.POPE, folder, max_pixels=100)]
+    assert len({id(image) for image in images}) == 2
+    with pytest.raises(BadSample, match=r"40 x 20 is over 100 pixels \(max_pixels\)"):
+        images[0].load()
+    assert records.read(tasks.POPE, folder, max_pixels=40 * 20)[0].images["image"].load().size == (40, 20)
+
+
 def test_the_score_command(tmp_path):
     fixtures.write_hub(tmp_path / "data", "chartqa")
     answers = answers_file(tmp_path / "answers.jsonl", ["13%", None])
@@ -114,7 +124,8 @@ def test_the_score_command(tmp_path):
 
 def test_scoring_needs_no_device_library(tmp_path):
     code = (
-        "import sys; from avg_llava_jax.eval.benchmarks import records, scoring, tasks; import launch.score;"
+        "import sys; from avg_llava_jax.commands import score;"
+        "from avg_llava_jax.eval.benchmarks import records, scoring, tasks;"
         "print({'jax', 'torch', 'transformers'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -198,6 +209,59 @@ def test_bad_folders(tmp_path):
     text.write_text("Is it red? Yes\n")
     with pytest.raises(ValueError, match=r"0.txt row 0: not a question, a tab and its answer"):
         records.read(tasks.MME, tmp_path / "mme")
+
+
+@pytest.mark.parametrize("name", fixtures.HUB)
+def test_two_snapshots_below_one_folder_are_refused(name, tmp_path):
+    """The hub's cache after the data set got another commit; each snapshot alone is read."""
+    for snapshot in ("1111", "2222"):
+        fixtures.write_hub(tmp_path / "snapshots" / snapshot, name)
+    task = tasks.find(name)
+    assert len(records.read(task, tmp_path / "snapshots" / "1111", images=False)) == len(fixtures.RECORDS[name])
+    with pytest.raises(ValueError, match="1111.*2222|2222.*1111") as error:
+        records.read(task, tmp_path, images=False)
+    assert "\n" not in str(error.value)
+
+
+def test_shards_of_two_writings_and_missing_shards_are_refused(tmp_path):
+    fixtures.write_hub(tmp_path, "chartqa", shards=2)
+    shard = tmp_path / fixtures.HUB["chartqa"].replace("00000-of-00001", "00001-of-00002")
+    assert len(records.read(tasks.CHARTQA, tmp_path)) == 3
+    shard.rename(shard.with_suffix(".away"))
+    with pytest.raises(ValueError, match="lacks test-00001-of-00002.parquet: the split is not whole"):
+        records.read(tasks.CHARTQA, tmp_path)
+    shard.with_suffix(".away").rename(shard)
+    fixtures.write_hub(tmp_path, "chartqa")
+    with pytest.raises(ValueError, match="holds test twice, in 1 and in 2 shards: remove the older ones"):
+        records.read(tasks.CHARTQA, tmp_path)
+
+
+def test_an_image_of_two_snapshots_is_refused_where_it_differs(tmp_path):
+    fixtures.write_hub(tmp_path / "1111", "gqa")
+    (images,) = tmp_path.rglob("testdev_balanced_images/*.parquet")
+    other = tmp_path / "2222" / "testdev_balanced_images" / images.name
+    other.parent.mkdir(parents=True)
+    shutil.copy(images, other)
+    rows = records.read(tasks.GQA, tmp_path)
+    fixtures._write(other, [{"id": "n0", "image": 3}])
+    with pytest.raises(ValueError, match="image 'n0' is there already, with other bytes"):
+        records.read(tasks.GQA, tmp_path)
+    assert len(rows) == 4
+
+
+def test_originals_and_folders_that_are_there_twice(tmp_path):
+    for copy in ("a", "b"):
+        fixtures.write_original(tmp_path / "both" / copy, "textvqa_val")
+    rows = records.read(tasks.TEXTVQA, tmp_path / "both")
+    (path,) = (tmp_path / "both" / "b").rglob("TextVQA*.json")
+    path.write_text(path.read_text().replace("Nokia", "Sony"))
+    with pytest.raises(ValueError, match="TextVQA_0.5.1_val.json differ: give the folder of one"):
+        records.read(tasks.TEXTVQA, tmp_path / "both")
+    assert len(rows) == 3
+    for name in ("ChartQA", "chartqa"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(ValueError, match="has chartqa twice, as ChartQA and as chartqa: keep one"):
+        records.locate(tasks.CHARTQA, str(tmp_path))
 
 
 def test_images_that_are_not_there(tmp_path):

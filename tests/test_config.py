@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 
 from avg_llava_jax.config import ModelConfig, RopeScaling, from_dict, to_dict
+from avg_llava_jax.configs import avg_llava_7b
 from avg_llava_jax.training import setup
-from configs import avg_llava_7b
+from avg_llava_jax.training.config import read
 
 
 def test_a_config_survives_json(tiny):
@@ -53,10 +54,10 @@ def test_what_makes_no_sense_is_named(tiny, name, value, message):
 def test_the_stage_after_connector_pretraining_sets_its_template(tiny):
     """Unset it would go on with `plain`, which is what the checkpoint says."""
     pretrained = dataclasses.replace(tiny, template="plain")
-    model = avg_llava_7b.get_config().model
-    assert setup.override(pretrained, model) == pretrained
-    model.template = "vicuna_v1"  # --config.model.template=vicuna_v1
-    assert setup.override(pretrained, model) == dataclasses.replace(tiny, template="vicuna_v1")
+    config = avg_llava_7b.get_config()
+    assert setup.override(pretrained, read(config).model) == pretrained
+    config.model.template = "vicuna_v1"  # --config.model.template=vicuna_v1
+    assert setup.override(pretrained, read(config).model) == dataclasses.replace(tiny, template="vicuna_v1")
 
 
 def changed(config: ModelConfig, by: dict) -> ModelConfig:

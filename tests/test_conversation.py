@@ -247,6 +247,16 @@ def test_bad_samples_have_a_reason(released, turns, images, reason):
     assert (again.reason, again.detail, str(again)) == (reason, error.value.detail, str(error.value))
 
 
+def test_text_that_is_no_unicode_is_named(released, small):
+    """What a shell's argument of other bytes than UTF-8 becomes, and what JSON can spell."""
+    for text in ("caf\udce9", "Hello \ud83d"):
+        half = f"\\\\u{ord(text[-1]):04x}"
+        with pytest.raises(BadSample, match=f"malformed_turn: turn 2 has {half}, half of a surrogate pair"):
+            encode_prompt([human("Hi"), gpt("Hello"), human(text)], released)
+        with pytest.raises(BadSample, match=f"the prompt has {half}"):
+            encode_raw(text, small)
+
+
 def test_a_prompt_must_end_with_a_question(released):
     with pytest.raises(BadSample) as error:
         encode_prompt([human("a"), gpt("b")], released)

@@ -126,7 +126,7 @@ SHARDED = """
     from avg_llava_jax import checkpoint
     from avg_llava_jax.parallel import sharding
     from avg_llava_jax.convert import foreign
-    from launch import import_torch
+    from avg_llava_jax.commands import import_torch
 
     source, tower, output = sys.argv[1:]
     flags.FLAGS(["x", f"--source={source}", f"--vision_tower={tower}", f"--output={output}", "--mesh=fsdp=-1,tensor=2"])

@@ -5,12 +5,13 @@ import jax.numpy as jnp
 import pytest
 
 from avg_llava_jax import parameters
+from avg_llava_jax.commands.planning import largest_shape
 from avg_llava_jax.config import LanguageConfig, from_dict
+from avg_llava_jax.configs import jersey
 from avg_llava_jax.parallel.costs import Access, Traffic, accesses, collectives, flops, language_flops, step_flops
-from avg_llava_jax.parallel.planning import largest_shape
 from avg_llava_jax.training import phases
-from avg_llava_jax.training.optimizer import OptimizerConfig, trainable
-from configs import jersey
+from avg_llava_jax.training.config import OptimizerConfig, RglfConfig
+from avg_llava_jax.training.optimizer import trainable
 from launch.bench.parts import random_batch
 
 
@@ -43,7 +44,7 @@ def test_the_formula_counts_what_the_step_computes(phase, monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 2)  # plain attention: on one CPU it forms its scores twice
     model = from_dict(jersey.model().to_dict())
     shape = largest_shape(model, text=64, answer=16)
-    loss = phases.make_loss(phase, model, model.granularities, phases.FeedbackConfig(), "none")
+    loss = phases.make_loss(phase, model, model.granularities, RglfConfig(), "none")
     whole = parameters.abstract(model)
     ours, frozen = parameters.split(whole, trainable(phase, OptimizerConfig(1e-3, 1e-3)))
 

@@ -68,7 +68,7 @@ def test_every_answer_is_what_the_model_says_alone(model, engine, photos):
         assert compiled() == 0
     assert together == [alone(model, request) for request in requests]
     assert len({answer.text for answer in together}) > 6
-    windows = engine.ladders.windows
+    windows = engine.buckets.windows
     prompt = len(model.prepare(requests[-1]).sample.tokens.ids) - 1 + together[-1].visual_tokens
     assert prompt < windows[0] < prompt + len(together[-1].token_ids), "the answer outgrows the smaller window"
 
@@ -82,11 +82,11 @@ def test_the_counter_of_compilations_counts():
 
 
 def test_warm_up_compiles_each_program_once(tiny, tokenizer, engine, capsys):
-    assert engine.programs == 18
+    assert engine.buckets.programs == 20
     with compilations() as compiled:
         engine.warm_up()
         assert compiled() == 0
-    assert "engine: 18 programs" in capsys.readouterr().out
+    assert "engine: 20 programs" in capsys.readouterr().out
 
 
 def test_stop_strings_and_end_tokens(model, engine, photos):
@@ -155,13 +155,19 @@ def test_bad_requests_fail_alone(model, engine, photos):
         with pytest.raises(ValueError, match=message) as error:
             engine.submit(Request(**{"prompt": "Who?", "images": photos[0]} | bad))
         assert "\n" not in str(error.value)
-    failed = engine.stats().failed
-    # The router's choice decides whether this one fits: all but the coarsest do not.
-    long = Request("long " * 85 + "Who?", photos[2:3] * 2)
-    outcomes = answers(engine, [long, good])
+    while engine.step():
+        pass
+    assert plain(ticket.result(0)) == alone(model, good) and engine.stats().rejected >= 4
+
+
+def test_a_choice_that_does_not_fit_fails_alone(model, photos):
+    """The router's choice decides whether a prompt fits: all but the coarsest do not, and it takes the finest."""
+    router = model.params["router"] | {"norm": model.params["router"]["norm"] | {"bias": np.array([0.0, 0.0, 9.0])}}
+    fine = AvgLlava(model.config, model.params | {"router": jax.device_put(router, jax.devices()[0])}, model.tokenizer)
+    engine, good = make(fine), Request("Who?", photos[0], max_new_tokens=6)
+    outcomes = answers(engine, [Request("long " * 85 + "Who?", photos[2:3] * 2), good])
     assert isinstance(outcomes[0], ValueError) and "granularity=4 would fit" in str(outcomes[0])
-    assert outcomes[1] == plain(ticket.result(0)) == alone(model, good)
-    assert engine.stats().failed == failed + 1 and engine.stats().rejected >= 4
+    assert outcomes[1] == alone(fine, good) and engine.stats().failed == 1
 
 
 def test_less_than_the_models_length(model, photos):

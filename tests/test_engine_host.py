@@ -1,79 +1,111 @@
-"""The engine's host side, without a model: ladders, slots and what they share, pages of images."""
+"""The engine's host side, without a model: buckets, slots and what they share, pages of images."""
+
+import dataclasses
 
 import numpy as np
-import pytest
 
 from avg_llava_jax.config import ModelConfig
-from avg_llava_jax.inference.buckets import STEPS, chunk_rung, make_ladders, rung
+from avg_llava_jax.inference.buckets import STEPS, bucket, chunk_bucket, server_buckets
 from avg_llava_jax.inference.image_pages import ImagePages, digest_of
-from avg_llava_jax.inference.intake import places_of
+from avg_llava_jax.inference.job import image_key, places_of
 from avg_llava_jax.inference.scheduler import STEPS_BETWEEN_CHUNKS, Scheduler, Work
 
-LADDERS = make_ladders(ModelConfig(), slots=3, chunk=64, pages=20)
+BUCKETS = server_buckets(ModelConfig(), slots=3, chunk=64, pages=20)
 
 
-def test_ladders_of_the_7b_model():
-    ladders = make_ladders(ModelConfig(), slots=8, chunk=256, pages=1)
-    assert (ladders.chunks, ladders.rows, ladders.texts) == ((32, 64, 128, 256), (1, 4, 8), (256, 4096))
-    assert ladders.windows == (528, 1040, 2064, 4112) and ladders.capacity == 4112
-    assert ladders.tiles == (3, 4, 5, 8) and ladders.image_tiles == 5
-    assert ladders.pages == 5  # one image fits, however little memory is given
-    assert len(ladders.prefills) == 20 and len(ladders.decodes) == 12 and len(ladders.routes) == 4
-    assert [rung((4, 8), need) for need in (0, 4, 5, 9)] == [4, 4, 8, 8]
+def test_buckets_of_the_7b_model():
+    buckets = server_buckets(ModelConfig(), slots=8, chunk=256, pages=1)
+    assert (buckets.chunks, buckets.rows, buckets.texts) == ((64, 256), (1, 4, 8), (256, 4096))
+    assert buckets.windows == (528, 1040, 2064, 4112) and buckets.capacity == 4112
+    assert buckets.tiles == (3, 4, 5, 8) and buckets.image_tiles == 5
+    assert buckets.pages == 5  # one image fits, however little memory is given
+    assert buckets.prompts == (1, 4) and buckets.behind == (64, 256)
+    assert len(buckets.prefills) == 20 and len(buckets.decodes) == 12 and len(buckets.routes) == 4
+    assert [bucket((4, 8), need) for need in (0, 4, 5, 9)] == [4, 4, 8, 8]
 
 
 def test_chunks_waste_little():
     for left in range(1, 2000):
         read, calls = 0, 0
         while read < left:
-            read += chunk_rung((32, 64, 128, 256), left - read)
+            read += chunk_bucket((32, 64, 128, 256), left - read)
             calls += 1
         assert read - left < 32 + read / 4 and calls <= left // 256 + 3
+
+
+def prompt(keys):
+    return Work(np.array(list(keys), np.int64))
 
 
 def advance(scheduler, work):
     """Read the prompt of the only work that reads."""
     while work in scheduler.reading:
-        scheduler.read(scheduler.next_reading())
+        scheduler.prefilled(scheduler.next_prefill())
     work.tokens.append(1000)
 
 
 def test_prompts_take_turns_chunk_by_chunk():
-    scheduler = Scheduler(LADDERS)
-    long, short = Work(list(range(200))), Work(list(range(500, 540)))
+    scheduler = Scheduler(BUCKETS)
+    long, short = prompt(range(200)), prompt(range(500, 540))
     assert scheduler.admit(long).slot != scheduler.admit(short).slot
     seen = []
-    while (reading := scheduler.next_reading()) is not None:
-        (work,), (length,) = reading.works, reading.lengths
-        assert length <= reading.chunk and work.cached <= reading.window and (reading.window > 0) == (work.cached > 0)
-        seen.append(("long" if work is long else "short", length))
-        ended = scheduler.read(reading)
-        assert ended == ([work] if work.cached == len(work.keys) else [])
-    assert seen == [("long", 64), ("short", 40), ("long", 64), ("long", 64), ("long", 8)]
+    while (prefill := scheduler.next_prefill()) is not None:
+        assert (prefill.window > 0) == (prefill.works[0].cached > 0) and prefill.window in (0, 528)
+        read = zip(prefill.works, prefill.lengths, strict=True)
+        seen.append([("long" if work is long else "short", length) for work, length in read])
+        ended = scheduler.prefilled(prefill)
+        assert ended == [work for work in prefill.works if work.cached == len(work.keys)]
+    assert seen == [[("long", 64), ("short", 40)], [("long", 64)], [("long", 64)], [("long", 8)]]
     assert scheduler.decoding == [short, long]
-    assert scheduler.slots[long.slot].keys == long.keys
+    assert scheduler.slots[long.slot].keys.tolist() == long.keys.tolist()
+
+
+def test_a_chunk_at_the_end_of_a_slot_begins_earlier():
+    """The last chunk of 4100 positions would end at 4160, behind a capacity of 4112."""
+    scheduler = Scheduler(BUCKETS)
+    long = prompt(range(4100))
+    scheduler.admit(long)
+    while (prefill := scheduler.next_prefill()) is not None:
+        (start,), (length,) = prefill.starts, prefill.lengths
+        assert start + prefill.chunk <= BUCKETS.capacity and start <= long.cached
+        assert not prefill.window or prefill.window >= start + prefill.chunk
+        scheduler.prefilled(prefill)
+    assert (start, length) == (4048, 52) and long.cached == 4100 and len(scheduler.slots[long.slot].keys) == 4100
+
+
+def test_prompts_of_one_size_come_together():
+    """Those whose prefix was just read first, then those of the size that most are of."""
+    scheduler = Scheduler(dataclasses.replace(BUCKETS, chunks=(32, 64)))
+    works = [prompt(range(n, n + 40)) for n in (0, 100)] + [prompt(range(300, 320))]
+    follower = prompt(range(40))
+    follower.waits_for = works[0]
+    assert scheduler.by_size([works[2], works[0], works[1], follower]) == [follower, works[0], works[1], works[2]]
+    for work in (works[2], works[0], works[1]):
+        scheduler.admit(work)
+    assert scheduler.next_prefill().works == [works[2]]
+    assert scheduler.next_prefill(fullest=True).works == works[:2]
 
 
 def test_answers_grow_together_in_the_smallest_program_that_holds_them():
-    scheduler = Scheduler(LADDERS)
-    works = [Work(list(range(n, n + 600))) for n in (0, 1000)]
+    scheduler = Scheduler(BUCKETS)
+    works = [prompt(range(n, n + 600)) for n in (0, 1000)]
     scheduler.admit(works[0])
     advance(scheduler, works[0])
-    one = scheduler.next_decoding()
+    one = scheduler.next_decode()
     assert (one.rows, one.window, one.steps) == (1, 1040, STEPS)
     scheduler.admit(works[1])
-    assert scheduler.next_decoding().steps == STEPS_BETWEEN_CHUNKS
+    assert scheduler.next_decode().steps == STEPS_BETWEEN_CHUNKS
     advance(scheduler, works[1])
-    both = scheduler.next_decoding()
+    both = scheduler.next_decode()
     assert both.rows == 3 and both.works == works
     scheduler.decoded(works[0], [7, 8, 9])
     assert works[0].cached == 603 and works[0].tokens == [1000, 7, 8, 9]
-    assert scheduler.slots[works[0].slot].keys[600:] == [1000, 7, 8]  # the newest token is in no cache yet
+    assert scheduler.slots[works[0].slot].keys[600:].tolist() == [1000, 7, 8]  # the newest token is in no cache yet
 
 
 def finish(scheduler, keys, tokens=()):
     """A work that was answered; its slot."""
-    work = Work(list(keys))
+    work = prompt(keys)
     admission = scheduler.admit(work)
     advance(scheduler, work)
     scheduler.decoded(work, list(tokens))
@@ -82,56 +114,56 @@ def finish(scheduler, keys, tokens=()):
 
 
 def test_a_chat_goes_on_in_its_slot():
-    scheduler = Scheduler(LADDERS)
-    image = [("a", 36)] * 50
+    scheduler = Scheduler(BUCKETS)
+    image = [image_key(b"a" * 16, 36)] * 50
     first = finish(scheduler, [7, 8, *image, 9], [5, 2])
     other = finish(scheduler, range(100, 140))
     assert other.slot != first.slot
-    again = scheduler.admit(Work([7, 8, *image, 9, 1000, 5, 6, 4]))
+    again = scheduler.admit(prompt([7, 8, *image, 9, 1000, 5, 6, 4]))
     assert (again.slot, again.shared, again.source) == (first.slot, 55, None)
     # Seen at another granularity, an image shares nothing.
-    assert scheduler.admit(Work([7, 8, *[("a", 72)] * 50, 9])).shared == 0
+    assert scheduler.admit(prompt([7, 8, *[image_key(b"a" * 16, 72)] * 50, 9])).shared == 0
 
 
 def test_a_shared_beginning_is_copied_and_the_oldest_slot_goes():
-    scheduler = Scheduler(LADDERS)
+    scheduler = Scheduler(BUCKETS)
     system = list(range(20))
     first = finish(scheduler, [*system, *range(100, 160)])
     second = finish(scheduler, [*system, *range(200, 260)])
     assert (second.shared, second.source) == (20, first.slot) and second.slot != first.slot
     third = finish(scheduler, range(300, 340))
     assert {first.slot, second.slot, third.slot} == {0, 1, 2}
-    running = Work([*system, *range(400, 460)])
+    running = prompt([*system, *range(400, 460)])
     fourth = scheduler.admit(running)
     assert (fourth.slot, fourth.shared) == (first.slot, 20)  # the oldest is taken, and begins as the prompt does itself
-    fifth = scheduler.admit(Work([*system[:18], 1, 1]))
+    fifth = scheduler.admit(prompt([*system[:18], 1, 1]))
     assert (fifth.slot, fifth.shared, fifth.source) == (second.slot, 18, None)
     # Of a prompt that is cached as a whole the last position is read again.
-    assert scheduler.admit(Work(list(range(300, 340)))).shared == 39
-    assert scheduler.admit(Work([1])) is None
+    assert scheduler.admit(prompt(range(300, 340))).shared == 39
+    assert scheduler.admit(prompt([1])) is None
 
 
 def test_a_prompt_waits_for_one_that_is_read_and_begins_as_it_does():
-    scheduler = Scheduler(LADDERS)
-    image = [("a", 36)] * 100
-    first, second = Work([7, *image, 8, 9]), Work([7, *image, 8, 5])
+    scheduler = Scheduler(BUCKETS)
+    image = [image_key(b"a" * 16, 36)] * 100
+    first, second = prompt([7, *image, 8, 9]), prompt([7, *image, 8, 5])
     assert scheduler.admit(first).shared == 0
     assert scheduler.admit(second) is None
-    assert scheduler.admit(Work([7, ("a", 72), 9])).shared == 0  # this one shares too little to wait for
+    assert scheduler.admit(prompt([7, image_key(b"a" * 16, 72), 9])).shared == 0  # shares too little to wait
     while first in scheduler.reading:
         assert scheduler.admit(second) is None
-        scheduler.read(scheduler.next_reading())
+        scheduler.prefilled(scheduler.next_prefill())
     assert scheduler.admit(second).shared == 102
 
 
 def test_what_was_given_up_keeps_what_was_read():
-    scheduler = Scheduler(LADDERS)
-    work = Work(list(range(200)))
+    scheduler = Scheduler(BUCKETS)
+    work = prompt(range(200))
     scheduler.admit(work)
-    scheduler.read(scheduler.next_reading())
+    scheduler.prefilled(scheduler.next_prefill())
     scheduler.leave(work)
-    assert scheduler.next_reading() is None and scheduler.next_decoding() is None
-    assert scheduler.admit(Work(list(range(200)))).shared == 64
+    assert scheduler.next_prefill() is None and scheduler.next_decode() is None
+    assert scheduler.admit(prompt(range(200))).shared == 64
 
 
 def tiles(count, value):
@@ -172,17 +204,21 @@ def test_an_image_is_known_by_its_pixels_and_its_size():
 
 def test_places_in_the_pool(tiny):
     """The docstring's example, with this model's R = 28."""
-    index = np.array([0, 1, 6, 6 + 28, 6 + 2 * 28, 2])
-    ids, places = places_of(tiny, index, np.array([7, 8, 9]), 6, 2, [4, 2], 10)
+    index = np.array([0, 1, 3, 3 + 28, 3 + 2 * 28, 2])
+    ids, places = places_of(tiny, index, np.array([7, 8, 9]), [4, 2], 10)
     assert ids.tolist() == [7, 8, 0, 0, 0, 9]
     assert places.tolist() == [-1, -1, 4 * 28, 2 * 28, 10 * 28, -1]
 
 
-@pytest.mark.parametrize("lanes", [1, 2])
-def test_several_lanes_read_several_prompts(lanes):
-    scheduler = Scheduler(make_ladders(ModelConfig(), slots=3, chunk=64, pages=20, lanes=lanes))
-    works = [Work(list(range(n, n + 30))) for n in (0, 100, 200)]
+def test_on_several_lanes_every_program_takes_all_slots():
+    scheduler = Scheduler(server_buckets(ModelConfig(), slots=3, chunk=64, pages=20, lanes=2))
+    works = [prompt(range(n, n + 30)) for n in (0, 100, 200)]
     for work in works:
         scheduler.admit(work)
-    reading = scheduler.next_reading()
-    assert reading.works == works[:lanes] and reading.chunk == 32 and reading.window == 0
+    prefill = scheduler.next_prefill()
+    assert prefill.works == works and (prefill.prompts, prefill.chunk, prefill.window) == (3, 64, 0)
+
+
+def test_keys_of_images_are_negative_and_their_own():
+    keys = {image_key(digest * 16, g) for digest in (b"a", b"b", b"\xff") for g in (36, 72, 576)}
+    assert len(keys) == 9 and all(-(2**63) <= key < 0 for key in keys)

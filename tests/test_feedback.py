@@ -1,18 +1,24 @@
 """Stored feedback: every picture of an epoch is asked about, what is read is what was written, and it trains alike."""
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
+from avg_llava_jax import checkpoint
 from avg_llava_jax.data.feedback import read_feedback
-from avg_llava_jax.data.pipeline import PlannedBatches
+from avg_llava_jax.data.pipeline import WINDOW, PlannedBatches
 from avg_llava_jax.data.sources import open_sources
 from avg_llava_jax.parallel import sharding
 from avg_llava_jax.training import feedback, phases
+from avg_llava_jax.training.config import RglfConfig, defaults, read
+from avg_llava_jax.training.loop import train
+from avg_llava_jax.training.metrics import read_rows
 from tests.conftest import write_llava
-from tests.random_model import random_model
+from tests.random_model import random_model, save_random_model
 
 
 @pytest.fixture(scope="module")
@@ -20,6 +26,10 @@ def asked(tiny, tokenizer, tmp_path_factory):
     """A model, batches of 24 records, which are no multiple of a window, and the folders of its feedback on them."""
     model = random_model(tiny, tokenizer)
     llava_folder = write_llava(tmp_path_factory.mktemp("llava"))
+    records = json.loads((llava_folder / "train.json").read_text(encoding="utf-8"))
+    for number, record in enumerate(records):  # no two of them ask the same
+        record["conversations"][1]["value"] += f" {number}"
+    (llava_folder / "train.json").write_text(json.dumps(records), encoding="utf-8")
     parts = open_sources(str(llava_folder / "train.json"), str(llava_folder / "images"))
     batches = PlannedBatches(parts, tokenizer, tiny, tiny.granularities, batch_size=5, shapes=1)
     mesh = sharding.make_mesh({"data": 1, "fsdp": -1, "tensor": 1})
@@ -32,13 +42,14 @@ def asked(tiny, tokenizer, tmp_path_factory):
 @pytest.mark.parametrize("keep", [False, True], ids=["nll", "features"])
 def test_stored_feedback_trains_as_live_does(tiny, asked, keep):
     model, batches, folders, _ = asked
+    part = batches.parts[0].path
     stored = read_feedback(folders[keep], tiny.granularities)
-    assert set(stored) == {f"r{number}" for number in range(24)}
+    assert {row.record for row in stored.values()} == {f"{part}#{number}" for number in range(24)}
     assert all(row.nll.shape == (3,) and np.isfinite(row.nll).all() for row in stored.values())
 
     mixed = next(number for number in range(16) if tile_counts(batches[number]) == {0, 3, 8})
     live = batches[mixed]
-    loss = phases.make_loss("rglf", tiny, tiny.granularities, phases.FeedbackConfig(), remat="none")
+    loss = phases.make_loss("rglf", tiny, tiny.granularities, RglfConfig(), remat="none")
 
     @jax.jit
     def compiled(router, batch):
@@ -59,8 +70,11 @@ def test_stored_feedback_trains_as_live_does(tiny, asked, keep):
         np.testing.assert_allclose(others[name], metrics[name], rtol=1e-5, atol=1e-5, err_msg=name)
 
     unknown = next(row for row in range(5) if (live["first_tile"][row] >= 0).any())
-    del stored[live["ids"][unknown]]
-    (value, (count, _)), _ = rglf(dataclasses.replace(batches, feedback=stored)[mixed])
+    record = live["records"][unknown]
+    del stored[next(question for question, row in stored.items() if row.record == record)]
+    without = dataclasses.replace(batches, feedback=stored)[mixed]
+    assert [(one.record, one.reason) for one in without["skipped"]] == [(record, "no_feedback")]
+    (value, (count, _)), _ = rglf(without)
     assert np.isfinite(value) and count == as_many - (live["first_tile"][unknown] >= 0).sum()
 
 
@@ -69,16 +83,18 @@ def test_goes_on_where_it_was_killed(tiny, asked, monkeypatch):
     model, batches, folders, mesh = asked
     before = read_feedback(folders[True], tiny.granularities)
     (folders[True] / "00000-0.npz").unlink()
-    (folders[True] / "feedback.json").write_text('{"granularities": [4, 8, 16], "features": "float32"}')
+    about = json.loads((folders[True] / "feedback.json").read_text())
+    del about["files"]
+    (folders[True] / "feedback.json").write_text(json.dumps(about))
     with pytest.raises(ValueError, match="is not whole: run launch.feedback again"):
         read_feedback(folders[True], tiny.granularities)
-    feedback.measure(tiny, model.params, batches, 100, folders[True], mesh, keep_features=True)
+    assert feedback.measure(tiny, model.params, batches, 100, folders[True], mesh, keep_features=True) == (1, 0)
     after = read_feedback(folders[True], tiny.granularities)
     assert before.keys() == after.keys()
     assert all((before[name].nll == after[name].nll).all() for name in before)
     assert all((before[name].features == after[name].features).all() for name in before)
     monkeypatch.setattr(feedback, "_window", None)  # nothing is left to measure
-    feedback.measure(tiny, model.params, batches, 100, folders[True], mesh, keep_features=True)
+    assert feedback.measure(tiny, model.params, batches, 100, folders[True], mesh, keep_features=True) == (1, 1)
     assert not list(folders[True].glob("*.part"))
 
 
@@ -98,7 +114,7 @@ def test_feedback_that_does_not_fit_is_refused(tiny, asked, tmp_path):
     model, batches, folders, mesh = asked
     with pytest.raises(ValueError, match=r"is on granularities \(4, 8, 16\), the model has \(8, 32\)"):
         read_feedback(folders[False], (8, 32))
-    with pytest.raises(ValueError, match="was begun with features none, not float32: give another folder"):
+    with pytest.raises(ValueError, match="was started with features none, not float32: give another folder"):
         feedback.measure(tiny, model.params, batches, 100, folders[False], mesh, keep_features=True)
     with pytest.raises(FileNotFoundError, match=r"has no feedback.json: make it with launch.feedback"):
         read_feedback(tmp_path, tiny.granularities)
@@ -106,3 +122,144 @@ def test_feedback_that_does_not_fit_is_refused(tiny, asked, tmp_path):
     (folders[False] / name).write_bytes(b"PK")
     with pytest.raises(ValueError, match=rf"{name} cannot be read .*: delete it, run launch.feedback again"):
         read_feedback(folders[False], tiny.granularities)
+
+
+def ids_of(case, records):
+    """The records with ids as data sets have them."""
+    match case:
+        case "unique":
+            return records
+        case "twice":
+            return [record | {"id": f"r{number // 2}"} for number, record in enumerate(records)]
+        case "null":
+            return [record | {"id": None} for record in records]
+        case "empty":
+            return [record | {"id": ""} for record in records]
+    return [{key: value for key, value in record.items() if key != "id"} for record in records]
+
+
+@pytest.fixture(scope="module")
+def random_checkpoint(tiny, tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    save_random_model(tiny, tokenizer, folder)
+    return folder
+
+
+def rglf_config(folder, checkpoint_folder):
+    """Two steps of 12 on the records of a folder of `write_llava`."""
+    config = defaults()
+    config.update_from_flattened_dict(
+        {
+            "phase": "rglf", "init_from": str(checkpoint_folder), "steps": 2, "batch_size": 12,
+            "data.path": str(folder / "train.json"), "data.images": str(folder / "images"), "data.shapes": 1,
+        }
+    )  # fmt: skip
+    return config
+
+
+def losses_of(config, workdir):
+    train(config, workdir)
+    return [row["loss"] for row in read_rows(workdir / "metrics.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def live(random_checkpoint, tmp_path_factory):
+    """Losses that need no stored feedback."""
+    folder = write_llava(tmp_path_factory.mktemp("live"))
+    return losses_of(rglf_config(folder, random_checkpoint), folder / "run")
+
+
+@pytest.mark.parametrize("case", ["unique", "twice", "null", "empty", "missing"])
+def test_each_record_has_its_own_answers_whatever_its_id(case, live, random_checkpoint, llava_folder):
+    """The losses of the live run, which knows of no ids; and every sample counts."""
+    records = json.loads((llava_folder / "train.json").read_text(encoding="utf-8"))
+    (llava_folder / "train.json").write_text(json.dumps(ids_of(case, records)), encoding="utf-8")
+    config = rglf_config(llava_folder, random_checkpoint)
+    feedback.run(read(config), llava_folder / "feedback", keep_features=True)
+    config.rglf.feedback = str(llava_folder / "feedback")
+    np.testing.assert_allclose(losses_of(config, llava_folder / "run"), live, rtol=1e-5)
+    assert (llava_folder / "run" / "skipped.jsonl").read_text() == ""
+
+
+def test_a_mixture_whose_files_number_from_nought(tiny, tokenizer, asked, tmp_path):
+    """Two files without ids, and one file twice with other pictures: every row has the answers of its own picture."""
+    model, _, _, mesh = asked
+    parts = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        folder = write_llava(tmp_path / name)
+        records = json.loads((folder / "train.json").read_text(encoding="utf-8"))
+        for record in records:
+            record["conversations"][1]["value"] += f" {name}"
+        (folder / "train.json").write_text(json.dumps(ids_of("missing", records)), encoding="utf-8")
+        parts += open_sources(str(folder / "train.json"), str(folder / "images"))
+    (tmp_path / "other").mkdir()
+    for file in (tmp_path / "a" / "images").iterdir():
+        Image.open(file).point(lambda value: 255 - value).save(tmp_path / "other" / file.name)
+    parts += open_sources(str(tmp_path / "a" / "train.json"), str(tmp_path / "other"))
+
+    batches = PlannedBatches(parts, tokenizer, tiny, tiny.granularities, batch_size=8, shapes=1)
+    feedback.measure(tiny, model.params, batches, WINDOW, tmp_path / "feedback", mesh, keep_features=False)
+    stored = read_feedback(tmp_path / "feedback", tiny.granularities)
+    from_disk = dataclasses.replace(batches, feedback=stored)
+    different = set()
+    for number in (0, 5):
+        live, found = batches[number], from_disk[number]
+        assert found["records"] == live["records"] and not found["skipped"]
+        arrays = {key: value for key, value in live.items() if key not in feedback.NOT_ARRAYS}
+        nll, _ = feedback.measure_batch(tiny, "per_length", False, model.params, arrays)
+        np.testing.assert_allclose(found["nll"], nll, rtol=1e-5)
+        different |= {tuple(row) for row in found["nll"].tolist()}
+    assert len(different) > 4  # the answers of one picture would not do for another
+
+
+def test_a_folder_of_other_weights_or_another_model_is_refused(tiny, asked, random_checkpoint, llava_folder):
+    model, batches, folders, mesh = asked
+    other = jax.tree.map(lambda x: x, model.params)
+    other["language"]["norm"]["scale"] = other["language"]["norm"]["scale"] + 1e-6
+    unpad = dataclasses.replace(tiny, unpad="released")
+    router = {**model.params, "router": jax.tree.map(lambda x: x + 1, model.params["router"])}
+    with pytest.raises(ValueError, match="was measured with other weights: let launch.feedback measure into another"):
+        feedback.measure(tiny, other, batches, 100, folders[False], mesh, keep_features=False)
+    with pytest.raises(ValueError, match="was measured with other model config"):
+        feedback.measure(unpad, model.params, batches, 100, folders[False], mesh, keep_features=False)
+    feedback.measure(tiny, model.params, batches, 100, folders[False], mesh, keep_features=False)
+    assert feedback.measure(tiny, router, batches, 100, folders[False], mesh, keep_features=False) == (1, 1)
+
+    config = rglf_config(llava_folder, random_checkpoint)
+    feedback.run(read(config), llava_folder / "feedback", keep_features=False)
+    about = json.loads((llava_folder / "feedback" / "feedback.json").read_text())
+    config.rglf.feedback = str(llava_folder / "feedback")
+    for before, message in (
+        (about | {"measured_by": about["measured_by"] | {"weights": ""}}, "was measured with other weights"),
+        ({key: value for key, value in about.items() if key != "format"}, "feedback is of an earlier format: let"),
+    ):
+        (llava_folder / "feedback" / "feedback.json").write_text(json.dumps(before))
+        with pytest.raises(ValueError, match=message):
+            train(config, llava_folder / "run")
+
+
+def test_data_that_changed_is_asked_again_and_never_taken_from_a_folder(live, random_checkpoint, llava_folder):
+    """An answer that was corrected, a picture that was replaced."""
+    config = rglf_config(llava_folder, random_checkpoint)
+    assert feedback.run(read(config), llava_folder / "feedback", keep_features=False) == (1, 0)
+    records = json.loads((llava_folder / "train.json").read_text(encoding="utf-8"))
+    for record in records:
+        record["conversations"][1]["value"] += "!"
+    (llava_folder / "train.json").write_text(json.dumps(records), encoding="utf-8")
+    config.rglf.feedback = str(llava_folder / "feedback")
+    with pytest.raises(ValueError, match=r"no answers to 64 of the first 64 records as they are now, .*json#\d+ am"):
+        train(config, llava_folder / "run")
+    config.rglf.feedback = ""
+    assert feedback.run(read(config), llava_folder / "feedback", keep_features=False) == (1, 0)
+    assert feedback.run(read(config), llava_folder / "feedback", keep_features=False) == (1, 1)
+
+    one_picture = {f"{llava_folder / 'train.json'}#{number}" for number in range(1, 24, 3)}
+    for number in range(1, 24, 3):
+        Image.new("RGB", (40, 20), "yellow").save(llava_folder / "images" / f"{number}-0.png")
+    config.rglf.feedback, config.data.max_skipped_share = str(llava_folder / "feedback"), 0.5
+    changed = losses_of(config, llava_folder / "run")
+    skipped = read_rows(llava_folder / "run" / "skipped.jsonl")
+    assert {row["reason"] for row in skipped} == {"no_feedback"} and {row["record"] for row in skipped} <= one_picture
+    assert np.isfinite(changed).all() and not np.allclose(changed, live)
+    assert checkpoint.steps(llava_folder / "run") == [2]

@@ -13,7 +13,8 @@ from safetensors.numpy import load_file, save_file
 
 from avg_llava_jax import checkpoint, parameters
 from avg_llava_jax.config import ModelConfig
-from avg_llava_jax.convert import foreign, layouts
+from avg_llava_jax.convert import convert, foreign, layouts
+from avg_llava_jax.data.tokenizer import train_byte_bpe
 from avg_llava_jax.parallel import sharding
 
 GOLDEN = pathlib.Path(__file__).parent / "data" / "golden"
@@ -284,6 +285,32 @@ def test_contradicting_config(folder, values, message):
     with pytest.raises(ValueError, match=message) as error:
         checkpoint.load(folder, TOWER)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("where", ["added_tokens.json", "tokenizer_config.json", "tokenizer.json"])
+def test_a_tokenizer_with_more_ids_than_the_embedding_is_not_imported(folder, tmp_path, where):
+    """One <pad> more than the 1000 rows."""
+    convert.dry_run(folder, TOWER)
+    if where == "added_tokens.json":
+        (folder / where).write_text('{"<pad>": 1000}')
+    if where == "tokenizer_config.json":
+        values = json.loads((folder / where).read_text())
+        values["added_tokens_decoder"] = values.get("added_tokens_decoder", {}) | {"1000": {"content": "<pad>"}}
+        (folder / where).write_text(json.dumps(values))
+    if where == "tokenizer.json":
+        train_byte_bpe(["a"], 259, folder)
+        spec = json.loads((folder / where).read_text())
+        names = [*(f"<{n}>" for n in range(259, 1000)), "<pad>"]
+        added = [spec["added_tokens"][0] | {"id": id, "content": name} for id, name in enumerate(names, 259)]
+        (folder / where).write_text(json.dumps(spec | {"added_tokens": spec["added_tokens"] + added}))
+    message = r"the tokenizer has ids up to 1000 \('<pad>'\), the embedding has 1000 rows: remove the added tokens"
+    for use in (lambda: convert.import_folder(folder, tmp_path / "out", TOWER), lambda: convert.dry_run(folder, TOWER)):
+        with pytest.raises(ValueError, match=message) as error:
+            use()
+        assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=message):
+        convert.dry_run(folder, TOWER)
 
 
 def test_tower_that_is_not_there(folder, tmp_path):

@@ -11,10 +11,10 @@ from PIL import Image
 
 from avg_llava_jax import checkpoint
 from avg_llava_jax.data.geometry import visual_index
-from avg_llava_jax.data.tiles import make_tiles
 from avg_llava_jax.models import avg_llava
 from avg_llava_jax.models.encoder import normalise
 from tests.differences import agree
+from tests.measured_pixels import measured_tiles
 
 GOLDEN = pathlib.Path(__file__).parent / "data" / "golden"
 CASES = json.loads((GOLDEN / "index.json").read_text())
@@ -36,7 +36,7 @@ def see_and_route(model):
 
     @jax.jit
     def compiled(params, pixels, batch):
-        features = avg_llava.see(config, params, pixels)
+        features = avg_llava.encode_images(config, params, pixels)
         pyramid = avg_llava.scale(config, features)
         text = avg_llava.embed(config, params, batch["text"])
         return features, pyramid, text, avg_llava.route(config, params, pyramid, text, batch)
@@ -51,7 +51,7 @@ def read(model):
     @jax.jit
     def compiled(params, pyramid, text, index):
         embeds = avg_llava.assemble(params, pyramid, text, index)
-        hidden, _ = avg_llava.language(model.config, params, embeds)
+        hidden = avg_llava.decoder(model.config, params, embeds)
         return embeds[0], avg_llava.unembed(model.config, params, hidden[0])
 
     return compiled
@@ -64,7 +64,7 @@ def run(model, see_and_route, request):
     image = Image.open(GOLDEN / case["image"]).convert("RGB")
     with np.load(GOLDEN / case["file"]) as file:
         golden = dict(file)
-    pixels = make_tiles(image, config)
+    pixels = measured_tiles(image, config, pathlib.Path(case["image"]).name)
     ids = golden["input_ids"]
     text, real = ids[ids != IMAGE], np.arange(TEXT) < len(ids) - 1
     slots = np.arange(TILES) < len(pixels)

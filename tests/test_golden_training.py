@@ -15,6 +15,7 @@ from avg_llava_jax.data.packing import collate, make_sample, merge, shape_of
 from avg_llava_jax.data.tokenizer import load_tokenizer
 from avg_llava_jax.models import avg_llava
 from avg_llava_jax.training import losses
+from avg_llava_jax.training.rglf import rglf_loss
 
 GOLDEN = pathlib.Path(__file__).parent / "data" / "golden"
 RECORDS = {"train_single": ["i4"], "train_two_images_same_grid": ["i3", "same"]}
@@ -67,9 +68,7 @@ def feedback(model, case):
 def rglf(config, router, nll, pyramid, text, batch):
     """The RGLF loss with the paper's weights, as a function of the router alone."""
     logits = avg_llava.route(config, {"router": router}, pyramid, text, batch).logits[:, 0]
-    loss, metrics = losses.feedback_loss(
-        logits, nll, jnp.ones(len(nll), bool), margin=1.0, rank_weight=1.0, ce_weight=0.1
-    )
+    loss, metrics = rglf_loss(logits, nll, jnp.ones(len(nll), bool), margin=1.0, rank_weight=1.0, ce_weight=0.1)
     return loss, (metrics, logits)
 
 

@@ -12,11 +12,11 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 from avg_llava_jax import checkpoint
+from avg_llava_jax.configs import connector_7b
 from avg_llava_jax.convert import convert, foreign
 from avg_llava_jax.models import avg_llava
 from avg_llava_jax.models.encoder import Encoder, normalise
 from avg_llava_jax.training.loop import train
-from configs import connector_7b
 from tests.conftest import TOKENIZER
 from tests.test_convert import SOURCE
 
@@ -80,7 +80,7 @@ def test_both_halves_compute_what_they_did(clip, tmp_path, family):
         logits = decoder(torch.tensor(ids)).logits.numpy()
         patches = vision(inputs, output_hidden_states=True).hidden_states[-2][:, 1:].numpy()
     with jax.default_matmul_precision("highest"):
-        hidden, _ = avg_llava.language(config, params, avg_llava.embed(config, params, ids))
+        hidden = avg_llava.decoder(config, params, avg_llava.embed(config, params, ids))
         ours = avg_llava.unembed(config, params, hidden)
         seen = Encoder(config.vision).apply({"params": params["encoder"]}, pixels)
     np.testing.assert_allclose(ours, logits, atol=1e-4, rtol=1e-4)

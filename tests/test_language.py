@@ -1,6 +1,7 @@
 """Long sequences, read whole and through the cache; `test_parity` compares with transformers."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +9,8 @@ import numpy as np
 import pytest
 
 from avg_llava_jax.config import LanguageConfig, ModelConfig
-from avg_llava_jax.inference import generate
-from avg_llava_jax.models import avg_llava
-from avg_llava_jax.models.language import LanguageModel, read
+from avg_llava_jax.models import avg_llava, language
+from avg_llava_jax.models.cache import Span
 
 
 def with_language(tiny: ModelConfig, language: LanguageConfig) -> ModelConfig:
@@ -29,46 +29,61 @@ def fresh(config: ModelConfig) -> avg_llava.Params:
 
 def test_a_long_sequence_through_the_cache(tiny):
     """Rows of 3100 and 900 tokens: whole; and one part after another, the second in a chunk, the rest one by one."""
-    language = LanguageConfig(
+    config = LanguageConfig(
         vocab_size=50, width=16, layers=2, heads=2, kv_heads=1, head_dim=8, mlp_width=32, max_length=4096
     )  # fmt: skip
-    config = with_language(tiny, language)
-    params = fresh(config)
-    lengths, chunk, steps = np.array([3100, 900], np.int32), 8, 2
-    ids = np.random.default_rng(2).integers(0, 50, (2, lengths.max() + chunk + steps))
-    forward = jax.jit(avg_llava.language, static_argnums=0)
-    embeds = avg_llava.embed(config, params, ids)
-    whole = avg_llava.unembed(config, params, forward(config, params, embeds)[0])
+    params = fresh(with_language(tiny, config))["language"]
+    start, chunk, steps = jnp.array([3100, 900]), 8, 2
+    ids = np.random.default_rng(2).integers(0, 50, (2, 3100 + chunk + steps))
+    walk = jax.jit(language.decoder, static_argnames="config")
+    x = language.embed(params, ids)
+    whole = language.unembed(config, params, walk(config, params, x)[0])
 
-    logits, cache = generate.prefill(config, params, embeds[:, : lengths.max()], lengths, chunk + steps)
+    @functools.partial(jax.jit, static_argnames="window")
+    def through(cache, x, start, window, last=None):
+        hidden, cache = language.decoder(config, params, x, cache, Span(start, None, window), last)
+        return language.unembed(config, params, hidden), cache
+
     rows = np.arange(2)
-    np.testing.assert_allclose(logits, whole[rows, lengths - 1], atol=1e-4, rtol=1e-4)
-    cached = lengths
+    cache = language.empty_cache(config, 2, 3200, jnp.float32)
+    logits, cache = through(cache, x[:, :3100], jnp.zeros(2, int), 0, start - 1)
+    np.testing.assert_allclose(logits[:, 0], whole[rows, start - 1], atol=1e-4, rtol=1e-4)
     for count in (chunk, *[1] * steps):
-        at = cached[:, None] + np.arange(count)
-        hidden, new = forward(config, params, embeds[rows[:, None], at], jnp.asarray(at), cache, jnp.asarray(cached))
-        np.testing.assert_allclose(
-            avg_llava.unembed(config, params, hidden), whole[rows[:, None], at], atol=1e-4, rtol=1e-4
-        )
-        cache = generate.extend(cache, new, jnp.asarray(cached))
-        cached = cached + count
+        at = start[:, None] + np.arange(count)
+        logits, cache = through(cache, x[rows[:, None], at], start, None)
+        np.testing.assert_allclose(logits, whole[rows[:, None], at], atol=1e-4, rtol=1e-4)
+        start = start + count
 
 
 @pytest.mark.parametrize("layers", [1, 3, 8])  # one layer, an unrolled stack, a loop
-def test_one_hidden_state_a_row(layers):
-    """`read` gives what the whole model gives at that position, and its whole cache: from the start, and behind one."""
+def test_layers_unstacked_and_one_hidden_state_a_row(tiny, layers):
+    """Unstacked layers are the stacked ones, and `last` gives what the whole model gives there, and its cache."""
     config = LanguageConfig(vocab_size=50, width=16, layers=layers, heads=4, kv_heads=2, head_dim=8, mlp_width=32)
-    model, draw = LanguageModel(config), np.random.default_rng(1)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1, 16)))["params"]
-    params = jax.tree.map(lambda leaf: draw.standard_normal(leaf.shape, np.float32) / 4, shapes)
-    x = draw.standard_normal((3, 12, 16), np.float32)
-    only, cached = jnp.array([11, 0, 4]), jnp.array([7, 2, 0])
-    whole = jax.jit(lambda params, *given: model.apply({"params": params}, *given))
-    one = jax.jit(read, static_argnums=0)
-    _, before = whole(params, x[:, :7])
-    for behind in ((), (cached[:, None] + jnp.arange(12), before, cached)):
-        hidden, new = whole(params, x, *behind)
-        found, found_new = one(config, params, x, only, *behind)
-        np.testing.assert_allclose(found, hidden[jnp.arange(3), only], atol=1e-5, rtol=1e-5)
-        for ours, theirs in zip(found_new, new, strict=True):
-            np.testing.assert_allclose(ours, theirs, atol=1e-5, rtol=1e-5)
+    params, draw = fresh(with_language(tiny, config))["language"], np.random.default_rng(1)
+    apart = params | {"layers": language.unstack(params["layers"])}
+    x = jnp.asarray(draw.standard_normal((3, 12, 16), np.float32))
+    last, start = jnp.array([11, 0, 4]), jnp.array([7, 2, 0])
+    stacked, _ = language.decoder(config, params, x)
+    hidden, _ = language.decoder(config, apart, x)
+    np.testing.assert_allclose(hidden, stacked, atol=1e-5, rtol=1e-5)
+    cache = language.empty_cache(config, 3, 20, jnp.float32)
+    _, before = language.decoder(config, apart, x[:, :7], cache, Span(jnp.zeros(3, int), None, 0))
+    for given in ((cache, Span(jnp.zeros(3, int), None, 0)), (before, Span(start))):
+        hidden, all_of_it = language.decoder(config, apart, x, *given)
+        found, cache_of_one = language.decoder(config, apart, x, *given, last)
+        np.testing.assert_allclose(found[:, 0], hidden[jnp.arange(3), last], atol=1e-5, rtol=1e-5)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), cache_of_one, all_of_it)
+
+
+def test_unstacking_may_free_what_was_stacked(tiny):
+    config = LanguageConfig(vocab_size=50, width=16, layers=2, heads=4, kv_heads=2, head_dim=8, mlp_width=32)
+    layers = fresh(with_language(tiny, config))["language"]["layers"]
+    wanted = jax.tree.map(lambda leaf: np.array(leaf[1]), layers)
+    here, freed = language.one_cpu.unstack, jax.tree.leaves(layers)
+    language.one_cpu.unstack = lambda layers: None  # as on an accelerator
+    try:
+        apart = language.unstack(layers, free=True)
+    finally:
+        language.one_cpu.unstack = here
+    assert all(leaf.is_deleted() for leaf in freed)
+    jax.tree.map(np.testing.assert_array_equal, apart[1], wanted)

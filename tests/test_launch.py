@@ -126,9 +126,9 @@ def test_evaluate(folder, tmp_path):
         ("explain", ["--prompt=a"], "--image is missing"),
         ("evaluate", ["--data=nowhere.json", "--workdir=w"], "nowhere.json does not exist"),
         ("tradeoff", ["--data=x", "--workdir=w", "--cost_weights=1,-2"], "--cost_weights=1,-2: give numbers of 0 or"),
-        ("train", ["--config=configs/base.py", "--workdir=w", "--config.depth=3"], "the config has no setting 'depth'"),
+        ("train", ["--config=configs/own_data.py", "--workdir=w", "--config.depth=3"], "config has no setting 'depth'"),
         ("train", ["--config=configs/jersey.py:nope", "--workdir=w"], "configs/jersey.py:nope: choose grounding"),
-        ("train", ["--config=configs/base.py", "--workdir=w", "--checkpoint=x"], "Unknown command line flag"),
+        ("train", ["--config=configs/own_data.py", "--workdir=w", "--checkpoint=x"], "Unknown command line flag"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(module, flags, message):

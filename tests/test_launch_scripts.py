@@ -29,7 +29,7 @@ def machine(tmp_path):
     def start(script, **variables):
         place = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(tmp_path / "python"), "PAUSE": "0"}
         return subprocess.Popen(
-            ["bash", str(ROOT / "launch" / script), *FLAGS],
+            ["bash", str(ROOT / "launch" / "cluster" / script), *FLAGS],
             cwd=ROOT,
             env=os.environ | place | variables,
             stdout=subprocess.PIPE,
@@ -126,7 +126,7 @@ def test_tpu_stops_at_wrong_input(machine):
 
 def test_gke_manifest():
     """A host for each pod, a process for each host, and exit codes as launch.train has them."""
-    manifest = yaml.safe_load((ROOT / "launch" / "gke.yaml").read_text())
+    manifest = yaml.safe_load((ROOT / "launch" / "cluster" / "gke.yaml").read_text())
     assert (manifest["apiVersion"], manifest["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
     policy, (job,) = manifest["spec"]["failurePolicy"], manifest["spec"]["replicatedJobs"]
     assert policy["maxRestarts"] > 0

@@ -13,13 +13,16 @@ import torch
 import transformers
 from PIL import Image
 from safetensors.numpy import load_file, save_file
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_next.modeling_llava_next import unpad_image
 
 from avg_llava_jax import checkpoint
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.convert import convert, foreign, llava_next
+from avg_llava_jax.data.conversation import IMAGE, encode_prompt
 from avg_llava_jax.data.geometry import kept_cells, visual_index
 from avg_llava_jax.data.tiles import grid_of, make_tiles
+from avg_llava_jax.data.tokenizer import load_tokenizer, train_byte_bpe
 from avg_llava_jax.models import avg_llava
 from avg_llava_jax.models.encoder import normalise
 from tests.conftest import TOKENIZER
@@ -28,6 +31,7 @@ from tests.test_convert import SOURCE, TOWER
 
 IMAGE_TOKEN = 1000
 IDS = [1, 17, 300, -1, 45, 499, 2]  # -1: the image
+MEAN, STD = [0.5, 0.25, 0.75], [0.25, 0.5, 0.125]
 SIZES = [(112, 56), (56, 112)]  # un-padding agrees: nothing straddles
 
 
@@ -56,6 +60,8 @@ def theirs(request, tmp_path_factory):
     for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):
         shutil.copy(SOURCE / name, folder)
     llava_next.name_image_token(folder, IMAGE_TOKEN)
+    colours = {"image_mean": MEAN, "image_std": STD, "image_grid_pinpoints": pinpoints}
+    (folder / "preprocessor_config.json").write_text(json.dumps(colours))
     return model, folder, *foreign.load(folder)[:2]
 
 
@@ -84,7 +90,7 @@ def our_logits(config, params, tiles, index):
     def compiled(params, tiles, index):
         text = avg_llava.embed(config, params, jnp.array([[i for i in IDS if i >= 0]]))
         pyramid = avg_llava.pyramid_of(config, params, tiles[None])
-        hidden, _ = avg_llava.language(config, params, avg_llava.assemble(params, pyramid, text, index[None]))
+        hidden = avg_llava.decoder(config, params, avg_llava.assemble(params, pyramid, text, index[None]))
         return avg_llava.unembed(config, params, hidden[0])
 
     with jax.default_matmul_precision("highest"):
@@ -134,6 +140,19 @@ def test_names_old_and_new(theirs, tmp_path, renamed):
     save_file(tensors, other / "model.safetensors")
     with pytest.raises(ValueError, match=r"'language_model\.model\.layers\.1\.mlp\.up_proj\.weight' is missing"):
         foreign.load(other)
+
+
+def test_two_names_of_one_tensor_must_agree(theirs, tmp_path):
+    """A folder with the old and the new name of one tensor: once the same, once a stale copy."""
+    folder = shutil.copytree(theirs[1], tmp_path / "both")
+    tensors = load_file(folder / "model.safetensors")
+    for change in (0, 1):
+        copy = {"model.image_newline": tensors["image_newline"] + np.float32(change)}
+        save_file(tensors | copy, folder / "model.safetensors")
+        if not change:
+            jax.tree.map(np.testing.assert_array_equal, foreign.load(folder)[1], theirs[3])
+    with pytest.raises(ValueError, match="'image_newline' and .*'model.image_newline' are both 'model.image_newline'"):
+        foreign.load(folder)
 
 
 def test_there_and_back(theirs, tmp_path):
@@ -204,3 +223,128 @@ def test_configs_that_do_not_fit(theirs, tmp_path):
         assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="is a llava_next and holds its vision encoder: drop vision_tower"):
         foreign.load(folder, TOWER)
+
+
+def processors(folder):
+    """The two files of the library's versions, before 5 and since, of a folder that has the first."""
+    old = folder / "preprocessor_config.json"
+    return old, folder / "processor_config.json", json.loads(old.read_text())
+
+
+def test_colours_of_a_processor_that_version_5_saved(theirs, tmp_path):
+    """Saved by the library itself: no preprocessor_config.json, the mean is in processor_config.json."""
+    old, new, values = processors(shutil.copytree(theirs[1], tmp_path / "saved"))
+    old.unlink()
+    image_processor = LlavaNextImageProcessorPil(
+        image_mean=MEAN, image_std=STD, image_grid_pinpoints=values["image_grid_pinpoints"]
+    )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(old.parent)
+    transformers.LlavaNextProcessor(image_processor, tokenizer, patch_size=14).save_pretrained(old.parent)
+    assert new.is_file() and not old.is_file()
+    vision = foreign.inspect(old.parent).config.vision
+    assert (vision.mean, vision.std) == (tuple(MEAN), tuple(STD)) == (theirs[2].vision.mean, theirs[2].vision.std)
+
+
+def test_colours_are_never_made_up(theirs, tmp_path):
+    old, new, values = processors(shutil.copytree(theirs[1], tmp_path / "other"))
+
+    def fails(message, kind=ValueError):
+        with pytest.raises(kind, match=message) as error:
+            foreign.load(old.parent)
+        assert "\n" not in str(error.value)
+
+    new.write_text(json.dumps({"patch_size": 14, "image_processor": values | {"image_mean": [0.1, 0.2, 0.3]}}))
+    fails(r"processor_config.json has image_mean=\[0.1, 0.2, 0.3\], .*preprocessor_config.json has \[0.5, 0.25, 0.75\]")
+    new.write_text(json.dumps({"patch_size": 14}))  # as versions before 5 write it
+    assert foreign.inspect(old.parent).config.vision.mean == tuple(MEAN)
+    for change, message in (
+        ({"image_mean": None}, "image_mean=None is no list of three numbers"),
+        ({"image_std": [0.5, 0.5, 0]}, "image_std=.* is no list of three numbers over 0"),
+        ({"do_normalize": False}, "do_normalize=False is not supported, only True"),
+        ({"resample": 2}, "resample=2 is not supported, only 3"),
+        ({"rescale_factor": 1.0}, "rescale_factor=1.0 is not supported, only 1/255"),
+        ({"image_grid_pinpoints": [[56, 112]]}, "but its processor cuts images by"),
+    ):
+        old.write_text(json.dumps(values | change))
+        fails(message)
+    old.unlink()
+    fails("does not say how pixels are normalised: it has no preprocessor_config.json", FileNotFoundError)
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+PARTS = (  # as the hub's LLaVA-NeXT processors write it: contents are lists of parts
+    "{% for m in messages %}ROLE{% for part in m.content | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}"
+    "{% endfor %}{% for part in m.content | selectattr('type', 'equalto', 'text') %}{{ part.text }}{% endfor %}END"
+    "{% endfor %}{% if add_generation_prompt %}OPEN{% endif %}"
+)
+SPOKEN = {
+    "nothing": (None, (), "vicuna_v1", "mistral_instruct"),
+    "llama_3": (None, ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), "llama_3", "llama_3"),
+    "chatml": (CHATML, ("<|im_start|>", "<|im_end|>"), "tokenizer", "tokenizer"),
+    "chatml, parts": (
+        PARTS.replace("ROLE", "<|im_start|>{{ m.role }}\n").replace("END", "<|im_end|>\n").replace(
+            "OPEN", "<|im_start|>assistant\n"
+        ),
+        ("<|im_start|>", "<|im_end|>"),
+        "tokenizer",
+        "tokenizer",
+    ),
+    "vicuna, parts": (
+        PARTS.replace("ROLE", "{{ m.role | upper }}: ").replace("END", " ").replace("OPEN", "ASSISTANT:"),
+        (),
+        "vicuna_v1",
+        "vicuna_v1",
+    ),
+    "instruct": (
+        "{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}", (), "tokenizer", "mistral_instruct"
+    ),
+}  # fmt: skip
+
+
+def speak(folder, chat, special):
+    """Give a folder a byte-level tokenizer with these special tokens and this chat template."""
+    for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):
+        (folder / name).unlink(missing_ok=True)
+    train_byte_bpe(["Who is it?"], 320, folder, ("<unk>", "<s>", "</s>", *special))
+    if chat is not None:
+        (folder / "chat_template.jinja").write_text(chat)
+
+
+@pytest.mark.parametrize("name", SPOKEN)
+def test_the_template_is_what_the_tokenizer_speaks(theirs, tmp_path, name):
+    """Of a llava_next folder and of one in the released layout."""
+    chat, special, llama, mistral = SPOKEN[name]
+    folder = shutil.copytree(theirs[1], tmp_path / "theirs")
+    speak(folder, chat, special)
+    family = json.loads((folder / "config.json").read_text())["text_config"]["model_type"]
+    config = foreign.inspect(folder).config
+    assert config.template == {"llama": llama, "mistral": mistral}[family]
+    released = shutil.copytree(SOURCE, tmp_path / "released")
+    speak(released, chat, special)
+    values = json.loads((released / "config.json").read_text())
+    (released / "config.json").write_text(json.dumps(values | {"model_type": f"llava_{family}"}))
+    assert foreign.inspect(released, TOWER).config.template == config.template
+    if "chatml" in name:
+        turns = [{"from": "human", "value": "<image>\nWho?"}]
+        tokenizer = load_tokenizer(folder)
+        ids = encode_prompt(turns, tokenizer, config.template, 1).ids
+        text = "".join(
+            "<image>" if token == IMAGE else tokenizer._backend._start.decode([token], False) for token in ids
+        )
+        assert text == "<|im_start|>user\n<image>\nWho?<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_chatml_without_a_template_is_refused(theirs, tmp_path):
+    folder = shutil.copytree(theirs[1], tmp_path / "theirs")
+    speak(folder, None, ("<|im_start|>", "<|im_end|>"))
+    with pytest.raises(ValueError, match=r"its tokenizer has <\|im_start\|> of ChatML and no chat template: add one"):
+        foreign.inspect(folder)
+    speak(folder, "{{ raise_exception('no') }}", ("<|im_start|>", "<|im_end|>"))
+    with pytest.raises(ValueError, match="its chat template cannot be rendered: no"):
+        foreign.inspect(folder)
+    (folder / "chat_template.jinja").unlink()
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": CHATML}))
+    assert foreign.inspect(folder).config.template == "tokenizer"

@@ -359,7 +359,7 @@ def test_the_plugin(tiny, tokenizer, monkeypatch):
 
     for name in ("api.model", "models.registry_v2"):
         module(name)
-    plugin = importlib.import_module("avg_llava_jax.eval.benchmarks.lmms_eval_plugin")
+    plugin = importlib.import_module("avg_llava_jax.eval.lmms_eval_plugin")
     model = random_model(tiny, tokenizer)
     monkeypatch.setattr(AvgLlava, "load", lambda *of, **options: model)
     wrapped = plugin.AvgLlavaForLmmsEval(checkpoint="W", granularity="auto", batch_size="2")
@@ -383,3 +383,22 @@ def test_the_plugin(tiny, tokenizer, monkeypatch):
         assert (counts["visual_tokens"], counts["granularity"]) == (answer.visual_tokens, answer.granularity)
     with pytest.raises(NotImplementedError):
         wrapped.loglikelihood([])
+    with pytest.raises(ValueError, match="1 of 1 requests are not answered, the last one: the prompt takes"):
+        wrapped.generate_until(instances[1:2])
+    assert plugin.AvgLlavaForLmmsEval(granularity="4").granularity == 4
+    bounded = plugin.AvgLlavaForLmmsEval(max_pixels="899")
+    bounded.task_dict["pope"] = {"test": docs}
+    assert [bool(result.token_counts) for result in bounded.generate_until([*instances[:1], instances[3]])] == [
+        False,
+        True,
+    ]
+    for options, message in (
+        ({"granularity": "36"}, "granularity='36' is none of this model's: auto, 4, 8, 16"),
+        ({"granularity": 7}, "granularity=7 is none of this model's"),
+        ({"granularity": "all"}, "granularity='all' is none of this model's"),
+        ({"batch_size": "auto"}, "batch_size='auto' is no whole number from 1 on"),
+        ({"max_pixels": "many"}, "max_pixels='many' is no whole number from 1 on"),
+        ({"batch_size": 0}, "batch_size=0 is no whole number from 1 on"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            plugin.AvgLlavaForLmmsEval(**options)

@@ -1,6 +1,8 @@
 """The notebooks, executed one after another in one kernel: routers are trained for two steps, models are small."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
@@ -54,13 +56,53 @@ def test_is_committed_as_it_is_to_be_seen(name):
     """With a Colab badge, the install cell, and the outputs of one whole run, which name no path of a machine."""
     cells = read(name).cells
     assert "colab-badge.svg" in cells[0].source
-    assert cells[1].source == read("quickstart").cells[1].source
+    needs = {"convert_checkpoints": '["torch"]', "evaluate_and_tradeoff": '["ipywidgets"]'}.get(name, "[]")
+    assert cells[1].source == read("quickstart").cells[1].source.replace("NEEDS = []", f"NEEDS = {needs}")
     code = [cell for cell in cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     outputs = [output for cell in code for output in cell.outputs]
     assert not any(output.output_type == "error" for output in outputs)
     assert name == "convert_checkpoints" or sum("image/png" in output.get("data", {}) for output in outputs) >= 2
     assert not any(path in str(outputs) for path in (str(ROOT), "/home/", "/tmp/"))
+
+
+def install(folder, repository="", missing=()):
+    """Run the install cell in a folder: (exit code, what pip was asked for, its last line of errors)."""
+    cell = read("convert_checkpoints").cells[1].source.replace('REPOSITORY = ""', f"REPOSITORY = {repository!r}")
+    code = f"""
+import importlib.util, pathlib, subprocess, sys
+find_spec, run = importlib.util.find_spec, subprocess.run
+importlib.util.find_spec = lambda name: None if name in {missing!r} else find_spec(name)
+def replaced(command, check):
+    if "pip" in command:
+        print(command[command.index("--quiet") + 1 :])
+    else:
+        run(command, check=check)
+subprocess.run = replaced
+{cell}
+print(pathlib.Path.cwd())
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    return done.returncode, done.stdout.splitlines(), done.stderr.strip().rpartition("\n")[2]
+
+
+def test_the_install_cell_in_a_checkout_installs_what_is_missing():
+    assert install(ROOT) == (0, [str(ROOT)], "")
+    assert install(ROOT / "notebooks", missing=("torch",)) == (0, ["['torch']", str(ROOT)], "")
+
+
+def test_the_install_cell_elsewhere_clones_and_installs(tmp_path):
+    message = "This is no checkout: set REPOSITORY to the project's address and run this cell again."
+    assert install(tmp_path) == (1, [], message)
+    origin = tmp_path / "origin"
+    (origin / "avg_llava_jax").mkdir(parents=True)
+    (origin / "avg_llava_jax" / "__init__.py").touch()
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(origin)]
+    for command in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "--message=all"]):
+        subprocess.run([*git, *command], check=True)
+    cloned = (0, ["['-r', 'requirements.txt']", str(tmp_path / "project")], "")
+    assert install(tmp_path, str(origin)) == cloned
+    assert install(tmp_path, str(origin)) == cloned  # the kernel was started again
 
 
 def test_own_data_goes_through_both_phases(folder):

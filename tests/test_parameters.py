@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from avg_llava_jax import parameters
+from avg_llava_jax import parameters, placement
 from avg_llava_jax.config import LanguageConfig, ModelConfig, RouterConfig, VisionConfig
-from avg_llava_jax.parallel import placement, sharding
+from avg_llava_jax.parallel import sharding
 
 TINY = ModelConfig(
     vision=VisionConfig(image_size=16, patch_size=4, width=16, layers=3, heads=2, mlp_width=32),

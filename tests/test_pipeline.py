@@ -21,6 +21,11 @@ def planned(folder, tokenizer, config, path=None, batch_size=4, **settings):
     return PlannedBatches(parts, tokenizer, config, config.granularities, batch_size, **settings)
 
 
+def numbers(batch):
+    """The number of each row's record in its file, without the empty rows."""
+    return [int(record.rpartition("#")[2]) for record in batch["records"] if record]
+
+
 def same(one, other):
     assert one.keys() == other.keys()
     for key in one:
@@ -98,8 +103,8 @@ def test_paths_that_make_no_sense(llava_folder):
 def test_every_record_once_an_epoch(llava_folder, tokenizer, tiny):
     batches = planned(llava_folder, tokenizer, tiny, batch_size=3)
     count = 24 * WINDOW // np.gcd(24, 3 * WINDOW)  # batches until windows and epochs end together
-    seen = collections.Counter(name for number in range(count) for name in batches[number]["ids"])
-    assert set(seen) == {f"r{number}" for number in range(24)}
+    seen = collections.Counter(at for number in range(count) for at in numbers(batches[number]))
+    assert set(seen) == set(range(24))
     assert len(set(seen.values())) == 1
 
 
@@ -107,7 +112,7 @@ def test_batches_follow_from_seed_and_number(llava_folder, tokenizer, tiny):
     one, again, other = (planned(llava_folder, tokenizer, tiny, seed=seed) for seed in (5, 5, 6))
     for number in (40, 3, 17):
         same(one[number], again[number])
-    assert [one[n]["ids"] for n in range(4)] != [other[n]["ids"] for n in range(4)]
+    assert [one[n]["records"] for n in range(4)] != [other[n]["records"] for n in range(4)]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -135,15 +140,15 @@ def test_processes_share_out_the_rows(llava_folder, tokenizer, tiny):
     for number in range(5):
         pieces = [part[number] for part in parts]
         for part, piece in zip(rows, pieces, strict=True):
-            assert piece["ids"] == [whole[number]["ids"][row] for row in part]
+            assert piece["records"] == [whole[number]["records"][row] for row in part]
             np.testing.assert_array_equal(piece["text"], whole[number]["text"][list(part)])
 
 
 def test_mixture_follows_the_weights(llava_folder, tokenizer, tiny):
     path = f"1*{llava_folder / 'train.json'}, 3*jersey?turns=1"
     batches = planned(llava_folder, tokenizer, tiny, path=path, batch_size=4)
-    ids = [name for number in range(2 * WINDOW) for name in batches[number]["ids"]]
-    assert sum(name.startswith("r") for name in ids) == len(ids) // 4
+    records = [record for number in range(2 * WINDOW) for record in batches[number]["records"]]
+    assert sum(record.startswith(str(llava_folder)) for record in records) == len(records) // 4
 
 
 def test_batches_come_in_few_shapes(llava_folder, tokenizer, tiny):
@@ -207,11 +212,11 @@ def test_bad_records_are_left_out_and_written_down(damaged_folder, tokenizer, ti
             logs[0].close()
             logs.append(SkippedLog(tmp_path / "run", max_share=0.5))
         batch = batches[number]
-        assert not REASONS.keys() & set(batch["ids"])
-        empty = np.array([not name for name in batch["ids"]])
+        assert not {int(name[1:]) for name in REASONS} & set(numbers(batch))
+        empty = np.array([not record for record in batch["records"]])
         assert (batch["first_tile"][empty] == -1).all()
         assert all((batch["target_at"][g][empty] == -1).all() for g in tiny.granularities)
-        logs[-1].add(sum(map(bool, batch["ids"])), batch["skipped"])
+        logs[-1].add(sum(map(bool, batch["records"])), batch["skipped"])
     logs[-1].close()
     rows = read_rows(tmp_path / "run" / "skipped.jsonl")
     assert {row["id"]: row["reason"] for row in rows} == REASONS
@@ -237,7 +242,7 @@ def test_a_share_below_the_bound_stops_no_run(damaged_folder, tokenizer, tiny, t
     whole = planned(damaged_folder, tokenizer, tiny, batch_size=16)
     for number in range(8):  # of a window of 16
         batch = whole[number]
-        log.add(sum(map(bool, batch["ids"])), batch["skipped"])
+        log.add(sum(map(bool, batch["records"])), batch["skipped"])
     log.close()
     halves = [dataclasses.replace(whole, rows=tuple(range(start, 16, 2))) for start in (0, 1)]
     reported = [one for half in halves for one in half[0]["skipped"]]

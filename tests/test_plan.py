@@ -12,7 +12,8 @@ import pytest
 from jax.experimental.pallas import tpu as pallas
 from jax.sharding import NamedSharding, PartitionSpec
 
-from avg_llava_jax.parallel import chips, planning, sharding
+from avg_llava_jax.commands import planning
+from avg_llava_jax.parallel import chips, sharding
 
 ROOT = pathlib.Path(__file__).parents[1]
 LACKING = {name: chips.missing(chips.CHIPS[name]) for name in ("v5e", "h100")}
@@ -68,7 +69,8 @@ def test_what_does_not_fit_a_tpu_is_a_plan():
     """XLA's compiler for TPUs gives up on it, and words that in ever new ways; here on arrays of 8 GiB."""
     code = """if True:
         import jax, jax.numpy as jnp
-        from avg_llava_jax.parallel import chips, planning, sharding
+        from avg_llava_jax.commands import planning
+        from avg_llava_jax.parallel import chips, sharding
         target = chips.target("v5e:2x2")
         mesh = sharding.make_mesh({"data": 1, "fsdp": -1, "tensor": 1}, target.devices)
         side = jax.ShapeDtypeStruct((2**16, 2**16), jnp.bfloat16, sharding=sharding.replicated(mesh))
@@ -160,9 +162,10 @@ def test_missing_packages_are_named_with_their_extra(monkeypatch):
     monkeypatch.setattr(chips, "_installed", lambda module: module == "nvidia.cudnn")
     monkeypatch.setattr(chips.shutil, "which", lambda name: None)
     assert chips.missing(chips.CHIPS["b200"]) == (
-        "jax-cuda12-plugin, nvidia-cuda-nvcc-cu12: pip install 'avg_llava_jax[plan-gpu]'"
+        "jax-cuda12-plugin, nvidia-cuda-nvcc-cu12, which is not installed: install the extra `plan-gpu`, "
+        "in a checkout by pip install -e '.[plan-gpu]'"
     )
-    assert chips.missing(chips.CHIPS["v6e"]) == "libtpu: pip install 'avg_llava_jax[plan]'"
+    assert chips.missing(chips.CHIPS["v6e"]).startswith("libtpu, which is not installed: install the extra `plan`, ")
     monkeypatch.setattr(chips, "_installed", lambda module: True)
     assert chips.missing(chips.CHIPS["b200"]) is None
 

@@ -22,18 +22,18 @@ from avg_llava_jax.config import ModelConfig, to_dict
 from avg_llava_jax.data.pipeline import PlannedBatches
 from avg_llava_jax.data.sources import open_sources
 from avg_llava_jax.models import avg_llava
-from avg_llava_jax.training import phases
+from avg_llava_jax.training import phases, rglf
+from avg_llava_jax.training.config import OptimizerConfig, RglfConfig, defaults
 from avg_llava_jax.training.loop import TERMINATED, train
 from avg_llava_jax.training.metrics import MetricsLog, Progress, read_rows
-from avg_llava_jax.training.optimizer import OptimizerConfig, gradients, make_optimizer, trainable
-from configs import base
+from avg_llava_jax.training.optimizer import gradients, make_optimizer, trainable
 from tests.conftest import TOKENIZER
 
 ROOT = Path(__file__).parents[1]
 
 
 def settings(tiny: ModelConfig, folder: Path) -> ConfigDict:
-    config = base.get_config()
+    config = defaults()
     config.model = ConfigDict(to_dict(tiny))
     config.tokenizer = str(TOKENIZER)
     config.data.path, config.data.images, config.data.shapes = str(folder / "train.json"), str(folder / "images"), 1
@@ -63,9 +63,10 @@ def batch(tokenizer, tiny, tmp_path_factory):
         open_sources(str(folder / "a.json"), str(folder)), tokenizer, tiny, tiny.granularities, batch_size=4, shapes=1
     )
     batches = (source[number] for number in range(99))
-    found = next(found for found in batches if {"text", "one", "two"} <= set(found["ids"]))
-    rows = [found["ids"].index(name) for name in ("text", "one", "two")]
-    arrays = {key: value for key, value in found.items() if key not in ("ids", "skipped")}
+    wanted = [f"{folder / 'a.json'}#{number}" for number in range(3)]  # text, one, two
+    found = next(found for found in batches if set(wanted) <= set(found["records"]))
+    rows = [found["records"].index(record) for record in wanted]
+    arrays = {key: value for key, value in found.items() if key not in ("records", "skipped")}
     taken = jax.tree.map(lambda x: x[np.array([*rows, rows[0]])].copy(), arrays)
     for g in tiny.granularities:
         taken["target_at"][g][3] = -1
@@ -102,7 +103,7 @@ def test_train_then_route(tiny, llava_folder, tmp_path):
     assert changed(fresh, loaded.params) == {"connector", "language"}  # the encoder's rate is 0
 
     config.phase, config.init_from, config.steps = "rglf", str(one), 3
-    config.model = base.as_in_checkpoint()
+    config.model = defaults().model
     two = tmp_path / "two"
     train(config, two)
     row = read_rows(two / "metrics.jsonl")[-1]
@@ -141,8 +142,8 @@ def changed(before: dict, after: parameters.Params) -> set[str]:
 
 def test_feedback_ignores_text_and_the_two_executions_agree(tiny, params, batch):
     def loss(execution):
-        feedback = phases.FeedbackConfig(execution=execution)
-        return jax.jit(lambda p, b: phases.feedback_loss(tiny, p, b, None, feedback))
+        feedback = RglfConfig(execution=execution)
+        return jax.jit(lambda p, b: rglf.batch_loss(tiny, p, b, None, feedback))
 
     per_length = loss("per_length")
     value, (count, metrics) = per_length(params, batch)
@@ -166,13 +167,13 @@ def test_feedback_ignores_text_and_the_two_executions_agree(tiny, params, batch)
 def test_visual_tokens_are_those_of_the_choice(tiny, params, batch):
     """With all scores equal the router takes the first, which is the coarsest."""
     blank = {**params, "router": jax.tree.map(jnp.zeros_like, params["router"])}
-    _, (_, metrics) = phases.feedback_loss(tiny, blank, batch, None, phases.FeedbackConfig())
+    _, (_, metrics) = rglf.batch_loss(tiny, blank, batch, None, RglfConfig())
     assert metrics["chosen/4"] == 1
     assert metrics["visual_tokens"] == pytest.approx(batch["visual"][1:3, :, 0].sum() / 3)
 
 
 def test_accumulation_gives_the_gradients_of_the_whole_batch(tiny, params, batch):
-    loss = phases.make_loss("connector", tiny, (4,), phases.FeedbackConfig(), remat="full")
+    loss = phases.make_loss("connector", tiny, (4,), RglfConfig(), remat="full")
     ours, frozen = parameters.split(params, ("connector",))
 
     def of_ours(ours, batch, rng):
@@ -220,7 +221,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny, llava_folder, tmp_path):
     config = settings(tiny, llava_folder)
     config.phase, config.granularities = "connector", (4,)
     config.optimizer.update({"learning_rate": 1e38, "warmup": 0.0})
-    with pytest.raises(FloatingPointError, match=r"at step [23]; its samples are r\d+, r"):
+    with pytest.raises(FloatingPointError, match=r"at step [23]; its samples are .*train.json#\d+, .*train.json#"):
         train(config, tmp_path / "run")
     assert not checkpoint.steps(tmp_path / "run")
 

@@ -82,6 +82,7 @@ def import_folder(
     _check_known(source)
     with whole(output) as folder:
         loaded = checkpoint.load(source, vision_tower, mesh, dtype, seed)
+        layouts.check_tokenizer(source, loaded.config.language.vocab_size)
         write_checkpoint(loaded, folder)
         foreign.keep_unused(source, folder, vision_tower)
     return loaded.config
@@ -121,6 +122,7 @@ def dry_run(source: Folder, vision_tower: Folder | None = None) -> str:
     else:
         config, count, listed = foreign.match_names(folder, vision_tower)
         found = f"{count} tensors " + ("match in name" if listed else "are what its config asks for") + ", no weights"
+    layouts.check_tokenizer(folder, config.language.vocab_size)
     sizes = sum(leaf.size for leaf in parameters.flat(parameters.abstract(config)).values())
     return f"{folder}: {found}; {sizes / 1e9:.3f} G parameters, granularities {list(config.granularities)}"
 
@@ -193,6 +195,9 @@ def export_transformers(
 
     Needs a token `<image>`. Where the tokenizer has none it becomes the next id, and where the embedding
     has no row for it, row 0 is there once more: its logit is that of token 0, and `generate` suppresses it.
+
+    The library's processor does not see transparent and, under Pillow 13, some tall images as `data.images` does; a
+    warning and the model card say so.
     """
     source = pathlib.Path(source)
     config, _ = checkpoint.read_config(source)
@@ -226,6 +231,12 @@ def export_transformers(
             exported.save(beside, SHARD_SIZE, foreign.ROUTER)  # one file: modeling_avg_llava.py reads no more
             shutil.copyfile(llava_next.MODELING, folder / llava_next.MODELING.name)
         (folder / model_card.CARD).write_text(card, encoding="utf-8")
+    logger.warning(
+        "%s: give its processor image.convert('RGB'): newer transformers blend transparency onto white, this model saw"
+        " the colour stored under it; and Pillow 13 resizes some tall images in another order (%s)",
+        output,
+        model_card.CARD,
+    )
 
 
 def _special_ids(tokenizer: Tokenizer, eos: int | list[int]) -> dict[str, Any]:

@@ -18,12 +18,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from tqdm import tqdm
 
-from avg_llava_jax import parameters
+from avg_llava_jax import parameters, placement
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.convert import joined, layouts, llava_next, tensors
 from avg_llava_jax.convert.tensors import Catalog, Tensors, read_json
 from avg_llava_jax.models import avg_llava
-from avg_llava_jax.parallel import placement
 
 logger = logging.getLogger(__name__)
 
@@ -343,14 +342,14 @@ def _catalog(folder: pathlib.Path, vision_tower: Folder | None) -> Catalog:
     own = Tensors(folder)
     values = read_json(folder / "config.json")
     if layout_of(folder) == "transformers":
-        entries = {llava_next.released_name(name): (own, name) for name in own.names}
+        entries = [(llava_next.released_name(name), own, name) for name in own.names]
         if llava_next.ADAPTIVE in values:
             router = Tensors(folder / llava_next.ROUTER)
-            entries |= {ROUTER + name: (router, name) for name in router.names}
+            entries += [(ROUTER + name, router, name) for name in router.names]
         return Catalog(entries)
     inside = own.has(TOWER)
     if inside and (values.get("unfreeze_mm_vision_tower") or vision_tower is None):
-        return Catalog({name: (own, name) for name in own.names})
+        return Catalog((name, own, name) for name in own.names)
     if vision_tower is None:
         raise FileNotFoundError(
             f"{folder} does not hold its vision encoder {values.get('mm_vision_tower')!r}:"
@@ -358,8 +357,8 @@ def _catalog(folder: pathlib.Path, vision_tower: Folder | None) -> Catalog:
         )
     tower = Tensors(pathlib.Path(vision_tower))
     return Catalog(
-        {name: (own, name) for name in own.names if not name.startswith(TOWER)}
-        | {TOWER + inner: (tower, name) for inner, name in _vision_model(tower.names).items()}
+        [(name, own, name) for name in own.names if not name.startswith(TOWER)]
+        + [(TOWER + inner, tower, name) for inner, name in _vision_model(tower.names).items()]
     )
 
 

@@ -5,12 +5,10 @@ of the paper as far as the grid can be halved, and the template that the tokeniz
 """
 
 import pathlib
-from typing import Any
 
 from avg_llava_jax.config import ModelConfig, ScalerConfig
 from avg_llava_jax.convert import layouts
 from avg_llava_jax.convert.tensors import read_json
-from avg_llava_jax.data.tokenizer import load_tokenizer
 
 MODEL_TYPES = ("llama", "mistral")
 FRESH = ("model.mm_projector.", "model.image_newline", "model.router.")
@@ -31,7 +29,7 @@ def read_config(folder: layouts.Folder, vision_tower: layouts.Folder) -> ModelCo
     values = read_json(path)
     layouts.check_fixed(path, values, layouts.LANGUAGE_FIXED)
     vision, language = layouts.read_tower(vision_tower, SELECT_LAYER), layouts.llama(folder, values)
-    template = _template(folder, values)
+    template = layouts.template(folder, values["model_type"])
     most = ScalerConfig().halvings
     halvings = max(n for n in range(most + 1) if vision.grid % ScalerConfig(n).divisor == 0)
     if halvings == 0:
@@ -46,13 +44,3 @@ def read_config(folder: layouts.Folder, vision_tower: layouts.Folder) -> ModelCo
         )
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-
-
-def _template(folder: layouts.Folder, values: dict[str, Any]) -> str:
-    """LLaVA's for this family; where it has none, the tokenizer's own; Vicuna's for a model without either."""
-    if values["model_type"] == "mistral":
-        return "mistral_instruct"
-    tokenizer = load_tokenizer(folder)
-    if "<|start_header_id|>" in tokenizer.special_tokens:
-        return "llama_3"
-    return "tokenizer" if tokenizer.chat_template else "vicuna_v1"

@@ -4,9 +4,10 @@ Strict: a field that contradicts another, or asks for something this model does 
 """
 
 import ast
+import math
 import os
 import pathlib
-from typing import Any
+from typing import Any, Literal
 
 from avg_llava_jax.config import (
     LanguageConfig,
@@ -17,6 +18,7 @@ from avg_llava_jax.config import (
     VisionConfig,
 )
 from avg_llava_jax.convert.tensors import read_json
+from avg_llava_jax.data.tokenizer import load_tokenizer
 
 Folder = str | os.PathLike[str]
 
@@ -36,6 +38,9 @@ FIXED = {
     **LANGUAGE_FIXED,
 }
 """The same of a released config.json."""
+
+PREPROCESSOR_FIXED = {"do_rescale": True, "do_normalize": True, "resample": 3}
+"""The same of a preprocessor_config.json; 3 is bicubic."""
 
 COUNTS = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
@@ -70,6 +75,7 @@ def read_config(folder: Folder, vision_tower: Folder | None, has_router: bool) -
     ladder = values.get("vis_token_granularity")
     scaler = ScalerConfig() if ladder is None else ScalerConfig(halvings=len(ladder) - 1)
     language = llama(folder, values)
+    spoken = template(folder, "mistral" if values["model_type"] == "llava_mistral" else "llama")
     try:
         config = ModelConfig(
             vision=vision,
@@ -80,7 +86,7 @@ def read_config(folder: Folder, vision_tower: Folder | None, has_router: bool) -
             language=language,
             pinpoints=_pinpoints(folder, values),
             unpad="released" if has_router else "exact",
-            template="mistral_instruct" if values["model_type"] == "llava_mistral" else "vicuna_v1",
+            template=spoken,
         )
     except ValueError as error:
         raise ValueError(f"{folder}/config.json: {error}") from None
@@ -138,14 +144,105 @@ def read_tower(vision_tower: Folder, select: int) -> VisionConfig:
     clip = read_json(path)
     if clip.get("model_type") not in ("clip", "clip_vision_model"):
         raise ValueError(f"{path}: model_type={clip.get('model_type')!r} is no CLIP")
-    clip = clip.get("vision_config", clip)
-    preprocessor = pathlib.Path(vision_tower) / "preprocessor_config.json"
-    return clip_vision(path, clip, read_json(preprocessor) if preprocessor.is_file() else {}, select)
+    return clip_vision(path, clip.get("vision_config", clip), read_preprocessor(vision_tower), select)
+
+
+def read_preprocessor(folder: Folder) -> dict[str, Any]:
+    """What becomes of an image before the encoder, as preprocessor_config.json or processor_config.json says.
+
+    The second, where it holds an `image_processor`, is all that version 5 of the transformers library saves.
+
+    Raises:
+      FileNotFoundError, ValueError: the folder has neither, both say something else, or this model does something else.
+    """
+    folder = pathlib.Path(folder)
+    files = {folder / "processor_config.json": "image_processor", folder / "preprocessor_config.json": None}
+    found: dict[pathlib.Path, dict[str, Any]] = {}
+    for path, key in files.items():
+        values = read_json(path) if path.is_file() else {}
+        values = values.get(key, {}) if key else values
+        if type(values) is not dict:
+            raise ValueError(f"{path}: {key} does not hold a JSON object")
+        if values:
+            found[path] = values
+    if not found:
+        raise FileNotFoundError(
+            f"{folder} does not say how pixels are normalised: it has no preprocessor_config.json, and no"
+            " processor_config.json with an image_processor; copy the file that the weights were published with"
+        )
+    (path, chosen), *others = found.items()
+    _check_preprocessor(path, chosen)
+    for other, values in others:
+        for key in ("image_mean", "image_std"):
+            if values.get(key) != chosen[key]:
+                raise ValueError(f"{path} has {key}={chosen[key]}, {other} has {values.get(key)}: remove the wrong one")
+    return chosen
+
+
+def _check_preprocessor(path: pathlib.Path, values: dict[str, Any]) -> None:
+    check_fixed(path, values, PREPROCESSOR_FIXED)
+    for key in ("image_mean", "image_std"):
+        colour = values.get(key)
+        numbers = isinstance(colour, list) and len(colour) == 3 and all(type(x) in (int, float) for x in colour)
+        if not numbers or (key == "image_std" and min(colour) <= 0):
+            raise ValueError(f"{path}: {key}={colour!r} is no list of three numbers" + " over 0" * (key == "image_std"))
+    factor = values.get("rescale_factor", 1 / 255)
+    if type(factor) is not float or not math.isclose(factor, 1 / 255, rel_tol=1e-6):
+        raise ValueError(f"{path}: rescale_factor={factor!r} is not supported, only 1/255")
+
+
+def has_tokenizer(folder: Folder) -> bool:
+    """Whether a tokenizer is in the folder."""
+    return any((pathlib.Path(folder) / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+
+
+def check_tokenizer(folder: Folder, rows: int) -> None:
+    """Every id of a folder's tokenizer, where it has one, has a row in its embedding, which has `rows`.
+
+    Raises:
+      ValueError: names the tokens without one.
+    """
+    if not has_tokenizer(folder):
+        return
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.vocab_size > rows:
+        over = [repr(text) for text, token in tokenizer.special_tokens.items() if token >= rows]
+        named = f" ({', '.join(over[:4])}{', …' if len(over) > 4 else ''})" if over else ""
+        raise ValueError(
+            f"{folder}: the tokenizer has ids up to {tokenizer.vocab_size - 1}{named}, the embedding has {rows} rows:"
+            " remove the added tokens that the model does not know (added_tokens.json, tokenizer_config.json), or take"
+            " the tokenizer that belongs to the weights"
+        )
+
+
+def template(folder: Folder, family: Literal["llama", "mistral"]) -> str:
+    """The conversation template of a model: what its tokenizer speaks, else LLaVA's for its family.
+
+    The tokenizer's own chat template tells: of Llama 3 it makes `llama_3`, of USER and ASSISTANT `vicuna_v1`, of [INST]
+    and Mistral `mistral_instruct`, and of anything else, as ChatML, `tokenizer`. Without one its special tokens do.
+
+    Raises:
+      ValueError: a ChatML tokenizer without a chat template.
+    """
+    folder = pathlib.Path(folder)
+    default = {"llama": "vicuna_v1", "mistral": "mistral_instruct"}[family]
+    if not has_tokenizer(folder):
+        return default
+    tokenizer = load_tokenizer(folder)
+    if "<|start_header_id|>" in tokenizer.special_tokens:
+        return "llama_3"
+    if tokenizer.chat_template is None:
+        if "<|im_start|>" in tokenizer.special_tokens:
+            raise ValueError(f"{folder}: its tokenizer has <|im_start|> of ChatML and no chat template: add one")
+        return default
+    said = tokenizer.apply_chat_template([{"role": "user", "content": "Who?"}], add_generation_prompt=True)
+    if "USER:" in said and "ASSISTANT:" in said:
+        return "vicuna_v1"
+    return "mistral_instruct" if family == "mistral" and "[INST]" in said else "tokenizer"
 
 
 def clip_vision(path: pathlib.Path, clip: dict[str, Any], colours: dict[str, Any], select: int) -> VisionConfig:
-    """The encoder behind a CLIPVisionConfig and the colours of its preprocessor; `path` is for errors."""
-    default = VisionConfig()
+    """The encoder behind a CLIPVisionConfig and what `read_preprocessor` found; `path` is for errors."""
     _check_counts(path, clip)
     # The defaults are those of CLIPVisionConfig, whose config.json may leave them out.
     vision = VisionConfig(
@@ -158,8 +255,8 @@ def clip_vision(path: pathlib.Path, clip: dict[str, Any], colours: dict[str, Any
         activation=clip.get("hidden_act", "quick_gelu"),
         norm_eps=clip.get("layer_norm_eps", 1e-5),
         select_layer=select,
-        mean=tuple(colours.get("image_mean", default.mean)),
-        std=tuple(colours.get("image_std", default.std)),
+        mean=tuple(colours["image_mean"]),
+        std=tuple(colours["image_std"]),
     )
     if vision.activation not in ("quick_gelu", "gelu"):
         raise ValueError(f"{path}: hidden_act={vision.activation!r} is not supported, only 'quick_gelu' and 'gelu'")

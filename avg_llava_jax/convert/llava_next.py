@@ -62,7 +62,7 @@ FIXED = {
     "projector_hidden_act": "gelu",
     "multimodal_projector_bias": True,
 }
-TEMPLATES = {"llama": "vicuna_v1", "mistral": "mistral_instruct"}
+FAMILIES = ("llama", "mistral")
 
 
 def released_name(name: str) -> str:
@@ -94,32 +94,36 @@ def read_config(folder: str | os.PathLike[str]) -> ModelConfig:
     layouts.check_fixed(path, values, FIXED)
     layouts.check_fixed(path, text, layouts.LANGUAGE_FIXED, "text_config.")
     kind, tower = text.get("model_type", "llama"), clip.get("model_type", "clip_vision_model")
-    if kind not in TEMPLATES:
-        raise ValueError(f"{path}: text_config.model_type={kind!r} is not supported, only {', '.join(TEMPLATES)}")
+    if kind not in FAMILIES:
+        raise ValueError(f"{path}: text_config.model_type={kind!r} is not supported, only {', '.join(FAMILIES)}")
     if tower != "clip_vision_model":
         raise ValueError(f"{path}: vision_config.model_type={tower!r} is not supported, only clip_vision_model")
     select = values.get("vision_feature_layer", -2)
     if not isinstance(select, int):
         raise ValueError(f"{path}: vision_feature_layer={select!r} is not supported, only one layer")
     tied = text.get("tie_word_embeddings", False) or values.get("tie_word_embeddings", False)
-    preprocessor = folder / "preprocessor_config.json"
-    colours = read_json(preprocessor) if preprocessor.is_file() else {}
+    colours = layouts.read_preprocessor(folder)
     known = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
     clip = known | {"image_size": 336, "patch_size": 14} | clip
     pinpoints = values.get("image_grid_pinpoints") or DEFAULT_PINPOINTS
     adaptive = values.get(ADAPTIVE, {})
+    template = adaptive.get("template") or layouts.template(folder, kind)
     try:
-        return ModelConfig(
+        config = ModelConfig(
             vision=layouts.clip_vision(path, clip, colours, select),
             scaler=ScalerConfig(**adaptive.get("scaler", {})),
             router=RouterConfig(**adaptive.get("router", {})),
             language=layouts.llama(folder, text | {"tie_word_embeddings": tied}),
             pinpoints=tuple((int(width), int(height)) for height, width in pinpoints),
             unpad=adaptive.get("unpad", "exact"),
-            template=adaptive.get("template", TEMPLATES[kind]),
+            template=template,
         )
     except (TypeError, ValueError) as error:
         raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
+    cut = colours.get("image_grid_pinpoints", pinpoints)
+    if cut != pinpoints:
+        raise ValueError(f"{path}: image_grid_pinpoints={pinpoints}, but its processor cuts images by {cut}")
+    return config
 
 
 DEFAULT_PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]

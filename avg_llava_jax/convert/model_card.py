@@ -20,7 +20,7 @@ from transformers import {model_class}, AutoProcessor
 processor = AutoProcessor.from_pretrained("{name}")
 model = {model_class}.from_pretrained("{name}"{trust})
 turns = [{{"role": "user", "content": [{{"type": "image"}}, {{"type": "text", "text": "What is this?"}}]}}]
-inputs = processor(images=image, text=processor.apply_chat_template(turns), return_tensors="pt")
+inputs = processor(images=image.convert("RGB"), text=processor.apply_chat_template(turns), return_tensors="pt")
 print(processor.batch_decode(model.generate(**inputs, max_new_tokens=64), skip_special_tokens=True)[0])
 ```"""
 
@@ -28,6 +28,12 @@ BOTH = """\
 `trust_remote_code` runs this folder's `modeling_avg_llava.py`, which adds the router;
 `generate(..., granularity={middle})` takes its place. Without it the folder is a plain LLaVA-NeXT that always looks at
 {finest} tokens a tile: the same lines with `LlavaNextForConditionalGeneration.from_pretrained("{name}")`."""
+
+PIXELS = """\
+`image.convert("RGB")` is part of it: the model was trained on the colour stored under transparent pixels, as released
+LLaVA models were, and the image processors of newer transformers (5.24) blend transparency onto white. Pillow 13
+resizes some tall images in another order than the releases before it, which moves pixels of noise by about 20 levels of
+255: with `pillow<13` the processor gives what the model was trained on."""
 
 RELEASED = """\
 The layout is that of the released code, whose `load_pretrained_model` reads the folder. So does
@@ -108,7 +114,7 @@ def _use(loaded: Loaded, name: str, layout: str, router: bool) -> str:
     use = TRANSFORMERS.format(model_class=model_class, name=name, trust=", trust_remote_code=True" if router else "")
     ladder = loaded.config.granularities
     both = BOTH.format(middle=ladder[len(ladder) // 2], finest=ladder[-1], name=name)
-    return use + ("\n\n" + both if router else "")
+    return "\n\n".join((use, PIXELS, both) if router else (use, PIXELS))
 
 
 def _training(loaded: Loaded) -> str:

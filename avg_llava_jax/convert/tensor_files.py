@@ -3,7 +3,8 @@
 import json
 import math
 import pathlib
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -44,35 +45,92 @@ def extent(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
     return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
 
 
+BITS = {
+    "BOOL": 8,
+    **{f"{sign}{bits}": bits for sign in "IU" for bits in (8, 16, 32, 64)},
+    **{"F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64},
+    **{"F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8},
+    **{"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6},
+}
+"""Bits of an element, of every dtype that the format has."""
+
+LONGEST_HEADER = 100_000_000
+"""Bytes, as the format limits it."""
+
+
 def read_header(path: pathlib.Path) -> dict[str, Place]:
     """The place of every tensor in a safetensors file, by name.
 
     The file is 8 bytes with the length of a JSON object, the object, then the tensors, each in rows:
     {"model.norm.weight": {"dtype": "BF16", "shape": [4096], "data_offsets": [0, 8192]}, ...}
+    The tensors take every byte after the object once: no holes, no overlaps, nothing behind them; no name stands twice.
 
     Raises:
-      ValueError: truncated or damaged; one line.
+      ValueError: truncated, damaged, or none that the format allows; one line.
     """
     whole = path.stat().st_size
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if length > whole - 8:
+        if length > min(whole - 8, LONGEST_HEADER):
             raise ValueError(f"{path} is truncated or damaged: its {whole} bytes do not hold its header")
         try:
-            entries = {
-                name: (str(entry["dtype"]), tuple(map(int, entry["shape"])), *map(int, entry["data_offsets"]))
-                for name, entry in json.loads(file.read(length)).items()
-                if name != "__metadata__"
-            }
-        except (ValueError, TypeError, KeyError, AttributeError):
+            entries = dict(_entries(path, json.loads(file.read(length).decode(), object_pairs_hook=tuple)))
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            if str(path) in str(error):
+                raise
             raise ValueError(f"{path} is damaged, or no safetensors file: its header is not readable") from None
-    places = {}
-    for name, (code, shape, begin, end) in entries.items():
-        known = (DTYPES | COUNTERS).get(code)
-        if begin < 0 or min(shape, default=0) < 0 or (known and end - begin != math.prod(shape) * known.itemsize):
+    at, before = 0, None
+    for name, (code, shape, begin, end) in sorted(entries.items(), key=lambda entry: entry[1][2:]):
+        if code not in BITS:
+            raise ValueError(f"{path} is damaged: tensor {name!r} has dtype {code!r}, which safetensors do not have")
+        if (end - begin) * 8 != math.prod(shape) * BITS[code]:
             raise ValueError(f"{path} is damaged: tensor {name!r} of shape {shape} does not take {end - begin} bytes")
+        if begin < at:
+            raise ValueError(f"{path} is damaged: tensors {before!r} and {name!r} overlap")
+        if begin > at:
+            raise ValueError(f"{path} is damaged: {begin - at} bytes before tensor {name!r} belong to none")
         if 8 + length + end > whole:
             raise ValueError(f"{path} is truncated or damaged: it ends before its tensor {name!r}")
-        rows = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
-        places[name] = Place(path, code, shape, 8 + length + begin, rows)
-    return places
+        at, before = end, name
+    if 8 + length + at < whole:
+        raise ValueError(f"{path} is damaged: {whole - 8 - length - at} bytes behind its last tensor belong to none")
+    return {
+        name: Place(path, code, shape, 8 + length + begin, _rows(shape))
+        for name, (code, shape, begin, _) in entries.items()
+    }
+
+
+Pairs = tuple[tuple[str, Any], ...]
+"""A JSON object as it stands, names that stand twice included."""
+
+Entry = tuple[str, tuple[int, ...], int, int]
+"""dtype, shape, first byte, last byte + 1; bytes counted from the end of the header."""
+
+
+def _entries(path: pathlib.Path, header: Pairs) -> Iterator[tuple[str, Entry]]:
+    """Name and entry of each tensor in a header; `path` is for errors."""
+    for name, values in _object(path, header).items():
+        if name != "__metadata__":
+            entry = _object(path, values)
+            code, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+            if type(code) is not str or any(type(number) is not int or number < 0 for number in (*shape, begin, end)):
+                raise ValueError
+            name.encode()  # half of a character is no name
+            yield name, (code, tuple(shape), begin, end)
+
+
+def _object(path: pathlib.Path, pairs: Pairs) -> dict[str, Any]:
+    """A JSON object of a header, whose names stand once."""
+    if type(pairs) is not tuple:
+        raise ValueError
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{path} is damaged: its header has {name!r} twice")
+        found[name] = value
+    return found
+
+
+def _rows(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of a tensor in rows: (3, 1) for (2, 3)."""
+    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))

@@ -4,10 +4,11 @@ Safetensors and PyTorch's `.bin` are read, safetensors are written.
 """
 
 import json
+import logging
 import math
 import pathlib
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,14 @@ import numpy as np
 from avg_llava_jax.convert import pickled, tensor_files
 from avg_llava_jax.convert.tensor_files import COUNTERS, DTYPES, Place
 
+logger = logging.getLogger(__name__)
+
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-"""A folder's weights, or the names of their index less `.index.json`; the first that is there counts."""
+"""A folder's weights, or the names of their index less `.index.json`.
+
+As the transformers library, the first that is there counts of: model.safetensors, model.safetensors.index.json,
+pytorch_model.bin, pytorch_model.bin.index.json.
+"""
 
 CODES = {dtype: code for code, dtype in (DTYPES | COUNTERS).items()}
 
@@ -36,9 +43,13 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 
 
 def index_file(folder: pathlib.Path) -> pathlib.Path | None:
-    """The index of a folder's shards, if it has one."""
-    found = (folder / f"{name}.index.json" for name in WEIGHTS)
-    return next((path for path in found if path.is_file()), None)
+    """The index of a folder's shards; None where it has none, or a single file comes before it."""
+    for name in WEIGHTS:
+        if (folder / name).is_file():
+            return None
+        if (folder / f"{name}.index.json").is_file():
+            return folder / f"{name}.index.json"
+    return None
 
 
 def weight_files(folder: pathlib.Path) -> list[str]:
@@ -54,32 +65,64 @@ def weight_map(index: pathlib.Path) -> dict[str, str]:
     listed = read_json(index).get("weight_map")
     if type(listed) is not dict or not listed or any(type(file) is not str for file in listed.values()):
         raise ValueError(f"{index} has no weight_map from tensors to files")
+    for name, file in listed.items():
+        if pathlib.Path(file).name != file:
+            raise ValueError(f"{index}: tensor {name!r} is in {file!r}, which is no file beside the index")
     return listed
 
 
 class Tensors:
     """The weights of a folder (or the given `files` in it), read by name, one at a time; files are not held open.
 
+    Of a sharded folder the index says which file holds a tensor; a copy of it in another shard is never read. What the
+    folder holds besides, an index beside a single file or shards that the index does not name, is left alone, as by the
+    transformers library; a warning names it.
+
     Raises:
-      FileNotFoundError, ValueError: no weights, a file is missing, or a file is damaged.
+      FileNotFoundError, ValueError: no weights, a file is missing or damaged, a file lacks a tensor that the index says
+        it holds, or two files have a tensor that the index does not name, with other bytes.
     """
 
     def __init__(self, folder: pathlib.Path, files: Sequence[str] = ()):
         self.folder = folder
         self._places: dict[str, Place] = {}
+        index = None if files else index_file(folder)
+        listed = weight_map(index) if index else {}
         for name in files or weight_files(folder):
             path = folder / name
             if not path.is_file():
                 raise FileNotFoundError(f"{path} is missing, though the folder's index names it")
-            self._places |= (pickled if path.suffix == ".bin" else tensor_files).read_header(path)
+            found = (pickled if path.suffix == ".bin" else tensor_files).read_header(path)
+            for tensor, place in found.items():
+                if tensor in listed:
+                    self._add_listed(tensor, place, listed[tensor], index)
+                elif same_bytes(self._places.setdefault(tensor, place), place):
+                    pass
+                else:
+                    raise ValueError(f"{path} and {self._places[tensor].path} both hold {tensor!r}, with other bytes")
+        for tensor, name in listed.items():
+            if tensor not in self._places:
+                raise ValueError(f"{folder / name} lacks tensor {tensor!r}, though {index.name} says that it holds it")
         if not self._places:
             either = " and no ".join(f"{name} (or {name}.index.json)" for name in WEIGHTS)
             raise FileNotFoundError(f"{folder} holds no {either}")
+        if not files:
+            _say_unread(folder, index, set(listed.values()))
         self.names = self._places.keys()
+
+    def _add_listed(self, tensor: str, place: Place, file: str, index: pathlib.Path) -> None:
+        if place.path.name == file:
+            self._places[tensor] = place
+        else:
+            logger.warning("%s holds a tensor %r that is not read: %s says %s", place.path, tensor, index.name, file)
 
     def has(self, prefix: str) -> bool:
         """Whether any tensor's name starts so."""
         return any(name.startswith(prefix) for name in self.names)
+
+    def place(self, name: str) -> Place:
+        """Where the tensor lies."""
+        return self._places[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """From the header alone."""
@@ -99,15 +142,48 @@ class Tensors:
         return self._places[name].map()
 
 
+def same_bytes(one: Place, other: Place) -> bool:
+    """Whether two places hold the same tensor, of the same dtype; reads both, but for one and the same place."""
+    if one == other:
+        return True
+    if (one.code, one.shape) != (other.code, other.shape) or one.code not in DTYPES | COUNTERS:
+        return False
+    bits = f"u{(DTYPES | COUNTERS)[one.code].itemsize}"  # a NaN equals itself
+    return np.array_equal(np.ascontiguousarray(one.map()).view(bits), np.ascontiguousarray(other.map()).view(bits))
+
+
+def _say_unread(folder: pathlib.Path, index: pathlib.Path | None, named: set[str]) -> None:
+    """Warn of weights that lie beside those that are read and may be meant instead."""
+    single = next((name for name in WEIGHTS if (folder / name).is_file()), None) if index is None else None
+    beside = folder / f"{single}.index.json"
+    if single and beside.is_file() and set(weight_map(beside).values()) != {single}:
+        logger.warning("%s is read; %s.index.json beside it is not: remove one of them", folder / single, single)
+    if index:
+        stem, _, suffix = index.name.removesuffix(".index.json").partition(".")
+        shards = (path.name for path in sorted(folder.glob(f"{stem}-*-of-*.{suffix}")))
+        if unread := [name for name in shards if name not in named]:
+            logger.warning("%s: %s not read, for %s does not name it", folder, ", ".join(unread), index.name)
+
+
 class Catalog:
     """Tensors of one or several folders under the names of the released layout.
 
-    entries: released name -> (folder's tensors, the name they have there).
+    entries: (released name, the folder's tensors, the name that it has there), in any order.
+
+    Raises:
+      ValueError: two of them have one released name and other bytes, as an old and a new name of one tensor.
     """
 
-    def __init__(self, entries: dict[str, tuple[Tensors, str]]):
-        self._entries = entries
-        self.names = entries.keys()
+    def __init__(self, entries: Iterable[tuple[str, Tensors, str]]):
+        self._entries: dict[str, tuple[Tensors, str]] = {}
+        for name, tensors, stored in entries:
+            first, known = self._entries.setdefault(name, (tensors, stored))
+            if not same_bytes(first.place(known), tensors.place(stored)):
+                raise ValueError(
+                    f"{first.folder}: tensor {known!r} and {tensors.folder}: tensor {stored!r} are both {name!r}, with"
+                    " other bytes: remove one of them"
+                )
+        self.names = self._entries.keys()
 
     def has(self, prefix: str) -> bool:
         """Whether any tensor's name starts so."""

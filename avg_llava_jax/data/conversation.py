@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 
-from avg_llava_jax.data.errors import BadSample
+from avg_llava_jax.data.errors import BadSample, half_character
 from avg_llava_jax.data.tokenizer import Tokenizer
 
 IMAGE = -200  # stands in `ids` where an image's tokens go
@@ -87,7 +87,11 @@ def encode_prompt(turns: Sequence[Turn], tokenizer: Tokenizer, template: str = "
 
 
 def encode_raw(text: str, tokenizer: Tokenizer) -> Tokens:
-    """Text as it is: `<image>` stands for images, special tokens count as such, BOS goes before it."""
+    """Text as it is: `<image>` stands for images, special tokens count as such, BOS goes before it.
+
+    Raises BadSample `malformed_turn` where the text has half of a surrogate pair.
+    """
+    _whole(text, "the prompt")
     tokens = _encode(_split_special(text, tokenizer), tokenizer, bos=True)
     return Tokens(tokens.ids, [IGNORE] * len(tokens.ids))
 
@@ -112,6 +116,7 @@ def _checked(conversations: Sequence[Turn], images: int, template: str) -> list[
         role, text = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None)
         if not isinstance(role, str) or not isinstance(text, str):
             raise BadSample("malformed_turn", f"turn {number} needs the strings `from` and `value`")
+        _whole(text, f"turn {number}")
         if role not in ("human", "gpt"):
             raise BadSample("unknown_role", f"turn {number} is from {role!r}; known are human and gpt")
         if number == 0 and role != "human":
@@ -136,6 +141,12 @@ def _checked(conversations: Sequence[Turn], images: int, template: str) -> list[
     if template == "plain" and len(turns) > 2:
         raise BadSample("not_plain", f"template plain takes one question and one answer, not {len(turns)} turns")
     return turns
+
+
+def _whole(text: str, what: str) -> None:
+    half = half_character(text)
+    if half:
+        raise BadSample("malformed_turn", f"{what} has {half}, half of a surrogate pair: it was no UTF-8")
 
 
 def _render(turns: list[Turn], tokenizer: Tokenizer, template: str) -> list[_Piece]:

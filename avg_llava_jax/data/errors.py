@@ -1,4 +1,4 @@
-"""What a sample that cannot be used is reported as."""
+"""What a sample that cannot be used is reported as, and texts that are none."""
 
 from __future__ import annotations
 
@@ -19,3 +19,16 @@ class BadSample(ValueError):
     def __reduce__(self):
         # Exceptions pickle by `args`, which holds the joined text; worker processes need both fields.
         return type(self), (self.reason, self.detail)
+
+
+def half_character(text: str) -> str | None:
+    """The first lone surrogate of a text as `\\ud83d`, None where it has none.
+
+    JSON can spell one, and Python makes them of arguments and file names that are no UTF-8; no tokenizer and no file
+    takes a text that has one.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"\\u{ord(text[error.start]):04x}"
+    return None

@@ -1,50 +1,75 @@
-"""Stored feedback: how well the frozen model answered each sample, and what it saw, on disk.
+"""Stored feedback: how well the frozen model answered each question, and what it saw, on disk.
 
-    FOLDER/feedback.json          granularities, dtype of the features ("" = none), files of a whole set
-    FOLDER/00003-0.npz            window 3 of the pipeline, process 0: `ids` (N,), `nll` (N, G), `tiles` (N,)
+    FOLDER/feedback.json          format, granularities, dtype of the features ("" = none), what measured it (digests
+                                  of weights and model config), files of a whole set
+    FOLDER/00003-0.npz            window 3 of the pipeline, process 0: of each sample `asked`, a digest, `records`,
+                                  `path#number`, `nll` (G,) with NaN where nothing was answered, and `tiles`
     FOLDER/00003-0.features.npy   (tiles of all samples, P, D), mapped into memory when it is read
 
-A window's files appear only when whole, the features first; those that are there are not measured again.
+Answers are found by what was asked, never by a sample's id or its place: `asked` is a digest of token ids, labels and
+encoded images. So records whose ids repeat, are missing or null keep their own answers, data may move, and what has
+changed since is not found. A window's files appear only when whole, the features first.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes  # noqa: F401  adds bfloat16 to NumPy's dtypes
 import numpy as np
 
+from avg_llava_jax.data.packing import Sample
 from avg_llava_jax.files import write_whole
 
 ABOUT = "feedback.json"
+FORMAT = 2
+"""1 found answers by sample id."""
 
 
 class Stored(NamedTuple):
-    """Of one sample: mean NLL of its answer in nats (G,), and its tiles' features (T, P, D), None = not kept."""
+    """Of one sample: its answer's mean NLL in nats (G,), its tiles' features (T, P, D), None = not kept; its record."""
 
     nll: np.ndarray
     features: np.ndarray | None
+    record: str
+
+
+def asked(sample: Sample) -> str:
+    """What the frozen model is asked by a sample: a digest of its token ids, labels and encoded images, in hex.
+
+    Raises:
+      BadSample: an image is missing.
+    """
+    found = hashlib.sha256()
+    for values in (sample.tokens.ids, sample.tokens.labels):
+        found.update(np.asarray(values, np.int64).tobytes() + b"/")
+    for image in sample.images:
+        found.update(image.digest())
+    return found.hexdigest()[:32]
 
 
 @dataclasses.dataclass(frozen=True)
 class FeedbackFolder:
-    """A set that is being written or read.
+    """A set that is being written.
 
     granularities: of the model, ascending. features: dtype they are kept in, "" = they are not kept.
+    measured_by: digests of what gives the answers, by name: {"weights": ..., "model config": ...}.
     """
 
     path: Path
     granularities: tuple[int, ...]
     features: str = ""
+    measured_by: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
-    def begin(self) -> None:
-        """Make the folder, or go on with one.
+    def start(self) -> None:
+        """Make the folder, or resume one.
 
         Raises:
           ValueError: what is there was measured in another way.
@@ -52,36 +77,57 @@ class FeedbackFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         about = self.path / ABOUT
         if about.exists():
-            _expect(self.path, _read_about(self.path), self.granularities, self.features)
+            self._expect(_read_about(self.path))
         else:
-            write_whole(about, json.dumps({"granularities": self.granularities, "features": self.features}) + "\n")
+            write_whole(about, json.dumps(self._about()) + "\n")
 
-    def has(self, window: int, process: int) -> bool:
-        """Whether the answers of a window are stored."""
-        return self._answers(window, process).exists()
+    def holds(self, window: int, process: int) -> dict[str, str]:
+        """What was asked in a window that is stored: {digest: record}, empty where it is not there or damaged."""
+        try:
+            with np.load(self._answers(window, process)) as stored:
+                return dict(zip(stored["asked"].tolist(), stored["records"].tolist(), strict=True))
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+            return {}
 
     def add(self, window: int, process: int, stored: Mapping[str, Stored]) -> None:
-        """Store the answers of a window."""
+        """Store the answers of a window, by digest of what was asked."""
         rows = list(stored.values())
         tiles = np.array([0 if row.features is None else len(row.features) for row in rows], np.int32)
         if self.features and len(rows):
             # As bytes, since NumPy's format does not know bfloat16.
             raw = np.concatenate([row.features for row in rows]).view(np.uint8)
             write_whole(self._features(window, process), lambda file: np.save(file, raw))
-        nll = np.array([row.nll for row in rows], np.float32).reshape(len(rows), len(self.granularities))
-        arrays = {"ids": np.array(list(stored), np.str_), "nll": nll, "tiles": tiles}
+        arrays = {
+            "asked": np.array(list(stored), np.str_),
+            "records": np.array([row.record for row in rows], np.str_),
+            "nll": np.array([row.nll for row in rows], np.float32).reshape(len(rows), len(self.granularities)),
+            "tiles": tiles,
+        }
         write_whole(self._answers(window, process), lambda file: np.savez(file, **arrays))
 
     def finish(self, windows: int, processes: int) -> None:
         """Note that the set is whole."""
         files = [self._answers(window, process).name for window in range(windows) for process in range(processes)]
-        about = {"granularities": self.granularities, "features": self.features, "files": files}
-        write_whole(self.path / ABOUT, json.dumps(about) + "\n")
+        write_whole(self.path / ABOUT, json.dumps(self._about() | {"files": files}) + "\n")
 
-    def ids(self, window: int, process: int) -> list[str]:
-        """Of the samples of a stored window."""
-        with np.load(self._answers(window, process)) as stored:
-            return stored["ids"].tolist()
+    def _about(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "granularities": self.granularities,
+            "features": self.features,
+            "measured_by": dict(self.measured_by),
+        }
+
+    def _expect(self, about: dict[str, Any]) -> None:
+        if tuple(about["granularities"]) != self.granularities:
+            ladder = tuple(about["granularities"])
+            raise ValueError(f"{self.path} is on granularities {ladder}, the model has {self.granularities}")
+        if about["features"] != self.features:
+            before = about["features"] or "none"
+            raise ValueError(
+                f"{self.path} was started with features {before}, not {self.features or 'none'}: give another folder"
+            )
+        require_same_measure(self.path, self.measured_by)
 
     def _answers(self, window: int, process: int) -> Path:
         return self.path / f"{window:05}-{process}.npz"
@@ -91,7 +137,7 @@ class FeedbackFolder:
 
 
 def read_feedback(path: str | os.PathLike[str], granularities: Sequence[int]) -> dict[str, Stored]:
-    """A whole set by sample id, of some of its granularities; the features stay on disk until they are looked at.
+    """A whole set by `asked`, of some of its granularities; the features stay on disk until they are looked at.
 
     Raises:
       FileNotFoundError, ValueError: there is none, it is not whole, or it lacks a granularity.
@@ -103,34 +149,47 @@ def read_feedback(path: str | os.PathLike[str], granularities: Sequence[int]) ->
         raise ValueError(f"{path} is on granularities {tuple(ladder)}, the model has {tuple(granularities)}")
     columns = [ladder.index(granularity) for granularity in granularities]
     if "files" not in about:
-        raise ValueError(f"rglf.feedback={path} is not whole: run launch.feedback again, it goes on where it was")
+        raise ValueError(f"rglf.feedback={path} is not whole: run launch.feedback again, it resumes where it was")
     found: dict[str, Stored] = {}
     for name in about["files"]:
         try:
             with np.load(path / name) as stored:
-                ids, nll, tiles = stored["ids"].tolist(), stored["nll"][:, columns], stored["tiles"]
+                digests, records = stored["asked"].tolist(), stored["records"].tolist()
+                nll, tiles = stored["nll"][:, columns], stored["tiles"]
             features = None
-            if about["features"] and ids:
+            if about["features"] and digests:
                 raw = np.load(path / name.replace(".npz", ".features.npy"), mmap_mode="r")
                 features = raw.view(np.dtype(about["features"]))
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path / name} cannot be read ({error}): delete it, run launch.feedback again") from None
         ends = np.cumsum(tiles)
-        for row, (sample, end, count) in enumerate(zip(ids, ends, tiles, strict=True)):
-            found[sample] = Stored(nll[row], None if features is None else features[end - count : end])
+        for row, (digest, end, count) in enumerate(zip(digests, ends, tiles, strict=True)):
+            if np.isfinite(nll[row]).all():
+                kept = None if features is None else features[end - count : end]
+                found[digest] = Stored(nll[row], kept, records[row])
+    if not found:
+        raise ValueError(f"rglf.feedback={path} holds no answers")
     return found
 
 
-def _read_about(path: Path) -> dict[str, object]:
+def require_same_measure(path: str | os.PathLike[str], measured_by: Mapping[str, str]) -> None:
+    """A set must have been measured by these weights and this model config.
+
+    Raises:
+      ValueError: it was not; names which.
+    """
+    before = _read_about(Path(path))["measured_by"]
+    others = [name for name, digest in measured_by.items() if before.get(name) != digest]
+    if others:
+        raise ValueError(
+            f"{path} was measured with other {' and '.join(others)}: let launch.feedback measure into another folder"
+        )
+
+
+def _read_about(path: Path) -> dict[str, Any]:
     if not (path / ABOUT).is_file():
         raise FileNotFoundError(f"rglf.feedback={path} has no {ABOUT}: make it with launch.feedback")
-    return json.loads((path / ABOUT).read_text())
-
-
-def _expect(path: Path, about: dict[str, object], granularities: Sequence[int], features: str) -> None:
-    if tuple(about["granularities"]) != tuple(granularities):
-        ladder = tuple(about["granularities"])
-        raise ValueError(f"{path} is on granularities {ladder}, the model has {tuple(granularities)}")
-    if about["features"] != features:
-        began = about["features"] or "none"
-        raise ValueError(f"{path} was begun with features {began}, not {features or 'none'}: give another folder")
+    about = json.loads((path / ABOUT).read_text())
+    if about.get("format") != FORMAT:
+        raise ValueError(f"{path} is of an earlier format: let launch.feedback measure into another folder")
+    return about

@@ -11,18 +11,27 @@ What every image becomes is 8-bit RGB, upright:
   looked up, CMYK is converted, and **alpha is dropped, not composited** - a transparent pixel
   shows the colour stored under it - so that released behaviour is reproduced;
 * of an animation, the first frame.
+
+Metadata never decide whether pixels are read: a PNG or JPEG that Pillow refuses for a broken profile, text or EXIF is
+read without them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import hashlib
 import io
 import os
-import struct
+import posixpath
+import stat
 import tarfile
 import zipfile
 import zlib
+from collections.abc import Container, Mapping
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -32,6 +41,7 @@ from avg_llava_jax.data.errors import BadSample
 # Pillow warns above this many pixels (and refuses twice as many); a good default for a bound.
 MAX_PIXELS = 89_478_485
 
+_PNG = b"\x89PNG\r\n\x1a\n"
 _ORIENTATION = 0x0112
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -42,18 +52,6 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# What Pillow's decoders raise on a damaged file, depending on the format and on where it is damaged.
-_DAMAGE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    KeyError,
-    struct.error,
-    zlib.error,
-    zipfile.BadZipFile,
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +59,8 @@ class ImageRef:
     """An image that is not loaded yet.
 
     name: how messages call it.
-    max_pixels: width x height above which it is refused before it is decoded. Pillow itself
-        refuses above 179 million.
+    max_pixels: width x height above which it is refused before it is decoded, an argument of everything that makes
+        references. Pillow itself refuses above 179 million.
     """
 
     name: str
@@ -74,16 +72,27 @@ class ImageRef:
 
         Raises BadSample: `missing_image`, `corrupt_image`, `too_large_image`.
         """
-        with self._guard(), self._open() as image:
+        with self._guard(), self._opened() as image:
             return _upright_size(self._bounded(image))
 
     def load(self) -> Image.Image:
         """The upright RGB image; raises as `size` does."""
-        with self._guard(), self._open() as image:
+        with self._guard(), self._opened() as image:
             # Before decoding: a PNG may carry EXIF after its pixels, which `size` never sees.
             orientation = _orientation(self._bounded(image))
-            rgb = to_rgb(image)
+            try:
+                rgb = to_rgb(image)
+            except Exception as error:
+                with self._opened_bare(error) as bare:
+                    rgb = to_rgb(self._bounded(bare))
         return rgb.transpose(_TURNS[orientation]) if orientation in _TURNS else rgb
+
+    def digest(self) -> bytes:
+        """SHA-256 of the encoded bytes: the same picture under another name has the same; raises `missing_image`."""
+        with self._guard():
+            source = self._source()
+            content = source.getbuffer() if isinstance(source, io.BytesIO) else Path(source).read_bytes()
+            return hashlib.sha256(content).digest()
 
     def _source(self) -> str | io.BytesIO:
         """A path, or the encoded bytes."""
@@ -92,10 +101,35 @@ class ImageRef:
     def _open(self) -> Image.Image:
         return Image.open(self._source())
 
+    def _opened(self) -> Image.Image:
+        """Opened as it is, or, where Pillow cannot, without its metadata."""
+        try:
+            return self._open()
+        except (BadSample, FileNotFoundError, Image.DecompressionBombError):
+            raise
+        except Exception as error:
+            return self._opened_bare(error)
+
+    def _opened_bare(self, error: Exception) -> Image.Image:
+        """Opened without its metadata; raises `error`, for which it cannot be read whole, where that does not help."""
+        source = self._source()
+        if isinstance(source, str):
+            with open(source, "rb") as file:
+                source = io.BytesIO(file.read())
+        bare = without_metadata(source.getvalue())
+        if bare is None:
+            raise error
+        try:
+            return Image.open(io.BytesIO(bare), formats=("PNG", "JPEG"))
+        except UnidentifiedImageError:
+            raise error from None
+
     def _bounded(self, image: Image.Image) -> Image.Image:
         width, height = image.size
         if width * height > self.max_pixels:
-            raise BadSample("too_large_image", f"{self.name}: {width} x {height} is over {self.max_pixels} pixels")
+            raise BadSample(
+                "too_large_image", f"{self.name}: {width} x {height} is over {self.max_pixels} pixels (max_pixels)"
+            )
         return image
 
     def _guard(self) -> _Guard:
@@ -103,7 +137,11 @@ class ImageRef:
 
 
 class _Guard:
-    """Turns whatever opening or decoding raises into one BadSample that names the image."""
+    """Turns whatever opening, unpacking or decoding raises into one BadSample that names the image.
+
+    Decoders raise what they please (NotImplementedError for a DDS of an unknown kind), and so do archives (RuntimeError
+    for a member that is encrypted).
+    """
 
     def __init__(self, name: str):
         self.name = name
@@ -120,8 +158,8 @@ class _Guard:
             raise BadSample("missing_image", f"{self.name}: no such file") from error
         if isinstance(error, UnidentifiedImageError):
             raise BadSample("corrupt_image", f"{self.name}: not an image in a known format") from error
-        if isinstance(error, _DAMAGE):
-            raise BadSample("corrupt_image", f"{self.name}: {error}") from error
+        if isinstance(error, Exception):
+            raise BadSample("corrupt_image", f"{self.name}: {str(error) or type(error).__name__}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,6 +206,12 @@ class MemoryImage(ImageRef):
             return self.content.copy()
         return super()._open()
 
+    def digest(self) -> bytes:
+        if isinstance(self.content, Image.Image):
+            about = f"{self.content.mode} {self.content.size} ".encode()
+            return hashlib.sha256(about + self.content.tobytes()).digest()
+        return super().digest()
+
     def _source(self) -> io.BytesIO:
         return io.BytesIO(self.content)
 
@@ -175,8 +219,9 @@ class MemoryImage(ImageRef):
 class ImageStore:
     """Where a data set's images lie: a folder, a .zip, or an uncompressed .tar.
 
-    Only the names are read here, once; the references it gives are independent of it and open
-    what they need in whichever process uses them.
+    Links in an archive, hard or symbolic, to files or folders of it, are followed as in a folder. Only the names are
+    read here, once; the references it gives are independent of it and open what they need in whichever process uses
+    them.
 
     >>> ImageStore("photos.zip").ref("coco/1.jpg").load()   # doctest: +SKIP
     """
@@ -184,18 +229,18 @@ class ImageStore:
     def __init__(self, path: str | os.PathLike, max_pixels: int = MAX_PIXELS):
         self.path = str(path)
         self.max_pixels = max_pixels
-        self._members: dict[str, tuple[int, int]] = {}
+        self._members: dict[str, Any] = {}  # by path: the name in a zip, (first byte, length) in a tar
+        self._links: dict[str, str] = {}  # path -> path
         if os.path.isdir(self.path):
             self.kind = "folder"
         elif not os.path.exists(self.path):
             raise FileNotFoundError(f"{self.path}: no such folder, zip or tar of images")
         elif zipfile.is_zipfile(self.path):
             self.kind = "zip"
-            with zipfile.ZipFile(self.path) as archive:
-                self._members = {name: (0, 0) for name in archive.namelist()}
+            self._members, self._links = _zip_members(self.path)
         else:
             self.kind = "tar"
-            self._members = _tar_members(self.path)
+            self._members, self._links = _tar_members(self.path)
 
     def ref(self, name: str) -> ImageRef:
         """The image of that name; raises BadSample `missing_image` where an archive lacks it.
@@ -206,13 +251,15 @@ class ImageStore:
             raise BadSample("missing_image", f"{name!r} is not the name of an image")
         if self.kind == "folder":
             return FileImage(os.path.join(self.path, name), max_pixels=self.max_pixels)
-        member = name.removeprefix("./")
-        if member not in self._members:
-            raise BadSample("missing_image", f"{self.path} has no member {name}")
-        label = f"{self.path}:{member}"
+        path = posixpath.normpath(name)
+        member = self._members.get(_followed(path, self._members, self._links))
+        if member is None:
+            link = f": it is a link to {self._links[path]}" if path in self._links else ""
+            raise BadSample("missing_image", f"{self.path} has no member {name}{link}")
+        label = f"{self.path}:{path}"
         if self.kind == "zip":
             return ZipImage(label, self.path, member, max_pixels=self.max_pixels)
-        return TarImage(label, self.path, *self._members[member], max_pixels=self.max_pixels)
+        return TarImage(label, self.path, *member, max_pixels=self.max_pixels)
 
 
 def image_ref(image: str | os.PathLike | bytes | Image.Image, max_pixels: int = MAX_PIXELS) -> ImageRef:
@@ -220,6 +267,49 @@ def image_ref(image: str | os.PathLike | bytes | Image.Image, max_pixels: int = 
     if isinstance(image, (bytes, Image.Image)):
         return MemoryImage("image in memory", image, max_pixels=max_pixels)
     return FileImage(os.fspath(image), max_pixels=max_pixels)
+
+
+def without_metadata(content: bytes) -> bytes | None:
+    """The same pixels without what a PNG or JPEG says besides; None for other formats and files that break off.
+
+    Of a PNG the critical chunks stay (IHDR, PLTE, IDAT, IEND) and EXIF; of a JPEG all but comments and application
+    segments, of which EXIF, sound JFIF and sound Adobe stay: the last two say what its colours mean.
+    """
+    if content.startswith(_PNG):
+        return _png_without_metadata(content)
+    return _jpeg_without_metadata(content) if content.startswith(b"\xff\xd8") else None
+
+
+def _png_without_metadata(content: bytes) -> bytes | None:
+    # A chunk: length of its data, name, data, CRC. The name of a critical one begins with a capital letter.
+    kept, at = [_PNG], len(_PNG)
+    while at + 12 <= len(content):
+        end = at + 12 + int.from_bytes(content[at : at + 4], "big")
+        name = content[at + 4 : at + 8]
+        sound = zlib.crc32(content[at + 4 : end - 4]).to_bytes(4, "big") == content[end - 4 : end]
+        if name[:1].isupper() or (name == b"eXIf" and sound):
+            kept.append(content[at:end])
+        at = end
+        if name == b"IEND":
+            return b"".join(kept)
+    return None
+
+
+def _jpeg_without_metadata(content: bytes) -> bytes | None:
+    # A segment before the scan: FF, its kind, two bytes of length (those two counted), data.
+    kept, at = [content[:2]], 2
+    while at + 4 <= len(content) and content[at] == 0xFF:
+        kind, end = content[at + 1], at + 2 + int.from_bytes(content[at + 2 : at + 4], "big")
+        data = content[at + 4 : end]
+        if kind == 0xDA:  # start of scan: the rest is pixels
+            return b"".join([*kept, content[at:]])
+        jfif, adobe = data.startswith(b"JFIF\0") and len(data) >= 12, data.startswith(b"Adobe") and len(data) >= 12
+        exif = data.startswith(b"Exif\0\0")
+        application, comment = 0xE0 <= kind <= 0xEF, kind == 0xFE
+        if not (application or comment) or (kind, True) in ((0xE0, jfif), (0xE1, exif), (0xEE, adobe)):
+            kept.append(content[at:end])
+        at = end
+    return None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -239,20 +329,37 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return rgb.copy() if rgb is image else rgb
 
 
+def resized(
+    image: Image.Image, size: tuple[int, int], resample: Image.Resampling = Image.Resampling.BICUBIC
+) -> Image.Image:
+    """The image at another (width, height): the width is resampled first, then the height, one axis a call.
+
+    Between the two passes values are rounded to 8 bits, so their order shows. In one call Pillow 12 and before takes
+    the width first, as the released weights saw their images; Pillow 13 takes the height of some tall images first,
+    which moves values of noise by about 20 levels of 255.
+
+        300 x 1000 to 336 x 336:   300 x 1000 -> 336 x 1000 -> 336 x 336
+    """
+    return image.resize((size[0], image.height), resample).resize(size, resample)
+
+
 def _upright_size(image: Image.Image) -> tuple[int, int]:
     width, height = image.size
     return (height, width) if _orientation(image) >= 5 else (width, height)
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF orientation 1..8 from the header; 1 where there is none or it is nonsense.
+    """EXIF orientation 1..8 from the header; 1 where there is none, it is nonsense, or the EXIF block is.
 
     Pillow turns TIFF by itself, size included. PngImageFile.getexif would decode the whole image
     in search of a late EXIF chunk; the base class reads what came before the pixels.
     """
     if image.format == "TIFF":
         return 1
-    value = Image.Image.getexif(image).get(_ORIENTATION, 1)
+    try:
+        value = Image.Image.getexif(image).get(_ORIENTATION, 1)
+    except Exception:  # whatever comes of reading nonsense
+        return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
@@ -262,12 +369,59 @@ def _zip(path: str, process: int) -> zipfile.ZipFile:
     return zipfile.ZipFile(path)
 
 
-def _tar_members(path: str) -> dict[str, tuple[int, int]]:
-    """Name -> (first byte, length) of every file in an uncompressed tar."""
+def _zip_members(path: str) -> tuple[dict[str, str], dict[str, str]]:
+    """Path -> name of every file in a zip, and path -> path of every symbolic link."""
+    members, links = {}, {}
+    with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
+            name = posixpath.normpath(info.filename)
+            if info.create_system == 3 and stat.S_ISLNK(
+                info.external_attr >> 16
+            ):  # 3: Unix; where it leads is its text
+                with contextlib.suppress(Exception):  # one that cannot be unpacked leads nowhere
+                    links[name] = _beside(name, archive.read(info).decode())
+            elif not info.is_dir():
+                members[name] = info.filename
+    return members, links
+
+
+def _tar_members(path: str) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
+    """Path -> (first byte, length) of every file in an uncompressed tar, and path -> path of every link."""
+    members, links = {}, {}
     try:
         with tarfile.open(path, "r:") as archive:
-            return {m.name.removeprefix("./"): (m.offset_data, m.size) for m in archive if m.isreg()}
+            for info in archive:
+                name = posixpath.normpath(info.name)
+                members.pop(name, None), links.pop(name, None)  # the last one of a name counts
+                if info.isreg():
+                    members[name] = info.offset_data, info.size
+                elif info.islnk():  # leads to a path of the archive, a symbolic one to a path beside itself
+                    links[name] = posixpath.normpath(info.linkname)
+                elif info.issym():
+                    links[name] = _beside(name, info.linkname)
     except tarfile.ReadError:
         raise ValueError(
             f"{path}: neither a zip nor an uncompressed tar (a compressed tar cannot be read at random: unpack it)"
         ) from None
+    return members, links
+
+
+def _beside(link: str, target: str) -> str:
+    """Where a symbolic link leads: ("a/b.png", "../c.png") -> "c.png"."""
+    return posixpath.normpath(posixpath.join(posixpath.dirname(link), target))
+
+
+def _followed(path: str, members: Container[str], links: Mapping[str, str], most: int = 40) -> str:
+    """The path with links followed, those of its folders too; unchanged where there are none, or too many."""
+    at = path
+    for _ in range(most):
+        if at in members:
+            return at
+        rest, head = "", at
+        while head and head not in links:
+            head, _, tail = head.rpartition("/")
+            rest = f"{tail}/{rest}" if rest else tail
+        if not head:
+            return path
+        at = posixpath.normpath(posixpath.join(links[head], rest)) if rest else links[head]
+    return path

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import itertools
 import json
 import random
@@ -21,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
+
+from avg_llava_jax.data.images import resized
 
 COLOURS = {
     "red": (214, 32, 38),
@@ -103,6 +106,10 @@ class SceneImage:
 
     def load(self) -> Image.Image:
         return draw(self.scene)
+
+    def digest(self) -> bytes:
+        """Of what is drawn, which decides the pixels."""
+        return hashlib.sha256(repr(self.scene).encode()).digest()
 
 
 def make_scene(rng: random.Random, near: bool, crowd: bool = False) -> Scene:
@@ -199,7 +206,7 @@ def draw(scene: Scene) -> Image.Image:
         pen.line((x, y, x + 3, y), fill=tuple(max(0, min(255, c + shade)) for c in FIELDS[scene.field]))
     for player in scene.players:
         _player(pen, player, COLOURS[scene.team])
-    return image.resize(scene.size, Image.Resampling.BOX)
+    return resized(image, scene.size, Image.Resampling.BOX)
 
 
 def _weather(pen: ImageDraw.ImageDraw, rng: random.Random, weather: str, width: int, sky: int) -> None:

@@ -31,7 +31,7 @@ from absl import flags
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.data.conversation import Tokens
 from avg_llava_jax.data.errors import BadSample
-from avg_llava_jax.data.feedback import Stored
+from avg_llava_jax.data.feedback import Stored, asked
 from avg_llava_jax.data.geometry import visual_count
 from avg_llava_jax.data.packing import Sample, Shape, collate, collate_words, load_tiles, merge, shape_of
 from avg_llava_jax.data.sources import Part, read_sample
@@ -58,8 +58,8 @@ class Skipped(NamedTuple):
     detail: str
 
 
-class _Member(NamedTuple):
-    """A sample, and the record it is made from."""
+class Member(NamedTuple):
+    """A sample, and the record it is made from: `path#number`."""
 
     record: str
     sample: Sample
@@ -69,7 +69,7 @@ class _Member(NamedTuple):
 class _Window:
     """Members of each batch, in the order in which the batches come; and who was left out."""
 
-    batches: list[list[_Member]]
+    batches: list[list[Member]]
     skipped: list[Skipped]
 
 
@@ -81,9 +81,12 @@ class PlannedBatches:
     batch_size: B, over all processes.
     shapes: at most so many batch shapes, as far as the survey saw them; each is compiled once.
     words: add `patch_words` for phase `grounding`.
-    feedback: stored answers by sample id; adds `nll` float32 (rows, G) to the batch, NaN where there is none,
-        and where features were kept `features` (rows, T, P, D) in place of `pixels`.
+    feedback: stored answers by what was asked; adds `nll` float32 (rows, G) to the batch, NaN in an empty row, and
+        where features were kept `features` (rows, T, P, D) in place of `pixels`. A record without an answer is skipped.
     rows: which rows of each batch are read, ascending; None = all of them.
+    kept: of each part the numbers of the records that are used, ascending; None = all of them.
+    once: every record once, in order and without mixing by weight, and then the end; for validation.
+    shapes_of: batches whose shapes are taken over.
     """
 
     parts: Sequence[Part]
@@ -96,59 +99,91 @@ class PlannedBatches:
     words: bool = False
     feedback: Mapping[str, Stored] | None = None
     rows: tuple[int, ...] | None = None
+    kept: tuple[np.ndarray, ...] | None = None
+    once: bool = False
+    shapes_of: PlannedBatches | None = None
 
     def __len__(self) -> int:
+        if self.once:
+            return math.ceil(sum(self.sizes) / self.batch_size)
         return 2**40  # no end: epochs follow one another
+
+    @property
+    def sizes(self) -> list[int]:
+        """How many records are used of each part."""
+        return [len(part.source) if self.kept is None else len(self.kept[at]) for at, part in enumerate(self.parts)]
 
     def __getitem__(self, number: int) -> Batch:
         """Batch `number`: what `collate_rows` gives for this process's rows, and
 
-        ids      the samples' ids, "" for an empty row
+        records  the record of each row, `path#number`, "" for an empty row; ids need not be unique, nor be there
         skipped  list of Skipped: what planning left out, spread evenly over the batches of a window and there
                  over the rows, so that one process reports it; and which of these rows cannot be read
         """
         window = self._window(number // WINDOW)
         members = window.batches[number % WINDOW]
         rows = range(self.batch_size) if self.rows is None else self.rows
-        left_out = window.skipped[number % WINDOW :: WINDOW]
+        left_out = window.skipped[number % WINDOW :: len(window.batches)]
         skipped = [one for at, one in enumerate(left_out) if at % self.batch_size in rows]
         shape = self._fit(merge([self._shape(member.sample) for member in members] or [self._shape(EMPTY)]))
 
-        samples, tiles = [EMPTY] * len(rows), [self._tiles(EMPTY)] * len(rows)
-        for row, (record, sample) in enumerate(members[at] for at in rows if at < len(members)):
+        records, samples, stored = [""] * len(rows), [EMPTY] * len(rows), [self._nothing] * len(rows)
+        tiles = [self._tiles(EMPTY, self._nothing)] * len(rows)
+        for row, (record, sample) in enumerate(self.rows_of(number)):
             try:
-                tiles[row] = self._tiles(sample)
-                samples[row] = sample
+                found = self._nothing if self.feedback is None else self._stored(sample)
+                tiles[row] = self._tiles(sample, found)
             except BadSample as bad:
                 skipped.append(Skipped(record, sample.id, bad.reason, bad.detail))
-        stored = None if self.feedback is None else [self._stored(sample) for sample in samples]
+                continue
+            records[row], samples[row], stored[row] = record, sample, found
+        stored = None if self.feedback is None else stored
         batch = collate_rows(samples, tiles, shape, self.config, self.granularities, words=self.words, stored=stored)
-        return {**batch, "ids": [sample.id for sample in samples], "skipped": skipped}
+        return {**batch, "records": records, "skipped": skipped}
 
-    def _tiles(self, sample: Sample) -> np.ndarray:
+    def rows_of(self, number: int) -> list[Member]:
+        """What stands in this process's rows of batch `number`, the first rows; nothing is decoded."""
+        members = self._window(number // WINDOW).batches[number % WINDOW]
+        rows = range(self.batch_size) if self.rows is None else self.rows
+        return [members[at] for at in rows if at < len(members)]
+
+    def first(self, count: int) -> Iterator[Member]:
+        """The records with which the run starts, in Grain's order, without those that cannot be used."""
+        for at in range(min(count, sum(self.sizes)) if self.once else count):
+            member = self._read(at)
+            if isinstance(member, Member):
+                yield member
+
+    def _tiles(self, sample: Sample, stored: Stored) -> np.ndarray:
         """Of all images of a sample: pixels, or the features that are stored."""
-        if self.feedback is None or self._nothing.features is None:
-            return load_tiles(sample, self.config)
-        return self._stored(sample).features
+        return load_tiles(sample, self.config) if stored.features is None else stored.features
 
     def _stored(self, sample: Sample) -> Stored:
-        return self.feedback.get(sample.id, self._nothing)
+        """The stored answers to a sample.
+
+        Raises:
+          BadSample: there are none.
+        """
+        try:
+            return self.feedback[asked(sample)]
+        except KeyError:
+            raise BadSample(
+                "no_feedback", f"sample {sample.id} is not, as it is now, in rglf.feedback: run launch.feedback again"
+            ) from None
 
     @functools.cached_property
     def _nothing(self) -> Stored:
-        """Stands for the answers to a sample that nobody was asked about."""
-        features = next((one.features for one in self.feedback.values()), None)
+        """The answers of an empty row."""
+        features = None if self.feedback is None else next(iter(self.feedback.values())).features
         nll = np.full(len(self.config.granularities), np.nan, np.float32)
-        return Stored(nll, None if features is None else features[:0])
+        return Stored(nll, None if features is None else features[:0], "")
 
     @functools.cached_property
     def ladder(self) -> tuple[Shape, ...]:
         """The batch shapes of this run, cheapest first, by the first SURVEY records. The last holds all of those."""
-        found: collections.Counter[Shape] = collections.Counter()
-        for at in range(SURVEY):
-            member = self._read(at)
-            if isinstance(member, _Member):
-                found[self._shape(member.sample)] += 1
+        if self.shapes_of is not None:
+            return self.shapes_of.ladder
+        found = collections.Counter(self._shape(member.sample) for member in self.first(SURVEY))
         return choose_shapes(found, self.shapes, self.config, self.granularities)
 
     def _fit(self, shape: Shape) -> Shape:
@@ -160,24 +195,31 @@ class PlannedBatches:
 
     @functools.cached_property
     def _order(self) -> grain.MapDataset:
-        """(source, record) pairs without end."""
+        """Pairs of a source and the place of a record among those that are used, without end."""
         orders = []
-        for which, part in enumerate(self.parts):
-            indices = grain.MapDataset.range(len(part.source)).seed(self.seed + which).shuffle().repeat()
+        for which, size in enumerate(self.sizes):
+            indices = grain.MapDataset.range(size).seed(self.seed + which).shuffle().repeat()
             orders.append(indices.map(functools.partial(_pair, which)))
         return orders[0] if len(orders) == 1 else grain.MapDataset.mix(orders, [part.weight for part in self.parts])
+
+    @functools.cached_property
+    def _pairs(self) -> list[tuple[int, int]]:
+        """Each pair once, in order."""
+        return [(which, index) for which, size in enumerate(self.sizes) for index in range(size)]
 
     @functools.cached_property
     def _windows(self) -> collections.OrderedDict[int, _Window]:
         return collections.OrderedDict()
 
-    def _read(self, at: int) -> _Member | Skipped:
+    def _read(self, at: int) -> Member | Skipped:
         """The record at a place of Grain's order."""
-        which, index = (int(number) for number in self._order[at])
+        pair = self._pairs[at] if self.once else self._order[at]
+        which, index = (int(number) for number in pair)
+        index = index if self.kept is None else int(self.kept[which][index])
         part = self.parts[which]
         record = f"{part.path}#{index}"
         try:
-            return _Member(record, read_sample(part.source, index, self.tokenizer, self.config, self.granularities))
+            return Member(record, read_sample(part.source, index, self.tokenizer, self.config, self.granularities))
         except BadSample as bad:
             return Skipped(record, part.id(index), bad.reason, bad.detail)
 
@@ -189,16 +231,30 @@ class PlannedBatches:
         return self._windows[window]
 
     def _plan(self, window: int) -> _Window:
-        count = WINDOW * self.batch_size
-        read = [self._read(at) for at in range(window * count, (window + 1) * count)]
-        members = [one for one in read if isinstance(one, _Member)]
+        count = min(WINDOW, len(self) - window * WINDOW)
+        start, end = (number * WINDOW * self.batch_size for number in (window, window + 1))
+        read = [self._read(at) for at in range(start, min(end, sum(self.sizes)) if self.once else end)]
+        members = [one for one in read if isinstance(one, Member)]
         # Stable: samples of like shape stay in Grain's order.
         members.sort(key=lambda member: _cost(self._fit(self._shape(member.sample)), self.config, self.granularities))
         # Where some were left out every batch is a little short, rather than one of them empty.
-        ends = [len(members) * number // WINDOW for number in range(WINDOW + 1)]
+        ends = [len(members) * number // count for number in range(count + 1)]
         batches = [members[start:end] for start, end in itertools.pairwise(ends)]
         random.Random(f"{self.seed}/{window}").shuffle(batches)
         return _Window(batches, [one for one in read if isinstance(one, Skipped)])
+
+
+def hold_out(count: int, share: float) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of `count` records, ascending: those to train on, and a share that is held out, the same in every run.
+
+    Raises:
+      ValueError: too few records.
+    """
+    held = max(1, round(share * count))
+    if held >= count:
+        raise ValueError(f"data.validation={share} of {count} records leaves none to train on")
+    order = np.random.RandomState(0).permutation(count)  # a generator whose numbers NumPy keeps for ever
+    return np.sort(order[held:]), np.sort(order[:held])
 
 
 def _pair(source: int, index: int) -> tuple[int, int]:

@@ -1,8 +1,9 @@
 """Where records come from: LLaVA JSON or JSONL files, and `jersey`, which draws its own.
 
-A record is a dict `id, conversations` and `image` (a name) or `images` (a list of names), or neither;
-`kind` is free. Names are looked up in a folder, a zip or a tar. A source reads one record at a time:
-of a file only the places of its records are held, so a million of them cost 16 MB.
+A record is a dict `id, conversations` and `image` (a name) or `images` (a list of names), or neither. One of the two
+that is null or empty says nothing, so the other counts; where both name images, the names must be the same. `kind` is
+free. Names are looked up in a folder, a zip or a tar. A source reads one record at a time: of a file only the places of
+its records are held, so a million of them cost 16 MB.
 
 A data set is one source, or several with weights:
 
@@ -26,7 +27,7 @@ import numpy as np
 
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.data.conversation import encode_conversation
-from avg_llava_jax.data.errors import BadSample
+from avg_llava_jax.data.errors import BadSample, half_character
 from avg_llava_jax.data.grounding import read_words
 from avg_llava_jax.data.images import MAX_PIXELS, ImageStore
 from avg_llava_jax.data.jersey import Jersey
@@ -77,12 +78,12 @@ class LlavaJson:
 
     def __getitem__(self, index: int) -> Record:
         record = self._parse(index)
-        return {**record, "id": str(record.get("id", index)), "images": self._references(record)}
+        return {**record, "id": _id(record, index), "images": self._references(index, record)}
 
     def id(self, index: int) -> str:
         """The record's id, its number where it has none."""
         try:
-            return str(self._parse(index).get("id", index))
+            return _id(self._parse(index), index)
         except BadSample:
             return str(index)
 
@@ -92,19 +93,39 @@ class LlavaJson:
             file.seek(start)
             text = file.read(end - start)
         try:
-            record = json.loads(text)
-        except ValueError as error:
+            record = json.loads(text.decode("utf-8-sig"))
+        except (ValueError, RecursionError) as error:
             raise BadSample("malformed_record", f"record {index}: {error}") from None
+        half = b"\\u" in text and half_character(json.dumps(record, ensure_ascii=False))
+        if half:
+            raise BadSample(
+                "malformed_record", f"record {index} has {half}, half of a surrogate pair, which is no text"
+            )
         if not isinstance(record, dict):
             raise BadSample("malformed_record", f"record {index} is no object")
         return record
 
-    def _references(self, record: Record) -> list[Any]:
-        names = record.get("images", record.get("image"))
-        names = [] if names is None else names if isinstance(names, list) else [names]
+    def _references(self, index: int, record: Record) -> list[Any]:
+        one, several = _names(record.get("image")), _names(record.get("images"))
+        if one and several and one != several:
+            raise BadSample("malformed_record", f"record {index}: `image` is {one}, `images` is {several}: keep one")
+        names = one or several
         if names and self.store is None:
             raise ValueError(f"{self.path} has images: say where they lie with data.images (a folder, zip or tar)")
         return [self.store.ref(name) for name in names]
+
+
+def _id(record: Record, index: int) -> str:
+    """The record's `id`; its number where there is none or null, as a table's export writes it."""
+    value = record.get("id")
+    return str(index if value is None else value)
+
+
+def _names(value: Any) -> list[Any]:
+    """The images that `image` or `images` names: none where it is null, empty, or the NaN of a table's export."""
+    if value is None or value == "" or value != value:
+        return []
+    return value if isinstance(value, list) else [value]
 
 
 def _lines(path: Path) -> np.ndarray:
@@ -133,7 +154,7 @@ def _elements(path: Path) -> np.ndarray:
     while text[at : at + 1] != "]":
         try:
             _, end = decoder.raw_decode(text, at)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not valid JSON: {error}") from None
         places.append((at + skipped, end + skipped))
         at = _blank(text, end)

@@ -24,6 +24,7 @@ import numpy as np
 from PIL import Image
 
 from avg_llava_jax.config import ModelConfig
+from avg_llava_jax.data.images import resized
 
 Size = tuple[int, int]  # (width, height) in pixels
 
@@ -102,10 +103,10 @@ def make_tiles(image: Image.Image, config: ModelConfig) -> np.ndarray:
     """Cuts an RGB image into tiles: uint8 (T, H, W, 3), values not normalised.
 
     Tile 0 is the whole image squashed to one tile; the rest are the mosaic's tiles, row-major.
-    Both resizes are bicubic, as in the released code.
+    Both resizes are bicubic and by `images.resized`, so the pixels are those that the released weights saw.
     """
     side = config.vision.image_size
-    overview = np.asarray(image.resize((side, side), Image.Resampling.BICUBIC))
+    overview = np.asarray(resized(image, (side, side)))
     rows, columns = grid_of(image.size, config)
     tiles = np.empty((1 + rows * columns, side, side, 3), np.uint8)
     tiles[0] = overview
@@ -113,8 +114,7 @@ def make_tiles(image: Image.Image, config: ModelConfig) -> np.ndarray:
         target = columns * side, rows * side
         left, top, width, height = placement(image.size, target)
         mosaic = np.zeros((rows * side, columns * side, 3), np.uint8)
-        resized = image.resize((width, height), Image.Resampling.BICUBIC)
-        mosaic[top : top + height, left : left + width] = np.asarray(resized)
+        mosaic[top : top + height, left : left + width] = np.asarray(resized(image, (width, height)))
         split = mosaic.reshape(rows, side, columns, side, 3).swapaxes(1, 2)
         tiles[1:] = split.reshape(rows * columns, side, side, 3)
     return tiles

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import json
 import re
 import shutil
@@ -31,6 +32,7 @@ _FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
+    "chat_template.json",
 )
 
 
@@ -40,7 +42,8 @@ class Tokenizer:
     vocab_size: rows an embedding needs, added tokens included.
     bos_id: None where the model's texts do not begin with one. eos_id; pad_id is never None.
     special_tokens: text of each special token -> its id.
-    chat_template: the tokenizer's own Jinja template, or None.
+    chat_template: the tokenizer's own Jinja template, or None: of chat_template.jinja, tokenizer_config.json or, as
+        older versions of the transformers library write it for a processor, chat_template.json.
     """
 
     def __init__(self, folder: Path, config: dict[str, Any], backend: _JsonBackend | _SentencePieceBackend):
@@ -82,22 +85,71 @@ class Tokenizer:
         return [(part, self.special_tokens.get(part)) for part in parts if part]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids; special tokens are left out."""
+        """Text of ids; special tokens are left out.
+
+        Bytes that are no UTF-8 become U+FFFD each time one is reached, and nothing else does, so the text of more ids
+        begins with the text of fewer, less the U+FFFD at its end. (Left to themselves the libraries take back whole
+        characters before such a byte.)
+        """
         skip = self._special_ids
-        return self._backend.decode([int(i) for i in ids if int(i) not in skip])
+        return self._backend.decode(self._mended([int(i) for i in ids if int(i) not in skip]))
+
+    def _mended(self, ids: list[int]) -> list[int]:
+        """Ids whose runs of byte tokens are UTF-8: E6 97 "a" becomes EF BF BD "a", the bytes of U+FFFD."""
+        byte_of = self._backend.bytes
+        if not any(i in byte_of for i in ids):
+            return ids
+        mended: list[int] = []
+        for is_byte, run in itertools.groupby(ids, byte_of.__contains__):
+            if is_byte:
+                text = bytes(byte_of[i] for i in run).decode("utf-8", errors="replace")
+                mended += [self._id_of_byte[byte] for byte in text.encode()]
+            else:
+                mended += run
+        return mended
+
+    @functools.cached_property
+    def _id_of_byte(self) -> dict[int, int]:
+        return {byte: i for i, byte in self._backend.bytes.items()}
 
     def apply_chat_template(self, messages: list[dict[str, str]], *, add_generation_prompt: bool = False) -> str:
-        """Renders `[{"role": "user" | "assistant", "content": ...}]` with the tokenizer's own template."""
+        """Renders `[{"role": "user" | "assistant", "content": text}]` with the tokenizer's own template.
+
+        A template that wants parts gets `[{"type": "text", "text": text}]`; ValueError where it cannot be rendered.
+        """
         if self.chat_template is None:
             raise ValueError(f"{self.folder}: this tokenizer has no chat template; choose another `template`")
+        if self._takes_parts:
+            messages = [_in_parts(message) for message in messages]
+        return self._render(messages, add_generation_prompt)
+
+    def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
         # Imported late: it takes a second, and most models use a template of ours.
+        import jinja2
         from transformers.utils.chat_template_utils import render_jinja_template
 
         names = {f"{key}_token": text for key, text in self._named.items()}
-        rendered, _ = render_jinja_template(
-            [messages], chat_template=self.chat_template, add_generation_prompt=add_generation_prompt, **names
-        )
+        try:
+            rendered, _ = render_jinja_template(
+                [messages], chat_template=self.chat_template, add_generation_prompt=add_generation_prompt, **names
+            )
+        except (jinja2.TemplateError, TypeError) as error:
+            raise ValueError(f"{self.folder}: its chat template cannot be rendered: {error}") from None
         return rendered[0]
+
+    @functools.cached_property
+    def _takes_parts(self) -> bool:
+        """Whether the template, as those of processors, wants parts: a plain text does not come through."""
+        probe = {"role": "user", "content": "probe"}
+        try:
+            if "probe" in self._render([probe]):
+                return False
+        except ValueError:
+            pass
+        try:
+            return "probe" in self._render([_in_parts(probe)])
+        except ValueError:
+            return False
 
     def save(self, folder: str | Path) -> None:
         """Copies the tokenizer's files, unchanged, into `folder` (made if need be)."""
@@ -138,7 +190,7 @@ class _JsonBackend:
     def __init__(self, folder: Path):
         text = (folder / "tokenizer.json").read_text(encoding="utf-8")
         self._start = self._plain(text)
-        self.vocab_size = self._start.get_vocab_size(with_added_tokens=True)
+        self.vocab_size = 1 + max(self._start.get_vocab(with_added_tokens=True).values())  # ids may leave gaps
         added = self._start.get_added_tokens_decoder()
         self.special_tokens = {token.content: i for i, token in added.items() if token.special}
         self._has_bos = self._start.encode("a", add_special_tokens=True).ids[:1]
@@ -149,6 +201,8 @@ class _JsonBackend:
                 # "first" means: of the whole string, specials included. After one, no word boundary.
                 part["prepend_scheme"], changed = "never", True
         self._after = self._plain(json.dumps(spec)) if changed else self._start
+        falls_back = any(part.get("type") == "ByteFallback" for part in _parts(spec.get("decoder"), "decoders"))
+        self.bytes = _byte_tokens(self._start.get_vocab(with_added_tokens=False)) if falls_back else {}
 
     @staticmethod
     def _plain(text: str) -> tokenizers.Tokenizer:
@@ -187,6 +241,7 @@ class _SentencePieceBackend:
         for token, entry in config.get("added_tokens_decoder", {}).items():
             self.special_tokens[entry["content"]] = int(token)
         self.vocab_size = max(pieces.vocab_size(), 1 + max(self.special_tokens.values(), default=-1))
+        self.bytes = _byte_tokens({pieces.id_to_piece(i): i for i in range(pieces.vocab_size()) if pieces.is_byte(i)})
         legacy = config.get("legacy")
         self._after = pieces if legacy is None or legacy else _without_word_boundary(pieces)
 
@@ -265,12 +320,18 @@ def train_byte_bpe(
     return load_tokenizer(folder)
 
 
-def _parts(node: dict[str, Any] | None) -> Iterable[dict[str, Any]]:
-    """A pre-tokenizer's description and those inside it."""
+def _parts(node: dict[str, Any] | None, inside: str = "pretokenizers") -> Iterable[dict[str, Any]]:
+    """The description of a pre-tokenizer (`inside`: decoders) and those inside it."""
     if node is not None:
         yield node
-        for inner in node.get("pretokenizers", ()):
-            yield from _parts(inner)
+        for inner in node.get(inside, ()):
+            yield from _parts(inner, inside)
+
+
+def _byte_tokens(vocabulary: dict[str, int]) -> dict[int, int]:
+    """Id -> byte of the tokens <0x00> to <0xFF>; none where one of them is missing."""
+    ids = [vocabulary.get(f"<0x{byte:02X}>") for byte in range(256)]
+    return {} if None in ids else dict(zip(ids, range(256), strict=True))
 
 
 def _content(token: str | dict[str, Any] | None) -> str | None:
@@ -282,10 +343,15 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     path = folder / "chat_template.jinja"
     if path.is_file():
         return path.read_text(encoding="utf-8")
-    template = config.get("chat_template")
+    template = config.get("chat_template") or _read_json(folder / "chat_template.json").get("chat_template")
     if isinstance(template, list):  # several, by name
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
     return template
+
+
+def _in_parts(message: dict[str, str]) -> dict[str, Any]:
+    """A message whose content is a list of one part, its text."""
+    return message | {"content": [{"type": "text", "text": message["content"]}]}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

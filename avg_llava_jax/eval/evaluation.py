@@ -4,13 +4,9 @@
     records --policies.report--> accuracy, visual tokens and shares: fixed, random, adaptive, oracle
     a few questions --timing.seconds_per_answer--> measured times, one answer after another
 
-A record is made once. Where all images of a question get one granularity, what the adaptive, random or
-oracle choice answers is the answer at that fixed granularity (answers do not depend on the batch), so it
-is looked up; a question whose images get different ones is answered once more. Another router over the
-same model needs `route_all` alone.
-
-`answer_all` answers batch by batch, each of one shape; `engine.questions.answer_all` makes the same records by
-continuous batching.
+A record is made once. Where all images of a question get one granularity, what the adaptive, random or oracle choice
+answers is the answer at that fixed granularity (answers do not depend on the batch), so it is looked up; a question
+whose images get different ones is answered once more. Another router over the same model needs `routing` alone.
 """
 
 from __future__ import annotations
@@ -21,9 +17,9 @@ import dataclasses
 import json
 import os
 import pathlib
-import random
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
 import numpy as np
@@ -32,16 +28,19 @@ from tqdm import tqdm
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.data.conversation import PLACEHOLDER, encode_conversation, encode_prompt
 from avg_llava_jax.data.errors import BadSample
-from avg_llava_jax.data.packing import Sample, Shape, load_tiles, make_sample
+from avg_llava_jax.data.packing import Sample, make_sample
 from avg_llava_jax.data.sources import Source
+from avg_llava_jax.data.tiles import tile_count
 from avg_llava_jax.data.tokenizer import Tokenizer
-from avg_llava_jax.eval.policies import Choice, Record, choices
+from avg_llava_jax.eval.policies import Choice, Record, by_key, choices
 from avg_llava_jax.files import whole_lines
-from avg_llava_jax.inference import batching, generate
-from avg_llava_jax.inference.api import AvgLlava, softmax
-from avg_llava_jax.inference.batching import groups
+from avg_llava_jax.inference.api import AvgLlava
+from avg_llava_jax.inference.device import page_bytes
+from avg_llava_jax.inference.engine import AHEAD, IMAGE_CACHE_BYTES, Engine
+from avg_llava_jax.inference.job import Images, read_images
+from avg_llava_jax.inference.model import Model, length_at, softmax, visual_tokens
 from avg_llava_jax.inference.requests import Prepared, Request
-from avg_llava_jax.models.scaler import scale
+from avg_llava_jax.inference.tickets import Ticket
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +95,7 @@ def read_questions(
 
 def check_fits(config: ModelConfig, sample: Sample) -> None:
     """Raises BadSample `too_long` where a prompt exceeds `max_length` even at the coarsest granularity."""
-    need = batching.length_at(config, sample, (config.granularities[0],) * len(sample.sizes))
+    need = length_at(config, sample, (config.granularities[0],) * len(sample.sizes))
     if need > config.language.max_length:
         limit = config.language.max_length
         raise BadSample("too_long", f"{need} tokens at the coarsest granularity, the model takes {limit}")
@@ -109,7 +108,7 @@ def normalise(text: str) -> str:
 
 
 def answer_all(
-    model: AvgLlava,
+    model: Model,
     questions: Sequence[Question],
     file: str | os.PathLike[str] | None = None,
     max_new_tokens: int = 16,
@@ -119,11 +118,14 @@ def answer_all(
 ) -> list[Record]:
     """Greedy answers of every question at every fixed granularity and at the router's choice.
 
-    Each image is encoded once for all of them. With `file` (JSON lines) records are appended as they
+        a question --> asked as the router chooses --its scores--> asked at every other granularity --> its record
+
+    An image is encoded once for all of them, as for other questions about it, and a prefix is read once as far as it
+    is still in a slot. batch_size: answers at once, at most. With `file` (JSON lines) records are appended as they
     come, and those that are in it already are not computed again.
 
-    A question whose image turns out to be damaged is left out and added to `skipped`; without that list it
-    raises BadSample.
+    A question whose image turns out to be damaged, or that fits at no granularity, is left out and added to `skipped`;
+    without that list it raises BadSample. RuntimeError where the device fails.
 
     Returns the records in the order of the questions: `id, kind, question, reference, answers {g: text, or
     None where the prompt does not fit}, right {g: bool or grade}, visual_tokens {g: int}, scores (images, G),
@@ -131,11 +133,92 @@ def answer_all(
     visual_tokens}`, and what is `extra` of a question.
     """
     with logged(questions, file, progress, skipped) as log:
-        for batch, shape in _batches(model.config, [question.sample for question in log.todo], batch_size):
-            group, tiles = _with_tiles(model.config, [log.todo[row] for row in batch], log)
-            for record in _answer_batch(model, group, tiles, shape, batch_size, max_new_tokens):
-                log.add(record)
+        if log.todo:
+            _answer(model, log, max_new_tokens, batch_size)
     return log.records()
+
+
+def _answer(model: Model, log: Log, max_new_tokens: int, slots: int) -> None:
+    config, request = model.config, Request("", max_new_tokens=max_new_tokens)
+    samples = [question.sample for question in log.todo]
+    tiles = max(sum(tile_count(size, config) for size in sample.sizes) for sample in samples)
+    longest = max(model.longest(Prepared(request, sample, (None,) * len(sample.sizes))) for sample in samples)
+    engine = Engine(
+        model,
+        slots,
+        longest,
+        None,
+        max(IMAGE_CACHE_BYTES, tiles * page_bytes(model)),
+        queue=AHEAD * slots + len(config.granularities),
+        prompts=[length_at(config, s, (g,) * len(s.sizes)) for s in samples for g in config.granularities],
+    )
+    waiting, asked = deque(_in_order(config, log.todo)), list[_Asked]()
+    images: Images = []
+    before: Question | None = None
+    while waiting or asked:
+        # Enough that no slot is empty and micro-batches are full, so few that images need not be encoded again.
+        while waiting and sum(each.requests for each in asked) < AHEAD * slots:
+            question = waiting.popleft()
+            try:
+                check_fits(config, question.sample)
+                if before is None or before.sample.images != question.sample.images:
+                    images, before = read_images(config, question.sample), question
+            except BadSample as error:
+                log.skip(question, error)
+                continue
+            asked.append(_Asked(engine, question, request, images))
+        engine.step()
+        for each in [each for each in asked if each.answered()]:
+            asked.remove(each)
+            log.add(each.record())
+
+
+def _in_order(config: ModelConfig, questions: Sequence[Question]) -> list[Question]:
+    """Questions by length, so that prompts of one size are read together, and those about one picture side by side."""
+    finest = config.granularities[-1]
+    cost = [sum(visual_tokens(config, q.sample, (finest,) * len(q.sample.sizes))) for q in questions]
+    pictures = by_key(questions, lambda question: tuple(image.name for image in question.sample.images))
+    first = {row: rows[0] for rows in pictures.values() for row in rows}
+    return [questions[row] for row in sorted(range(len(questions)), key=lambda row: (cost[row], first[row]))]
+
+
+class _Asked:
+    """A question on its way through the engine. requests: how many it makes, or will."""
+
+    def __init__(self, engine: Engine, question: Question, request: Request, images: Images):
+        self._engine, self._question, self._request, self._images = engine, question, request, images
+        # Without images all granularities are one.
+        granularities = engine.config.granularities if images else engine.config.granularities[:1]
+        self._fixed: list[Choice] = [(g,) * len(images) for g in granularities]
+        self.requests = len(self._fixed)
+        self._free = self._ask((None,) * len(images))
+        self._scores: np.ndarray | None = None
+        self._tickets: dict[Choice, Ticket | None] = {}  # None where the prompt does not fit
+
+    def _ask(self, choice: tuple[int | None, ...]) -> Ticket:
+        return self._engine.submit_prepared(Prepared(self._request, self._question.sample, choice), self._images)
+
+    def answered(self) -> bool:
+        """Whether every answer is there; asks for those that wait for the router, once it has scored the images."""
+        if self._scores is None and self._free.scores is not None:
+            config = self._engine.config
+            self._scores = np.array(self._free.scores, np.float32).reshape(-1, len(config.granularities))
+            (chosen,) = choices(config, [self._scores])
+            for choice in dict.fromkeys((chosen, *self._fixed)):
+                fits = length_at(config, self._question.sample, choice) <= config.language.max_length
+                self._tickets[choice] = None if not fits else self._free if choice == chosen else self._ask(choice)
+        return self._free.ended and all(ticket is None or ticket.ended for ticket in self._tickets.values())
+
+    def record(self) -> Record:
+        """Raises RuntimeError where the device failed."""
+        model = self._engine.model
+        if self._scores is None:
+            self._free.result(0)
+        answers = {
+            choice: None if ticket is None else model.tokenizer.decode(list(ticket.result(0).token_ids)).strip()
+            for choice, ticket in self._tickets.items()
+        }
+        return make_record(model.config, self._question, self._scores, answers)
 
 
 @contextlib.contextmanager
@@ -209,126 +292,6 @@ def _with_int_keys(record: Record) -> Record:
     return record | {key: {int(g): value for g, value in record[key].items()} for key in by_granularity}
 
 
-def route_all(model: AvgLlava, samples: Sequence[Sample], batch_size: int = 32) -> list[np.ndarray]:
-    """Router scores (images, G) of each prompt; nothing is answered."""
-    return route_seen(model, see_all(model, samples, batch_size))
-
-
-def see_all(
-    model: AvgLlava, samples: Sequence[Sample], batch_size: int = 32
-) -> Iterator[tuple[list[int], batching.Seen]]:
-    """Each prompt's images encoded, a batch at a time: row numbers and what was seen. Kept, they serve many routers."""
-    for rows, shape in _batches(model.config, samples, batch_size):
-        group = [samples[row] for row in rows]
-        yield rows, batching.see(model.config, model.params, group, shape, batch_size, route=False)
-
-
-def route_seen(model: AvgLlava, seen: Iterable[tuple[list[int], batching.Seen]]) -> list[np.ndarray]:
-    """Router scores (images, G) of prompts that `see_all` has encoded, in their order.
-
-    model: the one that saw them, or one that differs from it in its router and its ladder alone.
-    """
-    config, params = model.config, model.params
-    scores: dict[int, np.ndarray] = {}
-    for rows, batch in seen:
-        if batch.inputs:
-            pyramid = batch.pyramid
-            if pyramid.shape[2] != config.pyramid_rows:  # another ladder: the finest rows hold all that there is
-                pyramid = scale(config, pyramid[:, :, -config.granularities[-1] :])
-            batch = dataclasses.replace(batch, routing=generate.route(config, params, pyramid, batch.inputs))
-        scores |= {row: batch.logits(at) for at, row in enumerate(rows)}
-    return [scores[row] for row in range(len(scores))]
-
-
-def shuffled(questions: Sequence[Question], what: str, seed: int = 0) -> list[Sample]:
-    """What the router is shown in a control: another question's instruction, or another's image.
-
-    Every question is paired with another one of as many images, and in the seeded order never with
-    itself where there are two. what: "instruction" or "image".
-    """
-    if what not in ("instruction", "image"):
-        raise ValueError(f"shuffled {what!r}: choose instruction or image")
-    samples = [question.sample for question in questions]
-    mixed = list(samples)
-    for rows in groups(samples, lambda sample: len(sample.sizes), len(samples)):
-        order = random.Random(seed).sample(rows, len(rows))
-        for row, other in zip(order, order[1:] + order[:1], strict=True):
-            one, two = (samples[row], samples[other]) if what == "instruction" else (samples[other], samples[row])
-            mixed[row] = dataclasses.replace(one, tokens=two.tokens)
-    return mixed
-
-
-def _batches(config: ModelConfig, samples: Sequence[Sample], size: int) -> Iterator[tuple[list[int], Shape]]:
-    """Row numbers and the shape they are encoded in: samples of as many tiles and images, one text length for all."""
-    if not samples:
-        return
-    shapes = [batching.prompt_shape(sample, config) for sample in samples]
-    text = max(shape.text for shape in shapes)
-    finest = config.granularities[-1]
-    # By length, so that little is padding, and questions about one picture side by side: what they share is read once.
-    cost = [sum(batching.visual_tokens(config, s, (finest,) * len(s.sizes))) for s in samples]
-    pictures = batching.by_key(samples, lambda sample: tuple(image.name for image in sample.images))
-    first = {row: rows[0] for rows in pictures.values() for row in rows}
-    order = sorted(range(len(samples)), key=lambda row: (cost[row], first[row]))
-
-    def together(row: int) -> tuple[int, int, bool]:
-        return shapes[row].tiles, shapes[row].images, bool(samples[row].sizes)
-
-    for places in groups(order, together, size):
-        rows = [order[place] for place in places]
-        yield rows, dataclasses.replace(shapes[rows[0]], text=text)
-
-
-def _with_tiles(
-    config: ModelConfig, questions: Sequence[Question], log: Log
-) -> tuple[list[Question], list[np.ndarray]]:
-    """The questions whose images can be decoded, and their tiles."""
-    good: list[Question] = []
-    tiles: list[np.ndarray] = []
-    for question in questions:
-        if good and question.sample.images == good[-1].sample.images:  # two questions about one scene
-            tiles.append(tiles[-1])
-        else:
-            try:
-                tiles.append(load_tiles(question.sample, config))
-            except BadSample as error:
-                log.skip(question, error)
-                continue
-        good.append(question)
-    return good, tiles
-
-
-def _answer_batch(
-    model: AvgLlava,
-    questions: Sequence[Question],
-    tiles: Sequence[np.ndarray],
-    shape: Shape,
-    rows: int,
-    max_new_tokens: int,
-) -> Iterator[Record]:
-    """Records of questions of one shape: encode once, then prefill and decode at each granularity."""
-    if not questions:
-        return
-    config, samples = model.config, [question.sample for question in questions]
-    seen = batching.see(config, model.params, samples, shape, rows, tiles)
-    scores = [seen.logits(row) for row in range(len(samples))]
-    chosen = choices(config, scores)
-    answers: list[dict[Choice, str | None]] = [{} for _ in questions]
-
-    def ask(picked: Sequence[Choice]) -> None:
-        ids = batching.greedy(config, model.params, model.decoding, seen, picked, model.stop_ids, max_new_tokens, rows)
-        for known, choice, row in zip(answers, picked, ids, strict=True):
-            known.setdefault(choice, None if row is None else model.tokenizer.decode(row).strip())
-
-    # Without images all granularities are one.
-    for g in config.granularities if any(sample.sizes for sample in samples) else config.granularities[:1]:
-        ask([(g,) * len(sample.sizes) for sample in samples])
-    if any(len(set(choice)) > 1 for choice in chosen):
-        ask(chosen)
-    for question, rows_of_scores, texts in zip(questions, scores, answers, strict=True):
-        yield make_record(config, question, rows_of_scores, texts)
-
-
 def make_record(
     config: ModelConfig, question: Question, scores: np.ndarray, answers: Mapping[Choice, str | None]
 ) -> Record:
@@ -346,7 +309,7 @@ def make_record(
         "reference": question.reference,
         "answers": texts,
         "right": {g: _right(text, question) for g, text in texts.items()},
-        "visual_tokens": {g: sum(batching.visual_tokens(config, sample, each)) for g, each in every.items()},
+        "visual_tokens": {g: sum(visual_tokens(config, sample, each)) for g, each in every.items()},
         "scores": scores.tolist(),
         "probabilities": [softmax(image) for image in scores],
         "chosen": list(choice),
@@ -355,7 +318,7 @@ def make_record(
         "adaptive": {
             "answer": answers[choice],
             "right": _right(answers[choice], question),
-            "visual_tokens": sum(batching.visual_tokens(config, sample, choice)),
+            "visual_tokens": sum(visual_tokens(config, sample, choice)),
         },
     }
 
@@ -398,11 +361,9 @@ def answer_mixed(
         for at in range(0, len(todo), batch_size):
             part, config = todo[at : at + batch_size], model.config
             fitting = {
-                question.sample.id: Prepared(
-                    request, question.sample, batching.prompt_shape(question.sample, config), choice
-                )
+                question.sample.id: Prepared(request, question.sample, choice)
                 for question, choice in part
-                if batching.length_at(config, question.sample, choice) <= config.language.max_length
+                if length_at(config, question.sample, choice) <= config.language.max_length
             }
             answers = dict(zip(fitting, model.answer_prepared([*fitting.values()], batch_size), strict=True))
             for question, choice in part:
@@ -413,7 +374,7 @@ def answer_mixed(
                     "choice": list(choice),
                     "answer": text,
                     "right": _right(text, question),
-                    "visual_tokens": sum(batching.visual_tokens(config, question.sample, choice)),
+                    "visual_tokens": sum(visual_tokens(config, question.sample, choice)),
                 }
                 by_id[question.sample.id].setdefault("mixed", {})[choice] = entry
                 sink.write(json.dumps(entry, ensure_ascii=False) + "\n")

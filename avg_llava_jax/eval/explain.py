@@ -6,16 +6,18 @@ import dataclasses
 import os
 from typing import Any
 
+import jax
 import numpy as np
 from PIL import Image
 
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.data.conversation import IMAGE
 from avg_llava_jax.data.geometry import kept_cells
-from avg_llava_jax.data.packing import load_tiles
 from avg_llava_jax.data.tiles import Size, grid_of, mosaic_box, tile_count
-from avg_llava_jax.inference import batching, choosing, generate
-from avg_llava_jax.inference.api import AvgLlava, softmax
+from avg_llava_jax.eval import routing
+from avg_llava_jax.inference import choosing
+from avg_llava_jax.inference.api import AvgLlava
+from avg_llava_jax.inference.model import check_length, length_at, softmax
 from avg_llava_jax.inference.requests import Request
 
 
@@ -79,42 +81,39 @@ def explain(model: AvgLlava, request: Request) -> Explanation:
 
     Raises ValueError where the prompt has no image, or fits at no granularity.
     """
-    config, params = model.config, model.params
-    prepared = model.prepare(dataclasses.replace(request, granularity="auto"))
+    config = model.config
+    prepared = model.prepare(dataclasses.replace(request, granularity="auto", max_new_tokens=1))
     sample = prepared.sample
     if not sample.sizes:
         raise ValueError("there is no image to explain a granularity for")
-    tiles = load_tiles(sample, config)
-    seen = batching.see(config, params, [sample], prepared.shape, tiles=[tiles])
+    (encoded,) = routing.encode_all(model, [sample], 1)
+    routed = jax.device_get(routing.route(config, model.params, encoded.pyramid, encoded.inputs))
     images = len(sample.sizes)
-    scores = seen.logits(0)
+    scores = routed.logits[0, :images]
     choice = choosing.choose(config, prepared, scores)
 
     ways: dict[int | str, tuple[int, ...]] = {g: (g,) * images for g in config.granularities} | {"router": choice}
-    lengths = [batching.length_at(config, sample, way) for way in ways.values()]
+    lengths = [length_at(config, sample, way) for way in ways.values()]
     limit = config.language.max_length
     fitting = {name: way for (name, way), need in zip(ways.items(), lengths, strict=True) if need <= limit}
     if not fitting:
-        batching.check_length(config, sample, ways[config.granularities[0]])
-    logits: dict[int | str, np.ndarray] = {}
-    for name, way in fitting.items():
-        index, length = batching.packed_index(config, [sample], seen.shape, [way])
-        embeds = generate.pack(config, params, seen.pyramid, seen.text, index)
-        logits[name] = np.asarray(generate.prefill(config, params, embeds, length, 0)[0][0])
+        check_length(config, sample, ways[config.granularities[0]])
+    asked = [dataclasses.replace(prepared, choice=way) for way in fitting.values()]
+    logits = dict(zip(fitting, model.first_logits(asked), strict=True))
 
     votes, at = [], 0
     for size in sample.sizes:
         count = tile_count(size, config)
-        votes.append(np.asarray(seen.routing.votes[0, at : at + count]))
+        votes.append(routed.votes[0, at : at + count])
         at += count
     text = [token for token in sample.tokens.ids if token != IMAGE]
-    selected = np.asarray(seen.routing.text_rows[0, :images])
+    selected = routed.text_rows[0, :images]
     return Explanation(
         config=config,
         input_ids=np.array(sample.tokens.ids),
         seq_len=np.array(lengths),
         router_logits=scores,
-        router_pre_norm=np.asarray(seen.routing.pre_norm[0, :images]),
+        router_pre_norm=routed.pre_norm[0, :images],
         router_choice=np.array([config.granularities.index(g) for g in choice]),
         router_choice_granularity=np.array(choice),
         logits=logits,

@@ -6,7 +6,7 @@ Records come from `evaluation.answer_all`. A choice is a tuple of granularities,
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,10 +14,17 @@ import numpy as np
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.data.tiles import Size
 from avg_llava_jax.inference import choosing
-from avg_llava_jax.inference.batching import by_key
 
 Record = dict[str, Any]
 Choice = tuple[int, ...]
+
+
+def by_key(items: Iterable[Any], key: Callable[[Any], Hashable]) -> dict[Any, list[int]]:
+    """Row numbers of the items by key, in order of appearance."""
+    found: dict[Any, list[int]] = {}
+    for row, item in enumerate(items):
+        found.setdefault(key(item), []).append(row)
+    return found
 
 
 def choices(config: ModelConfig, scores: Sequence[np.ndarray]) -> list[Choice]:

@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 
 from avg_llava_jax.config import ModelConfig
+from avg_llava_jax.data.tiles import tile_count
 from avg_llava_jax.eval.evaluation import Question
-from avg_llava_jax.inference import batching, generate
+from avg_llava_jax.eval.policies import by_key
 from avg_llava_jax.inference.api import AvgLlava
-from avg_llava_jax.inference.batching import by_key
+from avg_llava_jax.inference.buckets import length_bucket
+from avg_llava_jax.inference.model import length_at
 from avg_llava_jax.inference.requests import Prepared, Request
 
 
@@ -37,13 +39,14 @@ def commonest(config: ModelConfig, questions: Sequence[Question], count: int) ->
 
     def sizes(question: Question) -> tuple[Any, ...]:
         sample = question.sample
-        lengths = [batching.length_at(config, sample, (g,) * len(sample.sizes)) for g in config.granularities]
+        lengths = [length_at(config, sample, (g,) * len(sample.sizes)) for g in config.granularities]
         limit = config.language.max_length
-        rungs = tuple(generate.length_bucket(n, limit) for n in lengths) if max(lengths) <= limit else None
-        return batching.prompt_shape(sample, config), bool(sample.sizes), rungs
+        buckets = tuple(length_bucket(n, limit) for n in lengths) if max(lengths) <= limit else None
+        text = length_bucket(len(sample.tokens.ids), limit)
+        return sum(tile_count(size, config) for size in sample.sizes), len(sample.sizes), text, buckets
 
     rows = max(
-        by_key(questions, sizes).values(), key=lambda rows: (sizes(questions[rows[0]])[2] is not None, len(rows))
+        by_key(questions, sizes).values(), key=lambda rows: (sizes(questions[rows[0]])[-1] is not None, len(rows))
     )
     of_kind = by_key([questions[row] for row in rows], lambda question: question.sample.kind).values()
     turns = [rows[row] for turn in itertools.zip_longest(*of_kind) for row in turn if row is not None]
@@ -55,28 +58,28 @@ def at_each(
 ) -> list[Prepared]:
     """The questions with all of their images at one granularity, None = as the router and the request's knobs say."""
     return [
-        as_request(config, question, request, (granularity,) * len(question.sample.sizes)) for question in questions
+        as_request(question, request, (granularity,) * len(question.sample.sizes)) for question in questions
     ]
 
 
-def as_request(config: ModelConfig, question: Question, request: Request, choice: tuple[int | None, ...]) -> Prepared:
+def as_request(question: Question, request: Request, choice: tuple[int | None, ...]) -> Prepared:
     """A question, its images chosen for as `Prepared` says, as a request with these options."""
-    return Prepared(request, question.sample, batching.prompt_shape(question.sample, config), choice)
+    return Prepared(request, question.sample, choice)
 
 
 def in_turn(model: AvgLlava, ways: Mapping[str, Sequence[Prepared]], rounds: int = 1) -> dict[str, float]:
     """Seconds an answer of each way, the median of so many rounds; in each round every way is timed once.
 
-    Requests of `commonest` at fixed granularities share a program for each; what the router chooses is
-    compiled for by answering it once beforehand.
+    Everything is answered once beforehand, which compiles it. Each answer is timed from nothing: neither its image nor
+    a prefix of it is known from the one before.
     """
-    for requests in ways.values():
-        routed = any(None in each.choice for each in requests)
-        model.answer_prepared(requests if routed else requests[:1], batch_size=1)
     took: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(rounds):
+    for turn in range(rounds + 1):
         for name, requests in ways.items():
             begin = time.perf_counter()
-            model.answer_prepared(requests, batch_size=1)
-            took[name].append((time.perf_counter() - begin) / len(requests))
+            for request in requests:
+                model.engine_for([request], 1).forget()
+                model.answer_prepared([request], 1)
+            if turn:
+                took[name].append((time.perf_counter() - begin) / len(requests))
     return {name: float(np.median(each)) for name, each in took.items()}

@@ -4,73 +4,63 @@
     answer = model.answer("photo.png", "Who wears 7?")
     answer.text, answer.granularity, answer.visual_tokens
 
-What runs on the device stands in `generate`, what brings it there in `batching`.
+Requests are answered by an `Engine` in the caller's own thread. It is kept, so that a later question about the same
+images, or a conversation that goes on, finds them encoded and its prefix read.
 """
 
 from __future__ import annotations
 
-import functools
 import os
-import time
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from PIL import Image
 
 from avg_llava_jax import SHIPPED, checkpoint
-from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.convert.quantize import quantized
-from avg_llava_jax.data.conversation import PLACEHOLDER, Turn, encode_prompt, encode_raw, stop_ids
-from avg_llava_jax.data.images import ImageRef, image_ref
-from avg_llava_jax.data.packing import Sample, make_sample
-from avg_llava_jax.data.tokenizer import Tokenizer, load_tokenizer
-from avg_llava_jax.inference import batching, choosing, generate
-from avg_llava_jax.inference.requests import Answer, Granularity, ImageLike, Prepared, Request
-from avg_llava_jax.inference.text_stream import TextStream
-from avg_llava_jax.models.avg_llava import Params
-
-STEPS_BETWEEN_STOPS = 8
-"""Tokens that are generated between two looks for a stop string."""
+from avg_llava_jax.data.conversation import PLACEHOLDER, Turn
+from avg_llava_jax.data.tiles import tile_count
+from avg_llava_jax.data.tokenizer import load_tokenizer
+from avg_llava_jax.inference.buckets import bucket, length_buckets
+from avg_llava_jax.inference.device import page_bytes
+from avg_llava_jax.inference.engine import Engine
+from avg_llava_jax.inference.model import Model
+from avg_llava_jax.inference.requests import Answer, ImageLike, Prepared, Request
+from avg_llava_jax.inference.tickets import Ticket
 
 
 class Stream:
-    """Iterate to get an answer's pieces of text as they come; afterwards `answer` holds all of it."""
+    """Iterate to get an answer's pieces of text as they come; afterwards `answer` holds all of it.
 
-    def __init__(self, pieces: Iterator[tuple[list[str], list[Answer] | None]]):
-        self._pieces = pieces
+    `close` gives the answer up, as does leaving the iterator of a `for` loop behind.
+    """
+
+    def __init__(self, engine: Engine, ticket: Ticket, lock: threading.RLock):
+        self._engine, self._ticket, self._lock = engine, ticket, lock
         self.answer: Answer | None = None
 
     def __iter__(self) -> Iterator[str]:
-        for (piece,), answers in self._pieces:
-            if piece:
-                yield piece
-            if answers is not None:
-                (self.answer,) = answers
+        try:
+            while not self._ticket.ended:
+                with self._lock:
+                    self._engine.step()
+                yield from self._ticket.ready()
+            yield from self._ticket.ready()
+            self.answer = self._ticket.result()
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        if not self._ticket.ended:
+            self._ticket.cancel()
+            with self._lock:
+                self._engine.step()
 
 
-class AvgLlava:
+class AvgLlava(Model):
     """A model with its tokenizer. Made by `load`; `config`, `params`, `tokenizer` and `step` may be read."""
-
-    def __init__(self, config: ModelConfig, params: Params, tokenizer: Tokenizer, step: int = 0):
-        self.config = config
-        self.params = params
-        self.tokenizer = tokenizer
-        self.step = step
-        self.stop_ids = stop_ids(tokenizer, config.template)
-        if tokenizer.vocab_size > config.language.vocab_size:
-            raise ValueError(
-                f"{tokenizer.folder}: the tokenizer has {tokenizer.vocab_size} ids, "
-                f"the model's vocabulary {config.language.vocab_size}"
-            )
-
-    @functools.cached_property
-    def decoding(self) -> Params:
-        """The parameters as `generate.decode` wants them; they take no memory of their own."""
-        return generate.for_decoding(self.params)
 
     @classmethod
     def load(
@@ -85,7 +75,7 @@ class AvgLlava:
 
         vision_tower: the CLIP folder that a released config names.
         mesh: spreads the parameters over devices. dtype: converts them; compute follows it.
-        quantize: "int8" holds the language model's weights so, see `weights.quantize`.
+        quantize: "int8" holds the language model's weights so, see `convert.quantize`.
         """
         if quantize not in (None, "int8"):
             raise ValueError(f"quantize={quantize!r}: choose int8 or None")
@@ -98,11 +88,7 @@ class AvgLlava:
         return self.answer_batch([Request(prompt, images, **options)])[0]
 
     def answer_batch(self, requests: Sequence[Request], batch_size: int = 16) -> list[Answer]:
-        """Answer requests of any mixture, each as it would be answered alone.
-
-        What runs together is of one static shape, so what a request shares its batch with changes only
-        the batch axis. batch_size: rows that run at once at most.
-        """
+        """Answer requests of any mixture, each as it would be answered alone. batch_size: answers at once, at most."""
         prepared = []
         for number, request in enumerate(requests):
             try:
@@ -113,189 +99,71 @@ class AvgLlava:
 
     def answer_prepared(self, prepared: Sequence[Prepared], batch_size: int = 16) -> list[Answer]:
         """`answer_batch` of requests that `prepare` has checked."""
-        answers: list[Answer | None] = [None] * len(prepared)
-        for rows in batching.groups(prepared, lambda p: (p.shape, bool(p.choice), None in p.choice), batch_size):
-            group = [prepared[row] for row in rows]
-            for _, done in self._run(group, streaming=False):
-                if done is not None:
-                    for row, answer in zip(rows, done, strict=True):
-                        answers[row] = answer
-        return answers
+        return [ticket.result() for ticket in self._ended(prepared, batch_size)]
+
+    def first_logits(self, prepared: Sequence[Prepared], batch_size: int = 16) -> list[np.ndarray]:
+        """fp32 (V,) of each request: the scores of its answer's first token."""
+        tickets = self._ended(prepared, batch_size, keep_logits=True)
+        return [ticket.logits for ticket in tickets if ticket.result()]
+
+    def _ended(self, prepared: Sequence[Prepared], batch_size: int, keep_logits: bool = False) -> list[Ticket]:
+        if not prepared:
+            return []
+        tickets: list[Ticket] = []
+        with self._lock:
+            engine = self.engine_for(prepared, batch_size)
+            try:
+                for each in prepared:
+                    while engine.full:
+                        engine.step()
+                    tickets.append(engine.submit_prepared(each, keep_logits=keep_logits))
+                while not all(ticket.ended for ticket in tickets):
+                    engine.step()
+            finally:
+                for ticket in tickets:  # an error, or Ctrl+C, leaves nothing behind
+                    ticket.cancel()
+        return tickets
 
     def stream(self, images: ImageLike | Sequence[ImageLike], prompt: str | Sequence[Turn], **options: Any) -> Stream:
         """Answer one question piece by piece; the arguments are those of `answer`, errors come at once."""
-        return Stream(self._run([self.prepare(Request(prompt, images, **options))], streaming=True))
+        return self.stream_prepared(self.prepare(Request(prompt, images, **options)))
+
+    def stream_prepared(self, prepared: Prepared) -> Stream:
+        """`stream` of a request that `prepare` has checked."""
+        with self._lock:
+            engine = self.engine_for([prepared], 1)
+            return Stream(engine, engine.submit_prepared(prepared, each_token=True), self._lock)
 
     def chat(self, **options: Any) -> Chat:
         """A conversation; `options` are the fields of `Request`, the same for all of its turns."""
         return Chat(self, options)
 
-    def prepare(self, request: Request) -> Prepared:
-        """Check and tokenize a request; reads the headers of its images. Raises ValueError in one line."""
-        refs = [_ref(image) for image in request.images]
-        if request.raw:
-            tokens = encode_raw(request.prompt, self.tokenizer)
-        else:
-            prompt = request.prompt
-            turns = [{"from": "human", "value": prompt}] if isinstance(prompt, str) else prompt
-            tokens = encode_prompt(turns, self.tokenizer, self.config.template, len(refs))
-        if tokens.images != len(refs):
-            raise ValueError(f"{len(refs)} images for {tokens.images} {PLACEHOLDER} in the prompt")
-        if not tokens.ids:
-            raise ValueError("the prompt is empty")
-        sample = make_sample("request", tokens, refs)
-        choice = self._wanted(request.granularity, len(refs))
-        choosing.check_budget(self.config, sample.sizes, choice, request.max_visual_tokens)
-        if len(tokens.ids) - len(refs) > self.config.language.max_length or None not in choice:
-            batching.check_length(self.config, sample, [g or self.config.granularities[0] for g in choice])
-        return Prepared(request, sample, batching.prompt_shape(sample, self.config), choice)
+    def engine_for(self, prepared: Sequence[Prepared], batch_size: int) -> Engine:
+        """The engine that was made before, or where that is too small for these requests a larger one.
 
-    def _wanted(self, granularity: Granularity | Sequence[Granularity], images: int) -> tuple[int | None, ...]:
-        """One entry an image, None for "auto"."""
-        each = granularity if isinstance(granularity, (list, tuple)) else [granularity] * images
-        if len(each) != images:
-            raise ValueError(f"granularity={granularity!r} names {len(each)} for {images} images")
-        for one in each or [granularity]:
-            if one != "auto" and (isinstance(one, bool) or one not in self.config.granularities):
-                ladder = ", ".join(map(str, self.config.granularities))
-                raise ValueError(f"granularity={one!r} is none of this model's: auto, {ladder}")
-        return tuple(None if one == "auto" else int(one) for one in each)
+        It has a slot for each request, at most `batch_size`, as long as the longest of them may get.
+        """
+        slots = bucket(tuple(2**n for n in range(12)), min(len(prepared), batch_size))
+        length = length_buckets(max(map(self.longest, prepared)))[-1]
+        length = min(length, self.config.language.max_length)
+        tiles = max(sum(tile_count(size, self.config) for size in each.sample.sizes) for each in prepared)
+        if self._engine is not None:
+            have = self._engine.buckets
+            if have.slots >= slots and have.capacity >= length and have.pages >= tiles:
+                return self._engine
+            slots, length = max(slots, have.slots), max(length, self._engine_length)
+        pages = max(tiles, 1) * min(2 * slots, 16)
+        self._engine = None  # its memory first
+        self._engine_length = length
+        self._engine = Engine(self, slots, length, None, pages * page_bytes(self), queue=4 * slots)
+        return self._engine
 
-    def _run(self, group: list[Prepared], streaming: bool) -> Iterator[tuple[list[str], list[Answer] | None]]:
-        """Answer requests of one shape; yields each one's new piece of text, and at the end the answers."""
-        begin = time.perf_counter()
-        samples = [prepared.sample for prepared in group]
-        rows, routed = batching.power(len(group)), None in group[0].choice
-        seen = batching.see(self.config, self.params, samples, group[0].shape, rows, route=routed)
-        jax.block_until_ready(seen.pyramid)
-        timings = {"see": time.perf_counter() - begin}
+    @property
+    def _lock(self) -> threading.RLock:
+        return self.__dict__.setdefault("_own_lock", threading.RLock())
 
-        scores = [seen.logits(row) for row in range(len(group))]
-        choices = [choosing.choose(self.config, p, logits) for p, logits in zip(group, scores, strict=True)]
-        for prepared, choice in zip(group, choices, strict=True):
-            batching.check_length(self.config, prepared.sample, choice)
-        limit = self.config.language.max_length
-
-        def bucket(row: int) -> tuple[int, int]:
-            length = batching.length_at(self.config, samples[row], choices[row])
-            return generate.length_bucket(length, limit), generate.room_bucket(group[row].request.max_new_tokens)
-
-        answers: list[Answer | None] = [None] * len(group)
-        for rows in batching.groups(range(len(group)), bucket, len(group)):
-            static, room = bucket(rows[0])
-            part = Part(self, [group[row].request for row in rows], streaming, room, dict(timings), begin)
-            index, lengths = batching.packed_index(
-                self.config,
-                [samples[row] for row in rows],
-                seen.shape,
-                [choices[row] for row in rows],
-                batching.power(len(rows)),
-                static,
-            )
-            take = np.resize(rows, len(lengths))
-            for pieces in part.generate(seen.pyramid[take], seen.text[take], index, lengths):
-                whole = [""] * len(group)
-                for row, piece in zip(rows, pieces, strict=True):
-                    whole[row] = piece
-                yield whole, None
-            for row, (stream, finish) in zip(rows, part.results(), strict=True):
-                answers[row] = self.answer_of(stream, finish, samples[row], choices[row], scores[row], part.timings)
-        yield [""] * len(group), answers
-
-    def answer_of(
-        self,
-        stream: TextStream,
-        finish: Literal["stop", "length"],
-        sample: Sample,
-        choice: tuple[int, ...],
-        logits: np.ndarray,
-        timings: dict[str, float],
-    ) -> Answer:
-        """The answer of a request that has ended; `logits` are its router scores (images, G), no rows without."""
-        shares = tuple(dict(zip(self.config.granularities, softmax(row), strict=True)) for row in logits)
-        return Answer(
-            text=stream.text,
-            granularity=_single(choice),
-            visual_tokens=sum(batching.visual_tokens(self.config, sample, choice)),
-            probabilities=_single(shares),
-            timings=timings,
-            token_ids=tuple(stream.ids),
-            finish=finish,
-        )
-
-
-class Part:
-    """Requests whose packed prompts have one static length, on their way through the language model."""
-
-    def __init__(
-        self,
-        model: AvgLlava,
-        requests: Sequence[Request],
-        streaming: bool,
-        room: int,
-        timings: dict[str, float],
-        begin: float,
-    ):
-        self.model, self.requests, self.room = model, requests, room
-        self.timings, self._begin = timings, begin
-        self._streams = [TextStream(model.tokenizer.decode, request.stop) for request in requests]
-        watched = any(request.stop for request in requests)
-        self._steps = 1 if streaming else STEPS_BETWEEN_STOPS if watched else room
-        self._limits = self._counts = np.zeros(0, np.int32)
-
-    def generate(
-        self, pyramid: jax.Array, text: np.ndarray, index: np.ndarray, lengths: np.ndarray
-    ) -> Iterator[list[str]]:
-        """Prefill, then decode in chunks; yields each request's new piece after every chunk."""
-        model, start = self.model, time.perf_counter()
-        room_left = model.config.language.max_length - lengths[: len(self.requests)] + 1
-        self._limits = np.minimum([request.max_new_tokens for request in self.requests], room_left).astype(np.int32)
-        sampling = self._sampling(len(lengths))
-        greedy = all(request.temperature == 0 for request in self.requests)
-        stops = np.array(model.stop_ids, np.int32)
-        embeds = generate.pack(model.config, model.params, pyramid, text, index)
-        logits, cache = generate.prefill(model.config, model.params, embeds, lengths, self.room)
-        state = generate.start(model.config, model.decoding, cache, logits, sampling, stops, lengths, self.room, greedy)
-        jax.block_until_ready(state.tokens)
-        self.timings["prefill"] = time.perf_counter() - start
-        start = time.perf_counter()
-        while True:
-            tokens, count, done = jax.device_get((state.tokens, state.count, state.done))
-            pieces = [
-                stream.feed(batching.without_end(tokens[row, : count[row]].tolist(), model.stop_ids), bool(done[row]))
-                for row, stream in enumerate(self._streams)
-            ]
-            done = done.copy()
-            done[: len(self._streams)] |= [stream.stopped for stream in self._streams]
-            if done.all():
-                break
-            yield pieces
-            state = state._replace(done=jnp.asarray(done))
-            state = generate.decode(model.config, model.decoding, state, sampling, stops, np.int32(self._steps), greedy)
-        self._counts = count
-        self.timings["decode"] = time.perf_counter() - start
-        self.timings["total"] = time.perf_counter() - self._begin
-        yield pieces
-
-    def results(self) -> Iterator[tuple[TextStream, Literal["stop", "length"]]]:
-        """Each request's text and why it ended."""
-        for row, stream in enumerate(self._streams):
-            ended = stream.stopped or len(stream.ids) < self._counts[row]
-            yield stream, "stop" if ended else "length"
-
-    def _sampling(self, rows: int) -> generate.Sampling:
-        spare = rows - len(self.requests)
-
-        def column(values: Sequence[float], dtype: Any, fill: float = 0) -> np.ndarray:
-            return np.array([*values, *[fill] * spare], dtype)
-
-        return generate.Sampling(
-            temperature=column([request.temperature for request in self.requests], np.float32),
-            top_p=column([request.top_p for request in self.requests], np.float32, 1),
-            top_k=column([request.top_k for request in self.requests], np.int32),
-            seed=column([request.seed for request in self.requests], np.uint32),
-            limit=column(self._limits, np.int32),
-        )
+    _engine: Engine | None = None
+    _engine_length = 0
 
 
 class Chat:
@@ -324,7 +192,7 @@ class Chat:
     def stream(self, prompt: str, images: ImageLike | Sequence[ImageLike] = (), **options: Any) -> Iterator[str]:
         """`ask`, piece by piece; the turn is kept once the last piece was taken."""
         request = self._request(prompt, images, options)
-        stream = Stream(self.model._run([self.model.prepare(request)], streaming=True))
+        stream = self.model.stream_prepared(self.model.prepare(request))
 
         def pieces() -> Iterator[str]:
             yield from stream
@@ -344,22 +212,3 @@ class Chat:
             self.turns = [*request.prompt, {"from": "gpt", "value": answer.text}]
             self.images = list(request.images)
         return answer
-
-
-def _ref(image: ImageLike) -> ImageRef:
-    if isinstance(image, (str, os.PathLike, bytes, Image.Image)):
-        return image_ref(image)
-    if not (hasattr(image, "load") and hasattr(image, "size")):
-        raise ValueError(f"an image is a path, bytes or a Pillow image, not {type(image).__name__}")
-    return image
-
-
-def softmax(scores: np.ndarray) -> list[float]:
-    """Probabilities of fp32 scores (G,)."""
-    shares = np.exp(scores - scores.max())
-    return (shares / shares.sum()).tolist()
-
-
-def _single(values: tuple[Any, ...]) -> Any:
-    """None, the one value, or the tuple."""
-    return None if not values else values[0] if len(values) == 1 else values

@@ -1,49 +1,60 @@
-"""Every static size of the engine. XLA compiles one program for each, so there are few, and all are known beforehand.
+"""Buckets: every static size of the engine. XLA compiles a program for each combination that is used.
 
-A ladder is an ascending tuple; what is needed is padded to the smallest rung that holds it.
+A ladder of buckets is an ascending tuple; what is needed is padded to the smallest bucket that holds it. A server has
+few buckets, compiles all of them before it answers, and reads long prompts in chunks. Elsewhere buckets are fine, a
+program is compiled when it is first used, and a prompt is read whole.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections import Counter
+from collections.abc import Sequence
 
 from avg_llava_jax.config import ModelConfig
 
 STEPS = 8
 """Tokens that a row decodes at most in one call."""
 
-SMALLEST_CHUNK = 32
+SMALLEST_LENGTH, FINER_FROM = 32, 256
 SMALLEST_WINDOW = 128
 ROUTED_TEXT = 256
 MICRO_BATCH = 8
 
 
 @dataclasses.dataclass(frozen=True)
-class Ladders:
-    """slots: rows of the KV cache; capacity: positions of each; pages: tiles whose pyramids are kept.
+class Buckets:
+    """slots: rows of the cache; capacity: positions of each; pages: tiles whose pyramids are kept.
 
-    lanes: slots whose prompts are read together, one for each part of a mesh's batch axis.
-    chunks: prompt positions read at once. windows: cached positions that are attended to.
-    rows: slots that decode together. tiles: tiles encoded together. images: images routed together, of at
-    most `image_tiles` tiles, with one of `texts` as the length of their prompts.
+    lanes: parts of a mesh's batch axis; with several, programs take all slots, so that each device works on its own.
+    chunks: prompt positions read at once from a prompt's start; behind: read at once behind others. prompts: prompts
+    read at once. windows: positions that are attended to. rows: slots that decode together. tiles: tiles encoded at
+    once. images: images routed at once, of at most `image_tiles` tiles, with one of `texts` as their prompts' length.
+    greedy: whether there are programs that only decode greedily; they compile sooner, and sort nothing.
     """
 
     slots: int
     capacity: int
     pages: int
     lanes: int
+    prompts: tuple[int, ...]
     chunks: tuple[int, ...]
+    behind: tuple[int, ...]
     windows: tuple[int, ...]
     rows: tuple[int, ...]
     tiles: tuple[int, ...]
     images: tuple[int, ...]
     image_tiles: int
     texts: tuple[int, ...]
+    greedy: bool
 
     @property
-    def prefills(self) -> list[tuple[int, int]]:
-        """(chunk, window) of every prefill program; window 0 is a prompt from its start."""
-        return [(chunk, window) for chunk in self.chunks for window in (0, *self.windows)]
+    def prefills(self) -> list[tuple[int, int, int]]:
+        """(prompts, chunk, window) of every prefill program; window 0 is a prompt from its start."""
+        fresh = [(chunk, 0) for chunk in self.chunks]
+        sizes = fresh + [(chunk, window) for chunk in self.behind for window in self.windows if window >= chunk]
+        return [(prompts, *size) for prompts in self.prompts for size in sizes]
 
     @property
     def decodes(self) -> list[tuple[int, int]]:
@@ -55,49 +66,146 @@ class Ladders:
         """(images, text) of every routing program."""
         return [(images, text) for images in self.images for text in self.texts]
 
+    @property
+    def programs(self) -> int:
+        """How many there are in all."""
+        shared = len(self.windows) + len(self.prompts) + 1  # copies, first tokens, an empty cache
+        return len(self.tiles) + len(self.routes) + len(self.prefills) + len(self.decodes) + shared
 
-def make_ladders(config: ModelConfig, slots: int, chunk: int, pages: int, lanes: int = 1) -> Ladders:
-    """The ladders of a model.
 
-    For the 7B model, 8 slots and chunks of 256: chunks 32 64 128 256, windows 528 1040 2064 4112, rows 1 4 8,
+def server_buckets(config: ModelConfig, slots: int, chunk: int, pages: int, lanes: int = 1) -> Buckets:
+    """Few buckets, all known beforehand.
+
+    For the 7B model, 8 slots and chunks of 256: prompts 1 4, chunks 64 256, windows 528 1040 2064 4112, rows 1 4 8,
     tiles 3 4 5 8, images 1 4, texts 256 4096.
     """
     longest = config.language.max_length
-    capacity = _round(longest + STEPS)
-    side = config.vision.image_size
-    counts = {1 + (width // side) * (height // side) for width, height in config.pinpoints} or {1}
-    return Ladders(
+    capacity = _multiple(longest + STEPS)
+    counts = tile_counts(config)
+    chunks = _powers(min(64, chunk), 4, chunk)
+    return Buckets(
         slots=slots,
         capacity=capacity,
         pages=max(pages, *counts),
-        lanes=min(lanes, slots),
-        chunks=_powers(SMALLEST_CHUNK, 2, chunk),
-        windows=_windows(capacity),
-        rows=_powers(1, 4, slots),
+        lanes=lanes,
+        prompts=(slots,) if lanes > 1 else tuple(sorted({1, min(4, slots)})),
+        chunks=chunks,
+        behind=chunks,
+        windows=_halves(capacity),
+        rows=(slots,) if lanes > 1 else _powers(1, 4, slots),
         tiles=tuple(sorted({*counts, max(MICRO_BATCH, *counts)})),
         images=(1, 4),
         image_tiles=max(counts),
         texts=_powers(ROUTED_TEXT, longest, longest),
+        greedy=False,
     )
 
 
-def rung(ladder: tuple[int, ...], need: int) -> int:
-    """The smallest rung that holds `need`; the largest where none does."""
+def offline_buckets(
+    config: ModelConfig, slots: int, length: int, pages: int, lanes: int = 1, prompts: Sequence[int] = ()
+) -> Buckets:
+    """Buckets of an engine that compiles as it goes, for prompts and answers of `length` positions together.
+
+    prompts: lengths of the prompts that will come, where they are known; few buckets hold them with little padding.
+    """
+    longest = config.language.max_length
+    capacity = length_bucket(min(length, longest), 2 * longest) + STEPS
+    lengths = tuple(size for size in length_buckets(longest) if size <= capacity)
+    counts = tile_counts(config)
+    most = max(counts) if slots == 1 else max(32, *counts)
+    return Buckets(
+        slots=slots,
+        capacity=capacity,
+        pages=max(pages, *counts),
+        lanes=lanes,
+        prompts=(slots,) if lanes > 1 else tuple(sorted({1, min(8, slots)})),
+        chunks=few_buckets(lengths, prompts) if prompts else lengths,
+        behind=tuple(size for size in _powers(16, 4, 1024) if size <= capacity),
+        windows=_powers(min(SMALLEST_WINDOW, capacity), 2, capacity),
+        rows=(slots,) if lanes > 1 else tuple(sorted({1, slots})),
+        tiles=tuple(sorted({*counts, most})) if slots == 1 else (max(counts), most),
+        images=tuple(sorted({1, min(8, slots)})),
+        image_tiles=max(counts),
+        texts=_powers(64, 2, max(64, longest)),
+        greedy=True,
+    )
+
+
+def few_buckets(sizes: Sequence[int], needs: Sequence[int], most: int = 6) -> tuple[int, ...]:
+    """At most `most` of the ascending `sizes` that hold all `needs` with the least padding.
+
+    >>> few_buckets((16, 32, 64, 128), [10, 30, 31, 33, 100], most=2)
+    (64, 128)
+    """
+    counts = Counter(bucket(tuple(sizes), need) for need in needs)
+    used = sorted(counts)
+    # best[k][j]: the cost of all needs up to the j-th size by k buckets, of which that is the last, and the others.
+    best: dict[tuple[int, int], tuple[int, tuple[int, ...]]] = {(0, 0): (0, ())}
+    for k in range(1, min(most, len(used)) + 1):
+        for j in range(1, len(used) + 1):
+            options = [
+                (cost + used[j - 1] * sum(counts[size] for size in used[i:j]), (*chosen, used[j - 1]))
+                for i in range(j)
+                if (k - 1, i) in best
+                for cost, chosen in [best[k - 1, i]]
+            ]
+            if options:
+                best[k, j] = min(options)
+    return min(plan for (_, j), plan in best.items() if j == len(used))[1]
+
+
+def bucket(ladder: tuple[int, ...], need: int) -> int:
+    """The smallest bucket that holds `need`; the largest where none does."""
     return next((size for size in ladder if size >= need), ladder[-1])
 
 
-def chunk_rung(ladder: tuple[int, ...], left: int) -> int:
+def chunk_bucket(ladder: tuple[int, ...], left: int) -> int:
     """The chunk to read next of so many positions: the one that holds them, or a smaller one if it would be half empty.
 
     Half empty is under three quarters, counted in smallest chunks: one call for 170, two for 130.
 
-    >>> chunk_rung((32, 64, 128, 256), 130), chunk_rung((32, 64, 128, 256), 170), chunk_rung((32, 64, 128, 256), 900)
-    (128, 256, 256)
+    >>> [chunk_bucket((32, 64, 128, 256), left) for left in (130, 170, 900)]
+    [128, 256, 256]
     """
-    up = rung(ladder, left)
+    up = bucket(ladder, left)
     if 4 * -(-left // ladder[0]) * ladder[0] >= 3 * up:
         return up
     return max(size for size in ladder if size < up)
+
+
+def length_bucket(length: int, limit: int, smallest: int = SMALLEST_LENGTH) -> int:
+    """The static length for so many positions: 32, 48, 64, 96, ... 256, 320, 384, 448, 512, 640, ..., at most `limit`.
+
+    Two buckets an octave, and four where padding costs more than compiling: above the first one less than a third, or a
+    fifth, is padding. smallest: the first bucket, a power of two.
+
+    >>> [length_bucket(n, 4096) for n in (1, 65, 97, 400, 3000, 4000)]
+    [32, 96, 128, 448, 3072, 4096]
+    """
+    octave = smallest
+    while 2 * octave < length:
+        octave *= 2
+    step = octave // (4 if octave >= FINER_FROM else 2)
+    size = octave + step * math.ceil(max(0, length - octave) / step)
+    return max(length, min(size, limit))
+
+
+def length_buckets(longest: int) -> tuple[int, ...]:
+    """All buckets of `length_bucket` up to the one that holds `longest`, from 16.
+
+    >>> length_buckets(300)
+    (16, 32, 48, 64, 96, 128, 192, 256, 320)
+    """
+    sizes = [16]
+    while sizes[-1] < longest:
+        sizes.append(length_bucket(sizes[-1] + 1, 2 * longest))
+    return tuple(sizes)
+
+
+def tile_counts(config: ModelConfig) -> set[int]:
+    """How many tiles an image may have."""
+    side = config.vision.image_size
+    return {1 + (width // side) * (height // side) for width, height in config.pinpoints} or {1}
 
 
 def _powers(first: int, factor: int, last: int) -> tuple[int, ...]:
@@ -109,14 +217,14 @@ def _powers(first: int, factor: int, last: int) -> tuple[int, ...]:
     return (*sizes, last)
 
 
-def _windows(capacity: int) -> tuple[int, ...]:
+def _halves(capacity: int) -> tuple[int, ...]:
     """`capacity` and at most three halves of it in turn, none below SMALLEST_WINDOW."""
     sizes = [capacity]
     while len(sizes) < 4 and sizes[-1] >= 2 * SMALLEST_WINDOW:
-        sizes.append(_round(-(-sizes[-1] // 2)))
+        sizes.append(_multiple(-(-sizes[-1] // 2)))
     return tuple(reversed(sizes))
 
 
-def _round(size: int) -> int:
+def _multiple(size: int) -> int:
     """The next multiple of 16."""
     return -(-size // 16) * 16

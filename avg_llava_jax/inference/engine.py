@@ -1,82 +1,85 @@
-"""Requests in, tokens out: the engine goes round and round, and every round does a little of everything.
+"""Requests in, tokens out: the engine works in rounds, and every round does a little of everything.
 
-    submit ──▶ waiting ──look: encode, route──▶ seen ──admit: a slot──▶ reading ──chunk by chunk──▶ decoding ──▶ answer
+    submit ─▶ waiting ─encode, route─▶ routed ─a slot─▶ reading ─prefill, chunk by chunk─▶ decoding ─▶ answer
 
-A round encodes one micro-batch of tiles, routes one of images, gives out slots, reads one chunk of a prompt and lets
-every answer grow by a few tokens. So a request never waits for another's whole image or answer, and what runs is
-always one of the programs that `warm_up` has compiled. Greedy tokens equal those of `AvgLlava.answer`.
+A round encodes one micro-batch of tiles, routes one of images, gives out slots, reads one chunk of the prompts that are
+as far, and lets every answer grow by a few tokens. So a request never waits for another's whole image or answer. This
+is the one way in which this package answers: `AvgLlava`, the server, evaluation and benchmarks all `submit` here.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
+import numpy as np
 
-from avg_llava_jax.inference.api import AvgLlava
-from avg_llava_jax.inference.batching import without_end
-from avg_llava_jax.inference.buckets import make_ladders, rung
-from avg_llava_jax.inference.device import Device, Growing, Part, lanes_of, page_bytes
+from avg_llava_jax.inference.buckets import bucket, offline_buckets, server_buckets
+from avg_llava_jax.inference.device import Answering, Device, Part, lanes_of, page_bytes
 from avg_llava_jax.inference.image_pages import ImagePages
-from avg_llava_jax.inference.intake import Images, Job, pack, take_in
+from avg_llava_jax.inference.job import Images, Job, make_job, pack
+from avg_llava_jax.inference.model import Model, without_end
 from avg_llava_jax.inference.requests import Answer, Prepared, Request
 from avg_llava_jax.inference.scheduler import Scheduler
 from avg_llava_jax.inference.stats import Counters, Stats
 from avg_llava_jax.inference.tickets import Cancelled, QueueFull, Ticket
 
 IMAGE_CACHE_BYTES = 256 * 2**20
+AHEAD = 10
+"""Requests that are encoded and routed ahead of those with a slot, in slots: enough to find prompts of one size."""
 
 
 class Engine:
     """A model that answers many requests at once. `submit` from any thread; `start` a thread that steps, or `step`.
 
-    slots: answers that grow at once. max_length: positions of a slot, prompt and answer together; less than the
-    model's saves memory. chunk: prompt positions read at once. image_cache_bytes: for encoded images.
-    queue: requests that may wait.
-
-    programs: how many programs there are, 0 before `warm_up`.
+    slots: answers that decode at once. max_length: positions of a slot, prompt and answer together; less than the
+    model's saves memory. image_cache_bytes: for encoded images. queue: requests that may wait.
+    chunk: prompt positions read at once, between two calls that decode, so that no answer stands still for long; there
+    are few programs, all of which `warm_up` compiles. None = prompts are read whole, and all of them before answers
+    decode, which takes the least time in all; a program is compiled when it is first used.
+    prompts: lengths of prompts that will be read whole, where they are known, so that few programs are compiled.
     """
 
     def __init__(
         self,
-        model: AvgLlava,
+        model: Model,
         slots: int = 8,
         max_length: int | None = None,
-        chunk: int = 256,
+        chunk: int | None = 256,
         image_cache_bytes: int = IMAGE_CACHE_BYTES,
         queue: int = 64,
+        prompts: Sequence[int] = (),
     ):
         limit = model.config.language.max_length
         length = limit if max_length is None else max_length
-        for name, value, rule in (
+        for name, value, least in (
             ("slots", slots, 1),
-            ("chunk", chunk, 1),
+            ("chunk", 1 if chunk is None else chunk, 1),
             ("queue", queue, 1),
             ("max_length", length, 2),
         ):
-            if value < rule:
-                raise ValueError(f"{name}={value} must be at least {rule}")
+            if value < least:
+                raise ValueError(f"{name}={value} must be at least {least}")
         if length > limit:
             raise ValueError(f"max_length={length} is over the model's {limit}")
-        if length < limit:
-            language = dataclasses.replace(model.config.language, max_length=length)
-            config = dataclasses.replace(model.config, language=language)
-            model = AvgLlava(config, model.params, model.tokenizer, model.step)
-        self.model, self.config, self.queue = model, model.config, queue
-        pages = image_cache_bytes // page_bytes(model)
-        self.ladders = make_ladders(self.config, slots, min(chunk, length), pages, lanes_of(model))
-        self.programs = 0
-        self._device = Device(model, self.ladders)
-        self._images = ImagePages(self.ladders.pages)
-        self._scheduler = Scheduler(self.ladders)
+        pages, lanes = image_cache_bytes // page_bytes(model), lanes_of(model)
+        if chunk is None:
+            buckets = offline_buckets(model.config, slots, length, pages, lanes, prompts)
+        else:
+            model = model.limited_to(length)
+            buckets = server_buckets(model.config, slots, min(chunk, length), pages, lanes)
+        self.model, self.config, self.queue, self.buckets = model, model.config, queue, buckets
+        self._patient = chunk is None
+        self._device = Device(model, buckets)
+        self._images = ImagePages(buckets.pages)
+        self._scheduler = Scheduler(buckets)
         self._counters = Counters(self.config.granularities)
         self._inbox: list[Job] = []  # of other threads; the rest is the stepping thread's alone
         self._waiting: list[Job] = []
-        self._looking: list[Job] = []
-        self._seen: list[Job] = []
+        self._encoding: list[Job] = []
+        self._routed: list[Job] = []
         self._news = threading.Condition()
         self._changed = self._closed = self._abandoned = False
         self._thread: threading.Thread | None = None
@@ -84,8 +87,8 @@ class Engine:
     def warm_up(self) -> None:
         """Compile everything there will ever be, and say how many programs that is."""
         start = time.perf_counter()
-        self.programs = self._device.warm_up()
-        print(f"engine: {self.programs} programs, ready after {time.perf_counter() - start:.1f} s", flush=True)
+        self._device.warm_up()
+        print(f"engine: {self.buckets.programs} programs, ready after {time.perf_counter() - start:.1f} s", flush=True)
 
     def submit(self, request: Request) -> Ticket:
         """Check a request, read its images, and put it in the queue.
@@ -93,21 +96,32 @@ class Engine:
         Raises:
           ValueError: it cannot be answered, in one line. QueueFull. RuntimeError: the engine is closed.
         """
-        return self._submit(lambda: self.model.prepare(request), None)
+        return self._submit(lambda: self.model.prepare(request))
 
-    def submit_prepared(self, prepared: Prepared, images: Images | None = None) -> Ticket:
-        """`submit` of what `AvgLlava.prepare` has checked.
+    def submit_prepared(
+        self, prepared: Prepared, images: Images | None = None, each_token: bool = False, keep_logits: bool = False
+    ) -> Ticket:
+        """`submit` of what `Model.prepare` has checked.
 
         images: of `read_images`, where the same ones are asked about again and again; None = they are read here.
+        each_token: pieces of text come token by token. keep_logits: the ticket gets the `logits` of the first token.
         """
-        return self._submit(lambda: prepared, images)
+        return self._submit(lambda: prepared, images, each_token, keep_logits)
 
-    def _submit(self, prepare: Callable[[], Prepared], images: Images | None) -> Ticket:
+    def _submit(
+        self,
+        prepare: Callable[[], Prepared],
+        images: Images | None = None,
+        each_token: bool = False,
+        keep_logits: bool = False,
+    ) -> Ticket:
         ticket = Ticket(self._wake)
+        ticket.keep_logits = keep_logits
         submitted = time.perf_counter()
         try:
             self._check_open()
-            job = take_in(self.model, prepare(), images, ticket, submitted, self.ladders.pages)
+            job = make_job(self.model, prepare(), images, ticket, submitted, self.buckets.pages)
+            job.each_token = each_token
             with self._news:
                 self._check_open()
                 self._inbox.append(job)
@@ -127,17 +141,18 @@ class Engine:
             if job.ticket.cancelled or self._abandoned:
                 self._end(job, Cancelled("the request was cancelled"))
         try:
-            self._look()
+            self._encode()
             self._admit()
-            self._read()
-            self._decode()
+            self._prefill()
+            if not (self._patient and self._scheduler.reading):
+                self._decode()
         except jax.errors.JaxRuntimeError as error:
             self._start_over(error)
         return bool(self._jobs())
 
     def start(self) -> None:
         """Step in a thread of its own until `close`."""
-        self._thread = threading.Thread(target=self._go_round, name="engine", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
     def close(self, drain: bool = True) -> None:
@@ -148,12 +163,22 @@ class Engine:
         if self._thread is not None:
             self._thread.join()
         else:
-            self._go_round()
+            self._run()
 
     @property
     def open(self) -> bool:
-        """Whether requests are taken: not after `close`, nor where an error that nobody foresaw ended the thread."""
+        """Whether requests are taken: not after `close`, nor where an unforeseen error ended the thread."""
         return not self._closed
+
+    @property
+    def full(self) -> bool:
+        """Whether as many requests wait as may wait."""
+        return self._waiting_count() >= self.queue
+
+    def forget(self) -> None:
+        """Forget encoded images and prefixes that were read. Only while nothing runs."""
+        self._images.clear()
+        self._scheduler.clear()
 
     def stats(self) -> Stats:
         """What was done so far."""
@@ -163,7 +188,7 @@ class Engine:
             waiting=waiting, running=running, image_hits=self._images.hits, image_misses=self._images.misses
         )
 
-    def _go_round(self) -> None:
+    def _run(self) -> None:
         try:
             while True:
                 if self.step():
@@ -177,7 +202,7 @@ class Engine:
             with self._news:
                 self._closed = True
                 left = [*self._inbox, *self._jobs()]
-            for job in left:  # none, unless an error that nobody foresaw ends this thread
+            for job in left:  # none, unless an unforeseen error ends this thread
                 job.ticket.end(RuntimeError("the engine has stopped; its thread says why"))
 
     def _wake(self) -> None:
@@ -188,92 +213,123 @@ class Engine:
     def _check_open(self) -> None:
         if self._closed:
             raise RuntimeError("the engine is closed")
-        if self._waiting_count() >= self.queue:
+        if self.full:
             raise QueueFull(f"{self.queue} requests wait already")
 
     def _waiting_count(self) -> int:
-        return len(self._inbox) + len(self._waiting) + len(self._looking) + len(self._seen)
+        return len(self._inbox) + len(self._waiting) + len(self._encoding) + len(self._routed)
 
     def _jobs(self) -> list[Job]:
         """All that the stepping thread knows of."""
         scheduler = self._scheduler
-        return [*self._waiting, *self._looking, *self._seen, *scheduler.reading, *scheduler.decoding]
+        return [*self._waiting, *self._encoding, *self._routed, *scheduler.reading, *scheduler.decoding]
 
-    def _look(self) -> None:
-        """Encode a micro-batch of tiles and route one of images; as many requests are looked at as there are slots."""
-        while self._waiting and len(self._looking) + len(self._seen) < self.ladders.slots:
+    def _encode(self) -> None:
+        """Encode a micro-batch of tiles and route one of images, for more requests than there are slots."""
+        while self._waiting and len(self._encoding) + len(self._routed) < AHEAD * self.buckets.slots:
             job = self._waiting[0]
             job.pages = self._images.take(job.images)
             if job.pages is None:
                 break  # until those before it have been read
-            job.reached("looked")
-            self._looking.append(self._waiting.pop(0))
-        missing = self._images.missing(self.ladders.tiles[-1])
-        if missing:
-            self._device.see(list(missing.values()), list(missing))
+            job.reached("taken")
+            self._encoding.append(self._waiting.pop(0))
+        missing, most = self._images.missing(self.buckets.tiles[-1]), self.buckets.tiles[-1]
+        if missing and (self._eager or len(missing) == most):
+            self._device.encode(list(missing.values()), list(missing))
             self._images.encoded(missing)
-        ready = [job for job in self._looking if self._images.ready(job.digests)]
+        ready = [job for job in self._encoding if self._images.ready(job.digests)]
         unrouted = [(job, at) for job in ready for at in range(len(job.scores), len(job.scores) + job.unrouted)]
-        batch = unrouted[: self.ladders.images[-1]]
-        if batch:
-            scores = self._device.route([job.pages[at] for job, at in batch], [job.text for job, _ in batch])
-            for (job, _), row in zip(batch, scores, strict=True):
-                job.scores.append(row)
+        batch = unrouted[: self.buckets.images[-1]]
+        if batch and (self._eager or len(batch) == self.buckets.images[-1]):
+            routing = self._device.route([job.pages[at] for job, at in batch], [job.text for job, _ in batch])
+            scores = np.array(routing.logits)[:, 0]  # sliced on the host: on the device that would compile
+            for row, (job, _) in enumerate(batch):
+                job.scores.append(scores[row])
         for job in ready:
             if not job.unrouted:
-                self._looking.remove(job)
-                self._seen.append(job)
-                job.reached("seen")
+                self._encoding.remove(job)
+                self._routed.append(job)
+                job.reached("routed")
                 job.ticket.scores = list(job.scores)
                 try:
-                    pack(self.config, job, self.ladders.pages)
+                    pack(self.config, job, self.buckets.pages)
                 except ValueError as error:
                     self._end(job, error)
 
+    @property
+    def _eager(self) -> bool:
+        """Whether part of a micro-batch is worth a call: not while a patient engine has other work."""
+        busy = self._routed or self._scheduler.reading or self._scheduler.decoding
+        return not (self._patient and busy)
+
     def _admit(self) -> None:
-        """Give out the free slots, in the order in which requests were seen; some wait for what is being read."""
-        for job in list(self._seen):
+        """Give out the free slots in order; some requests wait for a prefix that is being read."""
+        copies: dict[int, int] = {}
+        longest = 0
+        if not self._routed or not self._scheduler.free:
+            return
+        for job in self._scheduler.by_size(self._routed) if self._patient else list(self._routed):
+            if not self._scheduler.free:
+                break
             place = self._scheduler.admit(job)
             if place is None:
                 continue
-            self._seen.remove(job)
+            self._routed.remove(job)
             if place.source is not None:
-                self._device.copy(place.source, place.slot, rung(self.ladders.windows, place.shared))
+                if place.source in copies:  # it is not there yet
+                    self._copy(copies, longest)
+                    copies, longest = {}, 0
+                copies[place.slot] = place.source
+                longest = max(longest, place.shared)
             visual = len(job.ids) - len(job.text)
             self._counters.add(admitted=1, visual_tokens=visual)
             self._counters.add(prefix_hits=int(place.shared > 1), prefix_tokens=place.shared)
             self._counters.read_at(job.choice)
+        self._copy(copies, longest)
 
-    def _read(self) -> None:
-        """Read one chunk of a prompt."""
-        reading = self._scheduler.next_reading()
-        if reading is None:
+    def _copy(self, copies: dict[int, int], longest: int) -> None:
+        """Copy prefixes of up to so many positions, {target: source}."""
+        pairs, most = [(source, target) for target, source in copies.items()], self.buckets.prompts[-1]
+        for at in range(0, len(pairs), most):
+            self._device.copy(pairs[at : at + most], self._window(longest))
+
+    def _window(self, positions: int) -> int:
+        return bucket(self.buckets.windows, positions)
+
+    def _prefill(self) -> None:
+        """Read one chunk of the prompts that are as far."""
+        prefill = self._scheduler.next_prefill(fullest=self._patient)
+        if prefill is None:
             return
         parts = []
-        for job, length in zip(reading.works, reading.lengths, strict=True):
-            end = job.cached + length
-            ids, places = job.ids[job.cached : end], job.places[job.cached : end]
-            parts.append(Part(job.slot, job.cached, ids, places, end == len(job.ids), job.prepared.request))
-        tokens = self._device.prefill(parts, reading.chunk, reading.window)
-        ended = self._scheduler.read(reading)
-        for at, job in enumerate(reading.works):
+        for job, start, length in zip(prefill.works, prefill.starts, prefill.lengths, strict=True):
+            ids, places = job.ids[start : start + length], job.places[start : start + length]
+            parts.append(Part(job.slot, start, ids, places, job.prepared.request))
+        logits, tokens, rows = self._device.prefill(parts, prefill.prompts, prefill.chunk, prefill.window)
+        ended = self._scheduler.prefilled(prefill)
+        if not ended:
+            return  # and the host need not wait
+        tokens = np.asarray(tokens)
+        for job, row in zip(prefill.works, rows, strict=True):
             if job in ended:
-                job.tokens.append(tokens[at])
+                job.tokens.append(int(tokens[row]))
                 job.reached("first")
+                if job.ticket.keep_logits:
+                    job.ticket.logits = np.asarray(logits)[row]
                 self._let_go(job)
                 self._show(job)
 
     def _decode(self) -> None:
         """Let all answers grow."""
-        decoding = self._scheduler.next_decoding()
-        if decoding is None:
+        decode = self._scheduler.next_decode()
+        if decode is None:
             return
-        rows = [
-            Growing(job.slot, job.tokens[-1], job.cached, len(job.tokens), job.limit, job.prepared.request)
-            for job in decoding.works
+        answers = [
+            Answering(job.slot, job.tokens[-1], job.cached, len(job.tokens), job.limit, job.prepared.request)
+            for job in decode.works
         ]
-        made = self._device.decode(rows, decoding.rows, decoding.window, decoding.steps)
-        for job, tokens in zip(decoding.works, made, strict=True):
+        made = self._device.decode(answers, decode.rows, decode.window, decode.steps)
+        for job, tokens in zip(decode.works, made, strict=True):
             self._scheduler.decoded(job, tokens)
             self._show(job)
 
@@ -286,7 +342,13 @@ class Engine:
         job.reached("ended")
         stopped = job.stream.stopped or len(job.stream.ids) < len(job.tokens)
         answer = self.model.answer_of(
-            job.stream, "stop" if stopped else "length", job.prepared.sample, job.choice, job.scores, job.timings()
+            job.stream.text,
+            job.stream.ids,
+            "stop" if stopped else "length",
+            job.prepared,
+            job.choice,
+            job.scores,
+            job.timings(),
         )
         self._counters.add(
             ttft_seconds=job.times["first"] - job.times["submitted"],
@@ -298,7 +360,7 @@ class Engine:
 
     def _end(self, job: Job, outcome: Answer | Exception) -> None:
         """Take a request off wherever it stands, and tell its ticket."""
-        for stage in (self._waiting, self._looking, self._seen):
+        for stage in (self._waiting, self._encoding, self._routed):
             if job in stage:
                 stage.remove(job)
         if job.slot is not None:

@@ -1,16 +1,17 @@
 """What the engine compiles: pure functions of (config, params, arrays), every one of static shape.
 
-    pixels --see--> pool                         pyramids of tiles, one page each, kept for later requests
-    pool, text --route--> router scores          an image a row
-    cache --near--> keys, values                 of a slot's first positions, for the next chunk to be read behind them
-    pool, ids, places --prefill--> cache, logits a chunk of a prompt into its slot
-    logits --first--> token                      of the answer
-    cache --decode--> cache, tokens              several rows, several steps
-    cache --copy--> cache                        the beginning that two prompts share, from slot to slot
+    pixels --encode--> pool                             pyramids of tiles, one page each, kept for later requests
+    pool, text --route--> routing                       an image a row
+    cache, pool, ids, places --prefill--> cache, logits a chunk of each row's prompt into its slot
+    logits --first--> token                             of an answer that is sampled
+    cache --decode--> cache, tokens                     the first slots, several steps
+    cache --copy--> cache                               the prefix that prompts share, from slots to slots
 
-The KV cache (layers, slots, capacity, kv_heads, head_dim) and the pool (pages, R, D) are donated: updated in place,
-never copied. What a padding row writes is dropped. Where there are as many rows as slots, row i is slot i, so that
-each device of a mesh reads and writes its own.
+The cache (a `LayerCache` of (slots, KV, capacity, d) for each layer) and the pool (pages, R, D) are donated: updated in
+place. What a padding row writes lies outside of them, and is dropped.
+
+What varies from request to request (lengths, temperatures, seeds, limits) is an array with one entry a row, so that
+requests share programs, and a row's tokens do not depend on its neighbours. `params` have their layers unstacked.
 """
 
 import functools
@@ -20,25 +21,41 @@ import jax
 import jax.numpy as jnp
 
 from avg_llava_jax.config import ModelConfig
-from avg_llava_jax.inference import generate
-from avg_llava_jax.inference.buckets import STEPS
-from avg_llava_jax.inference.generate import Sampling
-from avg_llava_jax.models import avg_llava
-from avg_llava_jax.models.attention import on_one_cpu
+from avg_llava_jax.models import avg_llava, language
 from avg_llava_jax.models.avg_llava import Params
-from avg_llava_jax.models.language import KeyValues, positions_of
+from avg_llava_jax.models.cache import Cache, LayerCache, Span, spread
+from avg_llava_jax.models.router import Routing
 from avg_llava_jax.parallel import sharding
-from avg_llava_jax.parallel.placement import constrain
+from avg_llava_jax.placement import constrain
+
+TEXT = -1
+"""A place that is a text token. Page p's pyramid row r is p * R + r, and pages * R the newline."""
+
+
+class Sampling(NamedTuple):
+    """How each row picks its tokens; every field has shape (B,).
+
+    temperature: float, 0 = greedy. top_p: float in (0, 1], 1 = off. top_k: int, 0 = off.
+    seed: uint32; the n-th token of a row depends on its seed and n alone.
+    limit: int, tokens to generate at most; 0 for a padding row.
+    """
+
+    temperature: jax.Array
+    top_p: jax.Array
+    top_k: jax.Array
+    seed: jax.Array
+    limit: jax.Array
 
 
 class Chunk(NamedTuple):
-    """Parts of prompts, one a row (B,), each of at most c positions.
+    """Parts of prompts, one a row (B,), each of at most S positions.
 
-    slot, start, length: int (B,): positions start .. start + length - 1 of this slot's prompt.
-    ids: int (B, c) text tokens. places: int (B, c), see `places_of`.
+    slot, start, length: int (B,): positions start .. start + length - 1 of this slot's prompt. slot is None where row i
+    is slot i. A padding row has a slot or a start outside of the cache.
+    ids: int (B, S) text tokens. places: int (B, S), see `TEXT`.
     """
 
-    slot: jax.Array
+    slot: jax.Array | None
     start: jax.Array
     length: jax.Array
     ids: jax.Array
@@ -46,45 +63,36 @@ class Chunk(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Answers in the middle: int (B,) each.
+    """Answers that decode: int (B,) each, row i is slot i. A row whose limit is reached writes nothing.
 
-    slot; last: the newest token, which is not in the cache; cached: positions that are; count: tokens generated.
+    last: the newest token, which is not in the cache; cached: positions that are; count: tokens generated.
     """
 
-    slot: jax.Array
     last: jax.Array
     cached: jax.Array
     count: jax.Array
 
 
-TEXT = -1
-"""A place that is a text token. Page p's pyramid row r is p * R + r, and pages * R the newline."""
-
-
 @functools.partial(sharding.jit, static_argnums=(0, 2, 3, 4))
-def empty(config: ModelConfig, params: Params, slots: int, capacity: int, pages: int) -> tuple[KeyValues, jax.Array]:
-    """A cache and a pool of zeros, of the dtypes that the model computes in."""
-    side = config.vision.image_size
-    pixels, ids = jnp.zeros((1, 1, side, side, 3), jnp.uint8), jnp.zeros((1, 1), jnp.int32)
-    pyramid = jax.eval_shape(functools.partial(avg_llava.pyramid_of, config), params, pixels)
-    text = jax.eval_shape(functools.partial(avg_llava.embed, config), params, ids)
-    _, new = jax.eval_shape(functools.partial(avg_llava.language, config), params, text)
-    cache = (jnp.zeros((part.shape[0], slots, capacity, *part.shape[3:]), part.dtype) for part in new)
-    return generate.spread(KeyValues(*cache)), _pooled(jnp.zeros((pages, *pyramid.shape[2:]), pyramid.dtype))
+def empty(config: ModelConfig, params: Params, slots: int, capacity: int, pages: int) -> tuple[Cache, jax.Array]:
+    """A cache and a pool of zeros, of the dtype that the model computes in."""
+    dtype = params["image_newline"].dtype
+    slots_of_zeros = language.empty_cache(config.language, slots, capacity, dtype)
+    return spread(slots_of_zeros), _pooled(jnp.zeros((pages, config.pyramid_rows, config.language.width), dtype))
 
 
 @functools.partial(sharding.jit, static_argnums=0, donate_argnums=2)
-def see(config: ModelConfig, params: Params, pool: jax.Array, pixels: jax.Array, pages: jax.Array) -> jax.Array:
+def encode(config: ModelConfig, params: Params, pool: jax.Array, pixels: jax.Array, pages: jax.Array) -> jax.Array:
     """Encode tiles, of whatever images, into their pages: uint8 (M, H, W, 3), int (M,)."""
-    pyramid = avg_llava.pyramid_of(config, params, pixels[:, None])[:, 0]
+    pyramid = avg_llava.pyramid_of(config, params, pixels[:, None])[:, 0].astype(pool.dtype)
     return _pooled(pool.at[pages].set(constrain(pyramid, None, None, None), mode="drop"))
 
 
 @functools.partial(sharding.jit, static_argnums=0)
 def route(
     config: ModelConfig, params: Params, pool: jax.Array, pages: jax.Array, text: jax.Array, count: jax.Array
-) -> jax.Array:
-    """Score the granularities of images, one a row: fp32 (B, G).
+) -> Routing:
+    """Score the granularities of images, one a row.
 
     pages: int (B, T), -1 behind the image's last tile. text: int (B, L), all of the prompt's, `count` (B,) real.
     An image is scored by its own tiles and the prompt, so those of one request need not stand together.
@@ -95,47 +103,41 @@ def route(
         "instruction": jnp.arange(text.shape[1]) < count[:, None],
     }
     pyramid = _taken(pool, pages)
-    return avg_llava.route(config, params, pyramid, avg_llava.embed(config, params, text), batch).logits[:, 0]
+    return avg_llava.route(config, params, pyramid, avg_llava.embed(config, params, text), batch)
 
 
-@functools.partial(sharding.jit, static_argnums=(0, 4))
-def near(config: ModelConfig, params: Params, cache: KeyValues, slot: jax.Array, window: int) -> KeyValues:
-    """What `prefill` reads of the cache: the first `window` positions of the slots (B,).
-
-    A program of its own: within the one that writes the cache, XLA on a CPU copies all of it.
-    """
-    return generate.spread(_near(cache, slot, window))
-
-
-@functools.partial(sharding.jit, static_argnums=0, donate_argnums=2)
+@functools.partial(sharding.jit, static_argnums=(0, 5), donate_argnums=2)
 def prefill(
     config: ModelConfig,
     params: Params,
-    cache: KeyValues,
+    cache: Cache,
     pool: jax.Array,
     chunk: Chunk,
-    before: KeyValues | None,
-) -> tuple[KeyValues, jax.Array]:
-    """Read one chunk of each row's prompt into its slot, behind `start` positions that are among those of `near`.
+    window: int,
+) -> tuple[Cache, jax.Array, jax.Array]:
+    """Read one chunk of each row's prompt into its slot.
 
-    before: None where prompts are read from their start.
+    window: positions that are attended to, at least start + S of each row; 0 where prompts are read from their start,
+    and attend to themselves alone.
 
-    Returns the cache, and the logits (B, V) at the chunk's last position.
+    Returns the cache, and of each chunk's last position the logits (B, V), and the best token (B,).
     """
     x = assemble(config, params, pool, chunk.ids, chunk.places)
-    behind = () if before is None else (chunk.start[:, None] + jnp.arange(x.shape[1]), before, chunk.start)
-    logits, new = generate.last_logits(config, params, x, chunk.length, *behind)
-    return _written(cache, new, chunk.slot, chunk.start, chunk.length), logits
+    span = Span(chunk.start, chunk.slot, window)
+    last = jnp.maximum(chunk.length - 1, 0)
+    hidden, cache = language.decoder(config.language, params["language"], x, cache, span, last)
+    logits = avg_llava.unembed(config, params, hidden[:, 0])
+    return spread(cache), logits, jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
 @functools.partial(sharding.jit, static_argnums=0)
 def first(config: ModelConfig, params: Params, logits: jax.Array, sampling: Sampling) -> jax.Array:
     """The first token (B,) of answers, by the logits (B, V) at the end of their prompts."""
-    return generate.sample(logits, sampling, jnp.zeros_like(sampling.limit), False)
+    return sample(logits, sampling, jnp.zeros_like(sampling.limit), False)
 
 
 def assemble(config: ModelConfig, params: Params, pool: jax.Array, ids: jax.Array, places: jax.Array) -> jax.Array:
-    """Embeddings (B, c, D) of prompt positions: text by `ids`, newlines and visual tokens by `places`."""
+    """Embeddings (B, S, D) of prompt positions: text by `ids`, newlines and visual tokens by `places`."""
     rows = pool.reshape(-1, pool.shape[-1])
     text = avg_llava.embed(config, params, ids)
     newline = params["image_newline"].astype(text.dtype)
@@ -143,80 +145,91 @@ def assemble(config: ModelConfig, params: Params, pool: jax.Array, ids: jax.Arra
     return jnp.where((places == TEXT)[..., None], text, visual)
 
 
-@functools.partial(sharding.jit, static_argnums=(0, 7), donate_argnums=2)
+@functools.partial(sharding.jit, static_argnums=(0, 7, 8, 9), donate_argnums=2)
 def decode(
     config: ModelConfig,
     params: Params,
-    cache: KeyValues,
+    cache: Cache,
     rows: Rows,
     sampling: Sampling,
     stops: jax.Array,
     steps: jax.Array,
+    most: int,
     window: int,
-) -> tuple[KeyValues, jax.Array, jax.Array]:
-    """Generate at most `steps` (a traced scalar, up to STEPS) tokens for each row.
+    greedy: bool,
+) -> tuple[Cache, jax.Array, jax.Array]:
+    """Generate tokens for the first B slots until every row is done, at most `steps` (a traced scalar, up to `most`).
 
-    The rows' windows are taken out of the cache once for all steps, and only what is new is written back.
-    `window` holds what is cached and STEPS positions more.
+    stops: int (K,), ids that end a row, and are kept. window: holds what is cached, and `most` positions more. greedy:
+    every row is, and nothing is sorted.
 
-    Returns the cache, tokens (B, STEPS), and how many of them are real (B,).
+    Returns the cache, tokens (B, most), and how many of them are real (B,).
     """
-    row = jnp.arange(len(rows.slot))
-    tokens = jnp.zeros((len(row), cache.k.shape[2]), jnp.int32).at[row, jnp.maximum(rows.count - 1, 0)].set(rows.last)
-    begun = generate.State(
-        generate.cache_for(params, _near(cache, rows.slot, window)),
-        rows.cached,
-        tokens,
-        rows.count,
-        rows.count >= sampling.limit,
-    )
-    end = generate.advance(config, params, begun, sampling, stops, steps, False)
+    capacity, row = cache[0].k.shape[2], jnp.arange(len(rows.last))
 
-    ahead = jnp.arange(STEPS)
-    made = end.count - rows.count
-    new = positions_of(end.cache, rows.cached[:, None] + ahead)
-    tokens = jnp.take_along_axis(end.tokens, rows.count[:, None] + ahead, axis=1, mode="clip")
-    return _written(cache, new, rows.slot, rows.cached, made), tokens, made
+    def unfinished(carry: tuple) -> jax.Array:
+        step, _, _, done, *_ = carry
+        return (step < steps) & ~jnp.all(done)
+
+    def one_token(carry: tuple) -> tuple:
+        step, cache, rows, done, tokens = carry
+        x = avg_llava.embed(config, params, rows.last)[:, None]
+        span = Span(jnp.where(done, capacity, rows.cached), None, window)
+        hidden, cache = language.decoder(config.language, params["language"], x, cache, span)
+        token = sample(avg_llava.unembed(config, params, hidden[:, 0]), sampling, rows.count, greedy)
+        made = (~done).astype(jnp.int32)
+        tokens = tokens.at[row, step].set(token)
+        rows = Rows(jnp.where(done, rows.last, token), rows.cached + made, rows.count + made)
+        done = done | jnp.isin(token, stops) | (rows.count >= sampling.limit)
+        return step + 1, cache, rows, done, tokens
+
+    done = rows.count >= sampling.limit
+    start = jnp.zeros((), jnp.int32), cache, rows, done, jnp.zeros((len(row), most), jnp.int32)
+    _, cache, end, _, tokens = jax.lax.while_loop(unfinished, one_token, start)
+    return spread(cache), tokens, end.count - rows.count
 
 
 @functools.partial(sharding.jit, static_argnums=(0, 5), donate_argnums=2)
 def copy(
-    config: ModelConfig, params: Params, cache: KeyValues, source: jax.Array, target: jax.Array, window: int
-) -> KeyValues:
-    """The first `window` positions of slot `source` (1,) into slot `target` (1,)."""
-    return generate.spread(
-        KeyValues(*(part.at[:, target, :window].set(part.at[:, source, :window].get(mode="clip")) for part in cache))
-    )
+    config: ModelConfig, params: Params, cache: Cache, source: jax.Array, target: jax.Array, window: int
+) -> Cache:
+    """The first `window` positions of slots `source` (B,) into slots `target` (B,); a target outside is dropped."""
+
+    def one(part: jax.Array) -> jax.Array:
+        return part.at[target, :, :window].set(part.at[source, :, :window].get(mode="clip"), mode="drop")
+
+    return spread(tuple(LayerCache(one(layer.k), one(layer.v)) for layer in cache))
 
 
-def _in_place(slot: jax.Array, slots: int) -> bool:
-    """Whether row i is read and written as slot i; not on one CPU, where that takes five times as long as by number."""
-    return len(slot) == slots and not on_one_cpu()
+def sample(logits: jax.Array, sampling: Sampling, count: jax.Array, greedy: bool) -> jax.Array:
+    """One token a row: logits fp32 (B, V), `count` (B,) tokens were picked before -> int (B,).
+
+    Temperature first, then the top_k best, then of those the smallest set whose probability reaches top_p. Nothing is
+    sorted where every temperature is 0; `greedy` says that when the program is compiled.
+    """
+    best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    if greedy:
+        return best
+
+    def draw(row, temperature, top_p, top_k, seed, number):
+        order = jnp.argsort(-row, stable=True)
+        rank = jnp.arange(len(row))
+        scores = row[order] / jnp.maximum(temperature, 1e-6)
+        scores = jnp.where((top_k <= 0) | (rank < top_k), scores, -jnp.inf)
+        share = jax.nn.softmax(scores)
+        before = jnp.cumsum(share) - share
+        # The best token always stays, and rounding in the sum cuts no tail where top_p is off.
+        kept = (before < top_p) | (top_p >= 1) | (rank == 0)
+        key = jax.random.fold_in(jax.random.key(seed), number)
+        return order[jax.random.categorical(key, jnp.where(kept, scores, -jnp.inf))].astype(jnp.int32)
+
+    def drawn() -> jax.Array:
+        tokens = jax.vmap(draw)(logits, sampling.temperature, sampling.top_p, sampling.top_k, sampling.seed, count)
+        return jnp.where(sampling.temperature > 0, tokens, best)
+
+    return jax.lax.cond(jnp.any(sampling.temperature > 0), drawn, lambda: best)
 
 
-def _near(cache: KeyValues, slot: jax.Array, window: int) -> KeyValues:
-    """The first `window` positions of some slots: (layers, B, window, kv_heads, head_dim)."""
-    if _in_place(slot, cache.k.shape[1]):
-        return KeyValues(cache.k[:, :, :window], cache.v[:, :, :window])
-    return KeyValues(*(part.at[:, slot, :window].get(mode="clip") for part in cache))
-
-
-def _written(cache: KeyValues, new: KeyValues, slot: jax.Array, start: jax.Array, length: jax.Array) -> KeyValues:
-    """The cache with the first `length` (B,) of new (layers, B, S, ...) at `start` (B,) of each row's slot."""
-    slots, capacity = cache.k.shape[1:3]
-    ahead = jnp.arange(new.k.shape[2])
-    at = jnp.where(ahead < length[:, None], start[:, None] + ahead, capacity)
-
-    def write(old: jax.Array, fresh: jax.Array) -> jax.Array:
-        if _in_place(slot, slots):
-
-            def one(old: jax.Array, fresh: jax.Array, at: jax.Array) -> jax.Array:
-                return old.at[:, at].set(fresh, mode="drop")
-
-            return jax.vmap(one, in_axes=(1, 1, 0), out_axes=1)(old, fresh.astype(old.dtype), at)
-        return old.at[:, slot[:, None], at].set(fresh.astype(old.dtype), mode="drop")
-
-    return generate.spread(KeyValues(write(cache.k, new.k), write(cache.v, new.v)))
 
 
 def _pooled(pool: jax.Array) -> jax.Array:

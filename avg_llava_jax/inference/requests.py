@@ -10,8 +10,8 @@ from typing import Literal
 from PIL import Image
 
 from avg_llava_jax.data.conversation import Turn
-from avg_llava_jax.data.images import ImageRef
-from avg_llava_jax.data.packing import Sample, Shape
+from avg_llava_jax.data.images import ImageRef, image_ref
+from avg_llava_jax.data.packing import Sample
 
 ImageLike = str | os.PathLike[str] | bytes | Image.Image | ImageRef
 Granularity = Literal["auto"] | int
@@ -79,8 +79,8 @@ class Answer:
     visual_tokens: packed tokens of all images, newlines included.
     probabilities: {granularity: probability} by the router; a tuple of these for several images; None
         where the router did not run, because there is no image or every granularity was given.
-    timings: seconds of `see` (load, encode, route), `prefill`, `decode` and `total`, of the whole batch
-        that the request was part of. The first use of a new size includes its compilation.
+    timings: seconds of `queue`, `encode` (load, encode, route), `prefill` (the wait for a slot included), `decode` and
+        `total`. The first use of a new size includes its compilation.
     token_ids: generated ids, without the one that ended the answer.
     finish: "stop" (an end token or a stop string) or "length".
     """
@@ -100,5 +100,13 @@ class Prepared:
 
     request: Request
     sample: Sample
-    shape: Shape
     choice: tuple[int | None, ...]
+
+
+def as_ref(image: ImageLike) -> ImageRef:
+    """An image of a request by reference. Raises ValueError where it is none."""
+    if isinstance(image, (str, os.PathLike, bytes, Image.Image)):
+        return image_ref(image)
+    if not (hasattr(image, "load") and hasattr(image, "size")):
+        raise ValueError(f"an image is a path, bytes or a Pillow image, not {type(image).__name__}")
+    return image

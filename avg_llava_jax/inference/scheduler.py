@@ -1,43 +1,53 @@
-"""Who gets which slot, what is read next, who decodes: plain Python that knows no device, no model and no clock.
+"""Who gets which slot, which prompts are read next, who decodes: plain Python that knows no device, model or clock.
 
 A slot is a row of the KV cache. After an answer it keeps its keys and values until it is needed, so that a later prompt
-that begins as they do need not be read from its start. What stands at a position is told by its *key*: a token id, or
-(image, granularity) for every visual token of an image.
+with the same prefix need not be read from its start. What stands at a position is told by its *key*, an int64: a token
+id, or for every visual token of an image a negative number that stands for the image and its granularity.
 
-    slot 0, finished    7 8 (a,36) (a,36) 9 5 2      "<image> Who?" "Ann"
-    a follow-up         7 8 (a,36) (a,36) 9 5 2 6 4  reads 6 4 alone, in slot 0
-    another prompt      7 8 (b,72) 3                 copies 7 8 into the longest unused slot, and reads (b,72) 3
+    slot 0, finished    7 8 -36 -36 9 5 2      "<image> Who?" "Ann"
+    a follow-up         7 8 -36 -36 9 5 2 6 4  reads 6 4 alone, in slot 0
+    another prompt      7 8 -72 3              copies 7 8 into the longest unused slot, and reads -72 3
 
-Prompts are read in chunks, each slot's in turn, so that a long image does not stall the others.
+Prompts are read in chunks, each slot's in turn, so that a long image does not stall the others. Those whose next chunk
+is of the same size are read together.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections import deque
-from collections.abc import Hashable, Sequence
+from collections import Counter, deque
+from collections.abc import Sequence
 
-from avg_llava_jax.inference.buckets import STEPS, Ladders, chunk_rung, rung
+import numpy as np
+
+from avg_llava_jax.inference.buckets import STEPS, Buckets, bucket, chunk_bucket
 
 STEPS_BETWEEN_CHUNKS = 4
+NO_KEYS = np.zeros(0, np.int64)
 WORTH_COPYING = 16
 """Positions that two prompts must share for them to be copied from one slot to another."""
+
+LONGEST_BEHIND = 512
+"""Positions that are read at once behind others, at most: their attention holds its scores in memory."""
 
 
 @dataclasses.dataclass(eq=False)
 class Work:
     """What the scheduler knows of a request.
 
-    keys: of each position of its prompt. limit: tokens to generate at most, at least 1.
+    keys: int64, of each position of its prompt. limit: tokens to generate at most, at least 1.
     slot: None before it has one. cached: positions of its slot that hold its prompt and answer.
-    tokens: generated so far; the newest is not cached.
+    tokens: generated so far; the newest is not cached. each_token: whether every token is shown as it comes.
+    waits_for: the work whose prompt is being read, and shares a prefix with this one.
     """
 
-    keys: list[Hashable] = dataclasses.field(default_factory=list)
+    keys: np.ndarray = dataclasses.field(default_factory=lambda: NO_KEYS)
     limit: int = 1
     slot: int | None = None
     cached: int = 0
     tokens: list[int] = dataclasses.field(default_factory=list)
+    each_token: bool = False
+    waits_for: Work | None = None
 
 
 @dataclasses.dataclass
@@ -45,7 +55,7 @@ class Slot:
     """keys: what is cached, position by position. used: when it was last left, in turns; 0 = never."""
 
     number: int
-    keys: list[Hashable] = dataclasses.field(default_factory=list)
+    keys: np.ndarray = dataclasses.field(default_factory=lambda: NO_KEYS)
     work: Work | None = None
     used: int = 0
 
@@ -60,18 +70,20 @@ class Admission:
 
 
 @dataclasses.dataclass(frozen=True)
-class Reading:
-    """Prompts that are read at once, each `lengths` positions from where it stands, as a program of this size."""
+class Prefill:
+    """Prompts that are read at once: of each, `length` positions from `start` on, as a program of this size."""
 
     works: list[Work]
+    starts: list[int]
     lengths: list[int]
+    prompts: int
     chunk: int
     window: int
 
 
 @dataclasses.dataclass(frozen=True)
-class Decoding:
-    """Answers that grow at once, by at most `steps` tokens, as a program of `rows` rows."""
+class Decode:
+    """Answers that decode together, at most `steps` tokens more, as a program of `rows` slots."""
 
     works: list[Work]
     rows: int
@@ -82,12 +94,17 @@ class Decoding:
 class Scheduler:
     """Slots, and the works in them: those whose prompt is being `reading`, and those whose answer is `decoding`."""
 
-    def __init__(self, ladders: Ladders):
-        self.ladders = ladders
-        self.slots = [Slot(number) for number in range(ladders.slots)]
+    def __init__(self, buckets: Buckets):
+        self.buckets = buckets
+        self.slots = [Slot(number) for number in range(buckets.slots)]
         self.reading: deque[Work] = deque()
         self.decoding: list[Work] = []
         self._turn = 0
+
+    @property
+    def free(self) -> bool:
+        """Whether a slot is free."""
+        return any(slot.work is None for slot in self.slots)
 
     def admit(self, work: Work) -> Admission | None:
         """Give a work a slot; None where all are taken, or where it should wait for what is being read.
@@ -97,17 +114,17 @@ class Scheduler:
         prompt that is being read will share more than any slot does yet: what they share is read once.
         """
         free = [slot for slot in self.slots if slot.work is None]
-        if not free:
+        if not free or (work.waits_for is not None and work.waits_for in self.reading):
             return None
-        # The prompt's last position is read in any case: the first token of the answer follows from it.
-        shares = {slot.number: common(slot.keys, work.keys[:-1]) for slot in self.slots}
+        shares = {slot.number: _shared(slot.keys, work.keys) for slot in self.slots}
         best = max(self.slots, key=lambda slot: shares[slot.number])
-        coming = max((common(other.keys, work.keys[:-1]) for other in self.reading), default=0)
-        if coming >= shares[best.number] + WORTH_COPYING:
+        coming = {_shared(other.keys, work.keys): other for other in self.reading}
+        if coming and max(coming) >= shares[best.number] + WORTH_COPYING:
+            work.waits_for = coming[max(coming)]
             return None
         own = max(free, key=lambda slot: shares[slot.number])
         if 2 * shares[own.number] <= len(own.keys):
-            own = min(free, key=lambda slot: slot.used)
+            own = min(free, key=lambda slot: (slot.used, slot.number))
         shared, source = shares[own.number], None
         if shares[best.number] >= shared + WORTH_COPYING:
             shared, source = shares[best.number], best.number
@@ -116,23 +133,47 @@ class Scheduler:
         self.reading.append(work)
         return Admission(own.number, shared, source)
 
-    def next_reading(self) -> Reading | None:
-        """The next chunk, of as many prompts as there are lanes; the one that waited longest says its size."""
+    def by_size(self, works: Sequence[Work]) -> list[Work]:
+        """Works in an order in which many prompts of one size get slots, and are read together.
+
+        Those come first whose prefix was just read, before it is overwritten.
+        """
+        sizes = {work: bucket(self.buckets.chunks, len(work.keys)) for work in works}
+        counts = Counter(sizes.values())
+        return sorted(works, key=lambda work: (work.waits_for is None, -counts[sizes[work]], sizes[work]))
+
+    def next_prefill(self, fullest: bool = False) -> Prefill | None:
+        """The next chunk of the prompt that waited longest, and of others whose next chunk is of the same size.
+
+        fullest: of the size that most prompts are of.
+        """
         if not self.reading:
             return None
-        works = list(self.reading)[: self.ladders.lanes]
-        chunk = chunk_rung(self.ladders.chunks, len(works[0].keys) - works[0].cached)
-        lengths = [min(chunk, len(work.keys) - work.cached) for work in works]
-        most = max(work.cached for work in works)
-        return Reading(works, lengths, chunk, rung(self.ladders.windows, most) if most else 0)
+        by_size: dict[tuple[int, int], list[Work]] = {}
+        for work in self.reading:
+            by_size.setdefault(self._size(work), []).append(work)
+        size = max(by_size, key=lambda size: len(by_size[size])) if fullest else next(iter(by_size))
+        (chunk, window), works = size, by_size[size][: self.buckets.prompts[-1]]
+        # A chunk that would end behind the slot begins earlier, and reads some positions a second time.
+        starts = [min(work.cached, self.buckets.capacity - chunk) for work in works]
+        lengths = [min(chunk, len(work.keys) - start) for work, start in zip(works, starts, strict=True)]
+        return Prefill(works, starts, lengths, bucket(self.buckets.prompts, len(works)), chunk, window)
 
-    def read(self, reading: Reading) -> list[Work]:
-        """What `next_reading` proposed is in the cache; the works whose prompt has ended, which now decode."""
+    def _size(self, work: Work) -> tuple[int, int]:
+        """(chunk, window) of the next chunk of a prompt."""
+        left = len(work.keys) - work.cached
+        if not work.cached:
+            return chunk_bucket(self.buckets.chunks, left), 0
+        chunk = chunk_bucket(self.buckets.behind, min(left, LONGEST_BEHIND))
+        return chunk, bucket(self.buckets.windows, min(work.cached + chunk, self.buckets.capacity))
+
+    def prefilled(self, prefill: Prefill) -> list[Work]:
+        """What `next_prefill` proposed is in the cache; the works whose prompt has ended, which now decode."""
         ended = []
-        for work, length in zip(reading.works, reading.lengths, strict=True):
+        for work, start, length in zip(prefill.works, prefill.starts, prefill.lengths, strict=True):
             self.reading.remove(work)
-            self.slots[work.slot].keys += work.keys[work.cached : work.cached + length]
-            work.cached += length
+            self.slots[work.slot].keys = work.keys[: start + length]
+            work.cached = start + length
             if work.cached == len(work.keys):
                 self.decoding.append(work)
                 ended.append(work)
@@ -140,18 +181,20 @@ class Scheduler:
                 self.reading.append(work)
         return ended
 
-    def next_decoding(self) -> Decoding | None:
-        """All answers that grow, in few steps where prompts wait to be read."""
+    def next_decode(self) -> Decode | None:
+        """All answers that decode, in few steps where prompts wait to be read."""
         if not self.decoding:
             return None
         works = sorted(self.decoding, key=lambda work: work.slot)
-        rows = rung(self.ladders.rows, len(works))
-        window = rung(self.ladders.windows, max(work.cached for work in works) + STEPS)
-        return Decoding(works, rows, window, STEPS_BETWEEN_CHUNKS if self.reading else STEPS)
+        steps = 1 if any(work.each_token for work in works) else STEPS_BETWEEN_CHUNKS if self.reading else STEPS
+        rows = bucket(self.buckets.rows, works[-1].slot + 1)
+        window = bucket(self.buckets.windows, max(work.cached for work in works) + STEPS)
+        return Decode(works, rows, window, steps)
 
     def decoded(self, work: Work, tokens: Sequence[int]) -> None:
-        """A work has grown: its last token and all but the newest of these are cached now."""
-        self.slots[work.slot].keys += [*work.tokens[-1:], *tokens][: len(tokens)]
+        """A work has new tokens: its last token and all but the newest of these are cached now."""
+        slot = self.slots[work.slot]
+        slot.keys = np.concatenate([slot.keys, [*work.tokens[-1:], *tokens][: len(tokens)]]).astype(np.int64)
         work.cached += len(tokens)
         work.tokens += tokens
 
@@ -166,16 +209,26 @@ class Scheduler:
         self.reading.clear()
         self.decoding.clear()
         for slot in self.slots:
-            slot.work, slot.keys, slot.used = None, [], 0
+            slot.work, slot.keys, slot.used = None, NO_KEYS, 0
 
 
-def common(one: Sequence[Hashable], other: Sequence[Hashable]) -> int:
-    """Length of the common beginning.
+def _shared(keys: np.ndarray, prompt: np.ndarray) -> int:
+    """Positions of a prompt that need not be read where `keys` are cached already.
 
-    >>> common([7, 8, 9], [7, 8, 5, 9])
+    Its last position is read in any case: the first token of the answer follows from it. A short prefix of a long
+    prompt counts as none, since a prompt is read fastest from its start.
+    """
+    shared = common(keys, prompt[:-1])
+    return shared if shared >= WORTH_COPYING and 4 * shared >= len(prompt) else 0
+
+
+def common(one: np.ndarray, other: np.ndarray) -> int:
+    """Length of the prefix that two arrays (n,), (m,) share.
+
+    >>> common(np.array([7, 8, 9]), np.array([7, 8, 5, 9]))
     2
     """
-    for at, (a, b) in enumerate(zip(one, other, strict=False)):
-        if a != b:
-            return at
-    return min(len(one), len(other))
+    length = min(len(one), len(other))
+    differ = one[:length] != other[:length]
+    first = int(differ.argmax()) if length else 0
+    return first if length and differ[first] else length

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import io
 import random
 import resource
@@ -155,7 +156,7 @@ def malformed_request(rng: random.Random, engine: Engine, pictures: list[Image.I
         {"prompt": "word " * engine.config.language.max_length},
         {"prompt": "", "images": ()},
         {"granularity": engine.config.granularities[0] + 1},
-        {"images": pictures[:1] * (engine.ladders.pages + 1), "granularity": engine.config.granularities[0]},
+        {"images": pictures[:1] * (engine.buckets.pages + 1), "granularity": engine.config.granularities[0]},
         {"max_new_tokens": 0},
         {"temperature": -1.0},
     ]
@@ -181,6 +182,7 @@ def _outcome(ticket: Ticket, cancel: bool) -> tuple[str, str | None]:
 
 
 def _live_bytes() -> int:
+    gc.collect()  # what an earlier engine left behind is not this one's
     return sum(array.nbytes for array in jax.live_arrays())
 
 

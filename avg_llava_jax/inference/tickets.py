@@ -23,7 +23,10 @@ class Ticket:
     """A thread-safe handle of one request. Made by `Engine.submit`.
 
     scores: fp32 (G,) of each image that the router scored, once it has; None before that.
+    logits: fp32 (V,) of the first token, where they were to be kept.
     """
+
+    keep_logits = False
 
     def __init__(self, wake: Callable[[], None]):
         self._wake = wake
@@ -33,6 +36,7 @@ class Ticket:
         self._error: Exception | None = None
         self.cancelled = False
         self.scores: list[np.ndarray] | None = None
+        self.logits: np.ndarray | None = None
 
     def pieces(self) -> Iterator[str]:
         """The answer's text piece by piece, for one reader; blocks, and raises at the end as `result` does."""
@@ -40,6 +44,15 @@ class Ticket:
             yield piece
         self._pieces.put(None)  # whoever reads on finds the end as well
         self.result()
+
+    def ready(self) -> list[str]:
+        """The pieces of text that have come since the last call; never blocks."""
+        found = []
+        while not self._pieces.empty():
+            piece = self._pieces.get()
+            if piece is not None:
+                found.append(piece)
+        return found
 
     def result(self, timeout: float | None = None) -> Answer:
         """The whole answer; blocks, at most `timeout` seconds.

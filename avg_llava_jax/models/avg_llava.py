@@ -1,7 +1,7 @@
 """AVG-LLaVA, an image and a question from top to bottom, as pure functions of (config, params, arrays).
 
-    pixels --see--> features --scale--> pyramid --route--> logits over granularities
-    text, pyramid, newline --assemble(index)--> packed embeddings --language--> hidden states
+    pixels --encode_images--> features --scale--> pyramid --route--> logits over granularities
+    text, pyramid, newline --assemble(index)--> packed embeddings --decoder--> hidden states
 
 `params` is a plain nested dict with the keys encoder, connector, image_newline, router, language.
 All compute happens in the dtype of the parameters that are passed: cast them to choose it.
@@ -13,19 +13,14 @@ import jax
 import jax.numpy as jnp
 
 from avg_llava_jax.config import ModelConfig
-from avg_llava_jax.models.attention import on_one_cpu
+from avg_llava_jax.models import language, one_cpu
 from avg_llava_jax.models.connector import Connector
 from avg_llava_jax.models.encoder import Encoder
-from avg_llava_jax.models.language import KeyValues, LanguageModel
 from avg_llava_jax.models.router import Router, Routing
 from avg_llava_jax.models.scaler import scale
 from avg_llava_jax.models.stack import Remat
 
 Params = dict[str, Any]
-
-ROWS_OF_A_PRODUCT = 512
-"""Patches of a tile from which a CPU encodes tile by tile: its products are as fast then, and what lies between them
-fits its cache. 6 % of the time of a ViT-B at 336 pixels."""
 
 
 def init(config: ModelConfig, rng: jax.Array) -> Params:
@@ -33,11 +28,6 @@ def init(config: ModelConfig, rng: jax.Array) -> Params:
     rngs = jax.random.split(rng, 5)
     side, width = config.vision.image_size, config.language.width
     finest = config.granularities[-1]
-    language = LanguageModel(config.language)
-
-    def all_of_it(module: LanguageModel) -> jax.Array:
-        return module.unembed(module(module.embed(jnp.zeros((1, 1), jnp.int32)))[0])
-
     return {
         "encoder": Encoder(config.vision).init(rngs[0], jnp.zeros((1, side, side, 3), jnp.uint8))["params"],
         "connector": Connector(width).init(rngs[1], jnp.zeros((1, finest, config.vision.width)))["params"],
@@ -50,34 +40,31 @@ def init(config: ModelConfig, rng: jax.Array) -> Params:
             jnp.zeros((1, 1), jnp.int32),
             jnp.zeros((1, 1), jnp.int32),
         )["params"],
-        "language": language.init(rngs[4], method=all_of_it)["params"],
+        "language": language.init(config.language, rngs[4]),
     }
 
 
-def see(config: ModelConfig, params: Params, pixels: jax.Array, remat: Remat = "none") -> jax.Array:
+def encode_images(config: ModelConfig, params: Params, pixels: jax.Array, remat: Remat = "none") -> jax.Array:
     """Encode and connect every tile once: uint8 (B, T, H, W, 3) -> features (B, T, P, D)."""
     batch, tiles = pixels.shape[:2]
 
     def encode(pixels: jax.Array) -> jax.Array:
         return Encoder(config.vision, remat).apply({"params": params["encoder"]}, pixels)
 
-    pixels = pixels.reshape(-1, *pixels.shape[2:])
-    if on_one_cpu() and config.vision.grid**2 >= ROWS_OF_A_PRODUCT:
-        patches = jax.lax.map(lambda tile: encode(tile[None])[0], pixels)
-    else:
-        patches = encode(pixels)
+    patches = one_cpu.encode(encode, pixels.reshape(-1, *pixels.shape[2:]), config.vision.grid**2)
     features = Connector(config.language.width).apply({"params": params["connector"]}, patches)
     return features.reshape(batch, tiles, *features.shape[1:])
 
 
 def pyramid_of(config: ModelConfig, params: Params, pixels: jax.Array, remat: Remat = "none") -> jax.Array:
     """uint8 (B, T, H, W, 3) -> every granularity of every tile, (B, T, R, D)."""
-    return scale(config, see(config, params, pixels, remat))
+    return scale(config, encode_images(config, params, pixels, remat))
 
 
 def embed(config: ModelConfig, params: Params, ids: jax.Array) -> jax.Array:
     """Token ids (...) -> raw embeddings (..., D)."""
-    return LanguageModel(config.language).apply({"params": params["language"]}, ids, method="embed")
+    del config  # like its neighbours, all of which take it
+    return language.embed(params["language"], ids)
 
 
 def route(
@@ -120,20 +107,13 @@ def assemble(params: Params, pyramid: jax.Array, text: jax.Array, index: jax.Arr
     return jnp.take_along_axis(rows, index[..., None], axis=1)
 
 
-def language(
-    config: ModelConfig,
-    params: Params,
-    x: jax.Array,
-    positions: jax.Array | None = None,
-    cache: KeyValues | None = None,
-    cached: jax.Array | None = None,
-    remat: Remat = "none",
-) -> tuple[jax.Array, KeyValues]:
-    """Packed embeddings (B, S, D) -> hidden states (B, S, D) and their keys and values; see `LanguageModel`."""
-    model = LanguageModel(config.language, remat)
-    return model.apply({"params": params["language"]}, x, positions, cache, cached)
+def decoder(
+    config: ModelConfig, params: Params, x: jax.Array, remat: Remat = "none"
+) -> jax.Array:
+    """Packed embeddings (B, S, D) of whole sequences -> hidden states (B, S, D)."""
+    return language.decoder(config.language, params["language"], x, remat=remat)[0]
 
 
 def unembed(config: ModelConfig, params: Params, hidden: jax.Array) -> jax.Array:
     """Hidden states (..., D) -> logits (..., V) in fp32."""
-    return LanguageModel(config.language).apply({"params": params["language"]}, hidden, method="unembed")
+    return language.unembed(config.language, params["language"], hidden)

@@ -5,7 +5,7 @@ import jax
 
 
 class Connector(nn.Module):
-    """Two-layer MLP with exact GELU: (..., V) -> (..., D)."""
+    """Two-layer MLP with exact GELU: (..., E) -> (..., D)."""
 
     width: int
 

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from avg_llava_jax.config import VisionConfig
-from avg_llava_jax.models.attention import attention
+from avg_llava_jax.models.attention import self_attention
 from avg_llava_jax.models.stack import Remat, stack
-from avg_llava_jax.parallel.placement import constrain
+from avg_llava_jax.placement import constrain
 
 
 def normalise(config: VisionConfig, pixels: jax.Array) -> jax.Array:
@@ -17,7 +17,7 @@ def normalise(config: VisionConfig, pixels: jax.Array) -> jax.Array:
 
 
 class EncoderLayer(nn.Module):
-    """Pre-norm transformer layer of CLIP: (M, 1 + P, V) -> the same shape."""
+    """Pre-norm transformer layer of CLIP: (M, 1 + P, E) -> the same shape."""
 
     config: VisionConfig
 
@@ -28,7 +28,7 @@ class EncoderLayer(nn.Module):
         q, k, v = (
             rearrange(nn.Dense(config.width, name=name)(y), "m p (h d) -> m p h d", h=config.heads) for name in "qkv"
         )
-        y = rearrange(attention(q, k, v), "m p h d -> m p (h d)")
+        y = rearrange(self_attention(q, k, v, causal=False), "m p h d -> m p (h d)")
         x = constrain(x + nn.Dense(config.width, name="out")(y), "batch", None, None)
 
         y = nn.Dense(config.mlp_width, name="up")(layer_norm(config, "norm2")(x))
@@ -47,7 +47,7 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(self, pixels: jax.Array) -> jax.Array:
-        """uint8 (M, H, W, 3) -> (M, P, V), patches row-major."""
+        """uint8 (M, H, W, 3) -> (M, P, E), patches row-major."""
         config = self.config
         pixels, side = normalise(config, pixels), config.patch_size
         patches = rearrange(pixels, "m (r a) (c b) rgb -> m (r c) (a b rgb)", a=side, b=side)

@@ -1,6 +1,4 @@
-"""Flash attention on TPU: JAX's splash kernel, each device on its own samples and heads."""
-
-import functools
+"""Flash attention on TPU: JAX's splash kernel."""
 
 import jax
 import jax.numpy as jnp
@@ -8,24 +6,15 @@ from einops import rearrange
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-from avg_llava_jax.parallel import placement
-
 BLOCKS = range(128, 769, 128)
 """Sizes of the square tiles that the kernel can work in; it takes whole ones."""
 
 
 def flash_attention(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool, interpret: bool = False) -> jax.Array:
-    """q (B, S, H, d) over k, v (B, S, KV, d) -> (B, S, H, d); `interpret` runs the kernel on any platform, slowly."""
-    one_device = functools.partial(_one_device, causal=causal, interpret=interpret)
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
-        return one_device(q, k, v)
-    # Queries are spread as their keys are, so that each head stays with the one that it reads.
-    spec = placement.fitting(mesh, placement.spec("batch", None, "heads", None), k.shape)
-    return jax.shard_map(one_device, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(q, k, v)
+    """q (B, S, H, d) over k, v (B, S, KV, d) -> (B, S, H, d), all on one device.
 
-
-def _one_device(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool, interpret: bool) -> jax.Array:
+    interpret: run the kernel on any platform, slowly.
+    """
     length, heads = q.shape[1:3]
     block = min(BLOCKS, key=lambda size: (-(-length // size) * size, -size))  # least padding, then largest tiles
     padded = -(-length // block) * block

@@ -1,7 +1,14 @@
-"""The language model: a Llama-family decoder whose KV cache is an argument and a result."""
+"""The language model: a Llama-family decoder. One walk over its layers serves training, scoring, prefill and decode.
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+    ids (B, S) --embed--> x (B, S, D) --decoder--> hidden (B, S, D) --unembed--> logits (B, S, V)
+
+`params` is a plain nested dict: embed, layers, norm, unembed (without it, the embedding is the head). Layers are
+stacked along a first axis, and scanned; or a tuple (`unstack`), and walked one by one, each with its own cache.
+Compute happens in the parameters' dtype; of quantized ones, in that of their scales.
+"""
+
+import dataclasses
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -9,16 +16,13 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from avg_llava_jax.config import LanguageConfig
-from avg_llava_jax.models.attention import HeadsFirst, attend_at, attend_cached, attention
-from avg_llava_jax.models.stack import SHALLOW, Remat, stack
-from avg_llava_jax.parallel.placement import constrain
+from avg_llava_jax.models import one_cpu
+from avg_llava_jax.models.attention import cached_attention, self_attention
+from avg_llava_jax.models.cache import Cache, LayerCache, Span
+from avg_llava_jax.models.stack import SHALLOW, Remat, rematerialised
+from avg_llava_jax.placement import constrain
 
-
-class KeyValues(NamedTuple):
-    """Keys (after rotation) and values of all layers: (layers, B, S, kv_heads, head_dim) each."""
-
-    k: jax.Array
-    v: jax.Array
+Params = dict[str, Any]
 
 
 def rotary(config: LanguageConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -65,17 +69,26 @@ class Linear(nn.Dense):
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm decoder layer: (B, S, D) -> the same shape, and this layer's new keys and values.
+    """Pre-norm decoder layer.
 
-    Of a cache that is `HeadsFirst` these are the whole cache: written before it is read, it is updated in place.
-    With `only` (B,) the output is that of one position a row, (B, 1, D); keys and values are those of all. It is not
-    for a cache that is `HeadsFirst`.
+    Without a cache: x (B, S, D) -> the same shape, each row a sequence from its start, causal.
+    With one: keys and values of x are written where `span` says, and what was written before is attended to as well.
+    With `last` (B,) only the token at that place of each row goes on, (B, 1, D): the MLP, two projections and the
+    attention of all others are spared. Their keys and values are written all the same.
     """
 
     config: LanguageConfig
 
     @nn.compact
-    def __call__(self, x, rope, cached, cache, only=None):
+    def __call__(
+        self,
+        x: jax.Array,
+        rope: tuple[jax.Array, jax.Array],
+        positions: jax.Array,
+        cache: LayerCache | None = None,
+        span: Span | None = None,
+        last: jax.Array | None = None,
+    ) -> tuple[jax.Array, LayerCache | None]:
         config = self.config
         y = nn.RMSNorm(config.norm_eps, name="norm1")(x)
 
@@ -83,19 +96,18 @@ class DecoderLayer(nn.Module):
             y_out = Linear(count * config.head_dim, use_bias=config.attention_bias, name=name)(y)
             return rearrange(y_out, "b s (h d) -> b s h d", h=count)
 
-        new = k, v = rotate(heads("k", config.kv_heads), *rope), heads("v", config.kv_heads)
-        if only is not None:
-            x, y, *rope = (jnp.take_along_axis(part, _like(only, part), axis=1) for part in (x, y, *rope))
+        k, v = rotate(heads("k", config.kv_heads), *rope), heads("v", config.kv_heads)
+        if cache is not None:
+            cache = cache.write(k, v, span)
+        if last is not None:
+            x, y, positions, *rope = (_at(part, last) for part in (x, y, positions, *rope))
         q = rotate(heads("q", config.heads), *rope)
-        if only is not None:
-            y = attend_at(q, new, cache, cached, only)
-        elif cache is None:
-            y = attention(q, k, v, causal=True)
-        elif isinstance(cache, HeadsFirst):
-            new = cache.grown(k, v, cached)
-            y = new.attend(q, cached + 1)
+        if cache is None or (span.window == 0 and last is None):
+            y = self_attention(q, k, v, causal=True)
         else:
-            y = attend_cached(q, new, cache, cached)
+            # The last hidden state of a fresh prompt reads the keys that were just written.
+            window = span.window or (k.shape[1] if span.window == 0 else None)
+            y = cached_attention(q, cache, dataclasses.replace(span, window=window), positions)
         y = Linear(config.width, use_bias=config.attention_bias, name="out")(rearrange(y, "b s h d -> b s (h d)"))
         x = constrain(x + y, "batch", None, None)
 
@@ -103,150 +115,123 @@ class DecoderLayer(nn.Module):
         gate = Linear(config.mlp_width, use_bias=False, name="gate")(y)
         up = Linear(config.mlp_width, use_bias=False, name="up")(y)
         y = Linear(config.width, use_bias=False, name="down")(jax.nn.silu(gate) * up)
-        return constrain(x + y, "batch", None, None), new
+        return constrain(x + y, "batch", None, None), cache
 
 
-def _like(at: jax.Array, x: jax.Array) -> jax.Array:
-    """Positions (B,) with as many axes as x (B, S, ...)."""
-    return at.reshape(-1, *[1] * (x.ndim - 1))
+def _at(x: jax.Array, place: jax.Array) -> jax.Array:
+    """x (B, S, ...) at one place a row, (B,) -> (B, 1, ...)."""
+    return jnp.take_along_axis(x, place.reshape(-1, *[1] * (x.ndim - 1)), axis=1)
 
 
-class LanguageModel(nn.Module):
-    """Embeddings in, hidden states out; `embed` and `unembed` stand at the two ends.
-
-    Compute happens in the parameters' dtype; of quantized ones, in that of their scales.
-    """
-
-    config: LanguageConfig
-    remat: Remat = "none"
-
-    def setup(self) -> None:
-        config = self.config
-        init = nn.initializers.normal(config.width**-0.5)
-        self.embedding = self.param("embed", init, (config.vocab_size, config.width))
-        by_layer = (nn.broadcast, nn.broadcast, 0)  # rope, cached, cache
-        self.layers = stack(DecoderLayer, config.layers, self.remat, by_layer)(config)
-        self.norm = nn.RMSNorm(config.norm_eps)
-        if not config.tied_embeddings:
-            self.head = Linear(config.vocab_size, use_bias=False, name="unembed")
-
-    def embed(self, ids: jax.Array) -> jax.Array:
-        """Token ids (...) -> raw embeddings (..., D)."""
-        # The table is gathered along its width first: rows of the batch and columns of the table lie on the same axis.
-        rows = constrain(self.embedding, "vocab", None)[ids]
-        if self.has_variable("params", "embed_scale"):
-            scale = self.get_variable("params", "embed_scale")
-            rows = rows.astype(scale.dtype) * scale[ids][..., None]
-        return constrain(rows, "batch", *[None] * ids.ndim)
-
-    def unembed(self, hidden: jax.Array) -> jax.Array:
-        """Hidden states (..., D) -> logits (..., V) in fp32."""
-        if not self.config.tied_embeddings:
-            logits = self.head(hidden)
-        else:
-            logits = hidden @ self.embedding.T.astype(hidden.dtype)
-            if self.has_variable("params", "embed_scale"):
-                logits = logits * self.get_variable("params", "embed_scale")
-        return constrain(logits.astype(jnp.float32), "batch", *[None] * (hidden.ndim - 2), "vocab")
-
-    def __call__(
-        self,
-        x: jax.Array,
-        positions: jax.Array | None = None,
-        cache: KeyValues | None = None,
-        cached: jax.Array | None = None,
-    ) -> tuple[jax.Array, KeyValues]:
-        """Right-padded embeddings through all layers and the last norm.
-
-        Padding needs no mask: it lies to the right of every real token, and attention is causal.
-
-        Args:
-          x: (B, S, D); positions: int (B, S), 0..S-1 if not given.
-          cache: earlier keys and values, (layers, B, C, kv_heads, head_dim), of which the first `cached` (B,)
-            are real; None for a sequence from its start.
-        Returns:
-          hidden (B, S, D), and the keys and values of these S tokens alone (see `extend`).
-        """
-        if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
-        x, new = self.layers(x, rotary(self.config, positions), cached, None if cache is None else tuple(cache))
-        return self.norm(x), KeyValues(*new)
-
-
-def read(
+def decoder(
     config: LanguageConfig,
-    params: dict[str, Any],
+    params: Params,
     x: jax.Array,
-    only: jax.Array,
-    positions: jax.Array | None = None,
-    cache: KeyValues | None = None,
-    cached: jax.Array | None = None,
-) -> tuple[jax.Array, KeyValues]:
-    """`LanguageModel` where one hidden state a row is asked for: hidden (B, D) at position `only` (B,) of x (B, S, D).
+    cache: Cache | None = None,
+    span: Span | None = None,
+    last: jax.Array | None = None,
+    remat: Remat = "none",
+) -> tuple[jax.Array, Cache | None]:
+    """Embeddings through all layers and the last norm.
 
-    The last layer forms no other: it is spared its MLP, two of its four projections and nearly all of its attention.
-    `params` are the language model's, layers stacked. All else is as there, the keys and values of all S positions too.
+    Right padding needs no mask: it lies behind every real token, where attention does not look.
+
+    Args:
+      x: (B, S, D). cache, span: where its keys and values go, and what is attended to; None for a whole sequence.
+      last: int (B,), the only place of each row whose hidden state is wanted, with a cache. An eighth of the work of
+        8 layers, 1/32 of 32.
+    Returns:
+      hidden (B, S, D), or (B, 1, D) with `last`, and the cache.
     """
-    if positions is None:
-        positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
-    rope, layer = rotary(config, positions), DecoderLayer(config)
+    positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+    if span is not None and span.window != 0:
+        positions = span.start[:, None] + positions
+    rope, layers = rotary(config, positions), params["layers"]
+    layer = DecoderLayer(config)
 
-    def run(x: jax.Array, number: jax.Array | int, only: jax.Array | None = None) -> tuple[jax.Array, Any]:
-        # Taken by number in the loop: the stacked parameters are never cut in two, which would copy them.
-        stacked = params["layers"], None if cache is None else tuple(cache)
-        one, old = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, number, keepdims=False), stacked)
-        return layer.apply({"params": one}, x, rope, cached, old, only)
+    def run(x: jax.Array, layer_params: Params, *rest: Any) -> tuple[jax.Array, LayerCache | None]:
+        return layer.apply({"params": layer_params}, x, rope, positions, *rest)
 
-    last = config.layers - 1
-    x, before = jax.lax.scan(run, x, jnp.arange(last), unroll=config.layers <= SHALLOW)
-    x, new = run(x, last, only)
-    joined = (jnp.concatenate([some, one[None]]) for some, one in zip(before, new, strict=True))
-    return nn.RMSNorm(config.norm_eps).apply({"params": params["norm"]}, x)[:, 0], KeyValues(*joined)
-
-
-def apart(cache: KeyValues) -> list[HeadsFirst]:
-    """A cache of all layers as a list with one a layer."""
-    k, v = (rearrange(part, "n b c g d -> n b g c d") for part in cache)
-    return [HeadsFirst(k[at], v[at]) for at in range(len(k))]
-
-
-def positions_of(cache: KeyValues | list[HeadsFirst], at: jax.Array) -> KeyValues:
-    """Keys and values at positions `at`, int (B, S), of each sequence: (layers, B, S, kv_heads, head_dim) each."""
-    if isinstance(cache, KeyValues):
-        return KeyValues(*(jnp.take_along_axis(part, at[None, ..., None, None], axis=2) for part in cache))
-    parts = [[jnp.take_along_axis(part, at[:, None, :, None], axis=2) for part in layer] for layer in cache]
-    return KeyValues(*(rearrange(part, "n b g s d -> n b s g d") for part in map(jnp.stack, zip(*parts, strict=True))))
+    if cache is None and not isinstance(layers, tuple):
+        # Scanned layers hand nothing but x on.
+        x, _ = jax.lax.scan(rematerialised(run, remat), x, layers, unroll=config.layers <= SHALLOW)
+        return _norm(config, params, x), None
+    layers = unstack(layers)
+    written = []
+    for number, layer_params in enumerate(layers):
+        own = () if cache is None else (cache[number], span, last if number == len(layers) - 1 else None)
+        x, layer_cache = run(x, layer_params, *own)
+        written.append(layer_cache)
+    return _norm(config, params, x), None if cache is None else tuple(written)
 
 
-def layer_by_layer(
-    config: LanguageConfig,
-    params: dict[str, Any],
-    x: jax.Array,
-    cache: Sequence[HeadsFirst],
-    cached: jax.Array,
-) -> tuple[jax.Array, list[HeadsFirst]]:
-    """`LanguageModel` on one new token a row, x (B, 1, D), with its layers as a tuple and their caches `apart`.
+def _norm(config: LanguageConfig, params: Params, x: jax.Array) -> jax.Array:
+    return nn.RMSNorm(config.norm_eps).apply({"params": params["norm"]}, x)
 
-    In a loop over tokens on a CPU, where a scan over stacked layers copies each before it is read, this takes half of
-    the time. The caches that it returns are apart too.
+
+def unstack(layers: Params | tuple[Params, ...], free: bool = False) -> tuple[Params, ...]:
+    """Stacked layers as a tuple, which is how a loop over tokens reads them without copying any.
+
+    Outside of a compiled function every layer gets memory of its own, except on one CPU device.
+    free: give up the memory of the stacked ones, one after another.
     """
-    rope, new = rotary(config, cached[:, None]), []
-    for layer, old in zip(params["layers"], cache, strict=True):
-        x, grown = DecoderLayer(config).apply({"params": layer}, x, rope, cached, old)
-        new.append(grown)
-    return nn.RMSNorm(config.norm_eps).apply({"params": params["norm"]}, x), new
+    if isinstance(layers, tuple):
+        return layers
+    leaves, tree = jax.tree.flatten(layers)
+    if not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        shared = one_cpu.unstack(layers)
+        if shared is not None:
+            return shared
+    columns = []
+    for leaf in leaves:
+        columns.append([leaf[at] for at in range(len(leaf))])
+        if free:
+            jax.block_until_ready(columns[-1])
+            leaf.delete()
+    return tuple(tree.unflatten(row) for row in zip(*columns, strict=True))
 
 
-def extend(cache: KeyValues, new: KeyValues, cached: jax.Array) -> KeyValues:
-    """Write new keys and values behind the first `cached` (B,) entries of each sequence's cache.
+def empty_cache(config: LanguageConfig, slots: int, capacity: int, dtype: Any) -> Cache:
+    """Zeros for `slots` sequences of `capacity` positions."""
+    shape = slots, config.kv_heads, capacity, config.head_dim
+    return tuple(LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.layers))
 
-    cache (layers, B, C, ...), new (layers, B, S, ...): row b gets positions cached[b] .. cached[b] + S - 1.
-    """
 
-    def write(old: jax.Array, fresh: jax.Array) -> jax.Array:
-        def row(o, f, at):
-            return jax.lax.dynamic_update_slice_in_dim(o, f, at, axis=1)
+def init(config: LanguageConfig, rng: jax.Array) -> Params:
+    """Fresh fp32 parameters, layers stacked."""
+    rngs = jax.random.split(rng, 3)
+    x, draw = jnp.zeros((1, 1, config.width)), nn.initializers.normal(config.width**-0.5)
 
-        return jax.vmap(row, in_axes=(1, 1, 0), out_axes=1)(old, fresh.astype(old.dtype), cached)
+    def layer(rng: jax.Array) -> Params:
+        positions = jnp.zeros((1, 1), jnp.int32)
+        return DecoderLayer(config).init(rng, x, rotary(config, positions), positions)["params"]
 
-    return KeyValues(write(cache.k, new.k), write(cache.v, new.v))
+    params = {
+        "embed": draw(rngs[0], (config.vocab_size, config.width)),
+        "layers": jax.vmap(layer)(jax.random.split(rngs[1], config.layers)),
+        "norm": nn.RMSNorm(config.norm_eps).init(rng, x)["params"],
+    }
+    if not config.tied_embeddings:
+        params["unembed"] = Linear(config.vocab_size, use_bias=False).init(rngs[2], x)["params"]
+    return params
+
+
+def embed(params: Params, ids: jax.Array) -> jax.Array:
+    """Token ids (...) -> raw embeddings (..., D)."""
+    # The table is gathered along its width first: rows of the batch and columns of the table lie on the same axis.
+    rows = constrain(params["embed"], "vocab", None)[ids]
+    if "embed_scale" in params:
+        scale = params["embed_scale"]
+        rows = rows.astype(scale.dtype) * scale[ids][..., None]
+    return constrain(rows, "batch", *[None] * ids.ndim)
+
+
+def unembed(config: LanguageConfig, params: Params, hidden: jax.Array) -> jax.Array:
+    """Hidden states (..., D) -> logits (..., V) in fp32."""
+    if not config.tied_embeddings:
+        logits = Linear(config.vocab_size, use_bias=False).apply({"params": params["unembed"]}, hidden)
+    else:
+        logits = hidden @ params["embed"].T.astype(hidden.dtype)
+        if "embed_scale" in params:
+            logits = logits * params["embed_scale"]
+    return constrain(logits.astype(jnp.float32), "batch", *[None] * (hidden.ndim - 2), "vocab")

@@ -10,17 +10,17 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from avg_llava_jax.config import ModelConfig
-from avg_llava_jax.models.attention import attention
-from avg_llava_jax.parallel.placement import constrain
+from avg_llava_jax.models.attention import dense, self_attention
+from avg_llava_jax.placement import constrain
 
 
 class Routing(NamedTuple):
-    """What the router decided and why. K = router.text_tokens.
+    """What the router decided and why. J = router.text_tokens.
 
     logits    (B, I, G)        after the layer norm; argmax chooses, the first of a tie
     pre_norm  (B, I, G)        before it: the mean over the image's tiles of the summed votes
-    votes     (B, T, R + K, G) weight of each row times its opinion; empty tile slots hold garbage
-    text_rows (B, I, K)        positions in `text` of the selected instruction tokens, -1 = none
+    votes     (B, T, R + J, G) weight of each row times its opinion; empty tile slots hold garbage
+    text_rows (B, I, J)        positions in `text` of the selected instruction tokens, -1 = none
     """
 
     logits: jax.Array
@@ -137,7 +137,7 @@ class Router(nn.Module):
     def _attend(self, x: jax.Array, tile_image: jax.Array, drop: Callable | None) -> jax.Array:
         """Self-attention over the rows of a tile (`tokens`) or over an image's tiles at each row (`tiles`).
 
-        drop: what befalls the weights in training; without it a flash kernel, or a CPU, need not hold them in memory.
+        drop: dropout of the weights in training; without it no S x S weights need to be in memory.
         """
         width, heads = x.shape[-1], self.config.router.heads
         tokens = self.config.router.attention == "tokens"
@@ -145,15 +145,11 @@ class Router(nn.Module):
         out = nn.Dense(width, name="out")
         if tokens and drop is None:
             q, k, v = (rearrange(y, "b t r (h d) -> (b t) r h d", h=heads) for y in (q, k, v))
-            return out(rearrange(attention(q, k, v), "(b t) r h d -> b t r (h d)", b=len(x)))
-        # What attends apart from the rest comes first: products of it then need no array turned round.
-        apart = "b t r (h d) -> b (t h) r d" if tokens else "b t r (h d) -> b (r h) t d"
-        q, k, v = (rearrange(y, apart, h=heads) for y in (q, k, v))
-        scores = jnp.einsum("bnqd,bnkd->bnqk", q * (width // heads) ** -0.5, k)
-        if not tokens:
-            together = tile_image[:, :, None] == tile_image[:, None, :]
-            scores = jnp.where(together[:, None], scores, jnp.finfo(scores.dtype).min)
-        weights = jax.nn.softmax(scores.astype(jnp.float32), axis=-1).astype(v.dtype)
-        mixed = jnp.einsum("bnqk,bnkd->bnqd", weights if drop is None else drop(weights), v)
+            y = self_attention(q, k, v, causal=False)
+            return out(rearrange(y, "(b t) r h d -> b t r (h d)", b=len(x)))
+        # Independent attentions come first: products of them then need no transposed array.
+        first = "b t r (h d) -> b (t h) r d" if tokens else "b t r (h d) -> b (r h) t d"
+        q, k, v = (rearrange(y, first, h=heads) for y in (q, k, v))
+        mask = None if tokens else (tile_image[:, :, None] == tile_image[:, None, :])[:, None]
         back = "b (t h) r d -> b t r (h d)" if tokens else "b (r h) t d -> b t r (h d)"
-        return out(rearrange(mixed, back, h=heads))
+        return out(rearrange(dense(q, k, v, mask, drop), back, h=heads))

@@ -1,6 +1,7 @@
 """Layers one after another: the same module scanned over stacked parameters, its activations kept or computed anew."""
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -12,6 +13,11 @@ SHALLOW = 6
 """Layers up to which a stack is unrolled: it runs faster so, and compiles soon."""
 
 KEPT = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
+
+
+def rematerialised(layer: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
+    """A pure function of one layer whose activations are kept as `remat` says."""
+    return layer if remat == "none" else jax.checkpoint(layer, prevent_cse=False, policy=KEPT[remat])
 
 
 def stack(layer: type[nn.Module], length: int, remat: Remat, in_axes: tuple = ()) -> type[nn.Module]:

@@ -1,7 +1,7 @@
 """Devices to plan for: what their makers say of them, and how XLA compiles for them where none is there.
 
-    target("v5e:8x8")   64 TPUs            libtpu compiles, `pip install 'avg_llava_jax[plan]'`
-    target("h100:8x4")  4 hosts of 8 GPUs  XLA's CUDA plugin compiles, `pip install 'avg_llava_jax[plan-gpu]'`
+    target("v5e:8x8")   64 TPUs            libtpu compiles, `pip install -e '.[plan]'`
+    target("h100:8x4")  4 hosts of 8 GPUs  XLA's CUDA plugin compiles, `pip install -e '.[plan-gpu]'`
     target("cpu:8")     8 CPU devices      of this machine
 
 Of CPUs no speed and no memory is known.
@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import topologies
+
+from avg_llava_jax import extras
 
 GIB = 2**30
 SHARE = 0.75
@@ -176,14 +178,14 @@ device_description_str: "{chip.kinds[0]}"
 def missing(chip: Chip) -> str | None:
     """The package without which nothing compiles for a chip, and the extra that brings it; None where all is there."""
     if chip.card is None:
-        return None if _installed("libtpu") else "libtpu: pip install 'avg_llava_jax[plan]'"
+        return None if _installed("libtpu") else extras.lacking("plan", "libtpu")
     needs = {
         "jax-cuda12-plugin": _installed("jax_plugins.xla_cuda12") or _installed("jax_plugins.xla_cuda13"),
         "nvidia-cuda-nvcc-cu12": _installed("nvidia.cuda_nvcc") or _installed("nvidia.cu13") or shutil.which("ptxas"),
         "nvidia-cudnn-cu12": _installed("nvidia.cudnn"),
     }
     absent = [name for name, found in needs.items() if not found]
-    return f"{', '.join(absent)}: pip install 'avg_llava_jax[plan-gpu]'" if absent else None
+    return extras.lacking("plan-gpu", ", ".join(absent)) if absent else None
 
 
 def _tpus(topology: str) -> Sequence[jax.Device]:
@@ -204,7 +206,7 @@ def _gpus(topology: str, chip: Chip, each: int, hosts: int) -> Sequence[jax.Devi
 
 def _need(topology: str) -> None:
     if absent := missing(CHIPS[topology.partition(":")[0]]):
-        raise ValueError(f"topology {topology!r} needs {absent}")
+        raise extras.MissingExtra(f"topology {topology!r} needs {absent}")
 
 
 def _installed(module: str) -> bool:

@@ -8,9 +8,8 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from avg_llava_jax import parameters
+from avg_llava_jax import parameters, placement
 from avg_llava_jax.config import ModelConfig
-from avg_llava_jax.parallel import placement
 
 AXES = ("data", "fsdp", "tensor")
 

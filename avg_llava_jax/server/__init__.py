@@ -1,1 +1,7 @@
 """The engine over HTTP, as OpenAI's chat completions: reading requests, writing replies, and a page to look at."""
+
+from avg_llava_jax import extras
+
+with extras.required("serve", "the server"):
+    import starlette  # noqa: F401
+    import uvicorn  # noqa: F401

@@ -10,10 +10,14 @@ from matplotlib import pyplot as plt
 from avg_llava_jax.training.metrics import METRICS, read_rows
 
 PLOTS = "plots"
+PREFIX = "validation/"
+"""Of the names of what is measured on held-out samples."""
 
 
 def training_curves(workdir: str | Path) -> Path | None:
     """Draw metrics.jsonl: the loss, the NLL at each granularity, and what the router does where one was trained.
+
+    What was measured on held-out samples is dashed, in the colour of the same on the training batches.
 
     Returns the path of `plots/training.png` in the workdir, None where nothing was logged.
     """
@@ -30,10 +34,16 @@ def training_curves(workdir: str | Path) -> Path | None:
     figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.4), layout="constrained", squeeze=False)
     for axis, (title, names) in zip(axes[0], panels, strict=True):
         for name in names:
-            points = [(row["step"], row[name]) for row in rows if name in row]
-            if points:
-                steps, values = zip(*points, strict=True)
-                axis.plot(steps, _smooth(values), label=name, linewidth=1.2)
+            colour = None
+            for measured in (name, PREFIX + name):
+                points = [(row["step"], row[measured]) for row in rows if measured in row]
+                if points:
+                    steps, values = zip(*points, strict=True)
+                    if measured == name:
+                        (line,) = axis.plot(steps, _smooth(values), label=name, linewidth=1.2)
+                        colour = line.get_color()
+                    else:
+                        axis.plot(steps, values, "--o", label=measured, color=colour, linewidth=1.0, markersize=2.5)
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)

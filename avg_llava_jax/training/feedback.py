@@ -1,15 +1,18 @@
-"""Feedback once, routers many: how the frozen model answers does not depend on the router, so it can be stored.
+"""Stored feedback, measured: how the frozen model answers does not depend on the router, so once is enough for many.
 
-`launch.feedback` measures it into a folder (see `data.feedback`), and the features that the model saw as well,
-if asked. `config.rglf.feedback` names the folder; RGLF then trains without running the language model, or where
-features are kept without the encoder too, to the same losses.
+`launch.feedback` measures it into a folder (see `data.feedback`), and if asked keeps the features that the model
+saw. `config.rglf.feedback` names the folder; RGLF then trains without running the language model, or where features
+are kept without the encoder too, to the same losses.
 """
 
+import dataclasses
 import functools
+import hashlib
+import json
 import math
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,46 +20,61 @@ import numpy as np
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from avg_llava_jax.config import ModelConfig
-from avg_llava_jax.data.feedback import FeedbackFolder, Stored
+from avg_llava_jax import checkpoint, parameters, stored
+from avg_llava_jax.config import ModelConfig, to_dict
+from avg_llava_jax.data.errors import BadSample
+from avg_llava_jax.data.feedback import FeedbackFolder, Stored, asked
 from avg_llava_jax.data.pipeline import WINDOW, PlannedBatches
+from avg_llava_jax.data.tokenizer import load_tokenizer
 from avg_llava_jax.models import avg_llava
 from avg_llava_jax.models.scaler import scale
 from avg_llava_jax.parallel import hosts, sharding
-from avg_llava_jax.training import losses
+from avg_llava_jax.training import losses, rglf, setup
+from avg_llava_jax.training.config import TrainConfig
 
-NOT_ARRAYS = ("ids", "skipped")
+NOT_ARRAYS = ("records", "skipped")
 """What the pipeline adds to a batch for the host alone."""
 
 
-def answer_feedback(
-    config: ModelConfig,
-    params: avg_llava.Params,
-    pyramid: jax.Array,
-    text: jax.Array,
-    batch: Mapping[str, Any],
-    execution: losses.Execution,
-) -> tuple[jax.Array, jax.Array]:
-    """Mean answer NLL in nats at every granularity (B, G), without gradient, and who has an answer, bool (B,).
+class Windows(NamedTuple):
+    """How many windows of the pipeline a set has, and how many of them were there already."""
 
-    Stored feedback (`batch["nll"]`, NaN = none) is taken as it is. A sample counts if it has an answer
-    token at every granularity.
+    count: int
+    reused: int
+
+    def __str__(self) -> str:
+        return f"{self.count} windows of {WINDOW} batches, {self.reused} of them measured before"
+
+
+def measured_by(config: ModelConfig, params: avg_llava.Params) -> dict[str, str]:
+    """Digests of what gives the answers: the weights, in their dtype, and the model config, both without the router's.
+
+    Of the ladder only the order of its axes counts: a set on more granularities serves a shorter one.
     """
-    if "nll" in batch:
-        answered = jnp.all(jnp.isfinite(batch["nll"]), axis=1)
-        return jnp.where(answered[:, None], batch["nll"], 0.0), answered
-    sums, counts = losses.granularity_nll(config, params, pyramid, text, batch, config.granularities, execution)
-    return jax.lax.stop_gradient(sums / jnp.maximum(counts, 1.0)).T, jnp.all(counts > 0, axis=0)
+    _, frozen = parameters.split(params, ("router",))
+    values = to_dict(config)
+    del values["router"], values["scaler"]["halvings"]
+    return {"weights": _digest(stored.checksums(frozen)), "model config": _digest(values)}
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _measure(
-    config: ModelConfig, params: avg_llava.Params, batch: Mapping[str, Any]
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Mean NLL (B, G), who has an answer (B,), features (B, T, P, D)."""
-    features = avg_llava.see(config, params, batch["pixels"])
-    text = avg_llava.embed(config, params, batch["text"])
-    return *answer_feedback(config, params, scale(config, features), text, batch, "per_length"), features
+def _digest(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def run(config: TrainConfig, folder: str | pathlib.Path, keep_features: bool) -> Windows:
+    """`measure` what a run of this config would ask, with its model.
+
+    Raises:
+      ValueError: it is not a run of phase rglf; and as `measure`.
+    """
+    if config.phase != "rglf":
+        raise ValueError(f"phase={config.phase}: feedback is for phase rglf")
+    mesh = sharding.make_mesh(dataclasses.asdict(config.mesh))
+    setup.check(config, mesh)
+    loaded = checkpoint.load(config.init_from, config.vision_tower or None, mesh, setup.DTYPES[config.compute_dtype])
+    model = setup.override(loaded.config, config.model)
+    batches = setup.plan_batches(config, model, load_tokenizer(loaded.tokenizer_folder), mesh)
+    return measure(model, loaded.params, batches, config.steps, folder, mesh, keep_features, config.rglf.execution)
 
 
 def measure(
@@ -67,36 +85,58 @@ def measure(
     folder: str | pathlib.Path,
     mesh: jax.sharding.Mesh,
     keep_features: bool,
-) -> None:
-    """Store the feedback on all samples that a run of `steps` steps would see, once each; goes on with a folder.
+    execution: losses.Execution = "per_length",
+) -> Windows:
+    """Store the feedback on all samples that a run of `steps` steps would see, once each.
+
+    A folder is resumed: windows of which it holds every question are not measured again, windows whose data has
+    changed are.
 
     params: in the dtype to compute in, laid out by `sharding.shardings`; features are kept in it.
     keep_features: 4 * P * D bytes a tile in float32: 24 KB for jersey, 9 MB (half of it in bfloat16) for the 7B.
 
     Raises:
-      ValueError: the folder holds feedback that was measured in another way.
+      ValueError: the folder holds feedback that was measured in another way, or with another model.
     """
     dtype = str(jax.tree.leaves(params)[0].dtype) if keep_features else ""
-    store = FeedbackFolder(pathlib.Path(folder), config.granularities, dtype)
-    store.begin()
-    windows = math.ceil(steps / WINDOW)
+    store = FeedbackFolder(pathlib.Path(folder), config.granularities, dtype, measured_by(config, params))
+    store.start()
+    count = math.ceil(steps / WINDOW)
     if len(batches.parts) == 1:  # else epochs end at different times, and how far to go is for `steps` to say
-        windows = min(windows, math.ceil(len(batches.parts[0].source) / (WINDOW * batches.batch_size)))
+        count = min(count, math.ceil(batches.sizes[0] / (WINDOW * batches.batch_size)))
     known: set[str] = set()
-    process = jax.process_index()
-    with jax.set_mesh(mesh), tqdm(total=windows * WINDOW, unit="batch") as progress:
-        for window in range(windows):
-            if not hosts.agree(store.has(window, process)):
-                store.add(window, process, _window(config, params, batches, window, known, mesh, keep_features))
-            known.update(store.ids(window, process))
+    reused, process = 0, jax.process_index()
+    with jax.set_mesh(mesh), tqdm(total=count * WINDOW, unit="batch") as progress:
+        for window in range(count):
+            held, questions = store.holds(window, process), _questions(batches, window)
+            if hosts.agree(questions <= held.keys() | known):
+                reused += 1
+            else:
+                held = _window(config, execution, params, batches, window, known, mesh, keep_features)
+                store.add(window, process, held)
+            known.update(held)
             progress.update(WINDOW)
     multihost_utils.sync_global_devices("feedback is stored")
     if hosts.first():
-        store.finish(windows, jax.process_count())
+        store.finish(count, jax.process_count())
+    return Windows(count, reused)
+
+
+def _questions(batches: PlannedBatches, window: int) -> set[str]:
+    """What is asked in a window, by `asked`, in this process's rows."""
+    questions = set()
+    for number in range(window * WINDOW, (window + 1) * WINDOW):
+        for member in batches.rows_of(number):
+            try:
+                questions.add(asked(member.sample))
+            except BadSample:  # its image is gone: nothing can be asked
+                continue
+    return questions
 
 
 def _window(
     config: ModelConfig,
+    execution: losses.Execution,
     params: avg_llava.Params,
     batches: PlannedBatches,
     window: int,
@@ -104,18 +144,38 @@ def _window(
     mesh: jax.sharding.Mesh,
     keep_features: bool,
 ) -> dict[str, Stored]:
-    """The answers to one window's samples but for the known ones."""
+    """The answers to one window's samples, by `asked`, but for the known ones; NaN where there is none."""
     rows = sharding.batch_sharding(mesh)
     found: dict[str, Stored] = {}
     for number in range(window * WINDOW, (window + 1) * WINDOW):
         batch = batches[number]
         arrays = {key: value for key, value in batch.items() if key not in NOT_ARRAYS}
         arrays = jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), arrays)
-        measured = _measure(config, params, arrays)
+        measured = measure_batch(config, execution, keep_features, params, arrays)
         ours = multihost_utils.global_array_to_host_local_array(measured, mesh, rows.spec)
-        nll, answered, features = map(np.asarray, ours)
+        nll, features = map(np.asarray, ours)
         tiles = (batch["tile_image"] >= 0).sum(axis=1)
-        for row, name in enumerate(batch["ids"]):
-            if name and name not in known and answered[row]:
-                found[name] = Stored(nll[row], features[row, : tiles[row]] if keep_features else None)
+        for row, (record, sample) in enumerate(batches.rows_of(number)):
+            try:
+                question = asked(sample)
+            except BadSample:
+                continue
+            if question in known:
+                continue
+            found[question] = Stored(nll[row], features[row, : tiles[row]] if keep_features else None, record)
     return found
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def measure_batch(
+    config: ModelConfig,
+    execution: losses.Execution,
+    keep_features: bool,
+    params: avg_llava.Params,
+    batch: Mapping[str, Any],
+) -> tuple[jax.Array, jax.Array]:
+    """Mean NLL (B, G), NaN where a sample has no answer, and the features (B, T, P, D), or of no tile (B, 0, P, D)."""
+    features = avg_llava.encode_images(config, params, batch["pixels"])
+    text = avg_llava.embed(config, params, batch["text"])
+    nll, answered = rglf.feedback(config, params, scale(config, features), text, batch, execution)
+    return jnp.where(answered[:, None], nll, jnp.nan), features if keep_features else features[:, :0]

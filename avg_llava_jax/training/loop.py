@@ -5,6 +5,7 @@ depend on n alone, so a run that was killed goes on from its last checkpoint to 
 """
 
 import contextlib
+import dataclasses
 import itertools
 import math
 import os
@@ -12,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +22,25 @@ import jax.numpy as jnp
 import ml_collections
 
 from avg_llava_jax import checkpoint, parameters
+from avg_llava_jax.data.feedback import require_same_measure
 from avg_llava_jax.data.pipeline import Batch, Batches
 from avg_llava_jax.parallel import hosts, sharding
 from avg_llava_jax.training import curves, disk, setup
+from avg_llava_jax.training.config import TrainConfig, read
+from avg_llava_jax.training.feedback import measured_by
 from avg_llava_jax.training.metrics import MetricsLog, Progress, SkippedLog
-from avg_llava_jax.training.optimizer import OptimizerConfig, rate_shape
+from avg_llava_jax.training.optimizer import rate_shape
 from avg_llava_jax.training.step import Step
+from avg_llava_jax.training.validation import BEST_STEP, LOSS, Best, Validation
 
 TERMINATED = 128 + signal.SIGTERM
 """Exit code after SIGTERM, 143: what a shell reports for it, so that a scheduler sees who ended the run."""
 
 
-def train(config: ml_collections.ConfigDict, workdir: str | Path) -> None:
-    """Run a phase to its end, or on from where it was stopped.
+def train(settings: ml_collections.ConfigDict, workdir: str | Path) -> None:
+    """Run a phase to its end; a run that was stopped resumes.
 
-    `configs/` says what there is to set. `workdir` becomes a checkpoint folder, with metrics.jsonl,
+    `config.TrainConfig` says what there is to set. `workdir` becomes a checkpoint folder, with metrics.jsonl,
     skipped.jsonl, tensorboard/ and plots/. The processes of a run (see `hosts`) share it: all of them save
     their part of a checkpoint, the first writes the logs.
 
@@ -46,8 +52,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> None:
       ConnectionError: another process of the run is gone.
       SystemExit: with TERMINATED after SIGTERM to any of the processes, once a checkpoint is written.
     """
-    workdir = Path(workdir)
-    mesh = sharding.make_mesh(config.mesh)
+    config, workdir = read(settings), Path(workdir)
+    mesh = sharding.make_mesh(dataclasses.asdict(config.mesh))
     setup.check(config, mesh)
     with hosts.together():
         setup.check_alike(config, workdir)
@@ -60,21 +66,27 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> None:
     ):
         model, params = setup.begin(config, workdir, mesh)
         with contextlib.closing(setup.open_batches(config, workdir, model, mesh)) as batches:
-            run = _Run(Step(config, model, mesh))
+            step = Step(config, model, mesh)
+            run = _Run(step)
             run.begin(manager, params, batches)
+            if config.rglf.feedback:
+                require_same_measure(config.rglf.feedback, measured_by(model, run.params))
             del params  # the run has them, and gives their memory to its first step
             if run.step < config.steps:
-                _loop(config, workdir, run, manager, batches, hosts.Votes(mesh), termination)
+                held_out = setup.plan_validation(config, batches.planned)
+                validation = None if held_out is None else Validation(config, model, step, held_out)
+                _loop(config, workdir, run, manager, batches, validation, hosts.Votes(mesh), termination)
     if hosts.first():
         curves.training_curves(workdir)
 
 
 def _loop(
-    config: ml_collections.ConfigDict,
+    config: TrainConfig,
     workdir: Path,
     run: "_Run",
     manager: checkpoint.Manager,
     batches: Batches,
+    validation: Validation | None,
     votes: hosts.Votes,
     termination: "_Termination",
 ) -> None:
@@ -85,17 +97,28 @@ def _loop(
         skips = SkippedLog(workdir if hosts.first() else None, config.data.max_skipped_share)
         stack.enter_context(contextlib.closing(skips))
         progress = stack.enter_context(contextlib.closing(Progress(config.steps, out)))
-        reporter = _Reporter(config, run, log, progress)
+        reporter = _Reporter(config, run, log, progress, len(batches.planned.ladder))
+        best = Best(workdir, hosts.gather(log.best if log else None)[0])
+        every = config.evaluate_every or config.checkpoint_every
         while run.step < config.steps:
             manager.check()
             batch = next(batches)
-            ids, skipped = batch.pop("ids"), batch.pop("skipped")
+            records, skipped = batch.pop("records"), batch.pop("skipped")
+            arrays = run.place(batch)
+            if run.is_new(arrays):
+                with reporter.paused():
+                    reporter.say_shape(batch)
+                    run.compile(arrays)
             # What one process knows alone, all must know before they act on it.
-            vote = votes.cast(termination.asked, sum(map(bool, ids)), len(skipped))
+            vote = votes.cast(termination.asked, sum(map(bool, records)), len(skipped))
             # The device works on this step while the last one is reported.
-            reporter.hand_over(run.advance(batch), ids, batch)
+            reporter.hand_over(run.advance(arrays), records, batch)
             asked, used, any_skipped = jax.device_get(vote).tolist()
             skips.add(used, list(itertools.chain(*hosts.gather(skipped))) if any_skipped else [])
+            if validation is not None and (run.step == config.steps or run.step % every == 0):
+                with reporter.paused():
+                    found = _evaluate(run, validation, best, skips, progress)
+                reporter.report(found)
             if asked or run.step == config.steps or run.step % config.checkpoint_every == 0:
                 reporter.report()  # never save a state whose loss was not looked at
                 run.save(manager, batches)
@@ -110,73 +133,134 @@ def _loop(
             raise SystemExit(TERMINATED)
 
 
+def _evaluate(
+    run: "_Run", validation: Validation, best: Best, skips: SkippedLog, progress: Progress
+) -> dict[str, float]:
+    """Measure the held-out samples, and keep the model if it is the best so far; returns what goes into the log."""
+    first = validation.seen is None
+    if first:
+        progress.say("compiling the validation")
+    found = validation.run(run.ours, run.frozen)
+    if first:
+        skips.add(*validation.seen)
+    best.offer(run.step, found[LOSS], run.params)
+    return found | {BEST_STEP: best.step}
+
+
 class _Run:
-    """Parameters, optimizer state, and the step that moves them on."""
+    """Parameters, optimizer state, and the step that moves them on, compiled for each batch shape."""
 
     def __init__(self, step: Step):
         self.step = 0
         self._compiled = step
+        self._programs: dict[Any, Callable[..., Any]] = {}
 
     def begin(self, manager: checkpoint.Manager, params: parameters.Params | None, batches: Batches) -> None:
         """Take `params`, or where that is None the newest checkpoint of the run."""
         if params is None:
             restored = manager.restore(self._compiled.params, self._compiled.state, batches)
             self.step, self._state = restored.step, restored.optimizer
-            self._ours, self._frozen = self._compiled.split(restored.params)
+            self.ours, self.frozen = self._compiled.split(restored.params)
         else:
-            self._ours, self._frozen = self._compiled.split(params)
-            self._state = self._compiled.init(self._ours)
+            self.ours, self.frozen = self._compiled.split(params)
+            self._state = self._compiled.init(self.ours)
 
-    def advance(self, batch: Batch) -> dict[str, jax.Array]:
+    def place(self, batch: Batch) -> Any:
+        """This process's rows of a batch as arrays of all processes."""
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(self._compiled.rows, x), batch)
+
+    def is_new(self, arrays: Any) -> bool:
+        """Whether the step is still to be compiled for a batch of this shape."""
+        return _shape(arrays) not in self._programs
+
+    def compile(self, arrays: Any) -> None:
+        lowered = self._compiled.update.lower(self.ours, self._state, self.frozen, arrays, self._step())
+        self._programs[_shape(arrays)] = lowered.compile()
+
+    def advance(self, arrays: Any) -> dict[str, jax.Array]:
         """One optimizer step; returns its metrics before they are computed."""
-        arrays = jax.tree.map(lambda x: jax.make_array_from_process_local_data(self._compiled.rows, x), batch)
-        step = jnp.asarray(self.step, jnp.int32)
-        self._ours, self._state, metrics = self._compiled.update(self._ours, self._state, self._frozen, arrays, step)
+        program = self._programs[_shape(arrays)]
+        self.ours, self._state, metrics = program(self.ours, self._state, self.frozen, arrays, self._step())
         self.step += 1
         return metrics
 
+    def _step(self) -> jax.Array:
+        return jnp.asarray(self.step, jnp.int32)
+
+    @property
+    def params(self) -> parameters.Params:
+        """All of them."""
+        return parameters.merge(self.ours, self.frozen)
+
     def save(self, manager: checkpoint.Manager, batches: Batches) -> None:
-        manager.save(self.step, parameters.merge(self._ours, self._frozen), self._state, batches)
+        manager.save(self.step, self.params, self._state, batches)
+
+
+def _shape(arrays: Any) -> tuple[Any, ...]:
+    """What a program is compiled for: shapes and dtypes of a batch."""
+    return tuple((leaf.shape, leaf.dtype.name) for leaf in jax.tree.leaves(arrays))
 
 
 class _Reporter:
-    """Writes the metrics of a step once the next one has been handed to the device."""
+    """Writes the metrics of a step once the next one has been handed to the device.
 
-    def __init__(self, config: ml_collections.ConfigDict, run: _Run, log: MetricsLog | None, progress: Progress):
+    shapes: how many batch shapes there are to compile, as far as is known.
+    """
+
+    def __init__(self, config: TrainConfig, run: _Run, log: MetricsLog | None, progress: Progress, shapes: int):
         self._phase, self._run, self._log, self._progress = config.phase, run, log, progress
         self._batch_size, self._max_bad_steps = config.batch_size, config.max_bad_steps
         self._bad_steps = hosts.gather(log.bad_steps if log else 0)[0]  # the first process has the log
         self._peak = config.optimizer.learning_rate
-        self._rate = rate_shape(OptimizerConfig(**config.optimizer), config.steps)
+        self._rate = rate_shape(config.optimizer, config.steps)
         self._pending: tuple[int, dict[str, jax.Array], list[str], int] | None = None
-        self._shapes: set[tuple[int, ...]] = set()
+        self._settled: tuple[dict[str, float], float] | None = None
+        self._shapes, self._seen = shapes, 0
         self._since = time.monotonic()
 
-    def hand_over(self, metrics: dict[str, jax.Array], ids: list[str], batch: Batch) -> None:
-        shape = (*batch["tile_image"].shape, *batch["text"].shape[1:], *batch["targets"].shape[1:])
-        shape += tuple(index.shape[1] for index in batch["index"].values())
-        if shape not in self._shapes:
-            self._shapes.add(shape)
-            rows, tiles, text, answer, *lengths = shape
-            self._progress.say(
-                f"batch shape {len(self._shapes)}: {rows} samples of {tiles} tiles, {text} text tokens, "
-                f"{answer} of them answer, packed to {', '.join(map(str, lengths))}"
-            )
+    def hand_over(self, metrics: dict[str, jax.Array], records: list[str], batch: Batch) -> None:
         self.report()
-        tokens = int(sum(length.sum() for length in batch["length"].values())) * self._batch_size // len(ids)
-        self._pending = self._run.step, metrics, ids, tokens
+        if batch["length"]:
+            tokens = int(sum(length.sum() for length in batch["length"].values()))
+        else:  # phase grounding: patches
+            tokens = int((batch["tile_image"] >= 0).sum()) * batch["patch_words"].shape[2]
+        self._pending = self._run.step, metrics, records, tokens * self._batch_size // len(records)
 
-    def report(self) -> None:
-        """Wait for the step that is pending, check it and write it."""
+    def say_shape(self, batch: Batch) -> None:
+        """Say which batch shape is compiled, and how many there are."""
+        self._seen += 1
+        (rows, tiles), text, answer = batch["tile_image"].shape, batch["text"].shape[1], batch["targets"].shape[1]
+        lengths = ", ".join(str(index.shape[1]) for index in batch["index"].values())
+        self._progress.say(
+            f"compiling batch shape {self._seen} of {max(self._shapes, self._seen)}: {rows} samples of {tiles} tiles, "
+            f"{text} text tokens, {answer} of them answer" + (f", packed to {lengths}" if lengths else "")
+        )
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around what is no part of a step: its seconds are those of no step."""
+        self._settle()
+        yield
+        self._since = time.monotonic()
+
+    def _settle(self) -> None:
+        """Wait for the step that is pending."""
+        if self._pending is not None and self._settled is None:
+            values = {name: float(value) for name, value in jax.device_get(self._pending[1]).items()}
+            now = time.monotonic()
+            seconds, self._since = now - self._since, now
+            self._settled = values, seconds
+
+    def report(self, validation: Mapping[str, float] | None = None) -> None:
+        """Wait for the step that is pending, check it and write it, and with it what was measured after it."""
         if self._pending is None:
             return
-        (step, metrics, ids, tokens), self._pending = self._pending, None
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        now = time.monotonic()
-        seconds, self._since = now - self._since, now
+        self._settle()
+        (step, _, records, tokens), self._pending = self._pending, None
+        (values, seconds), self._settled = self._settled, None
         bad = [f"{name} is {values[name]}" for name in ("loss", "grad_norm") if not math.isfinite(values[name])]
         if bad:
-            self._pass_over(step, bad[0], ids)
+            self._pass_over(step, bad[0], records, validation or {})
             return
         if values.get("visual_tokens") == 0:  # text alone: there was nothing to choose, and zeros would mislead
             values = {name: values[name] for name in ("loss", "grad_norm")}
@@ -184,6 +268,7 @@ class _Reporter:
             "step": step,
             "phase": self._phase,
             **dict(sorted(values.items())),
+            **(validation or {}),
             "learning_rate": self._peak * float(self._rate(step - 1)),
             "tokens_per_second": tokens / seconds,
             "step_seconds": seconds,
@@ -192,16 +277,16 @@ class _Reporter:
             self._log.write(row)
         self._progress.show(row)
 
-    def _pass_over(self, step: int, what: str, ids: list[str]) -> None:
+    def _pass_over(self, step: int, what: str, records: list[str], validation: Mapping[str, float]) -> None:
         """Note a step that was not finite, and so has changed nothing, or stop the run at it."""
-        ids = list(dict.fromkeys(filter(None, itertools.chain(*hosts.gather(ids)))))
-        what += f" at step {step}; its samples are {', '.join(ids)}"
+        records = list(dict.fromkeys(filter(None, itertools.chain(*hosts.gather(records)))))
+        what += f" at step {step}; its samples are {', '.join(records)}"
         self._bad_steps += 1
         if self._bad_steps > self._max_bad_steps:
             raise FloatingPointError(f"{what}; max_bad_steps={self._max_bad_steps} such steps may be passed over")
         self._progress.say(f"{what}; passed over, {self._bad_steps} of at most {self._max_bad_steps}")
         if self._log is not None:
-            self._log.write({"step": step, "phase": self._phase, "not_finite": what, "ids": ids})
+            self._log.write({"step": step, "phase": self._phase, "not_finite": what, "records": records, **validation})
 
 
 class _Termination:

@@ -1,41 +1,44 @@
-"""What each phase minimises: pure functions of parameters and one batch (paper, sections 3.4 and 3.5)."""
+"""What the model is trained on: pure functions of parameters and one batch (paper, section 3.4). The router: `rglf`."""
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float, Int
 
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.models import avg_llava
 from avg_llava_jax.models.stack import Remat
 
-Batch = dict[str, jax.Array | dict[int, jax.Array]]
+Batch = Mapping[str, Any]
+"""Arrays as `data.pipeline.collate_rows` describes them; those of one granularity in a dict {g: array}."""
+Metrics = dict[str, Float[Array, ""]]
 Execution = Literal["per_length", "vmap"]
 
 
 def answer_nll(
     config: ModelConfig,
     params: avg_llava.Params,
-    pyramid: jax.Array,
-    text: jax.Array,
-    index: jax.Array,
-    target_at: jax.Array,
-    targets: jax.Array,
+    pyramid: Float[ArrayLike, "B T R D"],
+    text: Float[ArrayLike, "B L D"],
+    index: Int[ArrayLike, "B S"],
+    target_at: Int[ArrayLike, "B A"],
+    targets: Int[ArrayLike, "B A"],
     remat: Remat = "none",
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
     """Negative log-likelihood of each sample's answer at one granularity.
 
     Logits are formed at the A positions that predict an answer token, not at all S.
 
     Args:
-      pyramid (B, T, R, D), text (B, L, D); index int (B, S), see `assemble`.
-      target_at: int (B, A), the packed position whose next token is the target, -1 = none.
-      targets: int (B, A).
+      index: see `avg_llava.assemble`.
+      target_at: the packed position whose next token is the target, -1 = none.
+      targets: token ids.
     Returns:
-      the sum over the answer in nats (B,), and how many tokens were counted (B,), both fp32.
+      the sum over the answer in nats, and how many tokens were counted, both fp32.
     """
-    hidden, _ = avg_llava.language(config, params, avg_llava.assemble(params, pyramid, text, index), remat=remat)
+    hidden = avg_llava.decoder(config, params, avg_llava.assemble(params, pyramid, text, index), remat=remat)
     at = jnp.take_along_axis(hidden, jnp.maximum(target_at, 0)[..., None], axis=1)
     log_probs = jax.nn.log_softmax(avg_llava.unembed(config, params, at))
     # Summed rather than looked up, so that each device reads its own part of the vocabulary.
@@ -47,14 +50,14 @@ def answer_nll(
 def granularity_nll(
     config: ModelConfig,
     params: avg_llava.Params,
-    pyramid: jax.Array,
-    text: jax.Array,
+    pyramid: Float[ArrayLike, "B T R D"],
+    text: Float[ArrayLike, "B L D"],
     batch: Batch,
     granularities: Sequence[int],
     execution: Execution = "per_length",
     remat: Remat = "none",
-) -> tuple[jax.Array, jax.Array]:
-    """`answer_nll` at each granularity: sums and counts, (G, B) each.
+) -> tuple[Float[Array, "G B"], Float[Array, "G B"]]:
+    """`answer_nll` at each granularity: sums and counts.
 
     `per_length` runs one program part per granularity at its own static length. `vmap` pads all to the longest
     and maps over the granularity axis.
@@ -82,7 +85,7 @@ def language_loss(
     batch: Batch,
     granularities: Sequence[int],
     remat: Remat = "none",
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+) -> tuple[Float[Array, ""], Metrics]:
     """Next-token cross-entropy of the answers, mean over tokens, then over granularities (paper, equation 5).
 
     Serves connector pre-training, visual instruction tuning (the finest granularity alone) and
@@ -96,7 +99,9 @@ def language_loss(
     return jnp.mean(per_granularity), metrics
 
 
-def grounding_loss(config: ModelConfig, params: avg_llava.Params, batch: Batch, remat: Remat = "none"):
+def grounding_loss(
+    config: ModelConfig, params: avg_llava.Params, batch: Batch, remat: Remat = "none"
+) -> tuple[Float[Array, ""], Metrics]:
     """Each patch names what it shows: cross-entropy of its words, read straight through the unembedding.
 
     Scores are sharpened by sqrt(D), so that features come out about as long as the embeddings that they are
@@ -104,87 +109,10 @@ def grounding_loss(config: ModelConfig, params: avg_llava.Params, batch: Batch, 
 
     batch["patch_words"]: int (B, T, P, words) token ids, -1 = none; a patch's words share its probability.
     """
-    features = avg_llava.see(config, params, batch["pixels"], remat)
+    features = avg_llava.encode_images(config, params, batch["pixels"], remat)
     scores = avg_llava.unembed(config, params, features) * config.language.width**0.5
     log_probs = jax.nn.log_softmax(scores)
     words = batch["patch_words"]
     nll = -jnp.take_along_axis(log_probs, jnp.maximum(words, 0), axis=-1)
     loss = jnp.sum(jnp.where(words >= 0, nll, 0.0)) / jnp.maximum(jnp.sum(words >= 0), 1)
     return loss, {"patch_nll": loss}
-
-
-def rank_loss(scores: jax.Array, nll: jax.Array, margin: float) -> jax.Array:
-    """Ranking loss of one decision with an adaptive margin (paper, equations 8 and 9).
-
-    Args:
-      scores: (G,) log-probabilities of the router; nll: (G,); both in ascending order of nll.
-    Returns: scalar; sum over distances j of the mean over pairs (i, i + j) of
-      max(0, scores[i+j] - scores[i] + margin * j * (nll[i+j] - nll[i])).
-    """
-    total = jnp.zeros((), scores.dtype)
-    for j in range(1, len(scores)):
-        wanted = margin * j * (nll[j:] - nll[:-j])
-        total += jnp.mean(jnp.maximum(scores[j:] - scores[:-j] + wanted, 0.0))
-    return total
-
-
-def rank_by_feedback(nll: jax.Array, tie_nats: float) -> tuple[jax.Array, jax.Array]:
-    """Order granularities by how well the frozen model answered: (G,) -> nll with ties levelled, order int (G,).
-
-    Within `tie_nats` of the best counts as tied, and ties rank cheapest first. With tie_nats = 0.1:
-
-        nll [0.29, 0.24, 0.25, 0.90, 0.20]  ->  [0.20, 0.20, 0.20, 0.90, 0.20], order [0, 1, 2, 4, 3]
-    """
-    best = jnp.min(nll)
-    level = jnp.where(nll - best <= tie_nats, best, nll)
-    return level, jnp.argsort(level, stable=True)
-
-
-def feedback_loss(
-    logits: jax.Array,
-    nll: jax.Array,
-    valid: jax.Array,
-    *,
-    margin: float,
-    rank_weight: float,
-    ce_weight: float,
-    nll_weight: float = 0.0,
-    tie_nats: float = 0.0,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """RGLF: rank the granularities by log-likelihood, and choose the best one (paper, equation 10).
-
-    `nll_weight` adds the answer's NLL expected where the router draws a granularity by its probabilities p,
-
-        sum over g of p[g] * nll[g]
-
-    which is what instruction tuning through the router's choice would minimise, here without the noise of drawing.
-
-    Args:
-      logits: (M, G) router scores, one row an image; nll: (M, G) mean answer NLL in nats at each granularity.
-      valid: bool (M,); rows without an image or without labels add nothing.
-    Returns: scalar loss and its parts, with `best_chosen` (share) and `regret` (nats) of the router's argmax.
-    """
-    # An invalid row may hold anything: make it harmless before it meets a logarithm.
-    logits = jnp.where(valid[:, None], logits.astype(jnp.float32), 0.0)
-    nll = jax.lax.stop_gradient(jnp.where(valid[:, None], nll, 0.0))
-    level, order = jax.vmap(lambda row: rank_by_feedback(row, tie_nats))(nll)
-    scores = jax.nn.log_softmax(logits)
-    scores, level = (jnp.take_along_axis(rows, order, axis=1) for rows in (scores, level))
-    ranks = jax.vmap(lambda s, n: rank_loss(s, n, margin))(scores, level)
-    ce = -scores[:, 0]
-    expected = jnp.sum(jax.nn.softmax(logits) * nll, axis=1)
-
-    def mean(rows: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.where(valid, rows, 0.0)) / jnp.maximum(jnp.sum(valid), 1)
-
-    chosen = jnp.argmax(logits, axis=1)
-    regret = jnp.take_along_axis(nll, chosen[:, None], axis=1)[:, 0] - jnp.min(nll, axis=1)
-    metrics = {
-        "rank_loss": mean(ranks),
-        "ce_loss": mean(ce),
-        "expected_nll": mean(expected),
-        "best_chosen": mean((chosen == order[:, 0]).astype(jnp.float32)),
-        "regret": mean(regret),
-    }
-    weighted = ((rank_weight, "rank_loss"), (ce_weight, "ce_loss"), (nll_weight, "expected_nll"))
-    return sum(weight * metrics[name] for weight, name in weighted), metrics

@@ -43,6 +43,7 @@ class MetricsLog:
     """metrics.jsonl and TensorBoard. What was logged after step `start` is dropped: it will come again.
 
     bad_steps: how many of the steps up to `start` were passed over because they were not finite.
+    best: the lowest validation loss up to `start` and its step, the first of a tie; None = nothing was measured.
     """
 
     FLUSH = 10.0  # seconds
@@ -50,6 +51,8 @@ class MetricsLog:
     def __init__(self, workdir: Path, start: int):
         kept = [row for row in read_rows(workdir / METRICS) if row["step"] <= start]
         self.bad_steps = sum("not_finite" in row for row in kept)
+        measured = ((row["validation/loss"], row["step"]) for row in kept if "validation/loss" in row)
+        self.best: tuple[float, int] | None = min(measured, default=None)
         self._file = _rewrite(workdir / METRICS, kept)
         (workdir / TENSORBOARD).mkdir(exist_ok=True)
         # Not by tensorboardX's SummaryWriter: its thread dies of a full disk, and the run would wait for it forever.
@@ -120,18 +123,23 @@ class Progress:
     """One line that is redrawn on a terminal, or a line now and then in a file."""
 
     PATIENCE = 10.0  # seconds between lines that cannot be redrawn
-    REMEMBERED = 50  # steps that the pace is taken from; its median forgets compilation
+    REMEMBERED = 50  # steps that the pace, their median, is taken from; compilation is no part of them
 
     def __init__(self, steps: int, out: TextIO = sys.stderr):
         self._steps, self._out, self._live = steps, out, out.isatty()
         self._last = -float("inf")
         self._seconds: collections.deque[float] = collections.deque(maxlen=self.REMEMBERED)
+        self._validation = ""  # the newest
 
     def show(self, row: dict[str, Any]) -> None:
         """Draw a row of metrics.jsonl."""
         self._seconds.append(row["step_seconds"])
-        now = time.monotonic()
-        if row["step"] < self._steps and now - self._last < (0.1 if self._live else self.PATIENCE):
+        now, measured = time.monotonic(), "validation/loss" in row
+        if measured:
+            regret = f" regret {row['validation/regret']:.3g}" if "validation/regret" in row else ""
+            best = row["validation/best_step"]
+            self._validation = f"  validation {row['validation/loss']:.4f}{regret}, best at step {best}"
+        if row["step"] < self._steps and not measured and now - self._last < (0.1 if self._live else self.PATIENCE):
             return
         self._last = now
         pace = sorted(self._seconds)[len(self._seconds) // 2]
@@ -142,7 +150,7 @@ class Progress:
             if key in row
         )
         line = (
-            f"{row['phase']} {row['step']}/{self._steps}  loss {row['loss']:.4f}{extra}  "
+            f"{row['phase']} {row['step']}/{self._steps}  loss {row['loss']:.4f}{extra}{self._validation}  "
             f"{row['tokens_per_second']:.0f} tokens/s  {pace:.2f} s/step  "
             f"ETA {left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
         )

@@ -1,6 +1,5 @@
 """AdamW with a learning rate for each component."""
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,41 +10,7 @@ from jax.sharding import PartitionSpec
 
 from avg_llava_jax import parameters
 from avg_llava_jax.parallel import sharding
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-    """Settings of AdamW.
-
-    learning_rate: the peak. encoder_learning_rate, connector_learning_rate: those of these components; 0 freezes
-      one. The connector's is None where it is like the rest.
-    warmup: share of the steps in which the rate rises from 0; it then falls to 0 along a cosine.
-    weight_decay: of kernels and embeddings; norms, biases and single vectors are spared.
-    clip: the largest global norm of the gradients.
-    accumulate: micro-batches that a batch is cut into, one after another on the device.
-    """
-
-    learning_rate: float
-    encoder_learning_rate: float
-    connector_learning_rate: float | None = None
-    warmup: float = 0.03
-    weight_decay: float = 0.0
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
-    clip: float = 1.0
-    accumulate: int = 1
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.warmup < 1:
-            raise ValueError(f"optimizer.warmup={self.warmup} is a share of the steps, in [0, 1)")
-        if self.accumulate < 1:
-            raise ValueError(f"optimizer.accumulate={self.accumulate} must be at least 1")
-
-    def rate(self, component: str) -> float:
-        """The peak learning rate of a component."""
-        own = {"encoder": self.encoder_learning_rate, "connector": self.connector_learning_rate}.get(component)
-        return self.learning_rate if own is None else own
+from avg_llava_jax.training.config import OptimizerConfig
 
 
 def trainable(phase: str, config: OptimizerConfig) -> tuple[str, ...]:
@@ -101,10 +66,10 @@ def _decayed(params: parameters.Params) -> parameters.Params:
 
 
 Aux = tuple[jax.Array, dict[str, jax.Array]]
-Loss = Callable[[parameters.Params, Mapping[str, Any], jax.Array], tuple[jax.Array, Aux]]
+Loss = Callable[[parameters.Params, Mapping[str, Any], jax.Array | None], tuple[jax.Array, Aux]]
 """(params, batch, keys) -> mean loss, (weight, metrics): over how many things the loss and the metrics are means.
 
-keys (B,): one a sample, for whatever it draws at random.
+keys (B,): one a sample, for whatever it draws at random; None = it draws nothing.
 """
 
 

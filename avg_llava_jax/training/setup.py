@@ -1,32 +1,39 @@
 """What a run begins with: its settings checked, its model, its data."""
 
+import dataclasses
 import functools
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 from jax.experimental import multihost_utils
 
 from avg_llava_jax import checkpoint, parameters
 from avg_llava_jax.config import ModelConfig, from_dict, to_dict
 from avg_llava_jax.convert import foreign
-from avg_llava_jax.data.feedback import read_feedback
-from avg_llava_jax.data.pipeline import Batches, PlannedBatches
+from avg_llava_jax.data.errors import BadSample
+from avg_llava_jax.data.feedback import asked, read_feedback
+from avg_llava_jax.data.packing import Sample
+from avg_llava_jax.data.pipeline import WINDOW, Batches, PlannedBatches, hold_out
 from avg_llava_jax.data.sources import open_sources
 from avg_llava_jax.data.tokenizer import Tokenizer, load_tokenizer
 from avg_llava_jax.models.stack import Remat
 from avg_llava_jax.parallel import hosts, sharding
-from avg_llava_jax.training.optimizer import OptimizerConfig, trainable
+from avg_llava_jax.training.config import TrainConfig
+from avg_llava_jax.training.optimizer import trainable
 
 logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+CHECKED = 64
+"""Records that are looked up in stored feedback before a run starts."""
 MAY_CHANGE = (
     "checkpoint_every",
+    "evaluate_every",
     "max_bad_steps",
     "data.workers",
     "data.max_skipped_share",
@@ -44,7 +51,7 @@ class Start(NamedTuple):
     params: parameters.Params | None
 
 
-def begin(config: ml_collections.ConfigDict, workdir: Path, mesh: jax.sharding.Mesh) -> Start:
+def begin(config: TrainConfig, workdir: Path, mesh: jax.sharding.Mesh) -> Start:
     """The run's own checkpoint, else `init_from`, else a fresh model; writes config.json and tokenizer/.
 
     Raises:
@@ -52,7 +59,7 @@ def begin(config: ml_collections.ConfigDict, workdir: Path, mesh: jax.sharding.M
     """
     if checkpoint.steps(workdir):
         model, values = checkpoint.read_config(workdir)
-        _compare(workdir, values["training"] or {}, config.to_dict())
+        _compare(workdir, values["training"] or {}, to_dict(config))
         return Start(model, None)
     if config.init_from:
         loaded = checkpoint.load(config.init_from, config.vision_tower or None, mesh, dtypes(config), config.seed)
@@ -66,19 +73,19 @@ def begin(config: ml_collections.ConfigDict, workdir: Path, mesh: jax.sharding.M
         shardings = sharding.shardings(mesh, parameters.abstract(model))
         params = jax.jit(init, out_shardings=shardings)(jax.random.key(config.seed))
         tokenizer, trained = config.tokenizer, None
-    if config.phase != "rglf":
+    if config.phase not in ("grounding", "rglf"):
         trained = list(granularities(config, model))
     if hosts.first():
         checkpoint.copy_tokenizer(tokenizer, workdir)
         if config.init_from:
             foreign.keep_unused(config.init_from, workdir, config.vision_tower or None)
-        checkpoint.save_config(workdir, model, config.to_dict(), trained)
+        checkpoint.save_config(workdir, model, to_dict(config), trained)
     multihost_utils.sync_global_devices("config.json and tokenizer are written")
     return Start(model, params)
 
 
 def _with_fresh(
-    config: ml_collections.ConfigDict, model: ModelConfig, params: parameters.Params, mesh: jax.sharding.Mesh
+    config: TrainConfig, model: ModelConfig, params: parameters.Params, mesh: jax.sharding.Mesh
 ) -> parameters.Params:
     """`params`, in which the components of `config.fresh` are drawn anew."""
     if not config.fresh:
@@ -92,21 +99,21 @@ def _with_fresh(
     return parameters.merge(jax.jit(draw, out_shardings=sharding.shardings(mesh, shapes))(), kept)
 
 
-def override(model: ModelConfig, overrides: ml_collections.ConfigDict) -> ModelConfig:
-    """`config.model` over a model's config; what is None there stays as it is."""
+def override(model: ModelConfig, overrides: Mapping[str, Any]) -> ModelConfig:
+    """A model's config with `config.model` over it; what is None there stays as it is."""
 
-    def over(values: dict[str, Any], by: dict[str, Any]) -> dict[str, Any]:
+    def over(values: dict[str, Any], by: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in by.items():
-            if isinstance(value, dict):
-                values[key] = over(dict(values.get(key) or {}), value)
-            elif value is not None:
+            if isinstance(value, Mapping):
+                value = over(dict(values.get(key) or {}), value) or None
+            if value is not None:
                 values[key] = value
         return values
 
-    return from_dict(over(to_dict(model), overrides.to_dict()))
+    return from_dict(over(to_dict(model), overrides))
 
 
-def granularities(config: ml_collections.ConfigDict, model: ModelConfig) -> tuple[int, ...]:
+def granularities(config: TrainConfig, model: ModelConfig) -> tuple[int, ...]:
     """Those that the phase trains, ascending; unset means all."""
     chosen = tuple(sorted(config.granularities)) or model.granularities
     if not set(chosen) <= set(model.granularities):
@@ -114,14 +121,19 @@ def granularities(config: ml_collections.ConfigDict, model: ModelConfig) -> tupl
     return chosen
 
 
-def dtypes(config: ml_collections.ConfigDict) -> dict[str, Any]:
+def packed_granularities(config: TrainConfig, model: ModelConfig) -> tuple[int, ...]:
+    """Those that batches are packed at: none for phase grounding, which runs no language model."""
+    return () if config.phase == "grounding" else granularities(config, model)
+
+
+def dtypes(config: TrainConfig) -> dict[str, Any]:
     """The dtype in which the parameters of each component are held: fp32 where they learn, else that of the compute."""
-    learning = trainable(config.phase, OptimizerConfig(**config.optimizer))
+    learning = trainable(config.phase, config.optimizer)
     frozen = DTYPES[config.compute_dtype]
     return {name: jnp.float32 if name in learning else frozen for name in parameters.COMPONENTS}
 
 
-def check(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> None:
+def check(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
     """Settings that would only fail later.
 
     Raises:
@@ -130,6 +142,8 @@ def check(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> None:
     check_step(config, mesh)
     if config.checkpoint_every < 1:
         raise ValueError(f"checkpoint_every={config.checkpoint_every} must be at least 1")
+    if config.evaluate_every < 0:
+        raise ValueError(f"evaluate_every={config.evaluate_every} must not be negative")
     if config.max_bad_steps < 0:
         raise ValueError(f"max_bad_steps={config.max_bad_steps} must not be negative")
     unknown = sorted(set(config.fresh) - set(parameters.COMPONENTS))
@@ -137,34 +151,39 @@ def check(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> None:
         raise ValueError(f"fresh names {unknown[0]!r}: the components are {', '.join(parameters.COMPONENTS)}")
     if not config.data.path:
         raise ValueError("data.path is not set: give a LLaVA JSON or JSONL, or `jersey`")
-    if not config.init_from and not config.get("tokenizer"):
-        raise ValueError("init_from is not set: give a checkpoint, or a `tokenizer` to begin with fresh parameters")
+    if not config.init_from:
+        if not config.tokenizer:
+            raise ValueError("init_from is not set: give a checkpoint, or a `tokenizer` to start from fresh parameters")
+        for name in ("fresh", "vision_tower"):
+            if getattr(config, name):
+                raise ValueError(f"{name}={getattr(config, name)!r} has no effect without init_from: leave it unset")
 
 
-def check_alike(config: ml_collections.ConfigDict, workdir: Path) -> None:
+def check_alike(config: TrainConfig, workdir: Path) -> None:
     """All processes of a run were given the same; all must call it.
 
     Raises:
       ValueError: names a setting that differs, and where.
     """
-    first, *others = hosts.gather(_leaves({"workdir": str(workdir), **config.to_dict()}))
+    first, *others = hosts.gather(leaves({"workdir": str(workdir), **to_dict(config)}))
     for process, other in enumerate(others, 1):
         for name in sorted(first.keys() | other.keys()):
             if (here := first.get(name)) != (there := other.get(name)):
                 raise ValueError(f"{name}={there!r} on process {process}, {here!r} on process 0: start them alike")
 
 
-def check_step(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> None:
+def check_step(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
     """Those settings of `check` that the training step depends on."""
-    optimizer = OptimizerConfig(**config.optimizer)
+    optimizer = config.optimizer
     trainable(config.phase, optimizer)
     if config.compute_dtype not in DTYPES:
         raise ValueError(f"compute_dtype={config.compute_dtype!r}: choose {' or '.join(DTYPES)}")
     if config.remat not in get_args(Remat):
         raise ValueError(f"remat={config.remat!r}: choose {' or '.join(get_args(Remat))}")
+    _without_effect(config)
     for name in ("steps", "batch_size"):
-        if config[name] < 1:
-            raise ValueError(f"{name}={config[name]} must be at least 1")
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name}={getattr(config, name)} must be at least 1")
     parts = optimizer.accumulate * mesh.shape["data"] * mesh.shape["fsdp"]
     if config.batch_size % parts:
         raise ValueError(
@@ -173,34 +192,106 @@ def check_step(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> No
         )
 
 
-def open_batches(
-    config: ml_collections.ConfigDict, workdir: Path, model: ModelConfig, mesh: jax.sharding.Mesh
-) -> Batches:
+def _without_effect(config: TrainConfig) -> None:
+    """A setting that this run would not read is an error, not silence.
+
+    Raises:
+      ValueError: names the setting, and why it has no effect.
+    """
+    phase, trained = config.phase, parameters.TRAINED_IN[config.phase]
+    for component in ("encoder", "connector"):
+        name = f"{component}_learning_rate"
+        rate = getattr(config.optimizer, name)
+        if rate and component not in trained:
+            raise ValueError(
+                f"optimizer.{name}={rate} has no effect in phase {phase}, which trains {', '.join(trained)}: "
+                "leave it unset"
+            )
+    if phase == "rglf" and config.remat != "none":
+        raise ValueError(
+            f"remat={config.remat} has no effect in phase rglf, which has no backward pass through the model: "
+            "leave it at none"
+        )
+    if config.rglf.feedback and config.rglf.execution != "per_length":
+        raise ValueError(
+            f"rglf.execution={config.rglf.execution} has no effect with rglf.feedback, whose answers are measured: "
+            "leave it unset, or give it to launch.feedback"
+        )
+    if config.evaluate_every and not config.data.validation:
+        raise ValueError(f"evaluate_every={config.evaluate_every} has no effect without data.validation: leave it at 0")
+    if phase == "grounding" and config.granularities:
+        raise ValueError(f"granularities={config.granularities} has no effect in phase grounding: leave it unset")
+
+
+def open_batches(config: TrainConfig, workdir: Path, model: ModelConfig, mesh: jax.sharding.Mesh) -> Batches:
     """This process's rows of the batches, from the first batch on."""
-    tokenizer = load_tokenizer(workdir / checkpoint.TOKENIZER)
-    return Batches(plan_batches(config, model, tokenizer, mesh), config.data.workers)
+    planned = plan_batches(config, model, load_tokenizer(workdir / checkpoint.TOKENIZER), mesh)
+    if config.rglf.feedback:
+        _same_questions(config, planned)
+    return Batches(planned, config.data.workers)
+
+
+def _same_questions(config: TrainConfig, planned: PlannedBatches) -> None:
+    """Stored feedback must be on this data; a few records that it lacks are skipped as the run comes to them.
+
+    Raises:
+      ValueError: it is not.
+    """
+    members = list(planned.first(min(CHECKED, WINDOW * planned.batch_size)))
+    missing = [record for record, sample in members if not _is_stored(planned, sample)]
+    if len(missing) > config.data.max_skipped_share * len(members):
+        raise ValueError(
+            f"rglf.feedback={config.rglf.feedback} has no answers to {len(missing)} of the first {len(members)} "
+            f"records as they are now, {missing[0]} among them: run launch.feedback with this config and folder"
+        )
+
+
+def _is_stored(planned: PlannedBatches, sample: Sample) -> bool:
+    try:
+        return asked(sample) in planned.feedback
+    except BadSample:  # its image is missing: it will be skipped for that
+        return True
 
 
 def plan_batches(
-    config: ml_collections.ConfigDict, model: ModelConfig, tokenizer: Tokenizer, mesh: jax.sharding.Mesh | None = None
+    config: TrainConfig, model: ModelConfig, tokenizer: Tokenizer, mesh: jax.sharding.Mesh | None = None
 ) -> PlannedBatches:
     """The batches by number: the rows that lie on this process's devices of the mesh, or all of them."""
+    share = config.data.validation_share
     if tokenizer.vocab_size > model.language.vocab_size:
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, model.language.vocab_size={model.language.vocab_size}"
         )
+    parts = open_sources(config.data.path, config.data.images, config.data.max_pixels)
     return PlannedBatches(
-        parts=open_sources(config.data.path, config.data.images, config.data.max_pixels),
+        parts=parts,
         tokenizer=tokenizer,
         config=model,
-        granularities=granularities(config, model),
+        granularities=packed_granularities(config, model),
         batch_size=config.batch_size,
         seed=config.seed,
         shapes=config.data.shapes,
         words=config.phase == "grounding",
         rows=None if mesh is None else sharding.process_rows(mesh, config.batch_size),
         feedback=read_feedback(config.rglf.feedback, model.granularities) if config.rglf.feedback else None,
+        kept=None if share is None else tuple(hold_out(len(part.source), share)[0] for part in parts),
     )
+
+
+def plan_validation(config: TrainConfig, planned: PlannedBatches) -> PlannedBatches | None:
+    """`data.validation` as batches that end, of the shapes of the training batches; None where there is none.
+
+    They bring no stored feedback: the frozen model is asked once, see `validation`.
+    """
+    share = config.data.validation_share
+    if share is not None:
+        held = tuple(hold_out(len(part.source), share)[1] for part in planned.parts)
+        return dataclasses.replace(planned, kept=held, once=True, feedback=None, shapes_of=planned)
+    if not config.data.validation:
+        return None
+    images = config.data.validation_images or config.data.images
+    parts = open_sources(config.data.validation, images, config.data.max_pixels)
+    return dataclasses.replace(planned, parts=parts, kept=None, once=True, feedback=None, shapes_of=planned)
 
 
 def _same_shapes(params: parameters.Params, wanted: parameters.Params, where: str) -> None:
@@ -212,21 +303,21 @@ def _same_shapes(params: parameters.Params, wanted: parameters.Params, where: st
 
 
 def _compare(workdir: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Another phase is an error; another setting that matters is worth a warning, once the run has begun."""
+    """Another phase is an error; another setting that matters is worth a warning, once the run has started."""
     if before.get("phase") != now["phase"]:
         raise ValueError(f"{workdir} holds phase {before.get('phase')}: give phase {now['phase']} a workdir of its own")
-    before, now = _leaves(before), _leaves(now)
+    before, now = leaves(before), leaves(now)
     for name in sorted(before.keys() & now.keys()):
         if before[name] != now[name] and not name.startswith(MAY_CHANGE):
             logger.warning("%s goes on with %s=%s, it began with %s", workdir, name, now[name], before[name])
 
 
-def _leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"data.path": ...} of nested settings, with tuples as JSON has them."""
-    leaves: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):
-            leaves |= _leaves(value, f"{prefix}{key}.")
+            found |= leaves(value, f"{prefix}{key}.")
         else:
-            leaves[prefix + key] = json.loads(json.dumps(value))
-    return leaves
+            found[prefix + key] = json.loads(json.dumps(value))
+    return found

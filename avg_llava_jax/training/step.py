@@ -7,7 +7,6 @@ ahead of time for devices that are not there.
 from typing import Any
 
 import jax
-import ml_collections
 import optax
 from jax.sharding import Mesh
 
@@ -15,26 +14,28 @@ from avg_llava_jax import parameters
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.parallel import sharding
 from avg_llava_jax.training import phases, setup
-from avg_llava_jax.training.optimizer import OptimizerConfig, gradients, make_optimizer, trainable
+from avg_llava_jax.training.config import TrainConfig
+from avg_llava_jax.training.optimizer import gradients, make_optimizer, trainable
 
 
 class Step:
     """One optimizer step as compiled functions of sharded arrays.
 
     params, state: ShapeDtypeStructs, with shardings, of all parameters and of the optimizer's state. What learns is
-        fp32, and cast anew for each step; what is frozen is in the compute dtype once and for all.
+        fp32, and cast for each step; what is frozen is in the compute dtype once and for all.
     rows: the sharding of a batch's arrays.
     init: trainable parameters -> state.
-    update: (trainable parameters, state, frozen parameters, batch, step int32 ()) -> the first two anew, and the
-        metrics; the first two are donated.
+    update: (trainable parameters, state, frozen parameters, batch, step int32 ()) -> the first two after the
+        step, and its metrics; the first two are donated.
+    evaluate: (trainable parameters, frozen parameters, batch) -> the loss and its metrics without gradient and without
+        dropout, each times its weight, and the weight.
     """
 
-    def __init__(self, config: ml_collections.ConfigDict, model: ModelConfig, mesh: Mesh):
-        settings = OptimizerConfig(**config.optimizer)
+    def __init__(self, config: TrainConfig, model: ModelConfig, mesh: Mesh):
+        settings = config.optimizer
         self._names = trainable(config.phase, settings)
         optimizer = make_optimizer(settings, config.steps)
-        feedback = phases.FeedbackConfig(**config.rglf)
-        loss = phases.make_loss(config.phase, model, setup.granularities(config, model), feedback, config.remat)
+        loss = phases.make_loss(config.phase, model, setup.granularities(config, model), config.rglf, config.remat)
         dtype, seed = setup.DTYPES[config.compute_dtype], config.seed
 
         def update(ours: Any, state: Any, frozen: Any, batch: Any, step: jax.Array) -> tuple[Any, Any, Any]:
@@ -55,6 +56,12 @@ class Step:
         self.state = sharding.placed(state, sharding.state_shardings(mesh, whole, state))
         self.rows, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
         of_ours, of_frozen, of_state = (jax.tree.map(lambda x: x.sharding, tree) for tree in (ours, frozen, self.state))
+
+        def evaluate(ours: Any, frozen: Any, batch: Any) -> tuple[Any, Any]:
+            ours = sharding.constrain(jax.tree.map(lambda x: x.astype(dtype), ours))
+            value, (weight, metrics) = loss(parameters.merge(ours, frozen), batch, None)
+            return jax.tree.map(lambda x: weight * x, metrics | {"loss": value}), weight
+
         self.init = jax.jit(optimizer.init, out_shardings=of_state)
         self.update = jax.jit(
             update,
@@ -62,6 +69,7 @@ class Step:
             out_shardings=(of_ours, of_state, everywhere),
             donate_argnums=(0, 1),
         )
+        self.evaluate = jax.jit(evaluate, in_shardings=(of_ours, of_frozen, self.rows), out_shardings=everywhere)
 
     def split(self, params: parameters.Params) -> tuple[parameters.Params, parameters.Params]:
         """Parameters that learn in this phase, and those that are frozen."""

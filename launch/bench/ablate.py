@@ -23,12 +23,13 @@ from typing import Any, NamedTuple
 from absl import flags
 from flax.traverse_util import flatten_dict
 
+from avg_llava_jax.commands import cli
+from avg_llava_jax.commands import quickstart as sizes
 from avg_llava_jax.config import ModelConfig
-from avg_llava_jax.eval import evaluation, plots, policies
+from avg_llava_jax.configs import ablations
+from avg_llava_jax.eval import evaluation, plots, policies, quickstart, routing
 from avg_llava_jax.files import around, same_run, write_whole
 from avg_llava_jax.inference.api import AvgLlava
-from configs import ablations
-from launch import cli, quickstart
 
 BEGIN, END = "<!-- ablations: python -m launch.bench.ablate -->\n", "<!-- end of ablations -->\n"
 RANDOM = "random choice"
@@ -182,13 +183,13 @@ def run(
 
     todo = [pair for pair in todo if not _outcome(workdir, *pair).exists()]
     print(f"2. {len(todo)} routers to train", flush=True)
-    seen = list(evaluation.see_all(model, [question.sample for question in asked])) if todo else []
+    seen = list(routing.encode_all(model, [question.sample for question in asked])) if todo else []
     begin = time.monotonic()
     for done, pair in enumerate(todo, 1):
         name, seed = pair
         feedback, answers = frozen[unpads[pair]]
         router = quickstart.train_router(configs[pair], feedback, workdir / f"{name}-{seed}")
-        picked = policies.choices(router.config, evaluation.route_seen(router, seen))
+        picked = policies.choices(router.config, routing.route_encoded(router, seen))
         found = measure(router.config, answers, picked)
         write_whole(_outcome(workdir, name, seed), json.dumps(found, indent=1) + "\n")
         left = int((time.monotonic() - begin) / done * (len(todo) - done))
@@ -207,17 +208,17 @@ def _outcome(workdir: pathlib.Path, name: str, seed: int) -> pathlib.Path:
     return workdir / f"{name}-{seed}" / "outcome.json"
 
 
-flags.adopt_module_key_flags(quickstart)
-flags.set_default(quickstart.WORKDIR, "workdirs/ablations")
+flags.adopt_module_key_flags(sizes)
+flags.set_default(sizes.WORKDIR, "workdirs/ablations")
 ONLY = flags.DEFINE_list("only", list(ablations.ABLATIONS), "Which of configs/ablations.py, separated by commas.")
 SEEDS = flags.DEFINE_integer("seeds", 3, "Routers of each.", lower_bound=1)
 DOCUMENT = flags.DEFINE_string("document", "", "A Markdown file that the table goes into as well: docs/ablations.md.")
 
 
 def main() -> None:
-    workdir = pathlib.Path(quickstart.WORKDIR.value)
-    sizes = (quickstart.STEPS.value, quickstart.PICTURES.value, quickstart.COUNT.value)
-    print(run(workdir, cli.CHECKPOINT.value, ONLY.value, SEEDS.value, *sizes, DOCUMENT.value))
+    workdir = pathlib.Path(sizes.WORKDIR.value)
+    steps, pictures, questions = sizes.STEPS.value, sizes.PICTURES.value, sizes.QUESTIONS.value
+    print(run(workdir, cli.CHECKPOINT.value, ONLY.value, SEEDS.value, steps, pictures, questions, DOCUMENT.value))
     print(workdir / "table.md")
 
 

@@ -28,13 +28,13 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from launch import cli
+from avg_llava_jax.commands import cli
 
 if TYPE_CHECKING:
+    from avg_llava_jax.commands.planning import Program
     from avg_llava_jax.config import ModelConfig
     from avg_llava_jax.data.packing import Shape
     from avg_llava_jax.parallel.chips import Target
-    from avg_llava_jax.parallel.planning import Program
 
 TARGETS = (
     "h100:1",
@@ -69,8 +69,8 @@ ROWS = 2
 def models() -> dict[str, tuple[ModelConfig, str, dict[str, int]]]:
     """Model, compute dtype and text tokens by name: the 7B cut to `LAYERS`, and the tests' tiny model."""
     from avg_llava_jax.config import LanguageConfig, ModelConfig, VisionConfig
+    from avg_llava_jax.configs import jersey
     from avg_llava_jax.training import setup
-    from configs import jersey
 
     seven = ModelConfig(vision=VisionConfig(layers=LAYERS + 1), language=LanguageConfig(layers=LAYERS))
     tiny = setup.override(ModelConfig(), jersey.get_config("tiny").model)
@@ -97,10 +97,10 @@ def training(name: str, **settings: Any) -> Case:
     shown = " ".join(f"{key.rpartition('.')[2]}={value}" for key, value in settings.items() if key != "phase")
 
     def make(target: Target, mesh: Mapping[str, int]) -> Iterator[Program]:
-        from avg_llava_jax.parallel import planning
-        from configs import base
+        from avg_llava_jax.commands import planning
+        from avg_llava_jax.training.config import defaults
 
-        config = base.get_config()
+        config = defaults()
         config.update_from_flattened_dict({"compute_dtype": dtype, **settings})
         config.mesh.update(mesh)
         config.batch_size = ROWS * mesh["data"] * mesh["fsdp"] * config.optimizer.accumulate
@@ -110,15 +110,15 @@ def training(name: str, **settings: Any) -> Case:
 
 
 def answering(name: str, dtype: str) -> Case:
-    """What `launch.answer` runs."""
+    """What the engine runs."""
     model, _, sizes = models()[name]
     shape = _shape(model, sizes)
 
     def make(target: Target, mesh: Mapping[str, int]) -> Iterator[Program]:
-        from avg_llava_jax.parallel import planning
-        from configs import base
+        from avg_llava_jax.commands import planning
+        from avg_llava_jax.training.config import defaults
 
-        config = base.get_config()
+        config = defaults()
         config.update({"compute_dtype": dtype, "batch_size": ROWS * mesh["data"] * mesh["fsdp"]})
         config.mesh.update(mesh)
         yield from planning.answers(config, model, target, shape, 64)
@@ -127,15 +127,17 @@ def answering(name: str, dtype: str) -> Case:
 
 
 def attending(length: int, heads: tuple[int, int], size: int, causal: bool, dtype: str) -> Case:
-    """`attention` alone, forward and backward: (query heads, key heads) of one size."""
+    """`self_attention` alone, forward and backward: (query heads, key heads) of one size."""
 
     def make(target: Target, mesh: Mapping[str, int]) -> Iterator[Program]:
         import jax
         import jax.numpy as jnp
         from jax.sharding import NamedSharding
 
-        from avg_llava_jax.models.attention import attention
-        from avg_llava_jax.parallel import placement, planning, sharding
+        from avg_llava_jax import placement
+        from avg_llava_jax.commands import planning
+        from avg_llava_jax.models.attention import self_attention
+        from avg_llava_jax.parallel import sharding
 
         devices = sharding.make_mesh(mesh, target.devices)
 
@@ -145,7 +147,7 @@ def attending(length: int, heads: tuple[int, int], size: int, causal: bool, dtyp
             return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(devices, spec))
 
         def total(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-            return jnp.sum(attention(q, k, v, causal).astype(jnp.float32))
+            return jnp.sum(self_attention(q, k, v, causal).astype(jnp.float32))
 
         q, k = array(heads[0]), array(heads[1])
         with jax.set_mesh(devices):
@@ -204,7 +206,8 @@ def judge(program: Program, target: Target, mesh: Mapping[str, int], lengths: tu
     of it and `WORKSPACE`, no copy of half of it may be written, and a turn of its loop, a token, may move 1.1 times
     parameters and cache. Where parameters lie whole (no fsdp), no program may gather a tenth of them.
     """
-    from avg_llava_jax.parallel import costs, planning
+    from avg_llava_jax.commands import planning
+    from avg_llava_jax.parallel import costs
 
     begin = time.monotonic()
     made = planning.compiled(program, target)
@@ -264,7 +267,7 @@ def _bytes(size: float) -> str:
 
 
 def _shape(model: ModelConfig, sizes: dict[str, int]) -> Shape:
-    from avg_llava_jax.parallel import planning
+    from avg_llava_jax.commands import planning
 
     return planning.largest_shape(model, **sizes)
 
@@ -279,7 +282,8 @@ def child(where: str) -> None:
     """Compile what is not yet known for a target: a line `begin NAME` before each, and `end JSON` behind it."""
     import jax
 
-    from avg_llava_jax.parallel import chips, planning, sharding
+    from avg_llava_jax.commands import planning
+    from avg_llava_jax.parallel import chips, sharding
 
     topology, _, mesh = where.partition("/")
     sizes = sharding.read_sizes(mesh or "fsdp=1")

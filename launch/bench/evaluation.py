@@ -1,4 +1,4 @@
-"""How fast questions are evaluated, in batches, one at a time and by the engine: python -m launch.bench.evaluation
+"""How fast questions are evaluated, together and one at a time: python -m launch.bench.evaluation
 
 Writes `jersey` as LLaVA JSON with several questions a picture, reads it as launch.evaluate does, and answers it at
 every granularity and at the router's choice, each way twice: the first time compiles, the second is timed. Prints
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from launch import cli
+from avg_llava_jax.commands import cli
 
 if TYPE_CHECKING:
     from avg_llava_jax.eval.evaluation import Question
@@ -27,7 +27,7 @@ IMAGES = flags.DEFINE_integer("images", 500, "How many pictures they are about."
 ONE_AT_A_TIME = flags.DEFINE_integer(
     "one_at_a_time", 200, "How many of them, spread over all, are answered one at a time.", lower_bound=1
 )
-SLOTS = flags.DEFINE_integer("slots", 8, "Answers that grow together in the engine.", lower_bound=1)
+SLOTS = flags.DEFINE_integer("slots", 32, "Answers that grow together in the engine.", lower_bound=1)
 OUTPUT = flags.DEFINE_string("output", None, "Where the JSON goes.")
 
 Way = Callable[[], "list[Record]"]
@@ -71,14 +71,12 @@ def differing(some: Sequence[Record], others: Sequence[Record]) -> list[str]:
 def measure(model: Any, questions: Sequence[Question]) -> dict[str, Any]:
     """{"questions", "ways": {name: {"questions", "seconds", "questions_a_second", "compilations", "differing"}}}."""
     from avg_llava_jax.eval import evaluation
-    from avg_llava_jax.eval import questions as engine
 
     some = min(ONE_AT_A_TIME.value, len(questions))
     spread = [questions[at * len(questions) // some] for at in range(some)]
     ways: dict[str, Way] = {
-        "in batches": lambda: evaluation.answer_all(model, questions),
+        "together": lambda: evaluation.answer_all(model, questions, batch_size=SLOTS.value),
         "one at a time": lambda: evaluation.answer_all(model, spread, batch_size=1),
-        "by the engine": lambda: engine.answer_all(model, questions, slots=SLOTS.value),
     }
     report: dict[str, Any] = {"questions": len(questions), "ways": {}}
     batched: list[Record] = []

@@ -15,7 +15,7 @@ import time
 
 from absl import flags
 
-from launch import cli
+from avg_llava_jax.commands import cli
 
 LLAMA_3 = {"kv_heads": 8, "mlp_width": 8192, "vocab_size": 128256, "tied_embeddings": True}
 SIZES = {
@@ -34,10 +34,9 @@ def write_source(folder: pathlib.Path) -> None:
     """An AVG-LLaVA in the released layout; its weights are one random block over and over."""
     import numpy as np
 
-    from avg_llava_jax import checkpoint
+    from avg_llava_jax import ASSETS, checkpoint
     from avg_llava_jax.config import LanguageConfig, ModelConfig, RouterConfig
     from avg_llava_jax.convert import convert, foreign, layouts, tensors
-    from configs import base
 
     config = ModelConfig(
         language=LanguageConfig(**SIZES[SIZE.value]), router=RouterConfig(attention="tiles"), unpad="released"
@@ -49,7 +48,7 @@ def write_source(folder: pathlib.Path) -> None:
     block = np.random.default_rng(0).normal(0, 0.02, 2**20).astype(dtype)
     tensors.save(folder, announced, lambda name: np.resize(block, announced[name][0]), int(SHARD_SIZE.value * 2**30))
     convert.write_json(folder / "config.json", layouts.released_config(config, {}, router=True, tower=""))
-    for path in (base.ASSETS / checkpoint.TOKENIZER).iterdir():
+    for path in (ASSETS / checkpoint.TOKENIZER).iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
 
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from launch import cli
+from avg_llava_jax.commands import cli
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import optax
 from PIL import Image
@@ -28,8 +27,9 @@ from avg_llava_jax.data.pipeline import collate_rows
 from avg_llava_jax.models import avg_llava
 from avg_llava_jax.models.scaler import scale
 from avg_llava_jax.parallel import sharding
-from avg_llava_jax.training import feedback, losses, phases, setup
-from avg_llava_jax.training.optimizer import OptimizerConfig, make_optimizer
+from avg_llava_jax.training import losses, rglf, setup
+from avg_llava_jax.training.config import TrainConfig
+from avg_llava_jax.training.optimizer import make_optimizer
 from avg_llava_jax.training.step import Step
 
 Run = Callable[[], Any]
@@ -89,7 +89,7 @@ class Part(NamedTuple):
     run: Run
 
 
-def parts(config: ml_collections.ConfigDict, model: ModelConfig, whole: Whole, batch: Any) -> Iterator[Part]:
+def parts(config: TrainConfig, model: ModelConfig, whole: Whole, batch: Any) -> Iterator[Part]:
     """The parts of a step, one after another on the mesh in use; run each before the next is asked for.
 
     In phase `rglf` two more, which are none: all granularities as one program, `per_length` and `vmap`.
@@ -100,9 +100,7 @@ def parts(config: ml_collections.ConfigDict, model: ModelConfig, whole: Whole, b
     yield Part("optimizer", _optimizer(config, whole))
 
 
-def _of_the_model(
-    config: ml_collections.ConfigDict, model: ModelConfig, params: parameters.Params, batch: Any
-) -> Iterator[Part]:
+def _of_the_model(config: TrainConfig, model: ModelConfig, params: parameters.Params, batch: Any) -> Iterator[Part]:
     """All but the optimizer; params in the compute dtype."""
     learns, remat = config.phase != "rglf", config.remat
 
@@ -118,9 +116,10 @@ def _of_the_model(
 
     sees = {name: params[name] for name in ("encoder", "connector")}
     speaks = {name: params[name] for name in ("language", "image_newline")}
-    yield Part("encode", timed(lambda p, pixels: avg_llava.see(model, p, pixels, remat), sees, fixed=batch["pixels"]))
+    encoded = timed(lambda p, pixels: avg_llava.encode_images(model, p, pixels, remat), sees, fixed=batch["pixels"])
+    yield Part("encode", encoded)
 
-    features = jax.jit(lambda p, pixels: avg_llava.see(model, p, pixels))(sees, batch["pixels"])
+    features = jax.jit(lambda p, pixels: avg_llava.encode_images(model, p, pixels))(sees, batch["pixels"])
     yield Part("pool", timed(lambda features, _: scale(model, features), features))
 
     pyramid = jax.jit(lambda features: scale(model, features))(features)
@@ -137,7 +136,7 @@ def _of_the_model(
     if not learns:
         for execution in ("per_length", "vmap"):
             measured = jax.jit(
-                lambda p, pyramid, text, batch, execution=execution: feedback.answer_feedback(
+                lambda p, pyramid, text, batch, execution=execution: rglf.feedback(
                     model, p, pyramid, text, batch, execution
                 )
             )
@@ -146,11 +145,10 @@ def _of_the_model(
 
 
 def _router(
-    config: ml_collections.ConfigDict, model: ModelConfig, router: Any, pyramid: jax.Array, text: jax.Array, batch: Any
+    config: TrainConfig, model: ModelConfig, router: Any, pyramid: jax.Array, text: jax.Array, batch: Any
 ) -> Run:
     """Router and loss, forward and backward, given what the frozen model answered."""
-    settings = phases.FeedbackConfig(**config.rglf)
-    weights = {name: getattr(settings, name) for name in ("margin", "rank_weight", "ce_weight", "tie_nats")}
+    weights = {name: getattr(config.rglf, name) for name in ("margin", "rank_weight", "ce_weight", "tie_nats")}
 
     @jax.jit
     def both(router: Any, pyramid: jax.Array, text: jax.Array, batch: Any) -> Any:
@@ -159,17 +157,16 @@ def _router(
 
         def loss(router: Any) -> jax.Array:
             logits = avg_llava.route(model, {"router": router}, pyramid, text, batch, keys).logits[:, 0]
-            return losses.feedback_loss(logits, nll, jnp.ones(len(text), bool), **weights)[0]
+            return rglf.rglf_loss(logits, nll, jnp.ones(len(text), bool), **weights)[0]
 
         return jax.value_and_grad(loss)(router)
 
     return lambda: both(router, pyramid, text, batch)
 
 
-def _optimizer(config: ml_collections.ConfigDict, whole: Whole) -> Run:
+def _optimizer(config: TrainConfig, whole: Whole) -> Run:
     """AdamW on the run's own parameters and state, which it moves on; both are donated."""
-    settings = OptimizerConfig(**config.optimizer)
-    optimizer, dtype = make_optimizer(settings, config.steps), setup.DTYPES[config.compute_dtype]
+    optimizer, dtype = make_optimizer(config.optimizer, config.steps), setup.DTYPES[config.compute_dtype]
     grads = jax.jit(lambda ours: sharding.constrain(jax.tree.map(lambda x: x.astype(dtype) * 1e-3, ours)))(whole.ours)
 
     def update(ours: Any, state: Any, grads: Any) -> Any:

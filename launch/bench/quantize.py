@@ -9,7 +9,7 @@ from typing import Any
 
 from absl import flags
 
-from launch import cli
+from avg_llava_jax.commands import cli
 
 DATA = flags.DEFINE_string(
     "data", "jersey?split=test&size=512&paired=true", "Questions: a LLaVA JSON, JSONL or jersey."

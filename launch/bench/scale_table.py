@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from launch import cli
+from avg_llava_jax.commands import cli
 
 if TYPE_CHECKING:
-    from avg_llava_jax.parallel.planning import Plan
+    from avg_llava_jax.commands.planning import Plan
 
 DOCUMENT = flags.DEFINE_string("document", "docs/scale.md", "Where the tables stand.")
 WORKDIR = flags.DEFINE_string("workdir", "workdirs/scale_table", "Keeps what is known already.")
@@ -89,13 +89,14 @@ def head(*first: str) -> str:
 
 
 def config_of(name: str, settings: dict[str, Any]) -> Any:
-    config = importlib.import_module(f"configs.{name}").get_config()
+    config = importlib.import_module(f"avg_llava_jax.configs.{name}").get_config()
     config.update_from_flattened_dict(settings)
     return config
 
 
 def rows() -> Iterator[str]:
-    from avg_llava_jax.parallel import chips, planning
+    from avg_llava_jax.commands import planning
+    from avg_llava_jax.parallel import chips
 
     yield head("answering", "parameters", "cache")
     for topology, settings in ANSWERING:

@@ -6,7 +6,7 @@ where arrays were left on the device.
 
 from absl import flags
 
-from launch import cli
+from avg_llava_jax.commands import cli
 
 REQUESTS = flags.DEFINE_integer("requests", 1000, "How many in all.", lower_bound=1)
 IN_FLIGHT = flags.DEFINE_integer("in_flight", 32, "How many at once.", lower_bound=1)

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
-MODELING = pathlib.Path(__file__).parents[1] / "avg_llava_jax" / "assets" / "pytorch" / "modeling_avg_llava.py"
+MODELING = pathlib.Path(__file__).parents[2] / "avg_llava_jax" / "assets" / "pytorch" / "modeling_avg_llava.py"
 
 
 def load_router() -> type[nn.Module]:

@@ -11,6 +11,7 @@ Model FLOPs are the matrix products that the model asks for, 2 x M x N x K each,
 learns (`parallel/costs.py`); what rematerialisation, padding to one length or encoding again adds is not counted.
 """
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -24,13 +25,12 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from launch import cli
+from avg_llava_jax.commands import cli
 
 if TYPE_CHECKING:
-    import ml_collections
-
     from avg_llava_jax.config import ModelConfig
     from avg_llava_jax.data.packing import Shape
+    from avg_llava_jax.training.config import TrainConfig
 
 PHASES = ("rglf", "multi_granularity")
 SHAPE = flags.DEFINE_enum("shape", "jersey", ["jersey", "mid", "7b"], "Sizes of the model.")
@@ -52,10 +52,8 @@ WARM_UP = 2  # runs before the clock starts: the first compiles
 
 def model_of(shape: str, layers: int | None) -> "ModelConfig":
     """jersey: as the project ships it. mid: CLIP-B at 336 pixels and 1024 x 8. 7b: AVG-LLaVA."""
-    import dataclasses
-
     from avg_llava_jax.config import LanguageConfig, ModelConfig, VisionConfig, from_dict
-    from configs import jersey
+    from avg_llava_jax.configs import jersey
 
     mid = ModelConfig(
         vision=VisionConfig(width=768, layers=12, heads=12, mlp_width=3072),
@@ -66,13 +64,12 @@ def model_of(shape: str, layers: int | None) -> "ModelConfig":
     return dataclasses.replace(model, language=language)
 
 
-def config_of(phase: str, rows: int, dtype: str, remat: str) -> "ml_collections.ConfigDict":
-    """Settings of `launch.train` for a phase."""
-    from configs import base
+def config_of(phase: str, rows: int, dtype: str, remat: str) -> "TrainConfig":
+    """Settings of `launch.train` for a phase; RGLF has no backward pass through the model that could compute again."""
+    from avg_llava_jax.training.config import TrainConfig
 
-    config = base.get_config()
-    config.update({"phase": phase, "batch_size": rows, "compute_dtype": dtype, "remat": remat})
-    return config
+    remat = "none" if phase == "rglf" else remat
+    return TrainConfig(phase=phase, batch_size=rows, compute_dtype=dtype, remat=remat)
 
 
 def peak() -> tuple[float, str]:
@@ -107,7 +104,7 @@ def seconds(runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, li
     return {name: [each[name] for each in took] for name in runs}
 
 
-def measure(config: "ml_collections.ConfigDict", model: "ModelConfig", shape: "Shape", repeats: int) -> dict[str, Any]:
+def measure(config: "TrainConfig", model: "ModelConfig", shape: "Shape", repeats: int) -> dict[str, Any]:
     """Seconds of the step and of its parts, and their model FLOPs."""
     import jax
 
@@ -118,14 +115,14 @@ def measure(config: "ml_collections.ConfigDict", model: "ModelConfig", shape: "S
     from launch.bench import parts as bench_parts
 
     rows = config.batch_size
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = sharding.make_mesh(dataclasses.asdict(config.mesh))
     setup.check_step(config, mesh)
     work = costs.step_flops(model, config.phase, model.granularities, rows, shape)
     with jax.set_mesh(mesh):
         steps = {}
         for execution in ("per_length", "vmap") if config.phase == "rglf" else ("per_length",):
-            config.rglf.execution = execution
-            steps[execution] = Step(config, model, mesh)
+            rglf = dataclasses.replace(config.rglf, execution=execution)
+            steps[execution] = Step(dataclasses.replace(config, rglf=rglf), model, mesh)
         step = steps["per_length"]
         places = jax.tree.map(lambda leaf: leaf.sharding, step.params)
         dtypes = setup.dtypes(config)
@@ -154,7 +151,7 @@ def measure(config: "ml_collections.ConfigDict", model: "ModelConfig", shape: "S
 
 
 def baseline(
-    config: "ml_collections.ConfigDict", model: "ModelConfig", shape: "Shape", platform: str, devices: int, repeats: int
+    config: "TrainConfig", model: "ModelConfig", shape: "Shape", platform: str, devices: int, repeats: int
 ) -> dict[str, Any]:
     """What `torch_baseline` measures on one device, its share of the batch; {"left_out": why} without it."""
     rows = max(1, config.batch_size // devices)
@@ -170,7 +167,7 @@ def baseline(
     return {"batch_size": rows, **json.loads(done.stdout)}
 
 
-def baseline_work(config: "ml_collections.ConfigDict", model: "ModelConfig", platform: str) -> dict[str, Any]:
+def baseline_work(config: "TrainConfig", model: "ModelConfig", platform: str) -> dict[str, Any]:
     """What `launch.bench.torch_baseline` must know of a step, as JSON values."""
     from avg_llava_jax.config import to_dict
     from avg_llava_jax.convert import llava_next
@@ -185,7 +182,7 @@ def baseline_work(config: "ml_collections.ConfigDict", model: "ModelConfig", pla
         "granularities": list(model.granularities),
         "text_config": values["text_config"],
         "vision_config": values["vision_config"],
-        "rglf": config.rglf.to_dict(),
+        "rglf": dataclasses.asdict(config.rglf),
         "learning_rate": config.optimizer.learning_rate,
     }
 
@@ -250,8 +247,8 @@ def main() -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch comes first, and needs room
     import jax
 
+    from avg_llava_jax.commands import planning
     from avg_llava_jax.files import write_json
-    from avg_llava_jax.parallel import planning
 
     platform, devices = jax.default_backend(), jax.device_count()
     dtype = COMPUTE.value or ("float32" if platform == "cpu" else "bfloat16")

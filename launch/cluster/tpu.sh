@@ -14,7 +14,7 @@ queue() { gcloud compute tpus queued-resources "$1" "${at[@]}" "${@:2}"; }
 everywhere() { gcloud compute tpus tpu-vm ssh "${at[@]}" --worker=all --command="$1"; }
 copy() {
   everywhere "mkdir -p avg_llava_jax" &&
-    gcloud compute tpus tpu-vm scp avg_llava_jax configs launch pyproject.toml requirements.txt README.md LICENSE \
+    gcloud compute tpus tpu-vm scp avg_llava_jax launch pyproject.toml requirements.txt README.md LICENSE \
       "$TPU:avg_llava_jax" --zone="$ZONE" --worker=all --recurse
 }
 install='cd avg_llava_jax && (. launch/install.sh -r requirements.txt "jax[tpu]")'

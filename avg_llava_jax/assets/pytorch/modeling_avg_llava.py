@@ -2,7 +2,7 @@
 
     processor = AutoProcessor.from_pretrained(FOLDER)
     model = AutoModelForImageTextToText.from_pretrained(FOLDER, trust_remote_code=True)
-    model.generate(**processor(images=image, text=prompt, return_tensors="pt"), max_new_tokens=64)
+    model.generate(**processor(images=image.convert("RGB"), text=prompt, return_tensors="pt"), max_new_tokens=64)
 
 Lan et al., "AVG-LLaVA: An Efficient Large Multimodal Model with Adaptive Visual Granularity", Findings of ACL 2025.
 This file needs torch and transformers alone. The weights are those of a `LlavaNextForConditionalGeneration`, which

@@ -12,6 +12,7 @@ Files may lie anywhere below the folder; fields come out named as in the hub's l
 
 from __future__ import annotations
 
+import filecmp
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -158,10 +159,13 @@ def _json(path: Path, kind: type) -> Any:
 
 
 def _file(folder: Path, name: str) -> Path:
-    """The file of that name that lies nearest to the folder."""
+    """The file of that name that lies nearest to the folder; an error where another one says something else."""
     found = sorted(folder.rglob(name), key=lambda path: (len(path.parts), path))
     if not found:
         raise FileNotFoundError(f"{folder} has neither *.parquet nor {name}")
+    for other in found[1:]:
+        if not filecmp.cmp(found[0], other, shallow=False):
+            raise ValueError(f"{found[0]} and {other} differ: give the folder of one of them as --data")
     return found[0]
 
 

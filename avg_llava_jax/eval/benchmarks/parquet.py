@@ -38,18 +38,28 @@ def download(task: Benchmark, repository: str) -> Path:
 
 
 def rows(task: Benchmark, folder: Path, files: Sequence[Path], images: bool) -> Iterator[Row]:
-    """Rows of the split; without `images` their references are left out, and image columns are not read."""
+    """Rows of the split; without `images` their references are left out, and image columns are not read.
+
+    Raises:
+      ValueError: a file is not what it has to be, or the split is there twice, as in two snapshots of a hub cache.
+    """
     chosen = _of_split(task, folder, files, task.config)
     seen: Seen = {}
     by_id: dict[str, ImageRef | None] = {}
     if images and task.image_config:
         for path in _of_split(task, folder, files, task.image_config):
             for where, values in _read(path, ["id", "image"], []):
-                by_id[str(values["id"])] = _image(path, where, "image", values["image"], seen)
+                image = _image(path, where, "image", values["image"], seen)
+                if by_id.setdefault(str(values["id"]), image) != image:
+                    raise ValueError(f"{where}: image {values['id']!r} is there already, with other bytes: keep one")
+    unnamed: set[Path] = set()  # folders of rows that no id tells apart
     for path in chosen:
         columns = () if task.image_config or not images else task.image_fields
         needed = [*task.fields, *columns[:1]]  # MMMU's further images are not in every file
         for where, values in _read(path, needed, [*task.optional, *task.id, *columns[1:]]):
+            if all(values.get(name) is None for name in task.id):
+                unnamed.add(path.parent)
+                _once(task, unnamed)
             found = {name: _image(path, where, name, values.pop(name, None), seen) for name in columns}
             if images and task.image_config:
                 found = {"image": by_id.get(values["imageId"])}
@@ -65,7 +75,38 @@ def _of_split(task: Benchmark, folder: Path, files: Sequence[Path], config: str 
         wanted = f"config {config!r}, split {task.split!r}" if config else f"split {task.split!r}"
         there = _listing(str(name) for _, name in inside)
         raise ValueError(f"{folder} has no parquet file of {task.name}'s {wanted}; there are {there}")
+    for parent in {path.parent for path in of_split}:
+        _complete(sorted(path for path in of_split if path.parent == parent))
     return of_split
+
+
+def _once(task: Benchmark, folders: set[Path]) -> None:
+    """Rows without ids come from one folder: those of a second one may be the same again."""
+    if len(folders) > 1:
+        one, other = sorted(folders)[:2]
+        raise ValueError(
+            f"{task.name}'s split {task.split!r} is there twice, in {one} and in {other}: give one of them as --data"
+        )
+
+
+def _complete(files: Sequence[Path]) -> None:
+    """The shards `NAME-00000-of-00002.parquet`, ... of a folder are those of one writing, and all of them."""
+    shards = [(path, found) for path in files if (found := re.search(r"-(\d{5})-of-(\d{5})\.", path.name))]
+    counts: dict[str, set[int]] = {}
+    for path, found in shards:
+        counts.setdefault(path.name[: found.start()], set()).add(int(found[2]))
+    for name, totals in counts.items():
+        there = {path.name for path in files}
+        if len(totals) > 1:
+            first, second = sorted(totals)[:2]
+            raise ValueError(
+                f"{files[0].parent} holds {name} twice, in {first} and in {second} shards: remove the older ones"
+            )
+        (total,) = totals
+        missing = [f"{name}-{n:05}-of-{total:05}.parquet" for n in range(total)]
+        missing = [shard for shard in missing if shard not in there]
+        if missing:
+            raise ValueError(f"{files[0].parent} lacks {missing[0]}: the split is not whole")
 
 
 def _read(path: Path, needed: Sequence[str], welcome: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -15,17 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from avg_llava_jax.data.errors import BadSample
-from avg_llava_jax.data.images import ImageRef
+from avg_llava_jax.data.images import MAX_PIXELS, ImageRef
 from avg_llava_jax.eval.benchmarks import originals, parquet
 from avg_llava_jax.eval.benchmarks.metrics import CIRCLE, Fields
 from avg_llava_jax.eval.benchmarks.rows import Row
 from avg_llava_jax.eval.benchmarks.tasks import MMBENCH, MME, Benchmark
 
 
-def read(task: Benchmark, data: str | os.PathLike[str], images: bool = True) -> list[Row]:
+def read(task: Benchmark, data: str | os.PathLike[str], images: bool = True, max_pixels: int = MAX_PIXELS) -> list[Row]:
     """All rows of the benchmark's split, in the order of the files' names and of the rows in them.
 
     data: the data set's folder as downloaded, or its id on the hub.
+    max_pixels: of an image; see `ImageRef`.
 
     Raises:
       FileNotFoundError, ValueError: in one line; a row that cannot be used is named by file and number.
@@ -39,13 +40,18 @@ def read(task: Benchmark, data: str | os.PathLike[str], images: bool = True) -> 
     if not rows:
         raise ValueError(f"{folder} has no rows of {task.name}'s split {task.split!r}")
     _check_ids(task, rows)
+    bounded: dict[ImageRef, ImageRef] = {}  # an image of several rows stays one object
+    for row in rows:
+        for name, image in row.images.items():
+            if image is not None and image.max_pixels != max_pixels:
+                row.images[name] = bounded.setdefault(image, dataclasses.replace(image, max_pixels=max_pixels))
     return rows
 
 
 def locate(task: Benchmark, data: str) -> str:
     """Where one of several benchmarks lies below a folder: in one named as lmms-eval, the hub or the paper does.
 
-    `hub` in place of a folder is the hub itself. Raises FileNotFoundError.
+    `hub` in place of a folder is the hub itself. Raises FileNotFoundError, ValueError: not there, or twice.
     """
     if data == "hub":
         return task.hub
@@ -53,6 +59,8 @@ def locate(task: Benchmark, data: str) -> str:
     found = [path for path in sorted(Path(data).glob("*")) if path.is_dir() and path.name.lower() in names]
     if not found:
         raise FileNotFoundError(f"--data={data} has no folder for {task.name}: name it {' or '.join(sorted(names))}")
+    if len(found) > 1:
+        raise ValueError(f"--data={data} has {task.name} twice, as {found[0].name} and as {found[1].name}: keep one")
     return str(found[0])
 
 

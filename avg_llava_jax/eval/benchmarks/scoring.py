@@ -62,7 +62,7 @@ def interval(
 
 
 def score(task: Benchmark, rows: Sequence[Row], answers: Answers) -> dict[str, Any]:
-    """{"task", "n", "missing", "metrics"}: what `launch.score` writes."""
+    """{"task", "n", "missing", "metrics"}: what `avg-llava score` writes."""
     sums = tally(task, rows, answers, grade(task, rows, answers))
     missing = sum(answer is None for answer in answers)
     return {"task": task.name, "n": len(rows), "missing": missing, "metrics": metrics(task, sums)}

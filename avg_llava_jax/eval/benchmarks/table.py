@@ -81,7 +81,8 @@ def _out_of_100(report: Report) -> Report:
     score, part = report["score"], 100 / report["full"]
     scaled = {name: value * part for name, value in score.items() if name != "fixed"}
     scaled["fixed"] = {g: value * part for g, value in score["fixed"].items()}
-    paper = report["paper"] | {name: report["paper"][name] * part for name in ("llava_next", "avg_llava")}
+    scores = {name: report["paper"][name] for name in ("llava_next", "avg_llava")}
+    paper = report["paper"] | {name: None if one is None else one * part for name, one in scores.items()}
     return report | {"score": scaled, "paper": paper}
 
 

@@ -11,16 +11,27 @@ import dataclasses
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from avg_llava_jax.eval.benchmarks import letters, metrics, mmmu, words
 from avg_llava_jax.eval.benchmarks.letters import Pick, lettered
 from avg_llava_jax.eval.benchmarks.metrics import Fields, Summary
 
-PROFILES = ("lmms_eval", "paper")
-
 _WORD = "Answer the question using a single word or phrase."
 _LETTER = "Answer with the option's letter from the given choices directly."
+
+
+class Paper(NamedTuple):
+    """What the paper's tables say of a benchmark.
+
+    llava_next, avg_llava: scores of LLaVA-NeXT-7B and AVG-LLaVA-7B. cut, speedup: the share of visual tokens that
+    AVG-LLaVA saves, and its speed against LLaVA-NeXT; None where the paper does not give them.
+    """
+
+    llava_next: float
+    avg_llava: float
+    cut: float | None = None
+    speedup: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -34,8 +45,7 @@ class Benchmark:
     prompt: (fields, profile) -> text. gold: fields -> what the grader compares with; ValueError where there is none.
     grade: (answer, gold, draw) -> [0, 1]. summary: from grades to metrics.
     headline: the metric of the paper's table, which holds `scale` times it; `full` is its best possible score there.
-    new_tokens: longest answer. paper: LLaVA-NeXT-7B, AVG-LLaVA-7B; cut, speedup: its share of visual tokens saved
-    and its speed against LLaVA-NeXT, as far as the paper gives them.
+    new_tokens: longest answer. paper: the paper's numbers, None for a benchmark that it does not have.
     image_config: where images lie in a config of their own, by `id`.
     images: (fields, profile) -> names of the image fields that the prompt shows, in order.
     text_only: a record may be without its image.
@@ -52,12 +62,10 @@ class Benchmark:
     summary: Summary
     headline: str
     new_tokens: int
-    paper: tuple[float, float]
+    paper: Paper | None = None
     config: str | None = None
     scale: float = 100.0
     full: float = 100.0
-    cut: float | None = None
-    speedup: float | None = None
     optional: tuple[str, ...] = ()
     id: tuple[str, ...] = ()
     image_fields: tuple[str, ...] = ("image",)
@@ -112,7 +120,7 @@ def _followed_by(instruction: str, field: str = "question") -> Callable[[Fields,
 GQA = Benchmark(
     name="gqa",
     title="GQA",
-    hub="lmms-lab/GQA",
+    hub="lmms-lab-encoder/GQA",
     config="testdev_balanced_instructions",
     image_config="testdev_balanced_images",
     split="testdev",
@@ -124,9 +132,7 @@ GQA = Benchmark(
     summary=metrics.mean("exact_match"),
     headline="exact_match",
     new_tokens=16,
-    paper=(64.2, 63.0),
-    cut=0.80,
-    speedup=1.14,
+    paper=Paper(64.2, 63.0, cut=0.80, speedup=1.14),
 )
 
 
@@ -138,7 +144,7 @@ def _scienceqa_prompt(fields: Fields, profile: str) -> str:
 SCIENCEQA = Benchmark(
     name="scienceqa_img",
     title="ScienceQA",
-    hub="lmms-lab/ScienceQA",
+    hub="lmms-lab-encoder/ScienceQA",
     config="ScienceQA-IMG",
     split="test",
     fields={"question": str, "choices": list, "answer": int},
@@ -150,15 +156,13 @@ SCIENCEQA = Benchmark(
     summary=metrics.mean("exact_match"),
     headline="exact_match",
     new_tokens=16,
-    paper=(70.1, 71.1),
-    cut=0.549,
-    speedup=1.41,
+    paper=Paper(70.1, 71.1, cut=0.549, speedup=1.41),
 )
 
 VIZWIZ = Benchmark(
     name="vizwiz_vqa_val",
     title="VizWiz",
-    hub="lmms-lab/VizWiz-VQA",
+    hub="lmms-lab-encoder/VizWiz-VQA",
     split="val",
     fields={"question": str, "answers": list},
     id=("question_id",),
@@ -171,15 +175,13 @@ VIZWIZ = Benchmark(
     summary=metrics.mean("exact_match"),
     headline="exact_match",
     new_tokens=64,
-    paper=(57.6, 59.8),
-    cut=0.264,
-    speedup=1.77,
+    paper=Paper(57.6, 59.8, cut=0.264, speedup=1.77),
 )
 
 TEXTVQA = Benchmark(
     name="textvqa_val",
     title="TextVQA",
-    hub="lmms-lab/textvqa",
+    hub="lmms-lab-encoder/textvqa",
     split="validation",
     fields={"question": str, "answers": list},
     id=("question_id",),
@@ -189,13 +191,13 @@ TEXTVQA = Benchmark(
     summary=metrics.mean("exact_match"),
     headline="exact_match",
     new_tokens=64,
-    paper=(64.9, 67.1),
+    paper=Paper(64.9, 67.1),
 )
 
 CHARTQA = Benchmark(
     name="chartqa",
     title="ChartQA",
-    hub="lmms-lab/ChartQA",
+    hub="lmms-lab-encoder/ChartQA",
     split="test",
     fields={"question": str, "answer": str, "type": str},
     prompt=_followed_by("Answer the question with a single word."),
@@ -204,15 +206,13 @@ CHARTQA = Benchmark(
     summary=metrics.chartqa(),
     headline="relaxed_overall",
     new_tokens=16,
-    paper=(54.8, 66.3),
-    cut=0.009,
-    speedup=0.97,
+    paper=Paper(54.8, 66.3, cut=0.009, speedup=0.97),
 )
 
 DOCVQA = Benchmark(
     name="docvqa_val",
     title="DocVQA",
-    hub="lmms-lab/DocVQA",
+    hub="lmms-lab-encoder/DocVQA",
     config="DocVQA",
     split="validation",
     fields={"question": str, "answers": list},
@@ -223,13 +223,13 @@ DOCVQA = Benchmark(
     summary=metrics.mean("anls"),
     headline="anls",
     new_tokens=32,
-    paper=(74.4, 74.6),
+    paper=Paper(74.4, 74.6),
 )
 
 AI2D = Benchmark(
     name="ai2d",
     title="AI2D",
-    hub="lmms-lab/ai2d",
+    hub="lmms-lab-encoder/ai2d",
     split="test",
     fields={"question": str, "options": list, "answer": object},
     prompt=lambda fields, profile: f"{fields['question']}\n{_listed(lettered(fields['options']))}\n{_LETTER}",
@@ -238,15 +238,13 @@ AI2D = Benchmark(
     summary=metrics.mean("exact_match"),
     headline="exact_match",
     new_tokens=16,
-    paper=(66.6, 67.3),
-    cut=0.853,
-    speedup=2.53,
+    paper=Paper(66.6, 67.3, cut=0.853, speedup=2.53),
 )
 
 MME = Benchmark(
     name="mme",
     title="MME",
-    hub="lmms-lab/MME",
+    hub="lmms-lab-encoder/MME",
     split="test",
     fields={"question": str, "answer": str, "question_id": object, "category": str},
     id=("category", "question_id", "question"),
@@ -258,9 +256,7 @@ MME = Benchmark(
     scale=1.0,
     full=2000.0,
     new_tokens=16,
-    paper=(1519.0, 1557.4),
-    cut=0.693,
-    speedup=1.19,
+    paper=Paper(1519.0, 1557.4, cut=0.693, speedup=1.19),
 )
 
 
@@ -288,7 +284,7 @@ def _mmbench_gold(fields: Fields) -> Pick:
 MMBENCH = Benchmark(
     name="mmbench_en_dev",
     title="MMB",
-    hub="lmms-lab/MMBench",
+    hub="lmms-lab-encoder/MMBench",
     config="en",
     split="dev",
     fields={"index": int, "question": str, "answer": str},
@@ -301,13 +297,13 @@ MMBENCH = Benchmark(
     headline="gpt_eval_score",
     scale=1.0,
     new_tokens=1024,
-    paper=(67.4, 69.9),
+    paper=Paper(67.4, 69.9),
 )
 
 POPE = Benchmark(
     name="pope",
     title="POPE",
-    hub="lmms-lab/POPE",
+    hub="lmms-lab-encoder/POPE",
     split="test",
     fields={"question": str, "answer": str},
     id=("category", "question_id"),
@@ -317,7 +313,7 @@ POPE = Benchmark(
     summary=metrics.pope(),
     headline="pope_f1_score",
     new_tokens=128,
-    paper=(86.5, 87.4),
+    paper=Paper(86.5, 87.4),
 )
 
 
@@ -362,7 +358,7 @@ def _mmmu_gold(fields: Fields) -> Pick | str:
 MMMU = Benchmark(
     name="mmmu_val",
     title="MMMU",
-    hub="lmms-lab/MMMU",
+    hub="lmms-lab-encoder/MMMU",
     split="validation",
     fields={"id": str, "question": str, "options": str, "answer": str, "question_type": str},
     id=("id",),
@@ -374,9 +370,7 @@ MMMU = Benchmark(
     summary=metrics.mean("mmmu_acc", digits=5),
     headline="mmmu_acc",
     new_tokens=128,
-    paper=(35.8, 37.4),
-    cut=0.30,
-    speedup=1.87,
+    paper=Paper(35.8, 37.4, cut=0.30, speedup=1.87),
 )
 
 BENCHMARKS = {

@@ -1,0 +1,71 @@
+"""Ask a question about images, or without any.
+
+    avg-llava answer --image=photo.png --prompt="Who wears 7?"
+
+--image may be given several times, or not at all. Options follow `avg_llava_jax.Request`.
+"""
+
+from absl import flags
+
+from avg_llava_jax.commands import cli
+
+IMAGE = flags.DEFINE_multi_string("image", [], "An image file; once for each image.")
+PROMPT = flags.DEFINE_string("prompt", None, "The question; <image> in it says where an image goes.")
+GRANULARITY = flags.DEFINE_string(
+    "granularity", "auto", "auto, tokens per tile, or one of these for each image: auto,36."
+)
+COST_WEIGHT = flags.DEFINE_float(
+    "cost_weight", 0.0, "What visual tokens cost the router; 0 is the paper's choice.", 0.0
+)
+MAX_VISUAL_TOKENS = flags.DEFINE_integer("max_visual_tokens", None, "At most so many, all images together.", 1)
+MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 256, "Longest answer.", lower_bound=1)
+TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 is greedy.", lower_bound=0.0)
+TOP_P = flags.DEFINE_float("top_p", 1.0, "Sample from the fewest tokens of this probability.", 0.0, 1.0)
+TOP_K = flags.DEFINE_integer("top_k", 0, "Sample from the k best tokens; 0 is off.", lower_bound=0)
+SEED = flags.DEFINE_integer("seed", 0, "Of the sampling.", lower_bound=0)
+STOP = flags.DEFINE_multi_string("stop", [], "A text that ends the answer; may be given several times.")
+RAW = flags.DEFINE_bool("raw", False, "Take the prompt as it is, without a conversation template.")
+STREAM = flags.DEFINE_bool("stream", False, "Show the answer as it comes.")
+
+
+def granularity_of(text: str) -> str | int | list[str | int]:
+    """The flag's value: "auto" -> "auto", "36" -> 36, "auto,36" -> ["auto", 36]."""
+    each = [int(part) if part.strip().isdecimal() else part.strip() for part in text.split(",")]
+    return each[0] if len(each) == 1 else each
+
+
+def main() -> None:
+    model = cli.load_model()
+    stream = model.stream(
+        IMAGE.value,
+        PROMPT.value,
+        granularity=granularity_of(GRANULARITY.value),
+        cost_weight=COST_WEIGHT.value,
+        max_visual_tokens=MAX_VISUAL_TOKENS.value,
+        max_new_tokens=MAX_NEW_TOKENS.value,
+        temperature=TEMPERATURE.value,
+        top_p=TOP_P.value,
+        top_k=TOP_K.value,
+        seed=SEED.value,
+        stop=STOP.value,
+        raw=RAW.value,
+    )
+    for piece in stream:
+        if STREAM.value:
+            print(piece, end="", flush=True)
+    answer = stream.answer
+    print("" if STREAM.value else answer.text)
+    if answer.granularity is not None:
+        each = answer.granularity if isinstance(answer.granularity, tuple) else (answer.granularity,)
+        shares = (
+            answer.probabilities if isinstance(answer.probabilities, tuple) else (answer.probabilities,) * len(each)
+        )
+        for number, (g, share) in enumerate(zip(each, shares, strict=True)):
+            chances = "" if share is None else " (" + ", ".join(f"{k}: {p:.2f}" for k, p in share.items()) + ")"
+            print(f"image {number}: {g} tokens a tile{chances}")
+    times = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in answer.timings.items())
+    print(f"{answer.visual_tokens} visual tokens, {len(answer.token_ids)} new tokens, {times}")
+
+
+def command() -> None:
+    cli.run(main, required=["prompt"])

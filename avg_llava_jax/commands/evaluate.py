@@ -1,0 +1,100 @@
+"""Measure how well a checkpoint answers, at every granularity and as its router chooses.
+
+    avg-llava evaluate --checkpoint=W --data=test.json --images=DIR --workdir=OUT
+
+writes OUT/report.json, OUT/answers.jsonl (an interrupted run resumes from it), OUT/skipped.jsonl, and a picture of
+what was right though cheap, right because fine and wrong because cheap, OUT/plots/examples.png.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import TYPE_CHECKING, Any
+
+from absl import flags
+
+from avg_llava_jax.commands import cli
+
+if TYPE_CHECKING:
+    from avg_llava_jax.eval.evaluation import Question
+    from avg_llava_jax.eval.policies import Record
+    from avg_llava_jax.inference.api import AvgLlava
+
+DATA = flags.DEFINE_string("data", None, "A LLaVA JSON or JSONL; `kind` of a record is the kind of its question.")
+IMAGES = flags.DEFINE_string("images", "", "Where its images lie: a folder, a .zip or a .tar.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Where the report goes.")
+MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 16, "Longest answer.", lower_bound=1)
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Questions that are answered at once.", lower_bound=1)
+SEED = flags.DEFINE_integer("seed", 0, "Of the random choice.")
+MAX_SKIPPED_SHARE = flags.DEFINE_float("max_skipped_share", 0.05, "Stop where more records cannot be used.", 0.0, 1.0)
+
+
+def table(report: dict[str, Any]) -> str:
+    """Accuracy by kind, visual tokens and seconds, a line for each policy."""
+    accuracy, tokens = report["accuracy"], report["visual_tokens"]
+    kinds = list(accuracy["adaptive"])
+    lines = [f"{'granularity':<12}" + "".join(f"{kind:>10}" for kind in kinds) + f"{'tokens':>10}{'seconds':>10}"]
+    seconds = report["seconds"]["answer"]
+    rows = [(g, accuracy["fixed"][g], tokens["fixed"][g], seconds["fixed"][g]) for g in accuracy["fixed"]]
+    rows += [(name, accuracy[name], tokens[name], seconds.get(name)) for name in ("random", "adaptive", "oracle")]
+    for name, right, cost, took in rows:
+        shares = "".join(f"{right[kind]:>10.3f}" for kind in kinds)
+        lines.append(f"{name:<12}{shares}{cost:>10.1f}" + ("" if took is None else f"{took:>10.4f}"))
+    return "\n".join(lines)
+
+
+def answered(model: AvgLlava) -> tuple[list[Question], list[Record], int]:
+    """Ask all questions that the flags name: those that can be asked, a record of each, and how many cannot.
+
+    What WORKDIR holds already is not asked again.
+    """
+    from avg_llava_jax.data.sources import open_source
+    from avg_llava_jax.eval import evaluation
+    from avg_llava_jax.files import same_run, write_whole
+
+    workdir = pathlib.Path(WORKDIR.value)
+    source = open_source(DATA.value, IMAGES.value)
+    same_run(
+        workdir,
+        "evaluation.json",
+        {
+            "checkpoint": str(pathlib.Path(cli.CHECKPOINT.value).resolve()),
+            "step": model.step,
+            "data": DATA.value if DATA.value.startswith("jersey") else str(pathlib.Path(DATA.value).resolve()),
+            "max_new_tokens": MAX_NEW_TOKENS.value,
+            "quantize": cli.QUANTIZE.value,
+        },
+    )
+    questions, skipped = evaluation.read_questions(source, model.tokenizer, model.config)
+    records = evaluation.answer_all(
+        model, questions, workdir / "answers.jsonl", MAX_NEW_TOKENS.value, BATCH_SIZE.value, skipped=skipped
+    )
+    lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in skipped]
+    write_whole(workdir / "skipped.jsonl", "".join(lines))
+    if len(skipped) > MAX_SKIPPED_SHARE.value * len(source):
+        raise ValueError(
+            f"{len(skipped)} of {len(source)} records cannot be used, the first for {skipped[0]['reason']}: "
+            f"see {workdir / 'skipped.jsonl'}, or raise --max_skipped_share"
+        )
+    known = {record["id"] for record in records}
+    return [question for question in questions if question.sample.id in known], records, len(skipped)
+
+
+def main() -> None:
+    from avg_llava_jax.eval import plots, policies, timing
+    from avg_llava_jax.files import write_whole
+
+    model = cli.load_model()
+    questions, records, skipped = answered(model)
+    seconds = timing.seconds_per_answer(model, questions, max_new_tokens=MAX_NEW_TOKENS.value)
+    report = policies.report(model.config, records, seconds, seed=SEED.value)
+    path = pathlib.Path(WORKDIR.value) / "report.json"
+    write_whole(path, json.dumps(report, indent=1) + "\n")
+    plots.examples(model.config, questions, records, path.parent / plots.PLOTS / "examples.png")
+    print(table(report))
+    print(f"{report['n']} questions, {skipped} skipped; {path}")
+
+
+def command() -> None:
+    cli.run(main, required=["data", "workdir"])

@@ -1,0 +1,32 @@
+"""Write a checkpoint of ours as a PyTorch folder.
+
+    avg-llava export --checkpoint=CHECKPOINT --output=FOLDER --layout=released|transformers [--dtype=bfloat16]
+
+`transformers` is for AutoModelForImageTextToText with trust_remote_code (the adaptive model) and for
+LlavaNextForConditionalGeneration (the finest granularity, always); `released` is for the released code.
+"""
+
+from absl import flags
+
+from avg_llava_jax.commands import cli
+
+OUTPUT = flags.DEFINE_string("output", None, "The folder to make.")
+LAYOUT = flags.DEFINE_enum("layout", "released", ["released", "transformers"], "Who is to read it.")
+ROUTER = flags.DEFINE_bool("router", True, "--norouter leaves it out: a LLaVA-NeXT.")
+SHARD_SIZE = flags.DEFINE_float("shard_size", 5.0, "Largest file, in GiB.", lower_bound=1e-6)
+REPORT = flags.DEFINE_string(
+    "report", None, "report.json of `avg-llava evaluate`, for the model card; default: the checkpoint folder's."
+)
+
+
+def main() -> None:
+    from avg_llava_jax.convert import convert
+
+    export = {"released": convert.export_released, "transformers": convert.export_transformers}[LAYOUT.value]
+    shard_size = int(SHARD_SIZE.value * convert.GIB)
+    export(cli.CHECKPOINT.value, OUTPUT.value, cli.DTYPE.value, shard_size, ROUTER.value, REPORT.value)
+    print(f"{OUTPUT.value}: {LAYOUT.value} layout, from {cli.CHECKPOINT.value}")
+
+
+def command() -> None:
+    cli.run(main, required=["output"], model_flags=cli.STORED_FLAGS)

@@ -1,0 +1,70 @@
+"""The program `avg-llava`: `avg-llava COMMAND --flag=value ...` runs one command, `avg-llava --help` lists them.
+
+Every command has flags of its own, so only the module of the command that is asked for is imported.
+"""
+
+import ast
+import difflib
+import importlib
+import pathlib
+import sys
+from collections.abc import Sequence
+
+PROGRAM = "avg-llava"
+
+COMMANDS = {
+    "quickstart": "quickstart",
+    "answer": "answer",
+    "explain": "explain",
+    "serve": "serve",
+    "train": "train",
+    "feedback": "feedback",
+    "publish": "publish",
+    "plan": "plan",
+    "evaluate": "evaluate",
+    "tradeoff": "tradeoff",
+    "benchmark": "benchmark",
+    "score": "score",
+    "import": "import_torch",
+    "export": "export_torch",
+    "write-jersey": "write_jersey",
+}
+"""The module of each command, in the order in which the help lists them."""
+
+
+def summary(command: str) -> str:
+    """The first line of a command's docstring. Its module is read, not imported."""
+    text = pathlib.Path(__file__).with_name(f"{COMMANDS[command]}.py").read_text(encoding="utf-8")
+    return (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0]
+
+
+def usage() -> str:
+    """The list of commands, a line each."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {command:<{width}}  {summary(command)}" for command in COMMANDS]
+    return "\n".join(
+        [
+            f"usage: {PROGRAM} COMMAND [--flag=value ...]",
+            "",
+            *lines,
+            "",
+            f"{PROGRAM} COMMAND --help lists the flags of a command.",
+        ]
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command that the arguments name (default: those of this process)."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    name, flags = "".join(given[:1]), given[1:]
+    if name in ("--help", "-h", "-help"):
+        print(usage())
+        return
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, 1)
+        wrong = f"there is no command {name!r}" if name else "give a command"
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        print(f"error: {wrong}; {hint}{PROGRAM} --help lists them", file=sys.stderr)
+        sys.exit(2)
+    sys.argv = [f"{PROGRAM} {name}", *flags]  # what --help and the flags library call this program
+    importlib.import_module(f"avg_llava_jax.commands.{COMMANDS[name]}").command()

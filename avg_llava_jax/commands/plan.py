@@ -1,0 +1,130 @@
+"""Tell what a run would cost on devices that you lack: compile its real programs.
+
+    avg-llava plan --config=configs/avg_llava_7b.py --topology=v5e:8x8 [--config.remat=dots ...]
+    avg-llava plan --config=configs/avg_llava_7b.py --topology=v5e:2x2 --answering --config.batch_size=8 \\
+        --config.mesh.fsdp=1 --config.mesh.tensor=4
+
+    avg-llava plan --config=configs/avg_llava_7b.py --topology=h100:8x4    # 4 hosts of 8
+
+Topologies: slices of TPUs, v5e:4x4, v5p:2x2x4, v6e:4x4, tpu7x:2x2x1 (they need `pip install -e '.[plan]'`); GPUs,
+a100-40, a100-80, h100, h200, b200 and how many of them (`pip install -e '.[plan-gpu]'`); and cpu:8. Of a GPU's memory
+a program may use 75 %, as JAX has it, or what XLA_CLIENT_MEM_FRACTION says.
+Where the step does not fit, settings that need less memory are tried in turn, and the first that fits is named.
+"""
+
+import re
+from typing import TYPE_CHECKING
+
+from absl import flags
+
+from avg_llava_jax.commands import cli
+
+if TYPE_CHECKING:
+    from avg_llava_jax.commands.planning import Plan
+
+CONFIG = cli.define_config("The config, configs/X.py.")
+TOPOLOGY = flags.DEFINE_string("topology", None, "v5e:8x8, v6e:4x4, tpu7x:2x2x1, h100:8, b200:8x4, cpu:8, ...")
+ANSWERING = flags.DEFINE_bool(
+    "answering", False, "Plan for answering batch_size questions at a time, not for training."
+)
+TILES = flags.DEFINE_integer("tiles", 0, "Tile slots of a sample; 0 = one image of the largest mosaic.", 0)
+TEXT = flags.DEFINE_integer("text", 512, "Text tokens of a sample.", 1)
+ANSWER = flags.DEFINE_integer("answer", 128, "Answer tokens of a sample, or new tokens with --answering.", 1)
+MOVES = flags.DEFINE_integer("moves", 0, "So many lines on what goes between memory and cores, the most first.", 0)
+ADVISE = flags.DEFINE_bool("advise", True, "Compile other settings where these do not fit.")
+
+
+def table(plans: "list[Plan]") -> str:
+    """GiB a device by part, operations, traffic and the least time of each program, one line a figure."""
+    return "\n\n".join("\n".join(_lines(plan)) for plan in plans)
+
+
+def _lines(plan: "Plan") -> list[str]:
+    from avg_llava_jax.parallel.chips import GIB
+
+    def number(value: float) -> str:
+        return f"{value:>10.2f}" if value >= 1 else f"{value:>10.2g}"
+
+    devices, memory, chip = len(plan.target.devices), plan.target.memory, plan.target.chip
+    lines = [f"{plan.program} on {plan.target.topology}, {devices} devices"]
+    lines += [f"  {kind:<22}{number(size / GIB)} GiB a device" for kind, size in plan.held.items()]
+    if plan.temporaries is not None:
+        lines.append(
+            f"  {'temporaries':<22}{number(plan.temporaries / GIB)} GiB a device: activations, gradients, buffers"
+        )
+    if plan.total is None:
+        lines.append(f"  {'in all':<22} more than the {number(memory / GIB).strip()} GiB of a device: DOES NOT FIT")
+        lines.append(f"  XLA says: {plan.refused}")
+    else:
+        verdict = f" of {number(memory / GIB).strip()}: {'fits' if plan.fits else 'DOES NOT FIT'}" if memory else ""
+        lines.append(f"  {'in all':<22}{number(plan.total / GIB)} GiB a device{verdict}")
+    again = f", {plan.recomputed / plan.flops:.0%} of them again for the backward pass" if plan.recomputed else ""
+    lines.append(f"  {'operations':<22}{number(plan.flops / 1e12)} TFLOP over all devices{again}")
+    for kind, each in sorted(plan.traffic.items()):
+        lines.append(f"  {kind:<22}{number(each.sent / 1e9)} GB sent by each device, {each.count} times")
+    for resource, seconds in plan.seconds.items() if plan.fits else ():
+        bound = "  <- the roofline" if seconds == max(plan.seconds.values()) else ""
+        lines.append(f"  {resource + ' alone':<22}{number(seconds * 1e3)} ms{bound}")
+    lines += _moves(plan, MOVES.value) if MOVES.value else []
+    if chip and chip.card:
+        lines.append("  not known without a GPU: how fast its kernels are, what overlaps, cuDNN's workspace")
+    return lines
+
+
+def _moves(plan: "Plan", count: int) -> list[str]:
+    """What moves the most bytes, by what of the model it comes from."""
+    from avg_llava_jax.parallel.chips import GIB
+
+    by: dict[tuple[str, str], list[float]] = {}
+    for each in plan.moves:
+        found = by.setdefault((each.operation, re.sub(r"^jit\(\w+\)/", "", each.source)), [0, 0.0, 0.0])
+        for at, value in enumerate((each.times, each.times * each.read, each.times * each.written)):
+            found[at] += value
+    moved, once = sum(each.bytes for each in plan.moves), sum(plan.held.values())
+    turn = sum(each.bytes for each in plan.moves if each.a_turn)
+    a_turn = f", {turn / GIB:.2f} of them for a token" if turn else ""
+    lines = [
+        f"  {'moves':<22}{moved / GIB:>10.2f} GiB between memory and cores, {moved / once:.2f} x arguments{a_turn}"
+    ]
+    for (operation, source), (times, read, written) in sorted(by.items(), key=lambda item: -sum(item[1][1:]))[:count]:
+        lines.append(
+            f"    reads {read / GIB:8.3f}, writes {written / GIB:8.3f} GiB, {times} times: {operation} {source}"
+        )
+    return lines
+
+
+def state(plan: "Plan") -> int:
+    """Bytes a device that stay from step to step."""
+    return sum(size for kind, size in plan.held.items() if kind != "batch")
+
+
+def main() -> None:
+    from avg_llava_jax.commands import planning
+    from avg_llava_jax.parallel import chips
+
+    config = CONFIG.value
+    target = chips.target(TOPOLOGY.value)
+    shape = planning.largest_shape(planning.model_of(config), TILES.value, TEXT.value, ANSWER.value)
+    if ANSWERING.value:
+        print(table(list(planning.answering(config, target, shape, ANSWER.value))))
+        return
+    plan = planning.train_step(config, target, shape)
+    print(table([plan]), flush=True)
+    if plan.fits is not False or not ADVISE.value:
+        return
+    hopeless = config.mesh.data == 1 and state(plan) >= target.memory  # what is tried makes copies of it fewer, at most
+    for flag, other in () if hopeless else planning.knobs(config, len(target.devices)):
+        print(f"\ntrying {flag}", flush=True)
+        plan = planning.train_step(other, target, shape)
+        print(table([plan]), flush=True)
+        if plan.fits:
+            print(f"\nwith {flag} it fits")
+            return
+    print(
+        f"\nno setting fits: parameters and optimizer alone are {state(plan) / chips.GIB:.2f} GiB a device here; "
+        "take a larger topology"
+    )
+
+
+def command() -> None:
+    cli.run(main, required=["config", "topology"], model_flags=())

@@ -1,0 +1,312 @@
+"""What a config would cost on devices that are not there: its real programs, compiled ahead of time from shapes alone.
+
+`chips.target` names the devices, XLA compiles for them on any machine. A plan says what each device would hold, what
+it would compute and send, and how long that takes at the least.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from avg_llava_jax import checkpoint, parameters, placement
+from avg_llava_jax.config import ModelConfig
+from avg_llava_jax.convert import foreign
+from avg_llava_jax.data.feedback import read_feedback
+from avg_llava_jax.data.packing import Shape, load_tiles
+from avg_llava_jax.data.pipeline import EMPTY, collate_rows
+from avg_llava_jax.inference import programs
+from avg_llava_jax.inference.buckets import STEPS, length_bucket
+from avg_llava_jax.models import language
+from avg_llava_jax.parallel import costs, sharding
+from avg_llava_jax.parallel.chips import Target
+from avg_llava_jax.training import config as training_config
+from avg_llava_jax.training import setup
+from avg_llava_jax.training.step import Step
+
+
+class Program(NamedTuple):
+    """A program of the project for a target, traced: what XLA is to compile.
+
+    held: its arguments by kind, trees of shapes with shardings. donated: the kinds that it may overwrite. useful: the
+    same without rematerialisation, if it has any.
+    """
+
+    name: str
+    traced: jax.stages.Traced
+    held: dict[str, Any]
+    donated: tuple[str, ...] = ()
+    useful: jax.stages.Traced | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What one program costs.
+
+    held: bytes a device of each kind of argument. temporaries: bytes a device that the program needs besides. total:
+        all of it, outputs included that reuse no argument. Both None where XLA gave up.
+    flops: of matrix products, over all devices. recomputed: the part of them that rematerialisation adds.
+    traffic: by kind of collective.
+    moves: what goes between a device's memory and its cores, by instruction.
+    refused: why XLA gave up, in its words; only its compiler for TPUs does so where a program is too large.
+    """
+
+    program: str
+    target: Target
+    held: dict[str, int]
+    temporaries: float | None
+    total: float | None
+    flops: float
+    recomputed: float
+    traffic: dict[str, costs.Traffic]
+    moves: tuple[costs.Access, ...] = ()
+    refused: str = ""
+
+    @property
+    def fits(self) -> bool | None:
+        """None where the memory of the devices is not known."""
+        memory = self.target.memory
+        return None if memory is None else self.total is not None and self.total <= memory
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """The least time that each resource needs, if it were busy all the time; the longest of them is the roofline.
+
+        memory: every argument is read once.
+        """
+        chip = self.target.chip
+        if chip is None:
+            return {}
+        return {
+            "compute": self.flops / len(self.target.devices) / chip.flops,
+            "memory": sum(self.held.values()) / chip.bandwidth,
+            "network": sum(each.sent for each in self.traffic.values()) / self.target.links,
+        }
+
+
+def model_of(config: ml_collections.ConfigDict) -> ModelConfig:
+    """The model that a run of this config would train; where it does not say, and `init_from` is not set, the 7B."""
+    config = training_config.read(config)
+    folder = config.init_from
+    if not folder:
+        model = ModelConfig()
+    elif foreign.is_foreign(folder):
+        model = foreign.inspect(folder, config.vision_tower or None).config
+    else:
+        model, _ = checkpoint.read_config(folder)
+    return setup.override(model, config.model)
+
+
+def largest_shape(model: ModelConfig, tiles: int = 0, text: int = 512, answer: int = 128) -> Shape:
+    """The batch shape of samples with one image of the largest mosaic (or of `tiles` tiles), without any padding."""
+    width, height = max(model.pinpoints, key=math.prod)
+    return Shape(tiles or 1 + width * height // model.vision.image_size**2, 1, text, answer, 1.0)
+
+
+def train_step(config: ml_collections.ConfigDict, target: Target, shape: Shape) -> Plan:
+    """What the step costs that `launch.train` runs, on batches of one shape."""
+    return plan(training(config, model_of(config), target, shape), target)
+
+
+def training(config: ml_collections.ConfigDict, model: ModelConfig, target: Target, shape: Shape) -> Program:
+    """The step that `launch.train` runs for a model, on batches of one shape."""
+    config = training_config.read(config)
+    mesh = sharding.make_mesh(dataclasses.asdict(config.mesh), target.devices)
+    setup.check_step(config, mesh)
+    nothing, tiles = None, load_tiles(EMPTY, model)
+    if config.rglf.feedback:
+        nothing = next(iter(read_feedback(config.rglf.feedback, model.granularities).values()))
+        tiles = tiles if nothing.features is None else nothing.features[:0]
+
+    def traced(config: training_config.TrainConfig) -> tuple[Any, dict[str, Any]]:
+        step = Step(config, model, mesh)
+        rows = collate_rows(
+            [EMPTY],
+            [tiles],
+            shape,
+            model,
+            setup.packed_granularities(config, model),
+            words=config.phase == "grounding",
+            stored=[nothing] if nothing else None,
+        )
+        ours, frozen = step.split(step.params)
+        held = {
+            "trained": ours,
+            "frozen": frozen,
+            "optimizer": step.state,
+            "batch": _batch(rows, config.batch_size, mesh),
+        }
+        return step.update.trace(ours, step.state, frozen, held["batch"], jax.ShapeDtypeStruct((), jnp.int32)), held
+
+    with jax.set_mesh(mesh):
+        program, held = traced(config)
+        useful = None
+        if config.remat != "none":
+            useful, _ = traced(dataclasses.replace(config, remat="none"))
+        return Program("train step", program, held, ("trained", "optimizer"), useful)
+
+
+def answering(config: ml_collections.ConfigDict, target: Target, shape: Shape, room: int) -> Iterator[Plan]:
+    """What the programs cost that answer `config.batch_size` questions; of `decode` one token of each answer."""
+    for program in answers(config, model_of(config), target, shape, room):
+        yield plan(program, target)
+
+
+def answers(
+    config: ml_collections.ConfigDict, model: ModelConfig, target: Target, shape: Shape, room: int
+) -> Iterator[Program]:
+    """The engine's programs, for `config.batch_size` slots that hold a prompt of `shape` and `room` new tokens each.
+
+    Parameters are in the compute dtype. One micro-batch encodes and routes one image for each slot.
+    """
+    config = training_config.read(config)
+    mesh = sharding.make_mesh(dataclasses.asdict(config.mesh), target.devices)
+    slots, dtype = config.batch_size, setup.DTYPES[config.compute_dtype]
+    whole = parameters.abstract(model, dtype)
+    params = sharding.placed(whole, sharding.shardings(mesh, whole))
+    length = length_bucket(shape.length(model, model.granularities[-1]), model.language.max_length)
+    capacity, side = length + room, model.vision.image_size
+
+    def array(*sizes: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(sizes, dtype)
+
+    with jax.set_mesh(mesh):
+        layers = jax.eval_shape(language.unstack, params["language"]["layers"])
+        one = jax.tree.map(lambda leaf: NamedSharding(mesh, P(*leaf.sharding.spec[1:])), params["language"]["layers"])
+        layers = tuple(sharding.placed(layer, one) for layer in layers)
+        params = params | {"language": params["language"] | {"layers": layers}}
+
+        empty = jax.eval_shape(lambda params: programs.empty.__wrapped__(model, params, slots, capacity, 1), params)
+        cache = jax.tree.map(lambda leaf: _placed(mesh, leaf, "batch", "heads", None, None), empty[0])
+        pages = slots * shape.tiles
+        pool = _placed(mesh, array(pages, *empty[1].shape[1:], dtype=dtype), None, None, "width")
+
+        pixels = array(pages, side, side, 3, dtype=jnp.uint8)
+        program = programs.encode.trace(model, params, pool, pixels, array(pages))
+        yield Program("encode", program, {"parameters": params, "pool": pool, "batch": _local(pixels)}, ("pool",))
+
+        program = programs.route.trace(model, params, pool, array(slots, shape.tiles), array(slots, 512), array(slots))
+        yield Program("route", program, {"parameters": params, "pool": pool})
+
+        held = {"parameters": params, "cache": cache, "pool": pool}
+        for name, size, window in (
+            (f"prefill of {length}", length, 0),
+            ("prefill of 256 behind a prefix", min(256, length), capacity),
+        ):
+            by_slot = None if mesh.shape["data"] * mesh.shape["fsdp"] > 1 else array(slots)
+            chunk = programs.Chunk(by_slot, array(slots), array(slots), array(slots, size), array(slots, size))
+            program = programs.prefill.trace(model, params, cache, pool, chunk, window)
+            yield Program(name, program, held, ("cache",))
+
+        rows = programs.Rows(array(slots), array(slots), array(slots))
+        kinds = (jnp.float32, jnp.float32, jnp.int32, jnp.uint32, jnp.int32)
+        sampling = programs.Sampling(*(array(slots, dtype=kind) for kind in kinds))
+        sizes = STEPS, capacity, True
+        program = programs.decode.trace(model, params, cache, rows, sampling, array(1), array(), *sizes)
+        yield Program("decode, a token", program, {"parameters": params, "cache": cache}, ("cache",))
+
+
+def _placed(mesh: Mesh, leaf: jax.ShapeDtypeStruct, *axes: str | None) -> jax.ShapeDtypeStruct:
+    spec = placement.fitting(mesh, placement.spec(*axes), leaf.shape)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+
+def _local(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """An array that comes from the host whole."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, P()))
+
+
+def _batch(rows: dict[str, Any], count: int, mesh: Mesh) -> Any:
+    """Shapes of a batch of `count` rows, given one row."""
+    at = sharding.batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype, sharding=at), rows)
+
+
+def plan(program: Program, target: Target) -> Plan:
+    """Compile a program and read off what it costs."""
+    try:
+        return cost(program, target, compiled(program, target))
+    except jax.errors.JaxRuntimeError as error:
+        if not too_large(error):
+            raise
+        return cost(program, target, str(error).splitlines()[0])
+
+
+def compiled(program: Program, target: Target) -> jax.stages.Compiled:
+    """What XLA makes of a program.
+
+    Raises:
+      jax.errors.JaxRuntimeError: it cannot compile it; see `too_large`.
+    """
+    return program.traced.lower().compile(compiler_options=target.options or None)
+
+
+def too_large(error: jax.errors.JaxRuntimeError) -> bool:
+    """Whether XLA gave up on a program because a device has too little memory for it.
+
+    XLA says so by the error's code; its words are only asked whether it is the memory of a core that is short
+    (RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem), which is a fault of a kernel.
+    """
+    return error.error_code_string == "RESOURCE_EXHAUSTED" and not _OF_A_CORE.search(str(error))
+
+
+_OF_A_CORE = re.compile(r"\b[vs]mem\b|shared memory", re.IGNORECASE)
+
+
+def cost(program: Program, target: Target, made: jax.stages.Compiled | str) -> Plan:
+    """What a program costs, by what XLA made of it, or else by what it said when it gave up."""
+    flops = costs.flops(program.traced.jaxpr.jaxpr)
+    recomputed = flops - costs.flops(program.useful.jaxpr.jaxpr) if program.useful else 0.0
+    held = {kind: size(tree) for kind, tree in program.held.items()}
+    partial = functools.partial(Plan, program.name, target, held, flops=flops, recomputed=recomputed)
+    if isinstance(made, str):
+        return partial(temporaries=None, total=None, traffic={}, refused=made)
+    memory, text = made.memory_analysis(), made.as_text()
+    total = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    total += memory.temp_size_in_bytes
+    return partial(
+        temporaries=memory.temp_size_in_bytes,
+        total=total,
+        traffic=costs.collectives(text),
+        moves=tuple(costs.accesses(text)),
+    )
+
+
+def size(tree: Any) -> int:
+    """Bytes that one device holds of arrays, by their shapes and shardings."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def knobs(config: ml_collections.ConfigDict, devices: int) -> Iterator[tuple[str, ml_collections.ConfigDict]]:
+    """Ways to need less memory for the same step, the cheapest first: a flag, and the config with it."""
+
+    def turned(flags: dict[str, Any]) -> tuple[str, ml_collections.ConfigDict]:
+        other = config.copy_and_resolve_references()
+        other.update_from_flattened_dict(flags)
+        return " ".join(f"--config.{key}={value}" for key, value in flags.items()), other
+
+    sizes = config.mesh
+    if config.phase != "rglf" and config.remat != "full":  # RGLF has no backward pass through the model
+        yield turned({"remat": "full"})
+    least = {"remat": "full"} if config.phase != "rglf" and config.remat != "full" else {}
+    if sizes.data != 1:
+        least |= {"mesh.data": 1, "mesh.fsdp": -1}
+        yield turned(least)
+    copies = devices // abs(sizes.tensor)
+    accumulate = config.optimizer.accumulate
+    while config.batch_size % (2 * accumulate * copies) == 0:
+        accumulate *= 2
+        yield turned(least | {"optimizer.accumulate": accumulate})
+    for tensor in (2, 4, 8):
+        if tensor > abs(sizes.tensor) and devices % tensor == 0:
+            yield turned(least | {"optimizer.accumulate": accumulate, "mesh.fsdp": -1, "mesh.tensor": tensor})

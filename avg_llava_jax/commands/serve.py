@@ -1,0 +1,100 @@
+"""Serve a model over HTTP: OpenAI's API, a page to try it, Prometheus metrics.
+
+    avg-llava serve --port=8000
+
+OpenAI's chat completions at /v1/chat/completions, a page to try it at /, Prometheus metrics at /metrics. SIGTERM or
+Ctrl+C lets running requests finish; a second one does not. An API key comes from AVG_LLAVA_API_KEY or --api_key_file.
+"""
+
+import os
+import pathlib
+import signal
+import sys
+import threading
+
+from absl import flags
+
+from avg_llava_jax.commands import cli
+
+HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen at; 0.0.0.0 for all of the machine's.")
+PORT = flags.DEFINE_integer("port", 8000, "Port to listen at; 0 for any that is free.", 0, 65535)
+NAME = flags.DEFINE_string("name", None, "What clients call the model; default: the checkpoint folder's name.")
+API_KEY_FILE = flags.DEFINE_string("api_key_file", None, "A file with the key that clients must send.")
+SLOTS = flags.DEFINE_integer("slots", 8, "Requests that are decoded together.", lower_bound=1)
+QUEUE = flags.DEFINE_integer("queue", 64, "Requests that may wait; more are told to come again.", lower_bound=1)
+MAX_LENGTH = flags.DEFINE_integer(
+    "max_length", None, "Tokens of prompt and answer; less than the model's saves memory."
+)
+IMAGE_CACHE_MB = flags.DEFINE_integer("image_cache_mb", 256, "Device memory for encoded images.", lower_bound=1)
+IMAGE_HOSTS = flags.DEFINE_list("image_hosts", [], "Hosts whose image URLs are fetched: a.com,b.org:8080; none else.")
+MAX_BODY_MB = flags.DEFINE_integer("max_body_mb", 32, "Largest request, images included.", lower_bound=1)
+MAX_MEGAPIXELS = flags.DEFINE_float("max_megapixels", 24, "Largest image.", lower_bound=0)
+MAX_IMAGES = flags.DEFINE_integer("max_images", 8, "Images in one conversation at most.", lower_bound=0)
+MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 1024, "What a request may ask for at most.", lower_bound=1)
+MAX_SECONDS = flags.DEFINE_float("max_seconds", 120, "What a request may take at most.", lower_bound=0.001)
+DRAIN_SECONDS = flags.DEFINE_float("drain_seconds", 30, "What running requests get after SIGTERM.", lower_bound=0)
+API_KEY = "AVG_LLAVA_API_KEY"
+
+
+def api_key() -> str | None:
+    """The key from the file, else from the environment; None for none."""
+    path = API_KEY_FILE.value
+    key = pathlib.Path(path).read_text(encoding="utf-8").strip() if path else os.environ.get(API_KEY)
+    if key is not None and (not key or not key.isascii() or not key.isprintable()):
+        raise ValueError(f"{path or API_KEY}: a key is one line of ASCII characters, and not empty")
+    return key
+
+
+def main() -> None:
+    key = api_key()
+
+    from avg_llava_jax.inference.engine import Engine
+    from avg_llava_jax.server.app import Service
+    from avg_llava_jax.server.limits import Limits
+    from avg_llava_jax.server.serving import Serving, bind
+
+    limits = Limits(
+        body_bytes=MAX_BODY_MB.value << 20,
+        pixels=int(MAX_MEGAPIXELS.value * 1e6),
+        images=MAX_IMAGES.value,
+        new_tokens=MAX_NEW_TOKENS.value,
+        seconds=MAX_SECONDS.value,
+        image_hosts=tuple(host.strip().lower() for host in IMAGE_HOSTS.value),
+    )
+    bound = bind(HOST.value, PORT.value)
+    model = cli.load_model()
+    engine = Engine(
+        model,
+        slots=SLOTS.value,
+        max_length=MAX_LENGTH.value,
+        image_cache_bytes=IMAGE_CACHE_MB.value << 20,
+        queue=QUEUE.value,
+    )
+    say("compiling ...")
+    engine.warm_up()
+    engine.start()
+    name = NAME.value or pathlib.Path(cli.CHECKPOINT.value).resolve().name
+    serving = Serving(Service(engine, name, limits, key, SLOTS.value + QUEUE.value), bound)
+    serving.start()
+
+    stop, hurry = threading.Event(), threading.Event()
+
+    def asked(*_: object) -> None:
+        (hurry if stop.is_set() else stop).set()
+
+    signal.signal(signal.SIGTERM, asked)
+    signal.signal(signal.SIGINT, asked)
+    if key is None and HOST.value not in ("127.0.0.1", "::1", "localhost"):
+        say(f"warning: anyone who reaches {HOST.value} may ask; set {API_KEY} or --api_key_file")
+    say(f"{name} at {serving.url}/ and {serving.url}/v1 (Ctrl+C ends)")
+    stop.wait()
+    say(f"finishing {serving.service.running} requests, for up to {DRAIN_SECONDS.value:g} seconds")
+    serving.drain(DRAIN_SECONDS.value, hurry)
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def command() -> None:
+    cli.run(main, required=[])

@@ -1,0 +1,96 @@
+"""Draw what a price of visual tokens buys: accuracy against tokens and seconds.
+
+    avg-llava tradeoff --data=test.json --images=DIR --workdir=OUT
+
+A point for each cost weight (`Request.cost_weight`), beside the fixed granularities, a random one and the oracle's.
+Every question is answered once at every granularity, by `avg-llava evaluate` or here; the weights only choose among
+these answers. Writes OUT/tradeoff.json and OUT/plots/tradeoff.png; an interrupted run resumes.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any
+
+from absl import flags
+
+from avg_llava_jax.commands import cli, evaluate
+
+COST_WEIGHTS = flags.DEFINE_list("cost_weights", "0,0.1,0.2,0.4,0.8,1.6,3.2", "What tokens cost, each a point.")
+TIMED = flags.DEFINE_integer("timed", 16, "Questions that are timed, of the commonest static sizes.", lower_bound=1)
+ROUNDS = flags.DEFINE_integer("rounds", 3, "How often they are timed; the median counts.", lower_bound=1)
+flags.adopt_module_key_flags(evaluate)
+
+
+def table(report: dict[str, Any]) -> str:
+    """A line for each way to choose."""
+    kinds = list(report["points"][0]["accuracy"])
+    lines = [f"{'':<18}" + "".join(f"{kind:>10}" for kind in kinds) + f"{'tokens':>10}{'seconds':>10}"]
+    for point in report["points"]:
+        shares = "".join(f"{point['accuracy'][kind]:>10.3f}" for kind in kinds)
+        lines.append(f"{point['name']:<18}{shares}{point['visual_tokens']:>10.1f}{point['seconds']:>10.4f}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    weights = cli.weights_of(COST_WEIGHTS.value)
+    import numpy as np
+
+    from avg_llava_jax.eval import evaluation, plots, policies, timing
+    from avg_llava_jax.files import write_whole
+    from avg_llava_jax.inference.requests import Request
+
+    workdir, new_tokens = pathlib.Path(evaluate.WORKDIR.value), evaluate.MAX_NEW_TOKENS.value
+    model = cli.load_model()
+    config = model.config
+    questions, records, _ = evaluate.answered(model)
+    scores = [np.asarray(record["scores"]) for record in records]
+    sizes = [question.sample.sizes for question in questions]
+    free = Request("", max_new_tokens=new_tokens)
+
+    # Each way to choose: what it chose for every question, and what is asked where it is timed.
+    ways: dict[str, tuple[list[policies.Choice], Request]] = {}
+    for g in config.granularities:
+        ways[f"always {g}"] = [(g,) * len(each) for each in sizes], free
+    ways["random"] = policies.random_choices(config, records, evaluate.SEED.value), free
+    for weight in weights:
+        picked = policies.weighted_choices(config, scores, sizes, weight)
+        evaluation.answer_mixed(
+            model, questions, records, picked, workdir / "mixed.jsonl", new_tokens, evaluate.BATCH_SIZE.value
+        )
+        ways[f"cost weight {weight:g}"] = picked, Request("", max_new_tokens=new_tokens, cost_weight=weight)
+    ways["oracle"] = policies.oracle_choices(config, records), free
+
+    subset = timing.commonest(config, questions, TIMED.value)
+    places = [questions.index(question) for question in subset]
+    timed = {}
+    for name, (picked, request) in ways.items():
+        routed = name.startswith("cost weight")
+        timed[name] = [
+            timing.as_request(config, questions[at], request, (None,) * len(sizes[at]) if routed else picked[at])
+            for at in places
+        ]
+    seconds = timing.in_turn(model, timed, ROUNDS.value)
+    report = {
+        "n": len(records),
+        "timed": len(subset),
+        "points": [
+            {"name": name, **policies.outcome(config, records, picked), "seconds": seconds[name]}
+            for name, (picked, _) in ways.items()
+        ],
+        "router": policies.temperature(config, records),
+    }
+    write_whole(workdir / "tradeoff.json", json.dumps(report, indent=1) + "\n")
+    figure = plots.tradeoff(report, workdir / plots.PLOTS / "tradeoff.png")
+    print(table(report))
+    router = report["router"]
+    print(
+        f"the router's temperature: {router['temperature']:.2f} "
+        f"(held-out NLL of the oracle's choice {router['nll']:.3f}, at 1 {router['nll_at_1']:.3f})"
+    )
+    print(f"{report['n']} questions, {report['timed']} timed; {workdir / 'tradeoff.json'}, {figure}")
+
+
+def command() -> None:
+    cli.run(main, required=["data", "workdir"])

@@ -1,0 +1,29 @@
+"""Train a phase, or resume a run.
+
+    avg-llava train --config=configs/jersey.py --workdir=DIR
+
+Every field of the config can be overridden: --config.optimizer.learning_rate=1e-4
+
+Several processes, on one machine or many, become one run by --coordinator; they share the workdir. Exit codes:
+0 done; 2 what was given is wrong, so do not start it again; any other, start it again and it resumes (143 after
+SIGTERM, with a checkpoint; 75 where another process was lost).
+"""
+
+from absl import flags
+
+from avg_llava_jax.commands import cli, processes
+
+CONFIG = cli.define_config("The config, configs/X.py.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Checkpoint folder of this run; a run that is there resumes.")
+flags.adopt_module_key_flags(processes)
+
+
+def main() -> None:
+    processes.join()
+    from avg_llava_jax.training.loop import train
+
+    train(CONFIG.value, WORKDIR.value)
+
+
+def command() -> None:
+    cli.run(main, required=["config", "workdir"], model_flags=())

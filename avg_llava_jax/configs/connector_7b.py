@@ -1,0 +1,24 @@
+"""Stage 1 at 7B, connector pre-training as LLaVA-NeXT: image and caption, the finest granularity, one epoch of 558 k.
+
+`--config.init_from` is a Llama-family folder, as lmsys/vicuna-7b-v1.5, and `--config.vision_tower` the CLIP folder to
+join it with, as openai/clip-vit-large-patch14-336; encoder and language model stay as they are.
+The checkpoint keeps the `plain` template: give the next stage --config.model.template=vicuna_v1.
+"""
+
+from ml_collections import ConfigDict
+
+from avg_llava_jax.training.config import defaults
+
+
+def get_config() -> ConfigDict:
+    config = defaults()
+    config.phase = "connector"
+    config.granularities = (576,)
+    config.model.template = "plain"
+    config.steps = 2180
+    config.batch_size = 256
+    config.compute_dtype = "bfloat16"
+    config.remat = "full"
+    config.data.workers = 8
+    config.optimizer.learning_rate = 1e-3
+    return config

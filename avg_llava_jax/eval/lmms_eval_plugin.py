@@ -1,0 +1,147 @@
+"""AVG-LLaVA inside lmms-eval; installed beside it nothing else is needed:
+
+    lmms-eval --model avg_llava_jax --model_args checkpoint=W,granularity=auto --tasks pope --log_samples ...
+
+lmms-eval finds `MANIFEST` by this package's entry point. The logged samples have visual tokens and granularity among
+their token counts. Answers end at the end token or at `max_new_tokens`; like LLaVA's own wrapper this one does not cut
+them at `until`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+from avg_llava_jax import extras
+from avg_llava_jax.data.images import MAX_PIXELS, image_ref
+from avg_llava_jax.inference.requests import Answer, Request
+
+with extras.required("lmms-eval", "the lmms-eval plugin"):
+    from lmms_eval.api.instance import GenerationResult, TokenCounts
+    from lmms_eval.api.model import lmms
+    from lmms_eval.models.registry_v2 import ModelManifest
+    from loguru import logger
+
+MANIFEST = ModelManifest("avg_llava_jax", simple_class_path="avg_llava_jax.eval.lmms_eval_plugin.AvgLlavaForLmmsEval")
+
+NEW_TOKENS = 64
+"""Where a task leaves the length of answers to the model (TextVQA, VizWiz)."""
+
+
+@dataclasses.dataclass
+class Counts(TokenCounts):
+    """Token counts of an answer, with what the router chose."""
+
+    visual_tokens: int = 0
+    granularity: int | tuple[int, ...] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it stands in the logged samples."""
+        return super().to_dict() | {"visual_tokens": self.visual_tokens, "granularity": self.granularity}
+
+
+class AvgLlavaForLmmsEval(lmms):
+    """lmms-eval's model interface; `--model_args` are the arguments but for batch_size and device, which it gives.
+
+    granularity: "auto", or tokens per tile for every image, one of the model's. checkpoint: by default the shipped one.
+    max_pixels: an image with more is not looked at, and its question not answered.
+
+    Raises:
+      ValueError: an argument that the model cannot be run with; names it.
+    """
+
+    is_simple = True
+
+    def __init__(
+        self,
+        checkpoint: str | None = None,
+        granularity: str | int = "auto",
+        vision_tower: str | None = None,
+        dtype: str | None = None,
+        batch_size: int | str = 1,
+        device: str | None = None,
+        max_pixels: int | str = MAX_PIXELS,
+    ):
+        super().__init__()
+        from avg_llava_jax import SHIPPED
+        from avg_llava_jax.inference.api import AvgLlava
+
+        if device is not None:
+            logger.info(f"device={device} is for PyTorch; JAX runs where JAX_PLATFORMS says")
+        self.batch_size = _positive("batch_size", batch_size)
+        self.max_pixels = _positive("max_pixels", max_pixels)
+        self.model = AvgLlava.load(checkpoint or SHIPPED, vision_tower, dtype=dtype)
+        self.granularity = _granularity(granularity, self.model.config.granularities)
+
+    def generate_until(self, requests: Sequence[Any]) -> list[GenerationResult]:
+        """One result a request, in their order; an empty text where a prompt is too long for the model.
+
+        Raises:
+          ValueError: none of the requests can be answered; says why not the last one.
+        """
+        results, self._refused = [], []
+        window = 8 * self.batch_size  # so many images are held at once, and sorted by shape
+        for start in tqdm(range(0, len(requests), window), desc="avg_llava_jax"):
+            part = [self._request(*request.args) for request in requests[start : start + window]]
+            results += [self._result(answer) for answer in self._answer(part)]
+        if self._refused:
+            said = (
+                f"{len(self._refused)} of {len(requests)} requests are not answered, the last one: {self._refused[-1]}"
+            )
+            if len(self._refused) == len(requests):
+                raise ValueError(said)
+            logger.warning(said)
+        return results
+
+    def _request(
+        self, context: str, options: dict[str, Any], to_images: Any, row: int, task: str, split: str
+    ) -> Request:
+        return Request(
+            context,
+            [image_ref(image, self.max_pixels) for image in to_images(self.task_dict[task][split][row])],
+            granularity=self.granularity,
+            max_new_tokens=options.get("max_new_tokens", NEW_TOKENS),
+            temperature=(options.get("temperature") or 0.0) if options.get("do_sample", True) else 0.0,
+            top_p=options.get("top_p") or 1.0,
+        )
+
+    def _answer(self, requests: Sequence[Request]) -> list[Answer | None]:
+        try:
+            return list(self.model.answer_batch(requests, self.batch_size))
+        except ValueError as error:
+            if len(requests) > 1:  # find out which one it is
+                return [answer for request in requests for answer in self._answer([request])]
+            logger.warning(f"not answered: {error}")
+            self._refused.append(error)
+            return [None]
+
+    def _result(self, answer: Answer | None) -> GenerationResult:
+        if answer is None:
+            return GenerationResult("")
+        counts = Counts(
+            output_tokens=len(answer.token_ids), visual_tokens=answer.visual_tokens, granularity=answer.granularity
+        )
+        return GenerationResult(answer.text, counts)
+
+    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+        raise NotImplementedError("avg_llava_jax answers in words: tasks of type `generate_until`")
+
+    def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
+        raise NotImplementedError("avg_llava_jax answers one question at a time: tasks of type `generate_until`")
+
+
+def _positive(name: str, value: int | str) -> int:
+    """A model argument that is a number from 1 on, given as such or as a text."""
+    if not str(value).isdecimal() or int(value) < 1:
+        raise ValueError(f"{name}={value!r} is no whole number from 1 on")
+    return int(value)
+
+
+def _granularity(value: int | str, ladder: Sequence[int]) -> int | str:
+    """`auto`, or one of the model's granularities: any other would leave every question without an answer."""
+    if value == "auto" or (str(value).isdecimal() and int(value) in ladder):
+        return value if value == "auto" else int(value)
+    raise ValueError(f"granularity={value!r} is none of this model's: auto, {', '.join(map(str, ladder))}")

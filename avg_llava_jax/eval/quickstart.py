@@ -1,0 +1,181 @@
+"""A router trained on the shipped model, tested and drawn: what `avg-llava quickstart` does, one function a step.
+
+The shipped model has learnt every granularity; its router has not learnt anything. Here it does, from nothing but
+how well the frozen model answers at each granularity, and is then tested on scenes that nobody was trained on.
+"""
+
+import json
+import pathlib
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from avg_llava_jax import checkpoint
+from avg_llava_jax.configs import jersey
+from avg_llava_jax.data.jersey import Jersey
+from avg_llava_jax.eval import evaluation, plots, policies, routing, timing
+from avg_llava_jax.files import same_run, write_whole
+from avg_llava_jax.inference.api import SHIPPED, AvgLlava
+from avg_llava_jax.parallel import sharding
+from avg_llava_jax.training import feedback, loop, setup
+from avg_llava_jax.training.config import read
+
+TEST = Jersey(split="test", paired=True)
+QUESTIONS = 1008  # a third of them coarse, fine and near each
+ANSWER_TOKENS = 4  # the longest answer of jersey has one and the end of the text
+
+
+def router_config(
+    checkpoint: str = str(SHIPPED), steps: int | None = None, pictures: int | None = None, config: Any = None
+) -> Any:
+    """`configs/jersey.py:router`, or another config, from a checkpoint; fewer steps or pictures for a shorter run."""
+    config = config or jersey.get_config("router")
+    config.init_from = str(checkpoint)
+    config.steps = steps or config.steps
+    if pictures:
+        config.data.path += f"&size={pictures}"
+    return config
+
+
+def collect_feedback(model: AvgLlava, config: Any, workdir: pathlib.Path) -> pathlib.Path:
+    """Ask the frozen model every question of the router's split at every granularity; keeps what it saw, too."""
+    path = workdir / "feedback"
+    if not (workdir / "feedback.seconds").exists():
+        begin = time.perf_counter()
+        mesh = sharding.make_mesh(config.mesh)
+        dtype = setup.DTYPES[config.compute_dtype]
+        params = jax.tree.map(lambda leaf: leaf.astype(dtype), model.params)
+        params = jax.device_put(params, sharding.shardings(mesh, params))
+        batches = setup.plan_batches(read(config), model.config, model.tokenizer)
+        feedback.measure(model.config, params, batches, config.steps, path, mesh, keep_features=True)
+        _note_seconds(workdir, "feedback", begin)
+    return path
+
+
+def train_router(config: Any, stored: pathlib.Path, workdir: pathlib.Path, tie_nats: float | None = None) -> AvgLlava:
+    """RGLF on stored feedback; returns the model with its new router."""
+    config = config.copy_and_resolve_references()
+    config.rglf.feedback = str(stored)
+    if tie_nats is not None:
+        config.rglf.tie_nats = tie_nats
+    begin = time.perf_counter()
+    trained = bool(checkpoint.steps(workdir))
+    loop.train(config, workdir)
+    if not trained:
+        _note_seconds(workdir.parent, workdir.name, begin)
+    return AvgLlava.load(workdir)
+
+
+def _note_seconds(workdir: pathlib.Path, what: str, begin: float) -> None:
+    """Keep how long a part took, for a run that resumes."""
+    write_whole(workdir / f"{what}.seconds", f"{time.perf_counter() - begin:.1f}\n")
+
+
+def _seconds(workdir: pathlib.Path, what: str) -> float | None:
+    """None where a part was interrupted."""
+    path = workdir / f"{what}.seconds"
+    return float(path.read_text()) if path.exists() else None
+
+
+def test_questions(model: AvgLlava, count: int = QUESTIONS) -> list[evaluation.Question]:
+    """Test questions: coarse, fine and near in turn, two of each three about the same picture."""
+    return [evaluation.make_question(TEST[at], model.tokenizer, model.config.template) for at in range(count)]
+
+
+def compare(
+    adaptive: AvgLlava, paper: AvgLlava, questions: list[evaluation.Question], workdir: pathlib.Path
+) -> dict[str, Any]:
+    """The report of report.json.
+
+    Both models are the same but for the router, so `paper` has only to route. In the controls the router of
+    `adaptive` is shown another question's instruction, or another one's picture.
+    """
+    config = adaptive.config
+    records = evaluation.answer_all(adaptive, questions, workdir / "answers.jsonl", ANSWER_TOKENS)
+    seconds = timing.seconds_per_answer(adaptive, questions, max_new_tokens=ANSWER_TOKENS)
+    report = policies.report(config, records, seconds)
+    samples = [question.sample for question in questions]
+    others = {
+        "adaptive_paper": policies.choices(config, routing.route_all(paper, samples)),
+        "shuffled_instruction": policies.choices(
+            config, routing.route_all(adaptive, routing.shuffled(questions, "instruction"))
+        ),
+        "shuffled_image": policies.choices(
+            config, routing.route_all(adaptive, routing.shuffled(questions, "image"))
+        ),
+    }
+    outcomes = {name: policies.outcome(config, records, picked) for name, picked in others.items()}
+    paper_outcome = outcomes.pop("adaptive_paper")
+    for key in ("accuracy", "visual_tokens", "visual_tokens_by_kind"):
+        report[key]["adaptive_paper"] = paper_outcome[key]
+    report["chosen_paper"] = paper_outcome["chosen"]
+    return report | outcomes
+
+
+def table(report: dict[str, Any]) -> str:
+    """Accuracy by kind, and visual tokens, a line for each way to choose."""
+    kinds = list(report["accuracy"]["adaptive"])
+    fixed = report["accuracy"]["fixed"]
+    rows = [(f"always {g}", fixed[g], report["visual_tokens"]["fixed"][g]) for g in fixed]
+    named = {"random": "random", "adaptive": "the router", "adaptive_paper": "the router, no ties", "oracle": "oracle"}
+    rows += [(title, report["accuracy"][name], report["visual_tokens"][name]) for name, title in named.items()]
+    for name in ("shuffled_instruction", "shuffled_image"):
+        rows.append((name.replace("_", " "), report[name]["accuracy"], report[name]["visual_tokens"]))
+    lines = [f"{'tokens a tile':<22}" + "".join(f"{kind:>9}" for kind in kinds) + f"{'visual tokens':>16}"]
+    for title, right, cost in rows:
+        lines.append(f"{title:<22}" + "".join(f"{right[kind]:>9.3f}" for kind in kinds) + f"{cost:>16.1f}")
+    by_kind = report["visual_tokens_by_kind"]["adaptive"]
+    lines.append("the router spends " + ", ".join(f"{by_kind[kind]:.0f} on {kind}" for kind in kinds))
+    return "\n".join(lines)
+
+
+def one_scene(model: AvgLlava, path: pathlib.Path) -> pathlib.Path:
+    """Ask three questions about one team photo, and draw what the model looked at for each."""
+    for at in range(0, 600, 6):
+        scene = TEST[at]["images"][0]
+        if scene.size[0] / scene.size[1] == 2 and len(scene.scene.players) >= 8:
+            break
+    players = scene.scene.players
+    asked = [
+        "What is the team's colour?",
+        f"What number is the player in {players[1].shirt}?",
+        f"Which shirt has the number {players[-2].number}?",
+    ]
+    image = scene.load()
+    answers = [model.answer(image, question, max_new_tokens=ANSWER_TOKENS) for question in asked]
+    for question, answer in zip(asked, answers, strict=True):
+        print(f"  {question:<44} {answer.text:<8} with {answer.visual_tokens} visual tokens")
+    return plots.one_scene(model.config, image, asked, answers, path)
+
+
+def run(workdir: pathlib.Path, config: Any, questions: int = QUESTIONS) -> dict[str, Any]:
+    """All of it, with a router trained as `config` says; returns the report. A killed run resumes where it was."""
+    same_run(workdir, "quickstart.json", {"config": json.loads(config.to_json_best_effort()), "questions": questions})
+    model = AvgLlava.load(config.init_from)
+    print(f"1. asking the frozen model at every granularity {model.config.granularities}", flush=True)
+    stored = collect_feedback(model, config, workdir)
+    print(f"2. training the router (ties within {config.rglf.tie_nats} nats rank cheapest first)", flush=True)
+    adaptive = train_router(config, stored, workdir / "adaptive")
+    print("3. training it again as in the paper (no ties)", flush=True)
+    paper = train_router(config, stored, workdir / "adaptive_paper", tie_nats=0.0)
+
+    print("4. answering test questions", flush=True)
+    report = compare(adaptive, paper, test_questions(adaptive, questions), workdir)
+    report["seconds"]["feedback"] = _seconds(workdir, "feedback")
+    report["seconds"]["router_training"] = _seconds(workdir, "adaptive")
+    write_whole(workdir / "report.json", json.dumps(report, indent=1) + "\n")
+
+    print(table(report))
+    print("5. one scene, three questions", flush=True)
+    pictures = workdir / plots.PLOTS
+    drawn = [
+        plots.accuracy_against_tokens(report, pictures / "accuracy_against_tokens.png"),
+        plots.choices(report, pictures / "choices.png"),
+        plots.voter(adaptive.config, np.asarray(adaptive.params["router"]["voter"]), pictures / "voter.png"),
+        one_scene(adaptive, pictures / "one_scene.png"),
+    ]
+    for path in drawn:
+        print(f"  {path}")
+    return report

@@ -1,0 +1,116 @@
+"""Router scores without answers: encode images once, then score them by as many routers as there are."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import jax
+import numpy as np
+
+from avg_llava_jax.config import ModelConfig
+from avg_llava_jax.data.packing import Sample, collate, shape_of
+from avg_llava_jax.eval.evaluation import Question
+from avg_llava_jax.eval.policies import by_key
+from avg_llava_jax.inference.model import Model
+from avg_llava_jax.models import avg_llava
+from avg_llava_jax.models.router import Routing
+from avg_llava_jax.models.scaler import scale
+from avg_llava_jax.parallel import sharding
+
+ROUTER_INPUTS = ("tile_image", "first_tile", "text", "instruction")
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """Prompts of a batch whose images are encoded.
+
+    rows: their numbers among all prompts. images: how many each has. pyramid: (B, T, R, D), None where there are none.
+    inputs: what a router reads besides the pyramid, see `packing.collate`.
+    """
+
+    rows: Sequence[int]
+    images: Sequence[int]
+    pyramid: jax.Array | None
+    inputs: Mapping[str, np.ndarray]
+
+
+@functools.partial(sharding.jit, static_argnums=0)
+def encode(config: ModelConfig, params: avg_llava.Params, pixels: jax.Array) -> jax.Array:
+    """uint8 (B, T, H, W, 3) -> pyramids (B, T, R, D)."""
+    return avg_llava.pyramid_of(config, params, pixels)
+
+
+@functools.partial(sharding.jit, static_argnums=0)
+def route(
+    config: ModelConfig, params: avg_llava.Params, pyramid: jax.Array, inputs: Mapping[str, jax.Array]
+) -> Routing:
+    """Score the granularities of every image: pyramid (B, T, R, D), `inputs` as of `Encoded`."""
+    return avg_llava.route(config, params, pyramid, avg_llava.embed(config, params, inputs["text"]), inputs)
+
+
+def encode_all(model: Model, samples: Sequence[Sample], batch_size: int = 32) -> Iterator[Encoded]:
+    """Prompts of as many tiles and images together, one text length for all. Kept, they serve many routers."""
+    config = model.config
+    shapes = [dataclasses.replace(shape_of(sample, config), answer=1, fill=1.0) for sample in samples]
+    text = max((shape.text for shape in shapes), default=0)
+
+    def alike(row: int) -> tuple[int, int, bool]:
+        return shapes[row].tiles, shapes[row].images, bool(samples[row].sizes)
+
+    for rows in by_key(range(len(samples)), alike).values():
+        for at in range(0, len(rows), batch_size):
+            part = rows[at : at + batch_size]
+            images = [len(samples[row].sizes) for row in part]
+            if not any(images):
+                yield Encoded(part, images, None, {})
+                continue
+            shape = dataclasses.replace(shapes[part[0]], text=text)
+            padded = [samples[row] for row in np.resize(part, batch_size)]  # one program for all batches of a shape
+            batch = collate(padded, shape, config, granularities=())
+            pyramid = encode(config, model.params, batch["pixels"])
+            yield Encoded(part, images, pyramid, {key: batch[key] for key in ROUTER_INPUTS})
+
+
+def route_encoded(model: Model, encoded: Iterable[Encoded]) -> list[np.ndarray]:
+    """Router scores (images, G) of prompts that `encode_all` has encoded, in their order.
+
+    model: the one that encoded them, or one that differs from it in its router and its ladder alone.
+    """
+    config, scores = model.config, dict[int, np.ndarray]()
+    for batch in encoded:
+        if batch.pyramid is None:
+            scores |= dict.fromkeys(batch.rows, np.zeros((0, len(config.granularities)), np.float32))
+            continue
+        pyramid = batch.pyramid
+        if pyramid.shape[2] != config.pyramid_rows:  # another ladder: the finest rows hold all that there is
+            pyramid = scale(config, pyramid[:, :, -config.granularities[-1] :])
+        logits = np.asarray(route(config, model.params, pyramid, batch.inputs).logits)
+        for at, (row, images) in enumerate(zip(batch.rows, batch.images, strict=True)):
+            scores[row] = logits[at, :images]
+    return [scores[row] for row in range(len(scores))]
+
+
+def route_all(model: Model, samples: Sequence[Sample], batch_size: int = 32) -> list[np.ndarray]:
+    """Router scores (images, G) of each prompt; nothing is answered."""
+    return route_encoded(model, encode_all(model, samples, batch_size))
+
+
+def shuffled(questions: Sequence[Question], what: str, seed: int = 0) -> list[Sample]:
+    """What the router is shown in a control: another question's instruction, or another's image.
+
+    Every question is paired with another one of as many images, and in the seeded order never with
+    itself where there are two. what: "instruction" or "image".
+    """
+    if what not in ("instruction", "image"):
+        raise ValueError(f"shuffled {what!r}: choose instruction or image")
+    samples = [question.sample for question in questions]
+    mixed = list(samples)
+    for rows in by_key(samples, lambda sample: len(sample.sizes)).values():
+        order = random.Random(seed).sample(rows, len(rows))
+        for row, other in zip(order, order[1:] + order[:1], strict=True):
+            one, two = (samples[row], samples[other]) if what == "instruction" else (samples[other], samples[row])
+            mixed[row] = dataclasses.replace(one, tokens=two.tokens)
+    return mixed

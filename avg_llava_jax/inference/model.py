@@ -1,0 +1,150 @@
+"""What answering needs of a model: config, parameters, tokenizer and stop ids; and requests checked against them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+from avg_llava_jax.config import ModelConfig
+from avg_llava_jax.data.conversation import PLACEHOLDER, encode_prompt, encode_raw, stop_ids
+from avg_llava_jax.data.geometry import visual_count
+from avg_llava_jax.data.packing import Sample, make_sample, packed_length
+from avg_llava_jax.data.tokenizer import Tokenizer
+from avg_llava_jax.inference import choosing
+from avg_llava_jax.inference.requests import Answer, Granularity, Prepared, Request, as_ref
+from avg_llava_jax.models import language
+from avg_llava_jax.models.avg_llava import Params
+
+
+class Model:
+    """A model to answer with: `config`, `params`, `tokenizer`, `step` (training steps behind the parameters).
+
+    stop_ids: tokens that end an answer.
+    """
+
+    def __init__(self, config: ModelConfig, params: Params, tokenizer: Tokenizer, step: int = 0):
+        if tokenizer.vocab_size > config.language.vocab_size:
+            raise ValueError(
+                f"{tokenizer.folder}: the tokenizer has {tokenizer.vocab_size} ids, "
+                f"the model's vocabulary {config.language.vocab_size}"
+            )
+        self.config, self.params, self.tokenizer, self.step = config, params, tokenizer, step
+        self.stop_ids = stop_ids(tokenizer, config.template)
+
+    @functools.cached_property
+    def unstacked(self) -> Params:
+        """The parameters with the language model's layers as a tuple, as the engine's programs read them."""
+        layers = language.unstack(self.params["language"]["layers"])
+        return self.params | {"language": self.params["language"] | {"layers": layers}}
+
+    def limited_to(self, max_length: int) -> Model:
+        """The same model, with a shorter length limit of prompt and answer together."""
+        if max_length == self.config.language.max_length:
+            return self
+        shorter = dataclasses.replace(self.config.language, max_length=max_length)
+        model = Model(dataclasses.replace(self.config, language=shorter), self.params, self.tokenizer, self.step)
+        model.stop_ids, model.__dict__["unstacked"] = self.stop_ids, self.unstacked
+        return model
+
+    def prepare(self, request: Request) -> Prepared:
+        """Check and tokenize a request; reads the headers of its images. Raises ValueError in one line."""
+        refs = [as_ref(image) for image in request.images]
+        if request.raw:
+            tokens = encode_raw(request.prompt, self.tokenizer)
+        else:
+            prompt = request.prompt
+            turns = [{"from": "human", "value": prompt}] if isinstance(prompt, str) else prompt
+            tokens = encode_prompt(turns, self.tokenizer, self.config.template, len(refs))
+        if tokens.images != len(refs):
+            raise ValueError(f"{len(refs)} images for {tokens.images} {PLACEHOLDER} in the prompt")
+        if not tokens.ids:
+            raise ValueError("the prompt is empty")
+        sample = make_sample("request", tokens, refs)
+        choice = self._wanted(request.granularity, len(refs))
+        choosing.check_budget(self.config, sample.sizes, choice, request.max_visual_tokens)
+        if len(tokens.ids) - len(refs) > self.config.language.max_length or None not in choice:
+            check_length(self.config, sample, [g or self.config.granularities[0] for g in choice])
+        return Prepared(request, sample, choice)
+
+    def _wanted(self, granularity: Granularity | Sequence[Granularity], images: int) -> tuple[int | None, ...]:
+        """One entry an image, None for "auto"."""
+        each = granularity if isinstance(granularity, (list, tuple)) else [granularity] * images
+        if len(each) != images:
+            raise ValueError(f"granularity={granularity!r} names {len(each)} for {images} images")
+        for one in each or [granularity]:
+            if one != "auto" and (isinstance(one, bool) or one not in self.config.granularities):
+                ladder = ", ".join(map(str, self.config.granularities))
+                raise ValueError(f"granularity={one!r} is none of this model's: auto, {ladder}")
+        return tuple(None if one == "auto" else int(one) for one in each)
+
+    def longest(self, prepared: Prepared) -> int:
+        """Positions that a request may take: its prompt at the finest granularities left to it, and its answer."""
+        config, finest = self.config, self.config.granularities[-1]
+        prompt = length_at(config, prepared.sample, [g or finest for g in prepared.choice])
+        if None in prepared.choice and prepared.request.max_visual_tokens is not None:
+            text = len(prepared.sample.tokens.ids) - len(prepared.choice)
+            prompt = min(prompt, text + prepared.request.max_visual_tokens)
+        return min(prompt + prepared.request.max_new_tokens, config.language.max_length)
+
+    def answer_of(
+        self,
+        text: str,
+        ids: Sequence[int],
+        finish: Literal["stop", "length"],
+        prepared: Prepared,
+        choice: tuple[int, ...],
+        scores: Sequence[np.ndarray],
+        timings: dict[str, float],
+    ) -> Answer:
+        """The answer of a request that has ended; `scores` are router scores (G,) of each image, none without."""
+        shares = tuple(dict(zip(self.config.granularities, softmax(row), strict=True)) for row in scores)
+        return Answer(
+            text=text,
+            granularity=_single(choice),
+            visual_tokens=sum(visual_tokens(self.config, prepared.sample, choice)),
+            probabilities=_single(shares),
+            timings=timings,
+            token_ids=tuple(ids),
+            finish=finish,
+        )
+
+
+def length_at(config: ModelConfig, sample: Sample, choice: Sequence[int]) -> int:
+    """Packed length of a prompt at one granularity per image, whether or not it fits."""
+    return len(sample.tokens.ids) - len(sample.sizes) + sum(visual_tokens(config, sample, choice))
+
+
+def visual_tokens(config: ModelConfig, sample: Sample, choice: Sequence[int]) -> list[int]:
+    """Visual tokens, newlines included, of each image."""
+    return [visual_count(size, config, g) for size, g in zip(sample.sizes, choice, strict=True)]
+
+
+def check_length(config: ModelConfig, sample: Sample, choice: Sequence[int]) -> None:
+    """Raises ValueError where a prompt exceeds `max_length`; says which granularity would fit."""
+    need, limit = length_at(config, sample, choice), config.language.max_length
+    if need <= limit:
+        return
+    fitting = [g for g in config.granularities if packed_length(sample, config, g) <= limit]
+    advice = f"granularity={fitting[-1]} would fit" if fitting else "no granularity would fit: shorten the prompt"
+    at = f" at granularity {', '.join(map(str, choice))}" if choice else ""
+    raise ValueError(f"the prompt takes {need} tokens{at}, the model's limit is {limit}; {advice}")
+
+
+def without_end(ids: list[int], stop_ids: Sequence[int]) -> list[int]:
+    """Generated ids less the end token, if that is what they end on."""
+    return ids[:-1] if ids and ids[-1] in stop_ids else ids
+
+
+def softmax(scores: np.ndarray) -> list[float]:
+    """Probabilities of fp32 scores (G,)."""
+    shares = np.exp(scores - scores.max())
+    return (shares / shares.sum()).tolist()
+
+
+def _single(values: tuple) -> object:
+    """None, the one value, or the tuple."""
+    return None if not values else values[0] if len(values) == 1 else values

@@ -1,0 +1,57 @@
+"""Which mesh axis an axis of an array is spread over, by its name: one table for parameters and activations."""
+
+import math
+
+import jax
+from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
+
+MESH_AXES: dict[str | None, str | tuple[str, ...] | None] = {
+    "batch": ("data", "fsdp"),  # of activations: samples, or tiles of samples
+    "width": "fsdp",  # of parameters: they are gathered where they are used
+    "heads": "tensor",
+    "mlp": "tensor",
+    "vocab": "tensor",
+    "layers": None,
+    None: None,
+}
+"""Logical axis -> mesh axes. Parameters of a few kilobytes (norms, positions, votes) have None alone: replicated."""
+
+
+def spec(*axes: str | None) -> PartitionSpec:
+    """The mesh axes of each array axis: spec("batch", None, "heads") is P(("data", "fsdp"), None, "tensor")."""
+    return PartitionSpec(*(MESH_AXES[axis] for axis in axes))
+
+
+def fitting(mesh: Mesh | AbstractMesh, spec: PartitionSpec, shape: tuple[int, ...]) -> PartitionSpec:
+    """`spec` less the entries that do not divide their axis, and less mesh axes that a `shard_map` around has taken.
+
+    On a mesh with tensor=2, PartitionSpec("fsdp", "tensor") for shape (64, 5) becomes PartitionSpec("fsdp", None).
+    """
+    free = [name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto]
+
+    def fit(entry: str | tuple[str, ...] | None, size: int) -> str | tuple[str, ...] | None:
+        names = tuple(name for name in ((entry,) if isinstance(entry, str) else entry or ()) if name in free)
+        if not names or size % math.prod(mesh.shape[name] for name in names):
+            return None
+        return names if len(names) > 1 else names[0]
+
+    return PartitionSpec(*(fit(entry, size) for entry, size in zip(spec, shape, strict=True)))
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """`x`, its axes spread over the mesh as their names say; without a mesh (`jax.set_mesh`) nothing happens.
+
+    constrain(hidden, "batch", None, None): every device holds whole rows of its own samples.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, fitting(mesh, spec(*axes), x.shape))
+
+
+def platform() -> tuple[str, int]:
+    """What is compiled for, and how many devices of it: the mesh in use, or this machine's."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.abstract_device is None:
+        return jax.default_backend(), jax.device_count()
+    return mesh.abstract_device.platform, mesh.size

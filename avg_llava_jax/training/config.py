@@ -1,0 +1,213 @@
+"""Settings of a run and their defaults; an experiment in `configs/` is what it changes of them.
+
+    config = defaults()                      # an ml_collections.ConfigDict, for configs/ and --config.key=value
+    config.optimizer.learning_rate = 1e-3
+    read(config)                             # the same as a TrainConfig, which training works with
+
+`model` holds what a run changes of its model. Every field of `ModelConfig` can be set there; what is left at None is
+as in the checkpoint of `init_from`, or the default of `ModelConfig` for fresh parameters.
+"""
+
+import dataclasses
+import types
+import typing
+from typing import Any
+
+from ml_collections import ConfigDict, config_dict
+
+from avg_llava_jax.config import ModelConfig, build, nested
+from avg_llava_jax.data.images import MAX_PIXELS
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where the samples come from.
+
+    path: a LLaVA JSON or JSONL; `jersey`, with settings as `jersey?split=router&turns=4`; or several by weight:
+      `0.8*a.json, 0.2*jersey`.
+    images: folder, zip or tar; one for all paths, or one for each, comma-separated.
+    max_pixels: an image with more counts as bad.
+    max_skipped_share: the run stops where more of the samples cannot be used.
+    shapes: batch shapes; each is compiled once, fewer of them mean more padding.
+    workers: processes that read data; 0 = a thread.
+    validation: samples that are held out of training and measured now and then: a path, as `path`; or a share of the
+      records of each path, as `0.02`, the same ones in every run; "" = none.
+    validation_images: where the images of a validation path lie; "" = where `images` says.
+    """
+
+    path: str = ""
+    images: str = ""
+    max_pixels: int = MAX_PIXELS
+    max_skipped_share: float = 0.05
+    shapes: int = 6
+    workers: int = 0
+    validation: str = ""
+    validation_images: str = ""
+
+    def __post_init__(self) -> None:
+        if self.validation_share is not None and not 0 < self.validation_share < 1:
+            raise ValueError(f"data.validation={self.validation}: a share of the records lies between 0 and 1")
+        if self.validation_images and (not self.validation or self.validation_share):
+            raise ValueError(
+                f"data.validation_images={self.validation_images} has no effect without a path in data.validation"
+            )
+
+    @property
+    def validation_share(self) -> float | None:
+        """Of the records that are held out, None where there is no validation or it has a path of its own."""
+        try:
+            return float(self.validation)
+        except ValueError:
+            return None
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW.
+
+    learning_rate: the peak.
+    encoder_learning_rate, connector_learning_rate: those of these components; None = `learning_rate`, 0 = frozen.
+    warmup: share of the steps in which the rate rises from 0; it then falls to 0 along a cosine.
+    weight_decay: of kernels and embeddings; norms, biases and single vectors are spared.
+    clip: the largest global norm of the gradients.
+    accumulate: micro-batches that a batch is cut into, one after another on the device: less memory, the same result.
+    """
+
+    learning_rate: float = 1e-5
+    encoder_learning_rate: float | None = None
+    connector_learning_rate: float | None = None
+    warmup: float = 0.03
+    weight_decay: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    clip: float = 1.0
+    accumulate: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"optimizer.warmup={self.warmup} is a share of the steps, in [0, 1)")
+        if self.accumulate < 1:
+            raise ValueError(f"optimizer.accumulate={self.accumulate} must be at least 1")
+
+    def rate(self, component: str) -> float:
+        """The peak learning rate of a component."""
+        own = {"encoder": self.encoder_learning_rate, "connector": self.connector_learning_rate}.get(component)
+        return self.learning_rate if own is None else own
+
+
+@dataclasses.dataclass(frozen=True)
+class RglfConfig:
+    """RGLF (paper, section 3.5): the loss of the router.
+
+    margin: of the ranking loss. rank_weight, ce_weight: of its two parts.
+    nll_weight: of the NLL expected under the router's probabilities; alone, it trains by instruction tuning instead.
+    tie_nats: granularities within so many nats of the best count as equally good and rank cheapest first; 0 = paper.
+    feedback: folder that `launch.feedback` made; "" = the frozen model is asked in every step.
+    execution: how the frozen model is asked: `per_length` runs each granularity at its own length, `vmap` pads all
+      to the longest and maps over them.
+    """
+
+    margin: float = 1.0
+    rank_weight: float = 1.0
+    ce_weight: float = 0.1
+    nll_weight: float = 0.0
+    tie_nats: float = 0.0
+    feedback: str = ""
+    execution: str = "per_length"
+
+    def __post_init__(self) -> None:
+        if self.execution not in ("per_length", "vmap"):
+            raise ValueError(f"rglf.execution={self.execution!r}: choose per_length or vmap")
+        if self.tie_nats < 0:
+            raise ValueError(f"rglf.tie_nats={self.tie_nats} must not be negative")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the device mesh; one of them may be -1: all devices that are left."""
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """One run of one phase.
+
+    phase: grounding, connector, multi_granularity or rglf, see `phases`.
+    granularities: those that the phase trains, as (64,); () = all of the model's.
+    seed: of fresh parameters, of the order of the data and of dropout.
+    steps, batch_size: optimizer steps; samples in each, over all devices.
+    checkpoint_every: steps.
+    evaluate_every: steps between measurements on `data.validation`, also after the last; 0 = with each checkpoint.
+    max_bad_steps: steps passed over, unchanged, because their loss is not finite; one more ends the run.
+    init_from: a checkpoint of ours or a PyTorch folder; "" = fresh parameters.
+    fresh: components that start fresh although `init_from` has them, as ("router",); they may have another form.
+    vision_tower: the CLIP folder that `init_from` names, or that a Llama is joined with.
+    tokenizer: folder for fresh parameters; `init_from` brings its own.
+    compute_dtype: float32 or bfloat16; what learns is held in float32, what is frozen in this.
+    remat: none, dots or full: how much of the forward pass the backward pass computes again.
+    model: what changes of the model: the fields of `ModelConfig`, nested; None = unchanged.
+    """
+
+    phase: str = "multi_granularity"
+    granularities: tuple[int, ...] = ()
+    seed: int = 0
+    steps: int = 1000
+    batch_size: int = 128
+    checkpoint_every: int = 500
+    evaluate_every: int = 0
+    max_bad_steps: int = 0
+    init_from: str = ""
+    fresh: tuple[str, ...] = ()
+    vision_tower: str = ""
+    tokenizer: str = ""
+    compute_dtype: str = "float32"
+    remat: str = "none"
+    model: dict[str, Any] = dataclasses.field(default_factory=dict)
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    rglf: RglfConfig = RglfConfig()
+    mesh: MeshConfig = MeshConfig()
+
+
+def defaults() -> ConfigDict:
+    """Every setting with its default."""
+    config = _config_dict(TrainConfig)
+    config.model = _config_dict(ModelConfig, unset=True)
+    return config
+
+
+def read(config: ConfigDict) -> TrainConfig:
+    """The settings of a ConfigDict.
+
+    Raises:
+      ValueError: names a setting that there is not, or that makes no sense.
+    """
+    return build(TrainConfig, config.to_dict(), "config")
+
+
+def _config_dict(cls: type, unset: bool = False) -> ConfigDict:
+    """The fields of a dataclass and their defaults; placeholders, which know their type, for None or where `unset`."""
+    hints, inner = typing.get_type_hints(cls), nested(cls)
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(cls):
+        if field.name in inner:
+            values[field.name] = _config_dict(inner[field.name], unset)
+        elif unset or field.default is None:
+            values[field.name] = config_dict.placeholder(_kind(hints[field.name]))
+        elif field.default is not dataclasses.MISSING:
+            values[field.name] = field.default
+    return ConfigDict(values)
+
+
+def _kind(hint: Any) -> type:
+    """The plain type of an annotation: of `float | None` float, of `Literal["a"]` str, of `tuple[int, ...]` tuple."""
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        (hint,) = (kind for kind in typing.get_args(hint) if kind is not type(None))
+    elif origin is typing.Literal:
+        return type(typing.get_args(hint)[0])
+    return typing.get_origin(hint) or hint

@@ -1,0 +1,78 @@
+"""The chat templates that exports write, against the texts that our own templates make."""
+
+import jinja2
+import pytest
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from avg_llava_jax.convert.chat_templates import chat_template
+from avg_llava_jax.data.conversation import _checked, _render
+from avg_llava_jax.data.tokenizer import load_tokenizer
+from tests.test_conversation import GOLDEN
+
+TEMPLATES = ("vicuna_v1", "mistral_instruct", "llama_3")
+IMAGE, WHO = {"type": "image"}, {"type": "text", "text": "Who?"}
+
+
+def rendered(template, messages, **given):
+    (text,), _ = render_jinja_template([messages], chat_template=chat_template(template, ""), eos_token="</s>", **given)
+    return text
+
+
+def ours(template, turns, images):
+    tokenizer = load_tokenizer(GOLDEN / "avg-llava-tiny")
+    turns = [{"from": role, "value": value} for role, value in turns]
+    return "".join(piece.text for piece in _render(_checked(turns, images, template), tokenizer, template))
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_what_the_system_says_stands_before_the_first_question(template):
+    for before, said in {
+        ("system",): "Be brief.\n\n",
+        ("developer",): "Be brief.\n\n",
+        ("system", "developer"): "Be brief.\nBe brief.\n\n",
+    }.items():
+        system = [{"role": role, "content": "Be brief."} for role in before]
+        assert rendered(template, [*system, {"role": "user", "content": "Who?"}]) == (
+            ours(template, [("human", said + "Who?")], 0)
+        )
+        assert rendered(template, [*system, {"role": "user", "content": [IMAGE, WHO]}]) == (
+            ours(template, [("human", said + "<image>\nWho?")], 1)
+        )
+    turns = [("human", "Who?"), ("gpt", "Ann"), ("human", "<image>\n<image>\nAnd? ")]
+    messages = [
+        {"role": "user", "content": "Who?"},
+        {"role": "assistant", "content": [{"type": "text", "text": "Ann"}]},
+        {"role": "user", "content": [IMAGE, IMAGE, {"type": "text", "text": "And? "}]},
+    ]
+    assert rendered(template, messages) == ours(template, turns, 2)
+    late = [*messages[:2], {"role": "system", "content": "Be brief."}, messages[2]]
+    assert rendered(template, late) == ours(template, [("human", "Be brief.\n\nWho?"), *turns[1:]], 2)
+    assert rendered(template, [*messages[:1]]) == ours(template, turns[:1], 0)
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize(
+    ("messages", "given", "message"),
+    [
+        (["user", "tool"], {}, "no turns of role 'tool'"),
+        (["critic", "user"], {}, "no turns of role 'critic'"),
+        (["user", "user"], {}, "that alternate, the first from the user"),
+        (["system", "assistant"], {}, "that alternate, the first from the user"),
+        (["user"], {"tools": [{"type": "function", "function": {"name": "look"}}]}, "has no tools"),
+    ],
+)
+def test_turns_that_a_template_has_not_are_errors(template, messages, given, message):
+    with pytest.raises(jinja2.exceptions.TemplateError, match=f"template {template} .*{message}"):
+        rendered(template, [{"role": role, "content": "a"} for role in messages], **given)
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_parts_and_calls_that_a_template_has_not_are_errors(template):
+    with pytest.raises(jinja2.exceptions.TemplateError, match="no parts of type 'video', only text and image"):
+        rendered(template, [{"role": "user", "content": [{"type": "video"}, WHO]}])
+    call = {"type": "function", "function": {"name": "look", "arguments": "{}"}}
+    with pytest.raises(jinja2.exceptions.TemplateError, match="no tool calls"):
+        rendered(
+            template,
+            [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "tool_calls": [call]}],
+        )
