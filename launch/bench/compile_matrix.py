@@ -202,9 +202,9 @@ def judge(program: Program, target: Target, mesh: Mapping[str, int], lengths: tu
     """Compile a program: what it costs, and `faults`, what is wrong with it, one line each.
 
     It must fit. What is donated must be overwritten. No score of a whole sequence by itself may be written to memory,
-    (B, H, S, S), for sequences of `LONG` or more. Of a program that keeps a cache, temporaries must be at most a tenth
-    of it and `WORKSPACE`, no copy of half of it may be written, and a turn of its loop, a token, may move 1.1 times
-    parameters and cache. Where parameters lie whole (no fsdp), no program may gather a tenth of them.
+    (B, H, S, S), for sequences of `LONG` or more. Of a program with a cache no copy of half of its keys may be written; if
+    it has a loop over tokens, temporaries must be at most a tenth of the cache and `WORKSPACE`, and a token may move
+    1.1 times parameters and cache. Where parameters lie whole (no fsdp), no program may gather a tenth of them.
     """
     from avg_llava_jax.commands import planning
     from avg_llava_jax.parallel import costs
@@ -222,11 +222,11 @@ def judge(program: Program, target: Target, mesh: Mapping[str, int], lengths: tu
     if scores := [array for array in arrays if any(_is_scores(array.shape, length) for length in lengths)]:
         faults.append(f"scores in memory: {_largest(scores)}")
     if cache := plan.held.get("cache", 0):
-        if plan.temporaries > 0.1 * cache + WORKSPACE:
+        turn, once = sum(each.bytes for each in plan.moves if each.a_turn), plan.held["parameters"] + cache
+        if turn and plan.temporaries > 0.1 * cache + WORKSPACE:
             faults.append(f"temporaries are {plan.temporaries / cache:.2f} of the cache")
-        turn, bound = sum(each.bytes for each in plan.moves if each.a_turn), 1.1 * (plan.held["parameters"] + cache)
-        if turn > bound + WORKSPACE:
-            faults.append(f"a token moves {_bytes(turn)}, parameters and cache are {_bytes(bound / 1.1)}")
+        if turn > 1.1 * once + WORKSPACE:
+            faults.append(f"a token moves {_bytes(turn)}, parameters and cache are {_bytes(once)}")
         if copies := [a for a in arrays if a.operation in COPIES and a.size > max(cache / 4, 2**20)]:
             faults.append(f"copies of the cache: {len(copies)}, {_largest(copies)}")
     parameters = sum(plan.held.get(kind, 0) for kind in ("parameters", "trained", "frozen"))
