@@ -202,9 +202,9 @@ def judge(program: Program, target: Target, mesh: Mapping[str, int], lengths: tu
     """Compile a program: what it costs, and `faults`, what is wrong with it, one line each.
 
     It must fit. What is donated must be overwritten. No score of a whole sequence by itself may be written to memory,
-    (B, H, S, S), for sequences of `LONG` or more. Of a program with a cache no copy of half of its keys may be written; if
-    it has a loop over tokens, temporaries must be at most a tenth of the cache and `WORKSPACE`, and a token may move
-    1.1 times parameters and cache. Where parameters lie whole (no fsdp), no program may gather a tenth of them.
+    (B, H, S, S), for sequences of `LONG` or more. Of a program with a cache no copy of half of its keys may be written.
+    With a loop over tokens, temporaries must be at most a tenth of the cache and `WORKSPACE`, and a token may move 1.1
+    times parameters and cache. Where parameters lie whole (no fsdp), no program may gather a tenth of them.
     """
     from avg_llava_jax.commands import planning
     from avg_llava_jax.parallel import costs
