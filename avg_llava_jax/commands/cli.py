@@ -6,8 +6,10 @@ Commands import JAX late, so that --help and a mistyped flag return at once.
 from __future__ import annotations
 
 import contextlib
+import os
 import pathlib
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -28,6 +30,14 @@ QUANTIZE = flags.DEFINE_enum("quantize", None, ["int8"], "Quantizes the language
 STORED_FLAGS = tuple(flag.name for flag in (CHECKPOINT, VISION_TOWER, DTYPE))
 MODEL_FLAGS = (*STORED_FLAGS, QUANTIZE.name)
 TEXT_FLAGS = ("prompt", "stop", "name", "coordinator")  # their values are never paths
+COMPILED = flags.DEFINE_string(
+    "compiled",
+    None,
+    "Folder that keeps compiled programs for the next run; empty keeps none. "
+    "Default: JAX_COMPILATION_CACHE_DIR, else the user's cache folder.",
+)
+COMPILED_BYTES = 2**30
+"""Bytes that `--compiled` may take; the programs that were unused for longest go first."""
 TRACEBACK = flags.DEFINE_bool("traceback", False, "Print the traceback of an error, not only its message.")
 
 
@@ -36,6 +46,31 @@ def load_model() -> AvgLlava:
     from avg_llava_jax.inference.api import AvgLlava
 
     return AvgLlava.load(CHECKPOINT.value, VISION_TOWER.value, dtype=DTYPE.value, quantize=QUANTIZE.value)
+
+
+def keep_compiled() -> None:
+    """Let XLA load the programs that an earlier run compiled. Call it before JAX is imported.
+
+    Several processes may share the folder: JAX locks it, and compiles again what is damaged. A folder that cannot be
+    written is one line on stderr.
+    """
+    if COMPILED.value == "":
+        os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+        return
+    if COMPILED.value is None and "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+    folder = pathlib.Path(COMPILED.value or cache / "avg_llava_jax" / "compiled")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        print(f"compiled programs are not kept: {folder}: {error.strerror} (--compiled=DIR)", file=sys.stderr)
+        return
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
+    os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(COMPILED_BYTES))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 
 class ConfigFile(flags.ArgumentParser):
@@ -95,7 +130,7 @@ def run(main: Callable[[], None], required: Sequence[str], model_flags: Sequence
     sys.modules["__main__"].__doc__ = module.__doc__
     own = [flag.name for flag in flags.FLAGS.get_key_flags_for_module(module.__name__)]
     own += [name for name in ("config",) if name in flags.FLAGS]
-    for name in (*own, *model_flags, TRACEBACK.name):
+    for name in (*own, *model_flags, COMPILED.name, TRACEBACK.name):
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
 
     def parse(argv: list[str]) -> list[str]:
@@ -123,6 +158,7 @@ def run(main: Callable[[], None], required: Sequence[str], model_flags: Sequence
             logging.set_verbosity(logging.WARNING)  # JAX and Orbax report much at INFO
         try:
             refuse_buckets({name: flags.FLAGS[name].value for name in flags.FLAGS if name not in TEXT_FLAGS})
+            keep_compiled()
             main()
         except (OSError, ValueError, RuntimeError, FloatingPointError, MissingExtra) as error:
             if TRACEBACK.value:
