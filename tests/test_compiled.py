@@ -16,7 +16,8 @@ def answer(folder, tmp_path):  # noqa: F811
 
     def run(*flags):
         command = [sys.executable, "-m", "launch.answer", f"--checkpoint={folder}", "--prompt=Who?"]
-        done = subprocess.run([*command, "--max_new_tokens=3", *flags], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+        command += ["--max_new_tokens=3", *flags]
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         return done.stdout.splitlines()[0], done.stderr
 
