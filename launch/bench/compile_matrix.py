@@ -204,7 +204,7 @@ def judge(program: Program, target: Target, mesh: Mapping[str, int], lengths: tu
     It must fit. What is donated must be overwritten. No score of a whole sequence by itself may be written to memory,
     (B, H, S, S), for sequences of `LONG` or more. Of a program with a cache no copy of half of its keys may be written.
     Where parameters lie whole (no fsdp), no program may gather a tenth of them, and of one with a loop over tokens
-    temporaries must be at most a tenth of the cache and `WORKSPACE`, and a token may move 1.1 times parameters and cache.
+    temporaries must be at most a tenth of the cache and `WORKSPACE`; a token may move 1.1 times parameters and cache.
     """
     from avg_llava_jax.commands import planning
     from avg_llava_jax.parallel import costs
