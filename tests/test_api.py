@@ -7,8 +7,9 @@ import pytest
 
 from avg_llava_jax import checkpoint
 from avg_llava_jax.inference.api import AvgLlava, Request
+from avg_llava_jax.models import one_cpu
 from tests.conftest import TOKENIZER
-from tests.random_model import plain, random_model
+from tests.random_model import plain, random_model, save_random_model
 
 
 @pytest.fixture(scope="module")
@@ -151,3 +152,14 @@ def test_names_load_late():
         "from avg_llava_jax import AvgLlava; assert 'jax' in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_an_accelerator_holds_layers_once(tiny, tokenizer, tmp_path, monkeypatch):
+    """Where layers are copied to be unstacked, the stacked ones are freed; answers are the same."""
+    wanted = save_random_model(tiny, tokenizer, tmp_path / "w").answer((), "Who?", max_new_tokens=4)
+    monkeypatch.setattr(one_cpu, "here", lambda: False)
+    monkeypatch.setattr(one_cpu, "unstack", lambda layers: None)
+    model = AvgLlava.load(tmp_path / "w")
+    assert isinstance(model.params["language"]["layers"], tuple)
+    assert model.unstacked["language"]["layers"] is model.params["language"]["layers"]
+    assert model.answer((), "Who?", max_new_tokens=4).token_ids == wanted.token_ids

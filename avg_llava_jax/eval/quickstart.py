@@ -9,7 +9,6 @@ import pathlib
 import time
 from typing import Any
 
-import jax
 import numpy as np
 
 from avg_llava_jax import checkpoint
@@ -46,8 +45,7 @@ def collect_feedback(model: AvgLlava, config: Any, workdir: pathlib.Path) -> pat
         begin = time.perf_counter()
         mesh = sharding.make_mesh(config.mesh)
         dtype = setup.DTYPES[config.compute_dtype]
-        params = jax.tree.map(lambda leaf: leaf.astype(dtype), model.params)
-        params = jax.device_put(params, sharding.shardings(mesh, params))
+        params = checkpoint.load(config.init_from, None, mesh, dtype).params
         batches = setup.plan_batches(read(config), model.config, model.tokenizer)
         feedback.measure(model.config, params, batches, config.steps, path, mesh, keep_features=True)
         _note_seconds(workdir, "feedback", begin)

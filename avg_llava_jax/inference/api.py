@@ -29,6 +29,7 @@ from avg_llava_jax.inference.engine import Engine
 from avg_llava_jax.inference.model import Model
 from avg_llava_jax.inference.requests import Answer, ImageLike, Prepared, Request
 from avg_llava_jax.inference.tickets import Ticket
+from avg_llava_jax.models import language, one_cpu
 
 
 class Stream:
@@ -84,6 +85,9 @@ class AvgLlava(Model):
             raise ValueError(f"quantize={quantize!r}: choose int8 or None")
         loaded = checkpoint.load(path, vision_tower, mesh, dtype)
         params = quantized(loaded.params) if quantize else loaded.params
+        if not one_cpu.here():  # there the engine's layers share the memory of the stacked ones
+            layers = language.unstack(params["language"]["layers"], free=True)
+            params = params | {"language": params["language"] | {"layers": layers}}
         return cls(loaded.config, params, load_tokenizer(loaded.tokenizer_folder), loaded.meta["step"])
 
     def answer(self, images: ImageLike | Sequence[ImageLike], prompt: str | Sequence[Turn], **options: Any) -> Answer:
