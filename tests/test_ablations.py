@@ -10,7 +10,7 @@ import pytest
 from avg_llava_jax import checkpoint
 from avg_llava_jax.configs import ablations
 from avg_llava_jax.data.jersey import Jersey
-from avg_llava_jax.eval import evaluation, policies, quickstart
+from avg_llava_jax.eval import evaluation, policies, quickstart, routing
 from avg_llava_jax.inference.api import AvgLlava
 from avg_llava_jax.parallel import sharding
 from avg_llava_jax.training import rglf, setup
@@ -147,12 +147,12 @@ def test_another_router_over_what_was_seen_once(tiny, tokenizer, changes):
     model = random_model(tiny, tokenizer)
     questions, _ = evaluation.read_questions(Jersey("test", 5, paired=True), tokenizer, tiny)
     samples = [question.sample for question in questions]
-    seen = list(evaluation.see_all(model, samples, 4))
+    seen = list(routing.encode_all(model, samples, 4))
     scaler = dataclasses.replace(tiny.scaler, halvings=3)
     config = dataclasses.replace(tiny, router=dataclasses.replace(tiny.router, **changes), scaler=scaler)
     router = random_model(config, tokenizer).params["router"]
     other = AvgLlava(config, {**model.params, "router": router}, tokenizer)
-    kept, anew = evaluation.route_seen(other, seen), evaluation.route_all(other, samples, 4)
+    kept, anew = routing.route_encoded(other, seen), routing.route_all(other, samples, 4)
     assert len(kept) == 5 and all(row.shape == (1, 4) for row in kept)
     np.testing.assert_allclose(np.stack(kept), np.stack(anew), atol=1e-5)
     assert np.std(np.stack(kept)[:, 0, 0]) > 1e-4

@@ -8,6 +8,7 @@ from avg_llava_jax import parameters
 from avg_llava_jax.commands.planning import largest_shape
 from avg_llava_jax.config import LanguageConfig, from_dict
 from avg_llava_jax.configs import jersey
+from avg_llava_jax.models import attention
 from avg_llava_jax.parallel.costs import Access, Traffic, accesses, collectives, flops, language_flops, step_flops
 from avg_llava_jax.training import phases
 from avg_llava_jax.training.config import OptimizerConfig, RglfConfig
@@ -41,7 +42,8 @@ def test_flops_of_a_sequence_by_hand():
 @pytest.mark.parametrize("phase", ["multi_granularity", "rglf"])
 def test_the_formula_counts_what_the_step_computes(phase, monkeypatch):
     """Against the trace to 0.01 %; against XLA, which counts additions, softmax and the like as well, to 5 %."""
-    monkeypatch.setattr(jax, "device_count", lambda: 2)  # plain attention: on one CPU it forms its scores twice
+    # Plain attention: the others form their scores twice.
+    monkeypatch.setattr(attention, "kernel_for", lambda *_: "dense")
     model = from_dict(jersey.model().to_dict())
     shape = largest_shape(model, text=64, answer=16)
     loss = phases.make_loss(phase, model, model.granularities, RglfConfig(), "none")

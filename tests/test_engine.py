@@ -149,7 +149,7 @@ def test_bad_requests_fail_alone(model, engine, photos):
     for bad, message in (
         ({"images": b"no image"}, "corrupt_image"),
         ({"images": photos[:1] * 50}, "150 tiles"),
-        ({"granularity": 5}, "granularity=5 is none"),
+        ({"granularity": 5}, "granularity=5: choose auto, 4, 8, 16"),
         ({"prompt": "long " * 300}, "the model's limit is 256"),
     ):
         with pytest.raises(ValueError, match=message) as error:

@@ -271,7 +271,7 @@ def test_damaged_weights(folder, tensors, spoil, message):
         ({"mm_projector_type": "linear"}, "mm_projector_type='linear' is not supported"),
         ({"mm_hidden_size": 1024}, "mm_hidden_size=1024, but the vision tower has 32"),
         ({"image_grid_pinpoints": "[[336"}, "image_grid_pinpoints="),
-        ({"image_grid_pinpoints": [[300, 672]]}, "no multiple of the tile side 336"),
+        ({"image_grid_pinpoints": [[300, 672]]}, "must be a multiple of the tile side 336"),
         ({"vis_token_granularity": [36, 144, 576]}, "vis_token_granularity="),
         ({"num_attention_heads": 0}, "config.json: num_attention_heads=0 is not a positive integer"),
         ({"hidden_size": "64"}, "config.json: hidden_size='64' is not a positive integer"),

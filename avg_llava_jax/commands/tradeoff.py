@@ -68,7 +68,7 @@ def main() -> None:
     for name, (picked, request) in ways.items():
         routed = name.startswith("cost weight")
         timed[name] = [
-            timing.as_request(config, questions[at], request, (None,) * len(sizes[at]) if routed else picked[at])
+            timing.as_request(questions[at], request, (None,) * len(sizes[at]) if routed else picked[at])
             for at in places
         ]
     seconds = timing.in_turn(model, timed, ROUNDS.value)
