@@ -20,7 +20,7 @@ CORE = r"^attention (577|1024|37) .*bfloat16|^attention 577 .*float32|^tiny answ
 def test_programs_compile(target, tmp_path):
     if missing := chips.missing(chips.CHIPS[target.partition(":")[0]]):
         pytest.skip(f"not installed: {missing}")
-    flags = [f"--target={target}", f"--only={CORE}", f"--workdir={tmp_path}", "--document=", "--limit_s=200"]
+    flags = [f"--target={target}", f"--cases={CORE}", f"--known={tmp_path}", "--tables=", "--limit_s=200"]
     command = [sys.executable, "-m", "launch.bench.compile_matrix", *flags]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,11 +1,11 @@
 """Compile every program of the project for GPUs and TPUs, and write the tables of docs/compile_matrix.md.
 
     python -m launch.bench.compile_matrix
-    python -m launch.bench.compile_matrix --target=h100:1 --target=h100:8/fsdp=4,tensor=2 --only='7B.*rglf' --document=
+    python -m launch.bench.compile_matrix --target=h100:1 --target=h100:8/fsdp=4,tensor=2 --cases='7B.*rglf' --tables=
 
 The devices need not be present. Each target compiles in a separate process, since a compiler can crash or hang; that is
 a line of the table, and the next program follows. A program passes if it compiles, fits, overwrites its donated
-arguments, and holds and sends nothing that `judge` does not expect. Results are kept in --workdir and written to the
+arguments, and holds and sends nothing that `judge` does not expect. Results are kept in --known and written to the
 document at once; remove that folder when the programs have changed. It exits with 1 where something fails.
 
 A new program is one more entry of `CASES`.
@@ -52,10 +52,10 @@ TARGETS = (
 """Topology and mesh."""
 
 CHOSEN = flags.DEFINE_multi_string("target", TARGETS, "TOPOLOGY or TOPOLOGY/MESH, as h100:8/fsdp=4,tensor=2.")
-ONLY = flags.DEFINE_string("only", "", "Cases whose names this regular expression is found in.")
+ONLY = flags.DEFINE_string("cases", "", "Cases whose names this regular expression is found in.")
 LIMIT = flags.DEFINE_float("limit_s", 600.0, "Seconds after which a compiler is ended.")
-WORKDIR = flags.DEFINE_string("workdir", "workdirs/compile_matrix", "Keeps what is known already.")
-DOCUMENT = flags.DEFINE_string("document", "docs/compile_matrix.md", "Where the tables stand; empty = printed alone.")
+WORKDIR = flags.DEFINE_string("known", "workdirs/compile_matrix", "Keeps what is known already.")
+DOCUMENT = flags.DEFINE_string("tables", "docs/compile_matrix.md", "Where the tables stand; empty = printed alone.")
 CHILD = flags.DEFINE_string("child", "", "Compile for this target, and say so line by line.")
 BEGIN, END = "<!-- matrix: python -m launch.bench.compile_matrix -->\n", "<!-- end of matrix -->\n"
 
@@ -322,8 +322,8 @@ def compile_all(where: str) -> None:
 
     _file(where, "").parent.mkdir(parents=True, exist_ok=True)
     while True:
-        command = [sys.executable, "-m", "launch.bench.compile_matrix", f"--child={where}", f"--only={ONLY.value}"]
-        command.append(f"--workdir={WORKDIR.value}")
+        command = [sys.executable, "-m", "launch.bench.compile_matrix", f"--child={where}", f"--cases={ONLY.value}"]
+        command.append(f"--known={WORKDIR.value}")
         running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         lines: queue.Queue[str | None] = queue.Queue()
         errors: list[str] = []
