@@ -1,11 +1,11 @@
-"""Checkpoints: one folder from which everything else starts.
+"""Checkpoints: the folder that training writes and every other command reads.
 
     config.json              {"format": 1, "model": ..., "training": ... | null, "granularities_trained": [...] | null}
     tokenizer/               tokenizer files
     checkpoints/<step>/      Orbax: params, optimizer, data (position of the data pipeline) and checksums (JSON)
 
-A training workdir is such a folder; one to ship holds only `params` and `checksums`. Readers take the
-newest step. `load` reads PyTorch folders as well, see `foreign`.
+A training workdir is such a folder; a published one holds only `params` and `checksums`. Readers use the
+newest step. `load` also reads PyTorch folders, see `foreign`.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 CONFIG, STEPS, TOKENIZER, LOCK = "config.json", "checkpoints", "tokenizer", ".lock"
 KEPT = 2
-"""Steps that a run keeps."""
+"""Number of newest steps that a run keeps."""
 
 Folder = str | os.PathLike[str]
 
@@ -54,11 +54,15 @@ class Loaded(NamedTuple):
 
 
 class Stateful(Protocol):
-    """A data pipeline that can say where it is (JSON values) and go there."""
+    """A data pipeline that can save its position as JSON values and resume there."""
 
-    def get_state(self) -> Any: ...
+    def get_state(self) -> Any:
+        """The position, as JSON values."""
+        ...
 
-    def set_state(self, state: Any) -> None: ...
+    def set_state(self, state: Any) -> None:
+        """Resume at a position that `get_state` returned."""
+        ...
 
 
 def save_config(
@@ -67,7 +71,7 @@ def save_config(
     training: dict[str, Any] | None = None,
     granularities_trained: list[int] | None = None,
 ) -> None:
-    """Write config.json, whole or not at all.
+    """Write config.json atomically; creates the folder.
 
     Raises:
       ValueError: the folder already holds a model of another config; names the first field that differs.
@@ -99,10 +103,11 @@ def _difference(old: Any, new: Any, where: str) -> str | None:
 
 
 def read_config(folder: Folder) -> tuple[ModelConfig, dict[str, Any]]:
-    """The model config of a folder of ours, and the other values of its config.json.
+    """Read the model config of a checkpoint folder, and the other values of its config.json.
 
     Raises:
-      FileNotFoundError, ValueError: not a checkpoint folder, or not one of this format.
+      FileNotFoundError: the folder has no config.json.
+      ValueError: config.json is not valid JSON, has another format, or holds an invalid model config.
     """
     path = pathlib.Path(folder) / CONFIG
     if not path.is_file():
@@ -126,7 +131,7 @@ def copy_tokenizer(source: Folder, folder: Folder) -> None:
 
 
 def steps(folder: Folder) -> list[int]:
-    """The complete steps of a folder, ascending. Orbax writes beside and renames: what has its final name is whole."""
+    """Complete steps of a folder, ascending. Orbax renames a step's folder only when it is complete."""
     root = pathlib.Path(folder) / STEPS
     if not root.is_dir():
         return []
@@ -140,20 +145,20 @@ def load(
     dtype: parameters.Dtype = None,
     seed: int = 0,
 ) -> Loaded:
-    """Load a model from a checkpoint folder of ours (its newest readable step) or from a PyTorch folder.
+    """Load a model from a checkpoint folder (its newest readable step) or from a PyTorch folder.
 
-    Shapes first, then shardings, then every device reads its own part.
+    Every device reads only its own shards.
 
     Args:
       path: the folder.
-      vision_tower: for a PyTorch folder, the CLIP folder that its config names, or that a Llama is to be joined with.
-      mesh: where the parameters go; None = the first device.
+      vision_tower: for a PyTorch folder, the CLIP folder that its config names, or the one to join with a Llama.
+      mesh: places and shards the parameters; None = the first device.
       dtype: of the parameters, one for all or one for each component; None = as stored.
-      seed: of the parameters that a PyTorch folder lacks.
+      seed: for the initial values of parameters that a PyTorch folder lacks.
 
     Raises:
-      FileNotFoundError: no such folder, or no complete step in it.
-      ValueError: the folder's content contradicts itself; one line that names what.
+      FileNotFoundError: the folder does not exist, or has no complete step.
+      ValueError: the folder's files contradict each other, or no step is readable; one line that names what.
     """
     folder = pathlib.Path(path)
     if not folder.is_dir():
@@ -186,12 +191,12 @@ def _step(folder: pathlib.Path, step: int) -> pathlib.Path:
 
 
 def _checksums(place: pathlib.Path) -> dict[str, dict[str, int]] | None:
-    """Those of a step's trees, by item; empty for a step saved without, None where they cannot be read."""
+    """Checksums of a step's trees, by item; {} for a step saved without them, None where they cannot be read."""
     return stored.read_json(place / "checksums" / "metadata") if (place / "checksums").is_dir() else {}
 
 
 def _targets(saved: dict[str, jax.ShapeDtypeStruct], mesh: Mesh | None, dtype: parameters.Dtype) -> parameters.Params:
-    """Shapes, dtypes and shardings to restore the stored parameters into."""
+    """Shapes, dtypes and shardings with which to restore the stored parameters."""
     shapes = parameters.unflat(
         {
             path: jax.ShapeDtypeStruct(leaf.shape, parameters.dtype_of(path, dtype, leaf.dtype))
@@ -204,7 +209,7 @@ def _targets(saved: dict[str, jax.ShapeDtypeStruct], mesh: Mesh | None, dtype: p
 
 
 class Restored(NamedTuple):
-    """What `Manager.restore` returns; the data pipeline has been moved in place."""
+    """Result of `Manager.restore`; the position of the data pipeline is set in place."""
 
     step: int
     params: parameters.Params
@@ -213,7 +218,7 @@ class Restored(NamedTuple):
 
 @dataclasses.dataclass
 class _Position:
-    """A pipeline's position as the text that Grain's handler stores: one file a process, all with the same in it."""
+    """A pipeline's position as the text that Grain's handler stores: one file per process, all alike."""
 
     source: Stateful
 
@@ -222,7 +227,7 @@ class _Position:
 
     @staticmethod
     def read(folder: pathlib.Path) -> Any | None:
-        """The state in a step's folder, whatever number of processes saved it; None where it cannot be read."""
+        """State in a step's folder, saved by any number of processes; None where it cannot be read."""
         for path in (folder / "data").glob("process_0-of-*.json"):
             values = stored.read_json(path)
             if isinstance(values, dict) and "state" in values:
@@ -231,16 +236,17 @@ class _Position:
 
 
 class Manager:
-    """Writes the checkpoints of one training run, in the background, and keeps the two newest.
+    """Writes the checkpoints of one training run in the background and keeps the two newest.
 
-    Only one process (or one group of `jax.distributed` processes, who all call each method) may hold a
-    workdir. Use it as a context manager: leaving it waits for the last save and lets the workdir go.
+    Only one process (or one group of `jax.distributed` processes that all call each method) may hold a
+    workdir. Use it as a context manager: leaving it waits for the last save and releases the workdir.
 
-    at_once: GB (10^9 bytes) of parameters that are encoded and written at the same time, which takes as much memory
-        besides; more than the largest parameter. None = all of them.
+    at_once: GB (10^9 bytes) of parameters that are encoded and written concurrently, which takes the same amount of
+        memory in addition; must exceed the largest parameter. None = all.
 
     Raises:
-      RuntimeError: another process holds the workdir. ValueError: it is a bucket.
+      RuntimeError: another process holds the workdir.
+      ValueError: the workdir is a bucket.
     """
 
     def __init__(self, workdir: Folder, at_once: int | None = None):
@@ -256,21 +262,21 @@ class Manager:
             handlers.add("params", ocp.args.StandardSave, limited)
             handlers.add("params", ocp.args.StandardRestore, limited)
         self._manager = ocp.CheckpointManager(self.folder / STEPS, options=options, handler_registry=handlers)
-        self._last: int | None = None  # may still be on its way to the disk
+        self._last: int | None = None  # the save may still be in progress
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
         if error is not None and hosts.lost(error):
-            self._release()  # a save that is under way waits for a process that is gone
+            self._release()  # a save in progress would wait for a process that has died
         else:
             self.close()
 
     def save(self, step: int, params: parameters.Params, optimizer: Any = None, data: Stateful | None = None) -> None:
         """Start saving a step; the arrays are copied before this returns and may then be donated.
 
-        `params` are all of them, frozen ones included. Errors of an earlier save surface here.
+        `params` include the frozen ones. Raises the error of an earlier save that failed.
         """
         if step == self._last or step in steps(self.folder):
             return
@@ -283,11 +289,11 @@ class Manager:
         self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
     def restore(self, params: parameters.Params, optimizer: Any, data: Stateful | None = None) -> Restored | None:
-        """The newest readable step, or None where there is none at all.
+        """Restore the newest readable step; None where the workdir has no step.
 
         `params` and `optimizer` are arrays or ShapeDtypeStructs: each leaf is restored to its dtype and
-        sharding (the first device if it has none), however it was sharded when it was saved, and by however
-        many processes. A damaged step is named in a warning, renamed to `<step>.damaged`, and the one before
+        sharding (the first device if it has none), whatever the sharding and the number of processes that
+        saved it. A damaged step is named in a warning and renamed to `<step>.damaged`, and the step before
         is used.
 
         Raises:
@@ -333,24 +339,24 @@ class Manager:
         return Restored(step, trees["params"], trees["optimizer"])
 
     def check(self) -> None:
-        """Raises if a save that was started has failed; does not wait for one."""
+        """Raise the error of a save that has failed; does not wait for a save in progress."""
         self._manager.check_for_errors()
 
     def wait(self) -> None:
-        """Block until the last save is on disk; raises if it failed."""
+        """Block until the last save is on disk; raises its error if it failed."""
         self._manager.wait_until_finished()
         if hosts.first():
-            # Orbax looks only whether these markers are there; what it writes into them names paths of this machine.
+            # Orbax checks only that these markers exist; their content names paths of this machine.
             for marker in (self.folder / STEPS).rglob("commit_success.txt"):
                 marker.write_text("committed\n")
 
     def close(self) -> None:
-        """Wait, then let the workdir go; what a failed save left is removed, for it fills the disk."""
+        """Wait for the last save, then release the workdir; remove what a failed save left, since it fills the disk."""
         try:
             self.wait()
         finally:
             try:
-                self._manager.close()  # also after a failure: its other threads may still be writing
+                self._manager.close()  # also after a failure: other threads of Orbax may still be writing
             finally:
                 self._clear_unfinished()
                 self._release()
@@ -361,10 +367,10 @@ class Manager:
             self._lock = None
 
     def _clear_unfinished(self) -> None:
-        """Remove saves that were cut short. Orbax would do it in a thread, which complains where a run ends early."""
+        """Remove interrupted saves. Orbax would do so in a thread, which complains where a run ends early."""
         if hosts.first():
             for unfinished in (self.folder / STEPS).glob("*.orbax-checkpoint-tmp*"):
-                for _ in range(50):  # after a failure Orbax's other threads may still be writing into it
+                for _ in range(50):  # after a failure, other threads of Orbax may still be writing there
                     shutil.rmtree(unfinished, ignore_errors=True)
                     if not unfinished.exists():
                         break
@@ -372,7 +378,7 @@ class Manager:
 
 
 def _lock(folder: pathlib.Path) -> int:
-    """Hold the folder's lock file until its descriptor is closed or the process ends, however it ends."""
+    """Lock the folder's lock file until its descriptor is closed or the process ends; returns the descriptor."""
     descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

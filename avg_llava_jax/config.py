@@ -1,4 +1,4 @@
-"""Model dims as frozen dataclasses: what a checkpoint must say about itself.
+"""Model configs as frozen dataclasses: everything that a checkpoint records about its model.
 
 Legend of dims, used in every signature and docstring of the project:
 
@@ -10,12 +10,16 @@ Legend of dims, used in every signature and docstring of the project:
     D  width of the language model  E  width of the vision encoder
     V  vocabulary                   M  tiles, or images, of all samples together
     H  height of a tile in pixels   W  width of a tile in pixels
-    Q  query heads                  K  key-value heads
-    F  features of a head           C  positions a cache has room for
-    J  instruction tokens that the router reads
+    J  instruction tokens that the router selects
+
+In attention and the KV cache alone:
+
+    H  query heads                  KV key-value heads
+    d  features of a head           C  capacity of a slot in positions
+    W  positions of a window
 
 A *granularity* is named by its tokens per tile: 36, 72, 144, 288, 576 for the released
-24 x 24 grid. Lists of granularities are always ascending.
+24 x 24 grid. Together they are the *ladder*. Lists of granularities are always ascending.
 """
 
 from __future__ import annotations
@@ -30,10 +34,10 @@ from typing import Any, Literal
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
-    """A CLIP vision transformer, read at a hidden state before its end.
+    """A CLIP vision transformer whose output is a hidden state before its last layer.
 
-    `layers` counts all layers of the tower as CLIP does; `select_layer=-2` reads the
-    second-last hidden state, so the last layer is neither stored nor run.
+    layers: all layers of the CLIP tower. select_layer: the hidden state to use; -2 is the
+    second-last, so the last layer is neither stored nor run.
     """
 
     image_size: int = 336
@@ -61,10 +65,10 @@ class VisionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ScalerConfig:
-    """The ladder: `halvings` average poolings in turn, the first along `first_axis`.
+    """The ladder of granularities: `halvings` average poolings in turn, the first along `first_axis`.
 
     A 24 x 24 grid, four halvings, width first gives (rows x columns)
-    24x24, 24x12, 12x12, 12x6, 6x6: 576, 288, 144, 72, 36 tokens a tile (paper, section 3.2).
+    24x24, 24x12, 12x12, 12x6, 6x6: 576, 288, 144, 72, 36 tokens per tile (paper, section 3.2).
     """
 
     halvings: int = 4
@@ -72,7 +76,7 @@ class ScalerConfig:
 
     @property
     def divisor(self) -> int:
-        """What the grid's side must be a multiple of: 4 for four halvings, two along each axis."""
+        """The grid's side must be a multiple of this: 4 for four halvings, two along each axis."""
         return 2 ** ((self.halvings + 1) // 2)
 
 
@@ -93,7 +97,7 @@ class RouterConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """Rotary scaling: `linear` divides positions by `factor`; `llama3` bends low frequencies."""
+    """Rotary scaling: `linear` divides positions by `factor`; `llama3` rescales low frequencies alone."""
 
     kind: Literal["linear", "llama3"] = "linear"
     factor: float = 1.0
@@ -127,12 +131,15 @@ class LanguageConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Everything that decides what the weights mean.
+    """Everything that the meaning of the weights depends on.
 
     pinpoints: (width, height) in pixels of the AnyRes mosaics an image may be resized to.
     unpad: `exact` crops the mosaic in image geometry, the same region at every granularity;
         `released` takes the aspect ratio in tokens, as the released code does.
     template: the conversation template that the weights were trained with.
+
+    Raises:
+      ValueError: a value is unknown, or sizes do not divide; the message names the key.
     """
 
     vision: VisionConfig = VisionConfig()
@@ -164,12 +171,14 @@ class ModelConfig:
             ("language.heads", self.language.heads, "language.kv_heads", self.language.kv_heads),
         ):
             if count < 1 or size % count:
-                raise ValueError(f"model.{whole}={size} is no multiple of {part}={count}")
+                raise ValueError(f"model.{whole}={size} must be a multiple of {part}={count}")
         if not 1 <= self.vision.used_layers <= self.vision.layers:
             raise ValueError(f"model.vision.select_layer={self.vision.select_layer} of {self.vision.layers} layers")
         grid, side = self.vision.grid, self.vision.image_size
         if side % self.vision.patch_size:
-            raise ValueError(f"vision.image_size={side} is no multiple of vision.patch_size={self.vision.patch_size}")
+            raise ValueError(
+                f"vision.image_size={side} must be a multiple of vision.patch_size={self.vision.patch_size}"
+            )
         if grid % self.scaler.divisor:
             raise ValueError(
                 f"scaler.halvings={self.scaler.halvings} needs a grid side divisible by {self.scaler.divisor}; "
@@ -177,7 +186,7 @@ class ModelConfig:
             )
         for width, height in self.pinpoints:
             if width % side or height % side:
-                raise ValueError(f"pinpoint {(width, height)} is no multiple of the tile side {side}")
+                raise ValueError(f"pinpoint {(width, height)} must be a multiple of the tile side {side}")
 
     @functools.cached_property
     def grids(self) -> tuple[tuple[int, int], ...]:
@@ -202,7 +211,7 @@ class ModelConfig:
 
     @functools.cached_property
     def pyramid_rows(self) -> int:
-        """R: rows of one tile's pyramid, all granularities one after another (1116)."""
+        """R: rows of one tile's pyramid, the sum over all granularities (1116 by default)."""
         return sum(self.granularities)
 
     @functools.cached_property
@@ -216,20 +225,20 @@ class ModelConfig:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A config as plain JSON values (tuples become lists)."""
+    """A config as plain JSON values; tuples become lists."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def from_dict(values: dict[str, Any]) -> ModelConfig:
-    """The inverse of `to_dict`; an unknown key is an error that names it."""
+    """The inverse of `to_dict`. Raises ValueError for an unknown key, and names it."""
     return build(ModelConfig, values, "model")
 
 
 def build(cls: type, values: Mapping[str, Any], where: str) -> Any:
-    """A dataclass, nested ones included, from the values of its fields; lists become tuples.
+    """Build a dataclass, nested ones included, from the values of its fields; lists become tuples.
 
     Raises:
-      ValueError: there is no such field; it is named as `where.key`.
+      ValueError: a key names no field; the message names it below `where`.
     """
     types = nested(cls)
     known = {field.name for field in dataclasses.fields(cls)}
@@ -247,7 +256,7 @@ def build(cls: type, values: Mapping[str, Any], where: str) -> Any:
 
 
 def nested(cls: type) -> dict[str, type]:
-    """The fields of a dataclass that are dataclasses themselves, or None: {"rope_scaling": RopeScaling}."""
+    """The fields of a dataclass whose type is a dataclass, or that or None: {"rope_scaling": RopeScaling}."""
     found = {}
     for name, hint in typing.get_type_hints(cls).items():
         kinds = [kind for kind in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(kind)]

@@ -1,29 +1,29 @@
-"""Optional dependencies: an extra that is not installed gives one line that names it."""
+"""Optional dependencies: a missing extra raises one line that names it."""
 
 import contextlib
 from collections.abc import Iterator
 
 EXTRAS = {"serve": ("starlette", "uvicorn"), "lmms-eval": ("lmms_eval",)}
-"""The top-level modules that an extra of pyproject.toml brings, as far as the package imports them itself."""
+"""Top-level modules of each extra in pyproject.toml that this package imports."""
 
 
 class MissingExtra(ImportError):
-    """An optional dependency is not installed; the text says what needs it and, by `lacking`, how to install it."""
+    """An optional dependency is not installed; the message says what needs it and how to install it."""
 
 
 def lacking(extra: str, names: str) -> str:
-    """The end of a sentence on what an extra brings: "libtpu, which is not installed: ..."."""
+    """End of an error message on a missing extra: "libtpu, which is not installed: install the extra ..."."""
     return f"{names}, which is not installed: install the extra `{extra}`, in a checkout by pip install -e '.[{extra}]'"
 
 
 @contextlib.contextmanager
 def required(extra: str, what: str) -> Iterator[None]:
-    """Around the imports of an extra's modules.
+    """Context manager around the imports of an extra's modules.
 
-    extra: a key of `EXTRAS`. what: what needs it, the subject of the error.
+    extra: a key of `EXTRAS`. what: the feature that needs it, the subject of the error.
 
     Raises:
-      MissingExtra: one of the extra's modules is not installed. Any other failure to import is raised as it is.
+      MissingExtra: one of the extra's modules is not installed. Any other import error passes through unchanged.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all, and workdirs that know what they belong to."""
+"""Atomic writes: files and folders appear complete or not at all; a workdir records the settings of its run."""
 
 import contextlib
 import json
@@ -16,20 +16,21 @@ _BUCKET = re.compile(r"(?:^|[,*])\s*(?!https?:)([a-z][a-z0-9+.-]+:/\S*)")
 
 
 def refuse_buckets(named: Mapping[str, Any]) -> None:
-    """Refuse addresses of object stores (`gs://`, `s3://`, `hdfs://`, ...): every file here lies in a file system.
+    """Refuse addresses of object stores (`gs://`, `s3://`, `hdfs://`, ...): only file systems are supported.
 
-    As paths they would become local folders `gs:`. named: settings by name, nested; of lists and of comma-separated
-    texts each element counts. http and https are no paths and pass.
+    As a path, such an address would create a local folder `gs:`. http and https are not paths and pass.
+
+    named: settings by name, nested; each element of a list or of a comma-separated text is checked.
 
     Raises:
-      ValueError: names the first one.
+      ValueError: names the first such setting.
     """
     for name, value in named.items():
         if isinstance(value, (str, os.PathLike)):
             if found := _BUCKET.search(os.fspath(value)):
                 raise ValueError(
-                    f"{name}={found[1]} is no path of this machine: buckets are neither read nor written here;"
-                    " mount it (gcsfuse, mountpoint-s3, rclone mount) or copy the files"
+                    f"{name}={found[1]} is not a local path: buckets are neither read nor written;"
+                    " copy the files to a disk or a shared file system"
                 )
         elif isinstance(value, (list, tuple)):
             refuse_buckets({f"{name}[{number}]": one for number, one in enumerate(value)})
@@ -38,7 +39,10 @@ def refuse_buckets(named: Mapping[str, Any]) -> None:
 
 
 def write_whole(path: Path, content: str | Callable[[BinaryIO], object]) -> None:
-    """Write beside its place, then move there: a text, or what a function writes into the open file."""
+    """Write a file atomically: `content` goes to `<path>.part`, which then replaces `path`.
+
+    content: a text, written as UTF-8, or a function that writes into the open binary file.
+    """
     path = pathlib.Path(path)
     beside = path.with_name(path.name + ".part")
     with open(beside, "wb") as file:
@@ -50,34 +54,34 @@ def write_whole(path: Path, content: str | Callable[[BinaryIO], object]) -> None
 
 
 def around(path: Path, begin: str, end: str) -> tuple[str, str]:
-    """What a text file holds up to the line `begin` and from the line `end` on, for something to be put between.
+    """Split a text file around its marker lines: the text up to and with `begin`, and the text from `end` on.
 
     Raises:
-      ValueError: the file does not have each of them once.
+      ValueError: the file does not contain each marker exactly once.
     """
     text = pathlib.Path(path).read_text(encoding="utf-8")
     if text.count(begin) != 1 or text.count(end) != 1:
         raise ValueError(
-            f"{path} does not say where the tables go: it needs the lines {begin.strip()} and {end.strip()}"
+            f"{path} does not say where the tables go: add the lines {begin.strip()} and {end.strip()}, once each"
         )
     before, after = text.split(begin)[0], text.split(end)[1]
     return f"{before}{begin}\n", f"\n{end}{after}"
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    """One JSON object, readable."""
+    """Write one JSON object, indented, as UTF-8."""
     pathlib.Path(path).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def whole_lines(path: Path) -> list[bytes]:
-    """The lines of a file that is appended to, none where there is no file.
+    """Lines of a file that a run appends to; [] where the file does not exist.
 
-    A last line that was cut off by an interruption is removed from the file.
+    A last line without line end, left by an interruption, is removed from the file.
     """
     path = pathlib.Path(path)
     if not path.is_file():
         return []
-    # As bytes: a cut may go through a character, and a text's `splitlines` knows more line ends than JSON escapes.
+    # Bytes: the cut may split a character, and `str.splitlines` knows more line ends than JSON escapes.
     lines = path.read_bytes().splitlines(keepends=True)
     if lines and not lines[-1].endswith(b"\n"):
         os.truncate(path, path.stat().st_size - len(lines.pop()))
@@ -86,17 +90,17 @@ def whole_lines(path: Path) -> list[bytes]:
 
 @contextlib.contextmanager
 def whole(output: Path, replace: bool = False) -> Iterator[pathlib.Path]:
-    """A folder to fill, which becomes `output` when the block ends well and is gone when it does not.
+    """A temporary folder to fill; it becomes `output` when the block succeeds and is removed when the block fails.
 
-    replace: what is at `output` already goes when the block has ended well; otherwise only an empty folder may be.
+    replace: an existing `output` is replaced when the block succeeds; without it only an empty folder may exist.
 
     Raises:
-      ValueError: there is something at `output` already, or it is a bucket.
+      ValueError: `output` already exists, or is a bucket.
     """
     refuse_buckets({"output": output})
     output = pathlib.Path(output).absolute()
     if not replace and output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise ValueError(f"{output} is there already: remove it or give another --output")
+        raise ValueError(f"{output} already exists: remove it or give another --output")
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as beside:
         folder = pathlib.Path(beside) / output.name
@@ -108,7 +112,7 @@ def whole(output: Path, replace: bool = False) -> Iterator[pathlib.Path]:
 
 
 def portable(settings: Any) -> Any:
-    """Settings, nested, with absolute paths cut to their last name: they mean nothing on another machine."""
+    """Nested settings with absolute paths shortened to their last component: such paths mean nothing elsewhere."""
     if isinstance(settings, dict):
         return {key: portable(inner) for key, inner in settings.items()}
     if isinstance(settings, str) and pathlib.Path(settings).is_absolute():
@@ -117,10 +121,10 @@ def portable(settings: Any) -> Any:
 
 
 def same_run(workdir: Path, name: str, settings: dict[str, Any]) -> None:
-    """Results in a workdir are gone on with only by the run they come from; its settings are kept in `name`.
+    """Check that a workdir holds no results of other settings, then store `settings` there in the JSON file `name`.
 
     Raises:
-      ValueError: the workdir holds results of other settings, or is a bucket; names the first that differs.
+      ValueError: the workdir holds results of other settings (names the first that differs), or is a bucket.
     """
     refuse_buckets({"workdir": workdir})
     path = pathlib.Path(workdir) / name

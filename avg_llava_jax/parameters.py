@@ -1,7 +1,7 @@
-"""The one table of parameters: for each its sharding, its component, and its name in released checkpoints.
+"""The parameter table: for each parameter its sharding, its component, and its name in released checkpoints.
 
-Sharding, learning rates, weight import and export all read this table, and it is strict: a parameter
-that no row covers, or that has another number of axes than its row says, is an error that names it.
+Sharding, learning rates, weight import and export all use this table. The table is strict: a parameter without a row,
+or with another number of axes than its row, is an error that names it.
 """
 
 import dataclasses
@@ -29,28 +29,28 @@ TRAINED_IN = {
     "multi_granularity": ("encoder", "connector", "language"),
     "rglf": ("router",),
 }
-"""The components that learn in each phase; a config may freeze more of them.
+"""The components that are trained in each phase; a config may freeze some of them.
 
-Of `language`, grounding gives a gradient to the embeddings alone (the unembedding, where that is not tied to
-them); the layers are merely decayed.
+In `grounding`, of `language` only the embeddings get a gradient (the unembedding, where it is not tied); its layers get
+weight decay alone.
 """
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What there is to know of one parameter.
+    """A row of the table: one parameter.
 
     path: its place in the tree, "language/layers/q/kernel".
-    axes: logical name of each of its axes, see `placement.MESH_AXES`.
+    axes: the logical name of each of its axes, see `placement.MESH_AXES`.
     component: one of `COMPONENTS`.
-    torch: its name in a released checkpoint; `{n}` is the layer, one tensor for each index of the first axis. The
-        scales of quantized weights (`weights.quantize`) have none: "".
-    form: how that PyTorch tensor (of one layer) is laid out:
-        `same`         as ours
+    torch: its name in a released checkpoint; `{n}` is the layer, one tensor per index of the first axis. Scales of
+        quantized weights (`convert.quantize`) have none: "".
+    form: the layout of the PyTorch tensor (of one layer):
+        `same`         the layout of this parameter
         `transposed`   a linear weight, (out, in)
-        `patches`      a convolution, (E, 3, p, p), where ours is (p * p * 3, E), rows ordered (row, column, colour)
-        `third 0|1|2`  one of query, key, value stacked in one (3 D, D) weight or (3 D,) bias
-        `column`       (n, 1) where ours is (n,)
+        `patches`      a convolution, (E, 3, p, p); here (p * p * 3, E), rows ordered (row, column, colour)
+        `third 0|1|2`  query, key or value, stacked in one (3 D, D) weight or (3 D,) bias
+        `column`       (n, 1); here (n,)
     """
 
     path: str
@@ -70,9 +70,9 @@ class Row:
         return placement.spec(*self.axes)
 
     def torch_shape(self, shape: tuple[int, ...], patch_size: int) -> tuple[int, ...]:
-        """Shape of the PyTorch tensor (of one layer) behind our parameter of this shape.
+        """The shape of the PyTorch tensor (of one layer) for this parameter's `shape`.
 
-        "language/layers/q/kernel" of shape (32, 4096, 1024) is made of tensors (1024, 4096).
+        "language/layers/q/kernel" of shape (32, 4096, 1024) comes from 32 tensors (1024, 4096).
         """
         if self.layered:
             shape = shape[1:]
@@ -88,7 +88,7 @@ class Row:
         return shape
 
     def from_torch(self, tensor: Any) -> Any:
-        """The PyTorch tensor (of one layer, as an array) laid out as ours; a view where possible."""
+        """Convert a PyTorch tensor (of one layer, as an array) to this parameter's layout; a view where possible."""
         match self.form.split():
             case ["transposed"]:
                 return tensor.T
@@ -102,7 +102,7 @@ class Row:
         return tensor
 
     def to_torch(self, array: Any, patch_size: int) -> Any:
-        """The inverse of `from_torch`; of a `third`, the rows that are its own."""
+        """The inverse of `from_torch`; of a `third`, its own rows alone."""
         match self.form.split():
             case ["transposed"] | ["third", _]:
                 return array.T
@@ -121,7 +121,7 @@ CLIP_LAYER = CLIP + ".encoder.layers.{n}"
 
 
 def _linear(path: str, torch: str, into: str | None, out: str | None, form: str = "transposed") -> tuple[Row, ...]:
-    """Rows of a linear layer: kernel (into, out) and bias (out,), below `path`."""
+    """The rows of a linear layer at `path`: kernel (into, out) and bias (out,)."""
     component, stack = path.split("/")[0], ("layers",) if "{n}" in torch else ()
     weight, bias = (
         (torch + "_weight", torch + "_bias") if form != "transposed" else (torch + ".weight", torch + ".bias")
@@ -134,7 +134,7 @@ def _linear(path: str, torch: str, into: str | None, out: str | None, form: str 
 
 
 def _norm(path: str, torch: str) -> tuple[Row, ...]:
-    """Rows of a norm: scale and bias, below `path`; an RMS norm has no bias and does not use that row."""
+    """The rows of a norm at `path`: scale and bias; an RMS norm has no bias and leaves that row unused."""
     component, stack = path.split("/")[0], ("layers",) if "{n}" in torch else ()
     return (
         Row(path + "/scale", (*stack, None), component, torch + ".weight", "same"),
@@ -143,7 +143,7 @@ def _norm(path: str, torch: str) -> tuple[Row, ...]:
 
 
 def _scales(row: Row) -> Row:
-    """The row of a quantized weight's scales, which lie along all of its axes but the one that is summed over."""
+    """The row of a quantized weight's scales, which have all axes of the weight but the one that is summed over."""
     axes = row.axes[:-1] if row.path.endswith("embed") else (*row.axes[:-2], row.axes[-1])
     return Row(row.path + "_scale", axes, row.component, "", "same")
 
@@ -201,7 +201,7 @@ TABLE = _table()
 
 
 Dtype = Any
-"""What dtype parameters should have: one for all, a mapping from component to one, or None: as they are."""
+"""The dtype of parameters: one for all, a mapping from component to dtype, or None = unchanged."""
 
 
 def dtype_of(path: str, wanted: Dtype, stored: Any) -> Any:
@@ -209,13 +209,13 @@ def dtype_of(path: str, wanted: Dtype, stored: Any) -> Any:
     return (wanted[TABLE[path].component] if isinstance(wanted, Mapping) else wanted) or stored
 
 
-@functools.cache  # tracing a 7B takes a second; the tree is shared, so nobody may change it
+@functools.cache  # tracing a 7B takes a second; the tree is shared, so callers must not change it
 def _shapes(config: ModelConfig) -> Params:
     return jax.eval_shape(lambda: avg_llava.init(config, jax.random.key(0)))
 
 
 def abstract(config: ModelConfig, dtype: Dtype = None) -> Params:
-    """The tree of shapes and dtypes (None = fp32) of a model's parameters; computes nothing."""
+    """The shapes and dtypes (None = fp32) of a model's parameters as ShapeDtypeStructs; computes nothing."""
     return unflat(
         {
             path: jax.ShapeDtypeStruct(leaf.shape, dtype_of(path, dtype, leaf.dtype))
@@ -243,7 +243,7 @@ def describe(params: Params) -> dict[str, Row]:
     """The row of each parameter, by path.
 
     Raises:
-      ValueError: no row covers a parameter, or it has another number of axes than its row.
+      ValueError: a parameter has no row, or another number of axes than its row.
     """
     described = {}
     for path, leaf in flat(params).items():
@@ -257,23 +257,23 @@ def describe(params: Params) -> dict[str, Row]:
 
 
 class Part(NamedTuple):
-    """A parameter, or one layer of a stack (None = it is no stack), as (part of) a PyTorch tensor."""
+    """A parameter, or one layer of stacked ones (None = not stacked), as (part of) a PyTorch tensor."""
 
     row: Row
     layer: int | None
 
 
 def torch_parts(params: Params) -> dict[str, list[Part]]:
-    """The parameters behind each PyTorch tensor, by its name; more than one where query, key and value are stacked.
+    """The parameters of each PyTorch tensor, by its name; three where query, key and value are stacked.
 
     Raises:
-      ValueError: they are quantized.
+      ValueError: the parameters are quantized.
     """
     parts: dict[str, list[Part]] = {}
     leaves = flat(params)
     for path, row in describe(params).items():
         if not row.torch:
-            raise ValueError(f"parameter {path!r} belongs to quantized weights: take those they were made from")
+            raise ValueError(f"parameter {path!r} belongs to quantized weights: use the weights they were made from")
         for layer in range(leaves[path].shape[0]) if row.layered else (None,):
             parts.setdefault(row.torch.format(n=layer), []).append(Part(row, layer))
     return {name: sorted(group, key=lambda part: part.row.form) for name, group in parts.items()}
@@ -285,7 +285,7 @@ def partition_specs(params: Params) -> Params:
 
 
 def components(params: Params) -> Params:
-    """The component of each parameter, a tree of strings of the same structure."""
+    """The component of each parameter, as a tree of strings."""
     return _tree(params, lambda row: row.component)
 
 
@@ -294,7 +294,7 @@ def _tree(params: Params, of: Callable[[Row], Any]) -> Params:
 
 
 def split(params: Params, trainable: Collection[str]) -> tuple[Params, Params]:
-    """Parameters of the `trainable` components, and the others: two trees, disjoint, together all of it.
+    """Split parameters into those of the `trainable` components and the others, two disjoint trees.
 
     split({"connector": c, "router": r, ...}, ["router"]) -> {"router": r}, {"connector": c, ...}
     """
@@ -310,7 +310,7 @@ def split(params: Params, trainable: Collection[str]) -> tuple[Params, Params]:
 
 
 def merge(trainable: Params, frozen: Params) -> Params:
-    """The inverse of `split`; a parameter that is in both is an error."""
+    """The inverse of `split`. Raises ValueError for a parameter that is in both."""
     ours, theirs = flat(trainable), flat(frozen)
     both = sorted(ours.keys() & theirs.keys())
     if both:

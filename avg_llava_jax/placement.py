@@ -1,4 +1,4 @@
-"""Which mesh axis an axis of an array is spread over, by its name: one table for parameters and activations."""
+"""Logical axis names and the mesh axes that shard them: one table for parameters and activations."""
 
 import math
 
@@ -7,14 +7,14 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 MESH_AXES: dict[str | None, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),  # of activations: samples, or tiles of samples
-    "width": "fsdp",  # of parameters: they are gathered where they are used
+    "width": "fsdp",  # of parameters, which are gathered where they are used
     "heads": "tensor",
     "mlp": "tensor",
     "vocab": "tensor",
     "layers": None,
     None: None,
 }
-"""Logical axis -> mesh axes. Parameters of a few kilobytes (norms, positions, votes) have None alone: replicated."""
+"""Logical axis -> mesh axes, None = replicated. Small parameters (norms, positions, voter) are replicated whole."""
 
 
 def spec(*axes: str | None) -> PartitionSpec:
@@ -23,7 +23,7 @@ def spec(*axes: str | None) -> PartitionSpec:
 
 
 def fitting(mesh: Mesh | AbstractMesh, spec: PartitionSpec, shape: tuple[int, ...]) -> PartitionSpec:
-    """`spec` less the entries that do not divide their axis, and less mesh axes that a `shard_map` around has taken.
+    """`spec` without entries that do not divide their array axis, and without axes that an outer `shard_map` uses.
 
     On a mesh with tensor=2, PartitionSpec("fsdp", "tensor") for shape (64, 5) becomes PartitionSpec("fsdp", None).
     """
@@ -39,9 +39,9 @@ def fitting(mesh: Mesh | AbstractMesh, spec: PartitionSpec, shape: tuple[int, ..
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """`x`, its axes spread over the mesh as their names say; without a mesh (`jax.set_mesh`) nothing happens.
+    """Constrain the sharding of `x` by the names of its axes; without a mesh (`jax.set_mesh`) x is returned as it is.
 
-    constrain(hidden, "batch", None, None): every device holds whole rows of its own samples.
+    constrain(hidden, "batch", None, None): every device holds whole rows (S, D) of its own samples.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -50,7 +50,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def platform() -> tuple[str, int]:
-    """What is compiled for, and how many devices of it: the mesh in use, or this machine's."""
+    """The platform compiled for and its number of devices: of the mesh in use, or of this machine."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.abstract_device is None:
         return jax.default_backend(), jax.device_count()

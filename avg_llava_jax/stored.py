@@ -1,13 +1,13 @@
-"""One tree of arrays on disk, as Orbax wrote it: what it holds, and reading it so that damage is noticed.
+"""One tree of arrays on disk, in Orbax's format: its shapes, and reads that detect damage by checksums.
 
-Every leaf has a checksum, taken on the devices when it is saved and again when it has been read, so it costs
-one pass over memory that is there anyway, and does not depend on how the leaf was or is sharded:
+Every leaf has a checksum. The devices compute it when the leaf is saved and again after it is read, in one
+pass over memory; it does not depend on the sharding:
 
     sum over all elements of  mix(bits, place)  modulo 2**32
 
-with `bits` the element's bit pattern as an unsigned integer and `place` its index in the flattened leaf. At each
-place `mix` is one to one, so one changed element always changes the sum. It scatters what it is given, by the
-multiplications and shifts of MurmurHash3, so that several changes cancel in one case of 2**32.
+with `bits` the element's bit pattern as an unsigned integer and `place` its index in the flattened leaf. For each
+`place`, `mix` is one to one, so one changed element always changes the sum. It scatters its input by the
+multiplications and shifts of MurmurHash3, so several changes cancel in one case of 2**32.
 """
 
 import json
@@ -25,11 +25,11 @@ from avg_llava_jax.parallel import hosts
 logger = logging.getLogger(__name__)
 
 UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
-"""By bytes of an element; there are no wider ones in JAX unless it is told so."""
+"""Unsigned dtype by bytes per element; JAX has no wider elements unless x64 is enabled."""
 
 
 def checksums(tree: Any) -> dict[str, int]:
-    """The checksum of each leaf by its path and dtype. Leaves are arrays that lie on the same devices."""
+    """Checksum of each leaf by "path dtype". Leaves are arrays on the same devices."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     sums = jax.device_get(_checksums([leaf for _, leaf in leaves]))
     return {f"{_name(path)} {leaf.dtype}": int(value) for (path, leaf), value in zip(leaves, sums, strict=True)}
@@ -56,7 +56,7 @@ def _name(path: tuple[Any, ...]) -> str:
 
 
 def targets(tree: Any) -> Any:
-    """Arrays or shapes as targets to read into; what has no sharding goes to the first device."""
+    """ShapeDtypeStructs to restore into, from arrays or shapes; a leaf without sharding goes to the first device."""
     first = SingleDeviceSharding(jax.local_devices()[0])
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or first),
@@ -65,7 +65,7 @@ def targets(tree: Any) -> Any:
 
 
 def shapes(folder: pathlib.Path) -> dict[str, jax.ShapeDtypeStruct] | None:
-    """Shapes and dtypes of a saved tree by path, None where they cannot be read."""
+    """Shapes and dtypes of a saved tree by path; None where they cannot be read."""
     try:
         tree = ocp.StandardCheckpointHandler().metadata(folder).tree
     except (ValueError, OSError, KeyError, AttributeError):
@@ -75,10 +75,10 @@ def shapes(folder: pathlib.Path) -> dict[str, jax.ShapeDtypeStruct] | None:
 
 
 def read(folder: pathlib.Path, into: Any, expected: dict[str, int]) -> Any | None:
-    """A saved tree, None where it is damaged for any process; a warning says how.
+    """Restore a saved tree; None where it is damaged for any process, after a warning that says how.
 
-    into: ShapeDtypeStructs with shardings. expected: `checksums` when it was saved; those of leaves that are
-    read into another dtype have no counterpart and are not compared.
+    into: ShapeDtypeStructs with shardings. expected: `checksums` at the time of saving; a leaf that is
+    restored to another dtype has no counterpart and is not compared.
     """
     tree = _restore(folder, into)
     if not hosts.agree(tree is not None):
@@ -86,7 +86,7 @@ def read(folder: pathlib.Path, into: Any, expected: dict[str, int]) -> Any | Non
     found = checksums(tree)
     changed = sorted(name for name in found.keys() & expected.keys() if found[name] != expected[name])
     if changed:
-        logger.warning("%s: %s is not what was saved (its checksum differs)", folder, ", ".join(changed[:3]))
+        logger.warning("%s: %s is damaged: its checksum differs", folder, ", ".join(changed[:3]))
         return None
     return tree
 
@@ -95,7 +95,7 @@ def _restore(folder: pathlib.Path, into: Any) -> Any | None:
     try:
         return ocp.StandardCheckpointHandler().restore(folder, args=ocp.args.StandardRestore(into))
     except Exception as error:
-        # Orbax raises an unreadable chunk as a bare Exception; others (out of memory, ...) are no damage.
+        # Orbax raises a bare Exception for an unreadable chunk; other types (out of memory, ...) are not damage.
         if type(error) is not Exception and not isinstance(error, (ValueError, OSError, KeyError)):
             raise
         logger.warning("%s: %s", folder, str(error).splitlines()[0][:120])
@@ -103,7 +103,7 @@ def _restore(folder: pathlib.Path, into: Any) -> Any | None:
 
 
 def read_json(path: pathlib.Path) -> Any | None:
-    """A JSON file, None where it is damaged."""
+    """Content of a JSON file; None where it is damaged, after a warning."""
     try:
         return json.loads(path.read_text())
     except (ValueError, OSError) as error:
@@ -112,10 +112,10 @@ def read_json(path: pathlib.Path) -> Any | None:
 
 
 def require(where: str, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Saved parameters must be those that the config asks for.
+    """Check that the saved parameters have the names and shapes that the config requires.
 
     Raises:
-      ValueError: names the first that is not.
+      ValueError: names the first parameter that is missing, unknown, or of another shape.
     """
     for path, leaf in wanted.items():
         if path not in stored:
@@ -126,4 +126,4 @@ def require(where: str, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
             )
     unknown = sorted(stored.keys() - wanted.keys())
     if unknown:
-        raise ValueError(f"{where}: parameter {unknown[0]!r} is none of this model")
+        raise ValueError(f"{where}: parameter {unknown[0]!r} is unknown to this model")

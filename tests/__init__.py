@@ -1,6 +1,14 @@
 """Before anything of the package is imported: shapes and dtypes in signatures are checked whenever tests call them."""
 
+import os
+import pathlib
+
 from jaxtyping import install_import_hook
 
 CHECKED = ["avg_llava_jax.training.losses", "avg_llava_jax.training.rglf"]
 install_import_hook(CHECKED, "beartype.beartype")
+
+# Programs are compiled once for all tests, their processes and the commands that they start.
+CACHE = pathlib.Path(__file__).parent.parent / ".pytest_cache" / "compiled"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")

@@ -10,11 +10,12 @@ from PIL import Image
 from avg_llava_jax import parameters
 from avg_llava_jax.config import ScalerConfig
 from avg_llava_jax.data.tokenizer import load_tokenizer
-from avg_llava_jax.inference import generate
+from avg_llava_jax.inference import programs
 from avg_llava_jax.inference.api import AvgLlava
 from avg_llava_jax.inference.engine import Engine
 from avg_llava_jax.inference.requests import Request
 from avg_llava_jax.inference.stress import compilations
+from avg_llava_jax.models import language
 from avg_llava_jax.models.flash import flash_attention
 from avg_llava_jax.parallel import sharding
 from avg_llava_jax.parallel.costs import collectives
@@ -32,7 +33,6 @@ MODEL = dataclasses.replace(
     language=dataclasses.replace(TINY.language, layers=1, vocab_size=600, max_length=256),
 )
 ROWS, TILES, TEXT, ANSWER, LENGTH, ROOM = 8, 2, 6, 3, 12, 4
-IMAGES = ("pixels", "tile_image", "first_tile", "text", "instruction")
 
 
 def random_batch():
@@ -71,19 +71,31 @@ def trained(params, batch, phase, sizes, accumulate=1):
 
 
 def answered(params, batch, sizes):
-    """Router scores, the prompts' last logits, the cache and the tokens of greedy answers."""
+    """Router scores of images, the prompts' last logits, the cache and the tokens of greedy answers."""
     mesh = mesh_of(sizes)
     params = jax.device_put(params, sharding.shardings(mesh, params))
-    pyramid, routing = generate.see_and_route(MODEL, params, {key: batch[key] for key in IMAGES})
-    embeds = generate.pack(MODEL, params, pyramid, batch["text"], batch["index"][MODEL.granularities[0]])
-    length, zero, stops = np.full(ROWS, LENGTH, np.int32), np.zeros(ROWS, np.float32), np.array([-1], np.int32)
-    logits, cache = generate.prefill(MODEL, params, embeds, length, ROOM)
-    whole = zero.astype(np.int32)
-    sampling = generate.Sampling(zero, zero + 1, whole, whole.astype(np.uint32), whole + ROOM)
-    state = generate.start(MODEL, params, cache, logits, sampling, stops, length, ROOM, True)
-    state = generate.decode(MODEL, params, state, sampling, stops, np.int32(ROOM), True)
-    assert np.all(state.count == ROOM)
-    return jax.device_get((routing.logits, logits, state.cache, state.tokens))
+    params = params | {"language": params["language"] | {"layers": language.unstack(params["language"]["layers"])}}
+    rng, ids = np.random.default_rng(1), np.arange(ROWS, dtype=np.int32)
+    cache, pool = programs.empty(MODEL, params, ROWS, LENGTH + ROOM, ROWS)
+    pool = programs.encode(MODEL, params, pool, batch["pixels"][:, 0], ids)
+    routing = programs.route(MODEL, params, pool, ids[:, None], batch["text"], np.full(ROWS, TEXT, np.int32))
+    places = rng.integers(-1, ROWS * MODEL.pyramid_rows + 1, (ROWS, LENGTH)).astype(np.int32)
+    length = rng.integers(LENGTH // 2, LENGTH, ROWS).astype(np.int32)
+    words = rng.integers(0, 64, (ROWS, LENGTH)).astype(np.int32)
+    # The first half of each prompt from its start, row i in slot i; the rest behind it, in slots by number.
+    half = LENGTH // 2
+    first = programs.Chunk(None, 0 * ids, 0 * ids + half, words[:, :half], places[:, :half])
+    cache, *_ = programs.prefill(MODEL, params, cache, pool, first, 0)
+    rest = programs.Chunk(ids, 0 * ids + half, length - half, words[:, half:], places[:, half:])
+    cache, logits, tokens = programs.prefill(MODEL, params, cache, pool, rest, LENGTH + ROOM)
+    zero, one = np.zeros(ROWS, np.float32), np.ones(ROWS, np.int32)
+    sampling = programs.Sampling(zero, zero + 1, 0 * ids, ids.astype(np.uint32), one * ROOM)
+    rows, stops = programs.Rows(tokens, length, one), np.array([-1], np.int32)
+    cache, tokens, made = programs.decode(
+        MODEL, params, cache, rows, sampling, stops, np.int32(ROOM), ROOM, LENGTH + ROOM, True
+    )
+    assert np.all(made == ROOM - 1)
+    return jax.device_get((routing.logits, logits, cache, tokens))
 
 
 def engine_answers(model, sizes):

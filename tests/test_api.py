@@ -97,8 +97,8 @@ def test_a_chat_is_the_conversation_asked_anew(model, photos):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"granularity": 5}, "granularity=5 is none of this model's: auto, 4, 8, 16"),
-        ({"granularity": "36"}, "granularity='36' is none of this model's: auto, 4, 8, 16"),
+        ({"granularity": 5}, "granularity=5: choose auto, 4, 8, 16"),
+        ({"granularity": "36"}, "granularity='36': choose auto, 4, 8, 16"),
         ({"granularity": [4, 8]}, "names 2 for 1 images"),
         ({"prompt": "<image> <image>?"}, "image_count: 1 images for 2 <image>"),
         ({"prompt": "", "images": ()}, "empty_question"),
@@ -107,7 +107,7 @@ def test_a_chat_is_the_conversation_asked_anew(model, photos):
         ({"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
         ({"temperature": -1.0}, "temperature=-1.0 must be 0"),
         ({"top_p": 0.0}, "top_p=0.0 must be over 0"),
-        ({"stop": [""]}, "stop strings must be texts that are not empty"),
+        ({"stop": [""]}, "stop strings must be non-empty texts"),
         ({"images": "nowhere.png"}, "missing_image: nowhere.png: no such file"),
         ({"images": b"no image"}, "corrupt_image"),
         ({"images": [3]}, "an image is a path, bytes or a Pillow image, not int"),

@@ -13,14 +13,15 @@ import time
 import pytest
 
 from avg_llava_jax.config import ModelConfig
+from avg_llava_jax.data.tiles import tile_count
 from avg_llava_jax.eval import benchmarking, evaluation
-from avg_llava_jax.eval import questions as through_engine
 from avg_llava_jax.eval.benchmarks import records, scoring, table, tasks
+from avg_llava_jax.inference.device import Device
 from tests import benchmark_fixtures as fixtures
 from tests.random_model import random_model
 from tests.test_launch import ROOT, folder, run  # noqa: F401 (a fixture)
 
-OPTIONS = {"max_new_tokens": 2, "slots": 4, "progress": False}
+OPTIONS = {"max_new_tokens": 2, "batch_size": 4, "progress": False}
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def model(tiny, tokenizer):
 
 @pytest.fixture(autouse=True)
 def small_image_cache(monkeypatch):
-    monkeypatch.setattr(through_engine, "IMAGE_CACHE_BYTES", 2**18)
+    monkeypatch.setattr(evaluation, "IMAGE_CACHE_BYTES", 2**18)
 
 
 @pytest.mark.parametrize("name", tasks.BENCHMARKS)
@@ -41,7 +42,7 @@ def test_a_benchmark(name, model, tmp_path):
     questions, skipped = benchmarking.questions_of(task, rows, model, "lmms_eval")
     assert not skipped and sorted(int(question.sample.id) for question in questions) == list(range(len(rows)))
     file = tmp_path / "answers.jsonl"
-    answered = through_engine.answer_all(model, questions, file, **OPTIONS)
+    answered = evaluation.answer_all(model, questions, file, **OPTIONS)
     weighted = benchmarking.weighted_choices(model.config, questions, answered, [0.0, 0.05, 1e6])
     for picked in weighted.values():
         evaluation.answer_mixed(model, questions, answered, picked, tmp_path / "mixed.jsonl", 2, 4)
@@ -61,7 +62,7 @@ def test_a_benchmark(name, model, tmp_path):
 
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
     file.write_text("".join(lines[:1]) + lines[1][:20], encoding="utf-8")
-    again = through_engine.answer_all(model, questions, file, **OPTIONS)
+    again = evaluation.answer_all(model, questions, file, **OPTIONS)
     for picked in weighted.values():
         evaluation.answer_mixed(model, questions, again, picked, tmp_path / "mixed.jsonl", 2, 4)
     assert benchmarking.report(task, model.config, rows, again, weighted=weighted) == report
@@ -77,7 +78,7 @@ def test_what_cannot_be_asked_counts_as_wrong(model, tmp_path):
     rows[5]["question"] = "red " * 300
     rows = records.read(tasks.CHARTQA, fixtures.write_hub(tmp_path, "chartqa", rows))
     questions, skipped = benchmarking.questions_of(tasks.CHARTQA, rows, model, "lmms_eval")
-    answered = through_engine.answer_all(model, questions, skipped=skipped, **OPTIONS)
+    answered = evaluation.answer_all(model, questions, skipped=skipped, **OPTIONS)
     reasons = {entry["id"]: entry["reason"] for entry in skipped}
     assert reasons == {
         "0": "missing_image", "1": "missing_image", "2": "corrupt_image", "3": "corrupt_image", "5": "too_long",
@@ -98,10 +99,10 @@ def test_images_are_encoded_once(model, tmp_path, monkeypatch):
     names = [question.sample.images[0].name for question in questions]
     assert names == sorted(names, key=names.index) and len(set(names)) == 2
     encoded = []
-    original = evaluation.batching.generate.see
-    monkeypatch.setattr(evaluation.batching.generate, "see", lambda *of: encoded.append(len(of[2])) or original(*of))
+    original = Device.encode
+    monkeypatch.setattr(Device, "encode", lambda *of: encoded.append(len(of[2])) or original(*of))
     together = evaluation.answer_all(model, questions[:3], max_new_tokens=4, batch_size=4, progress=False)
-    assert encoded == [1]
+    assert encoded == [tile_count(questions[0].sample.sizes[0], model.config)]
     alone = [
         evaluation.answer_all(model, [question], max_new_tokens=4, progress=False)[0] for question in questions[:3]
     ]
@@ -169,7 +170,7 @@ def test_the_command(folder, tmp_path):  # noqa: F811
     code, said, error = run("benchmark", *flags, f"--data={tmp_path / 'data'}", "--task=chartqa,pope")
     assert code == 0, error
     assert "| ChartQA | 3 | 0 |" in said and "| POPE | 6 | 3 |" in said and "right 0" in error
-    assert "not asked: " in error and "coco_pope_adversarial.json row 1: corrupt_image: " in error
+    assert "skipped: " in error and "coco_pope_adversarial.json row 1: corrupt_image: " in error
     table = list(csv.DictReader((out / "table.csv").open()))
     assert [line["task"] for line in table] == ["ChartQA", "POPE", "mean"]
     assert table[0]["AVG-LLaVA-7B"] == "66.3" and table[2]["unanswered"] == "3"
@@ -248,7 +249,7 @@ def test_killed_and_gone_on_with_by_two_processes(model, folder, tmp_path):  # n
 
     read = records.read(tasks.POPE, tmp_path / "data")
     questions, _ = benchmarking.questions_of(tasks.POPE, read, model, "lmms_eval")
-    expected = through_engine.answer_all(model, questions, skipped=[], **OPTIONS | {"max_new_tokens": 4})
+    expected = evaluation.answer_all(model, questions, skipped=[], **OPTIONS | {"max_new_tokens": 4})
     found = evaluation.read_records(out / "answers.jsonl")
     assert len(found) == 59
     for record in expected:

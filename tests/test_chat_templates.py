@@ -2,12 +2,15 @@
 
 import jinja2
 import pytest
+from transformers import AutoTokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from avg_llava_jax.convert import llava_next
 from avg_llava_jax.convert.chat_templates import chat_template
-from avg_llava_jax.data.conversation import _checked, _render
-from avg_llava_jax.data.tokenizer import load_tokenizer
-from tests.test_conversation import GOLDEN
+from avg_llava_jax.data.conversation import IMAGE as IMAGE_ID
+from avg_llava_jax.data.conversation import _checked, _render, encode_prompt
+from avg_llava_jax.data.tokenizer import load_tokenizer, train_byte_bpe
+from tests.test_conversation import CHATML, GOLDEN, TEXTS
 
 TEMPLATES = ("vicuna_v1", "mistral_instruct", "llama_3")
 IMAGE, WHO = {"type": "image"}, {"type": "text", "text": "Who?"}
@@ -48,6 +51,33 @@ def test_what_the_system_says_stands_before_the_first_question(template):
     late = [*messages[:2], {"role": "system", "content": "Be brief."}, messages[2]]
     assert rendered(template, late) == ours(template, [("human", "Be brief.\n\nWho?"), *turns[1:]], 2)
     assert rendered(template, [*messages[:1]]) == ours(template, turns[:1], 0)
+
+
+def test_a_tokenizers_own_template_takes_images_too(tmp_path):
+    """ChatML as the hub has it takes texts; exported, it takes parts, and makes the ids that we make."""
+    tokenizer = train_byte_bpe(TEXTS, 340, tmp_path, ("<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"))
+    (tmp_path / "chat_template.jinja").write_text(CHATML)
+    tokenizer = load_tokenizer(tmp_path)
+    messages = [
+        {"role": "user", "content": [IMAGE, IMAGE, {"type": "text", "text": "Who? "}]},
+        {"role": "assistant", "content": "Ann "},
+        {"role": "user", "content": [{"type": "text", "text": " And?"}]},
+    ]
+    turns = [("human", "<image>\n<image>\nWho? "), ("gpt", "Ann "), ("human", " And?")]
+    turns = [{"from": role, "value": value} for role, value in turns]
+    image_token, written = tokenizer.vocab_size, []
+    for number in (1, 2):  # what went out comes back and goes out again as it was
+        folder = tmp_path / f"out{number}"
+        llava_next.save_tokenizer(folder, tokenizer, image_token, "tokenizer")
+        theirs = AutoTokenizer.from_pretrained(folder)
+        ids = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+        ours = encode_prompt(turns, tokenizer, "tokenizer", images=2).ids
+        assert ids == [image_token if token == IMAGE_ID else token for token in ours]
+        with pytest.raises(jinja2.exceptions.TemplateError, match="no parts of type 'video'"):
+            theirs.apply_chat_template([{"role": "user", "content": [{"type": "video"}]}])
+        written.append((folder / "chat_template.jinja").read_text())
+        tokenizer = load_tokenizer(folder)
+    assert written[0] == written[1]
 
 
 @pytest.mark.parametrize("template", TEMPLATES)

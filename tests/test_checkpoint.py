@@ -224,7 +224,7 @@ def test_what_is_no_checkpoint(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"format": 1, "model": to_dict(TINY)}))
     with pytest.raises(FileNotFoundError, match="no complete step"):
         checkpoint.load(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"no tokenizer\.json and no tokenizer\.model"):
+    with pytest.raises(FileNotFoundError, match=r"neither tokenizer\.json nor tokenizer\.model"):
         checkpoint.copy_tokenizer(tmp_path, tmp_path)
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from avg_llava_jax.inference import batching, choosing
+from avg_llava_jax.inference import choosing
+from avg_llava_jax.inference.model import visual_tokens
 from avg_llava_jax.inference.requests import Request
 from tests.random_model import random_model
 
@@ -38,7 +39,7 @@ def test_the_best_within_a_budget_is_the_best_there_is():
             rows = np.arange(images)
             np.testing.assert_allclose(values[rows, plan].sum(), worth)
             assert costs[rows, plan].sum() == -tokens
-        with pytest.raises(ValueError, match="no choice of granularities keeps to it"):
+        with pytest.raises(ValueError, match="no choice of granularities is within it"):
             choosing.best_places(scores, costs, 0.0, int(least) - 1)
 
 
@@ -55,7 +56,7 @@ def test_requests_keep_to_their_knobs(tiny, tokenizer):
     options = {"max_new_tokens": 2}
 
     def tokens(*each):
-        return sum(batching.visual_tokens(tiny, model.prepare(Request("Who?", photos)).sample, each))
+        return sum(visual_tokens(tiny, model.prepare(Request("Who?", photos)).sample, each))
 
     def chosen(logits, **knobs):
         return choosing.choose(tiny, model.prepare(Request("Who?", photos, **knobs)), np.array(logits))
@@ -76,9 +77,9 @@ def test_requests_keep_to_their_knobs(tiny, tokenizer):
     assert [answer.granularity for answer in together] == [free.granularity, (4, 4), (4, 4)] != [(4, 4)] * 3
 
     least = tokens(4, 4)
-    with pytest.raises(ValueError, match=f"max_visual_tokens={least - 1}: .* take {least} visual tokens at least"):
+    with pytest.raises(ValueError, match=f"max_visual_tokens={least - 1}: .* take at least {least} visual tokens"):
         model.prepare(Request("Who?", photos, max_visual_tokens=least - 1))
-    with pytest.raises(ValueError, match=f"take {tokens(16, 16)} visual tokens at least"):
+    with pytest.raises(ValueError, match=f"take at least {tokens(16, 16)} visual tokens"):
         model.prepare(Request("Who?", photos, granularity=16, max_visual_tokens=least))
     for options, message in (
         ({"cost_weight": -1.0}, "cost_weight=-1.0 must be 0"),

@@ -342,7 +342,7 @@ def test_the_trained_tokenizer(small):
 
 
 def test_tokenizers_that_cannot_be(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no tokenizer.json and no tokenizer.model"):
+    with pytest.raises(FileNotFoundError, match="has neither tokenizer.json nor tokenizer.model"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"nonsense")
     with pytest.raises(ValueError, match="not a sentencepiece model"):

@@ -158,7 +158,7 @@ def test_onto_eight_devices(tmp_path):
 def test_mesh_as_written():
     assert sharding.read_sizes("fsdp=-1, tensor=2") == {"data": 1, "fsdp": -1, "tensor": 2}
     for text in ("fsdp", "fsdp=x", "model=2", ""):
-        with pytest.raises(ValueError, match="is no AXIS=SIZE; the axes are data, fsdp, tensor"):
+        with pytest.raises(ValueError, match="must be AXIS=SIZE; the axes are data, fsdp, tensor"):
             sharding.read_sizes(text)
 
 
@@ -284,14 +284,14 @@ def test_what_is_not_whole_is_not_there(imported, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").touch()
-    with pytest.raises(ValueError, match="is there already"):
+    with pytest.raises(ValueError, match="already exists"):
         convert.export_released(imported, tmp_path / "out")
 
 
 def test_sources_that_are_none(tmp_path, imported):
-    with pytest.raises(FileNotFoundError, match="is no folder, and no hub id"):
+    with pytest.raises(FileNotFoundError, match="is neither a folder nor a hub id"):
         convert.import_folder(tmp_path / "nowhere", tmp_path / "out")
-    with pytest.raises(ValueError, match="config.json: model_type=None is none of those that are known here"):
+    with pytest.raises(ValueError, match="config.json: model_type=None is not supported, only llava_llama"):
         convert.import_folder(imported, tmp_path / "out")
 
 
@@ -326,8 +326,8 @@ def test_hub_ids(tmp_path):
     )
     found, absent, invalid = done.stdout.strip().split("\n")
     assert "tensors match in name, shape and dtype" in found and "owner--tiny" in found
-    assert absent.startswith("error: owner/absent is no folder here, and the hub's answer is: ")
-    assert invalid.startswith("error: not/a valid id is no folder here")
+    assert absent.startswith("error: owner/absent is not a local folder, and the hub's answer is: ")
+    assert invalid.startswith("error: not/a valid id is not a local folder")
 
 
 def test_bin_is_asked_for_where_the_hub_has_nothing_else(tmp_path, monkeypatch):
@@ -372,7 +372,7 @@ def test_card_says_what_it_was_trained_and_measured_at(as_released, tmp_path, la
     card = (tmp_path / "measured" / "README.md").read_text()
     assert "to 40 questions" in card and "| always 4 | 0.500 | 7.2 |" in card and "| the router | 0.500 | 7.2 |" in card
     (tmp_path / "other.json").write_text("{}")
-    with pytest.raises(ValueError, match="other.json is no report of launch.evaluate"):
+    with pytest.raises(ValueError, match="other.json is not a report of launch.evaluate"):
         export(source, tmp_path / "out", report=tmp_path / "other.json")
 
 

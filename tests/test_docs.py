@@ -4,10 +4,16 @@ import re
 import unicodedata
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
 from avg_llava_jax.commands.main import COMMANDS
+from avg_llava_jax.config import LanguageConfig, ModelConfig, RouterConfig, ScalerConfig, VisionConfig
+from avg_llava_jax.data.conversation import IGNORE, IMAGE, Tokens
+from avg_llava_jax.data.geometry import visual_index
+from avg_llava_jax.data.packing import Sample, Shape, collate, prompt_index
+from avg_llava_jax.inference.job import places_of
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -81,3 +87,37 @@ def test_the_reference_names_modules():
     assert len(modules) == len(set(modules)) > 20
     missing = [name for name in modules if not (ROOT / (name.replace(".", "/") + ".py")).is_file()]
     assert not missing
+
+
+def test_the_page_all_of_it_shows_what_the_code_computes():
+    """Tiles of 2 x 2 patches, an image of 4 x 2 pixels, granularity 2, pages 4, 2 and 5 of 10."""
+    page = (ROOT / "docs" / "all_of_it.md").read_text()
+    config = ModelConfig(
+        vision=VisionConfig(image_size=2, patch_size=1, width=4, heads=1, layers=2),
+        scaler=ScalerConfig(halvings=2),
+        router=RouterConfig(heads=1),
+        language=LanguageConfig(width=8, heads=1, kv_heads=1, layers=1, max_length=64),
+        pinpoints=((4, 2), (2, 4)),
+    )
+    size, image = (4, 2), object()
+
+    def shown(name: str) -> list[int]:
+        """The integers of the first indented line that begins so."""
+        line = next(line for line in page.splitlines() if line.startswith("    " + name))
+        return [int(number) for number in re.findall(r"-?\d+", line.strip().removeprefix(name))]
+
+    assert visual_index(size, config, 2).tolist() == [1, 2, 8, 15, -1, 9, 16, -1]
+    assert "1 2, 8 15 -1, 9 16 -1" in page
+
+    prompt = Sample("prompt", Tokens([7, 8, IMAGE, 9], [IGNORE] * 4), (size,), (image,))
+    index, length = prompt_index(prompt, Shape(3, 1, 3, 1, 1.0), config, (2,))
+    assert shown("index  ") == index[:length].tolist()
+    ids, places = places_of(config, index[:length], np.array([7, 8, 9]), [4, 2, 5], 10)
+    assert shown("ids") == ids.tolist() and shown("places") == places.tolist()
+
+    sample = Sample("sample", Tokens([7, 8, IMAGE, 9, 5, 2], [IGNORE] * 4 + [5, 2]), (size,), (image,))
+    batch = collate([sample], Shape(3, 1, 5, 2, 1.0), config, tiles=[np.zeros((3, 2, 2, 3), np.uint8)])
+    for granularity in config.granularities:
+        index, length = batch["index"][granularity][0], batch["length"][granularity][0]
+        target_at = batch["target_at"][granularity][0]
+        assert shown(f"index[{granularity}]") == [*index[:length], *target_at]

@@ -1,4 +1,4 @@
-"""Questions through the engine: the records of `evaluation.answer_all`, images encoded once, no request too many."""
+"""`evaluation.answer_all`: the same records whatever runs together, images encoded once, no request too many."""
 
 import json
 from collections import Counter
@@ -11,7 +11,6 @@ from PIL import Image
 from avg_llava_jax.data.images import image_ref
 from avg_llava_jax.data.sources import open_source
 from avg_llava_jax.eval import evaluation
-from avg_llava_jax.eval import questions as through_engine
 from avg_llava_jax.inference import programs
 from avg_llava_jax.inference.engine import Engine
 from tests.conftest import write_llava
@@ -47,7 +46,7 @@ def questions(model, photos, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def records(model, questions):
-    return evaluation.answer_all(model, questions, batch_size=8, skipped=[], **OPTIONS)
+    return evaluation.answer_all(model, questions, batch_size=1, skipped=[], **OPTIONS)
 
 
 @pytest.fixture
@@ -62,7 +61,7 @@ def engines(monkeypatch):
         asked[prepared.sample.id] += 1
         return original(engine, prepared, images)
 
-    monkeypatch.setattr(through_engine, "IMAGE_CACHE_BYTES", 2**18)
+    monkeypatch.setattr(evaluation, "IMAGE_CACHE_BYTES", 2**18)
     monkeypatch.setattr(Engine, "submit_prepared", submit)
     return made, asked
 
@@ -78,10 +77,10 @@ def same(some, others):
             np.testing.assert_allclose(one[name], other[name], atol=1e-3, rtol=1e-3)
 
 
-def test_records_are_those_of_answer_all(model, questions, records, engines, tmp_path):
+def test_records_are_those_of_one_answer_at_a_time(model, questions, records, engines, tmp_path):
     """All at once; then from a file that was cut off in the middle of a line."""
     (made, asked), file, skipped = engines, tmp_path / "answers.jsonl", []
-    ours = through_engine.answer_all(model, questions, file, slots=3, skipped=skipped, **OPTIONS)
+    ours = evaluation.answer_all(model, questions, file, batch_size=3, skipped=skipped, **OPTIONS)
     assert [(entry["id"], entry["reason"]) for entry in skipped] == [("r1", "corrupt_image")]
     same(ours, records)
     assert any(len(set(record["chosen"])) > 1 for record in ours)
@@ -97,7 +96,7 @@ def test_records_are_those_of_answer_all(model, questions, records, engines, tmp
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
     file.write_text("".join(lines[:9]) + lines[9][:50], encoding="utf-8")
     asked.clear()
-    again = through_engine.answer_all(model, questions, file, slots=3, skipped=[], **OPTIONS)
+    again = evaluation.answer_all(model, questions, file, batch_size=3, skipped=[], **OPTIONS)
     same(again, records)
     assert set(asked) == {json.loads(line)["id"] for line in lines[9:]}
     assert file.read_text(encoding="utf-8").splitlines(keepends=True)[:9] == lines[:9]
@@ -105,19 +104,19 @@ def test_records_are_those_of_answer_all(model, questions, records, engines, tmp
 
 def test_what_cannot_be_asked(model, questions, engines):
     with pytest.raises(ValueError, match="corrupt_image"):
-        through_engine.answer_all(model, questions, **OPTIONS)
+        evaluation.answer_all(model, questions, **OPTIONS)
     record = {"id": "a", "images": [], "conversations": [{"from": "human", "value": "red " * 300}]}
     record["conversations"].append({"from": "gpt", "value": "yes"})
     question, skipped = evaluation.make_question(record, model.tokenizer, model.config.template), []
-    assert through_engine.answer_all(model, [question], skipped=skipped, **OPTIONS) == []
+    assert evaluation.answer_all(model, [question], skipped=skipped, **OPTIONS) == []
     assert skipped[0]["reason"] == "too_long"
 
 
-@pytest.mark.parametrize("program", ["see", "decode"])
+@pytest.mark.parametrize("program", ["encode", "decode"])
 def test_a_failing_device_ends_the_run(model, questions, engines, monkeypatch, program):
     def fail(*arguments):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory\nand many lines more")
 
     monkeypatch.setattr(programs, program, fail)
     with pytest.raises(RuntimeError, match="^the device failed: RESOURCE_EXHAUSTED: out of memory$"):
-        through_engine.answer_all(model, questions[-1:], **OPTIONS)
+        evaluation.answer_all(model, questions[-1:], **OPTIONS)

@@ -9,8 +9,9 @@ from PIL import Image
 from avg_llava_jax.data.images import image_ref
 from avg_llava_jax.data.jersey import Jersey
 from avg_llava_jax.data.sources import open_source
-from avg_llava_jax.eval import evaluation, plots, policies, timing
-from avg_llava_jax.inference import batching, generate
+from avg_llava_jax.eval import evaluation, plots, policies, routing, timing
+from avg_llava_jax.inference.device import Device
+from avg_llava_jax.inference.engine import Engine
 from avg_llava_jax.inference.requests import Request
 from tests.random_model import random_model
 
@@ -53,9 +54,9 @@ def test_an_interrupted_run_goes_on(model, questions, records, tmp_path, monkeyp
     lines = [json.dumps(record) for record in records[:20]]
     file.write_text("\n".join(lines) + '\n{"id": "cut of')
     answered = []
-    original = evaluation._answer_batch
+    original = evaluation._Asked
     monkeypatch.setattr(
-        evaluation, "_answer_batch", lambda model, group, *rest: answered.extend(group) or original(model, group, *rest)
+        evaluation, "_Asked", lambda engine, asked, *rest: answered.append(asked) or original(engine, asked, *rest)
     )
     again = evaluation.answer_all(model, questions, file, **OPTIONS)
     assert {question.sample.id for question in answered} == {question.sample.id for question in questions[20:]}
@@ -84,7 +85,7 @@ def test_mixed_questions(model, llava_folder):
     assert by_id["r2"]["adaptive"]["answer"] == answer.text
     report = policies.report(model.config, records)
     assert report["n"] == 23 and set(report["accuracy"]["adaptive"]) == {"colour", "all"}
-    scores = evaluation.route_all(model, [question.sample for question in questions if question.sample.id in by_id], 8)
+    scores = routing.route_all(model, [question.sample for question in questions if question.sample.id in by_id], 8)
     assert policies.choices(model.config, scores) == [tuple(record["chosen"]) for record in records]
 
 
@@ -131,64 +132,52 @@ def alike(model, tmp_path_factory):
     return questions
 
 
-def test_beginnings_that_questions_share_are_read_once(model, alike, monkeypatch):
-    """Answers and logits are those of prompts that are read one by one from their start."""
-    logits, begun = [], []
-    start, begin = generate.start, generate.begin
+def test_prefixes_that_questions_share_are_read_once(model, alike, monkeypatch):
+    """Answers and first logits are those of prompts that are read from their start."""
+    tickets, starts = [], []
+    submit, prefill = Engine.submit_prepared, Device.prefill
 
-    def watched(config, params, cache, scores, sampling, *rest):
-        logits.append(np.asarray(scores)[np.asarray(sampling.limit) > 0])
-        return start(config, params, cache, scores, sampling, *rest)
+    def watched(engine, prepared, images=None):
+        tickets.append((prepared, submit(engine, prepared, images, keep_logits=True)))
+        return tickets[-1][1]
 
-    monkeypatch.setattr(generate, "start", watched)
-    monkeypatch.setattr(generate, "begin", lambda *given: begun.append(given[-1].shape[0]) or begin(*given))
+    def read(device, parts, prompts, chunk, window):
+        starts.extend(part.start for part in parts)
+        return prefill(device, parts, prompts, chunk, window)
+
+    monkeypatch.setattr(Engine, "submit_prepared", watched)
+    monkeypatch.setattr(Device, "prefill", read)
     shared = evaluation.answer_all(model, alike, **OPTIONS)
-    assert set(begun) == {1, 4}
-    ours = [*logits]
-    logits.clear()
-    begun.clear()
-    monkeypatch.setattr(batching, "beginnings", lambda *given: None)
-    apart = evaluation.answer_all(model, alike, **OPTIONS)
-    assert not begun and len(ours) == len(logits)
-    for some, others in zip(ours, logits, strict=True):
-        np.testing.assert_allclose(some, others, atol=1e-3, rtol=1e-3)
-    assert [record["answers"] for record in shared] == [record["answers"] for record in apart]
-    assert [record["answer"] for record in shared] == [record["answer"] for record in apart]
+    assert sum(start > 0 for start in starts) > 10
+    found = {(prepared.sample.id, prepared.choice): ticket.logits for prepared, ticket in tickets}
+    tickets.clear()
+    starts.clear()
+    monkeypatch.setattr("avg_llava_jax.inference.scheduler.WORTH_COPYING", 10**9)
+    alone = evaluation.answer_all(model, alike, **OPTIONS)
+    assert not any(starts) and len(found) == len(tickets)
+    for prepared, ticket in tickets:
+        np.testing.assert_allclose(
+            found[prepared.sample.id, prepared.choice], ticket.logits, atol=1e-3, rtol=1e-3
+        )
+    assert [record["answers"] for record in shared] == [record["answers"] for record in alone]
+    assert [record["answer"] for record in shared] == [record["answer"] for record in alone]
     # One question about two pictures, and the same two in another order.
     assert shared[0]["answers"][4] != shared[1]["answers"][4] and shared[5]["answers"][4] != shared[6]["answers"][4]
     assert shared[8]["answers"][16] is None and shared[8]["answers"][4] is not None
 
 
-def test_beginnings():
-    """The example of its docstring, in rows long enough for something to be saved, and a spare row."""
-    text = np.array([[7, 8, 9, 0], [7, 3, 0, 0], [7, 8, 9, 0], [2, 8, 9, 0], [0, 0, 0, 0]], np.int32)
-    index = np.zeros((5, 64), np.int32)
-    index[:4, :6] = [0, 4, 5, 6, 1, 2]
-    index[1, 5] = 0
-    length, picture = np.array([6, 5, 6, 6, 1], np.int32), np.array([0, 0, 1, 0, 0])
-    parts = batching.beginnings(picture, text, index, length, 64)
-    assert parts.row.tolist() == [0, 2, 3, 0] and parts.place.tolist() == [0, 0, 1, 2, 0]
-    assert parts.index.shape == (4, 32) and parts.index[:, :5].tolist() == [[0, 4, 5, 6, 0]] * 4
-    assert parts.cached.tolist() == [4, 4, 4, 4, 0] and parts.rest.tolist() == [2, 1, 2, 2, 1]
-    assert parts.ids[:, :3].tolist() == [[8, 9, 0], [3, 0, 0], [8, 9, 0], [8, 9, 0], [0, 0, 0]]
-    assert parts.ids.shape == (5, 16) and not parts.ids[:, 3:].any()
-    assert batching.beginnings(picture, text, index[:, :32], length, 64) is None  # as many positions as before
-    index[0, 6], length[0] = 4, 7
-    assert batching.beginnings(picture, text, index, length, 64) is None  # ends on an image
-
-
 def test_controls(model, questions):
     for what in ("instruction", "image"):
-        mixed = evaluation.shuffled(questions, what)
+        mixed = routing.shuffled(questions, what)
         same = [a.images == b.sample.images for a, b in zip(mixed, questions, strict=True)]
         text = [a.tokens == b.sample.tokens for a, b in zip(mixed, questions, strict=True)]
         assert all(same if what == "instruction" else text)
         assert sorted(a.sizes for a in mixed) == sorted(b.sample.sizes for b in questions)
         assert sum(text if what == "instruction" else same) < 12
-    scores = evaluation.route_all(model, evaluation.shuffled(questions, "image"), 8)
+    scores = routing.route_all(model, routing.shuffled(questions, "image"), 8)
     assert len(scores) == 24 and scores[0].shape == (1, 3)
     with pytest.raises(ValueError, match="choose instruction or image"):
-        evaluation.shuffled(questions, "text")
+        routing.shuffled(questions, "text")
 
 
 def record(name, kind, right, chosen):

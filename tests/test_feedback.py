@@ -86,7 +86,7 @@ def test_goes_on_where_it_was_killed(tiny, asked, monkeypatch):
     about = json.loads((folders[True] / "feedback.json").read_text())
     del about["files"]
     (folders[True] / "feedback.json").write_text(json.dumps(about))
-    with pytest.raises(ValueError, match="is not whole: run launch.feedback again"):
+    with pytest.raises(ValueError, match="is incomplete: run launch.feedback again"):
         read_feedback(folders[True], tiny.granularities)
     assert feedback.measure(tiny, model.params, batches, 100, folders[True], mesh, keep_features=True) == (1, 0)
     after = read_feedback(folders[True], tiny.granularities)

@@ -21,7 +21,7 @@ def test_buckets_are_refused_wherever_they_stand(bucket):
         ({"path": f"0.5*{bucket}, 0.5*jersey"}, "path"),
         ({"image": ["a.png", bucket]}, r"image\[1\]"),
     ):
-        with pytest.raises(ValueError, match=f"{where}={bucket[:3]}.* is no path of this machine") as error:
+        with pytest.raises(ValueError, match=f"{where}={bucket[:3]}.* is not a local path") as error:
             files.refuse_buckets(named)
         assert "\n" not in str(error.value)
 
@@ -58,6 +58,6 @@ def test_commands_refuse_buckets_at_once(tmp_path):
         ("answer", ["--prompt=What is gs://b?", "--image=gs://b/a.png"]),
     ):
         code, _, error = run(command, *flags)
-        assert code == 2 and "is no path of this machine: buckets are neither read" in error, error
+        assert code == 2 and "is not a local path: buckets are neither read" in error, error
         assert "prompt" not in error
     assert not any(tmp_path.iterdir()) and not (ROOT / "gs:").exists()

@@ -179,7 +179,7 @@ def test_without_a_router_a_fresh_one_is_made(folder, tensors, caplog):
     edit(folder, vis_token_granularity=None, filtered_text_num=None)
     with caplog.at_level("INFO"):
         config, params, trained = foreign.load(folder, TOWER)
-    assert "made fresh: ['router']" in caplog.text
+    assert "initialised ['router'], which the checkpoint lacks" in caplog.text
     assert (config.router.attention, config.unpad) == ("tokens", "exact")
     assert params["router"]["voter"].shape == (1148,)
     assert trained == [576]  # a LLaVA-NeXT has seen nothing else
@@ -251,7 +251,7 @@ def no_weights(folder, _):
         (wrong_dtype, r"tensor 'model\.image_newline' has dtype I32, not one of F32, F16, BF16"),
         (part_of_a_router, r"tensor 'model\.router\.merger\..*' is missing"),
         (truncated, r"model\.safetensors is truncated or damaged"),
-        (other_header, r"model\.safetensors is damaged, or no safetensors file"),
+        (other_header, r"model\.safetensors is damaged, or not a safetensors file"),
         (overlapping, r"is damaged: tensor '.*' of shape \(65,\) does not take 256 bytes"),
         (no_index, r"index\.json has no weight_map"),
         (no_weights, r"holds no model\.safetensors \(.*\) and no pytorch_model\.bin"),
@@ -273,8 +273,8 @@ def test_damaged_weights(folder, tensors, spoil, message):
         ({"image_grid_pinpoints": "[[336"}, "image_grid_pinpoints="),
         ({"image_grid_pinpoints": [[300, 672]]}, "no multiple of the tile side 336"),
         ({"vis_token_granularity": [36, 144, 576]}, "vis_token_granularity="),
-        ({"num_attention_heads": 0}, "config.json: num_attention_heads=0 is no positive number"),
-        ({"hidden_size": "64"}, "config.json: hidden_size='64' is no positive number"),
+        ({"num_attention_heads": 0}, "config.json: num_attention_heads=0 is not a positive integer"),
+        ({"hidden_size": "64"}, "config.json: hidden_size='64' is not a positive integer"),
         ({"rope_scaling": {"type": "yarn", "factor": 2}}, "rope scaling 'yarn' is not supported"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2}}, "rope scaling 'llama3' lacks"),
         ({"intermediate_size": 99}, r"down_proj.weight' has shape \(64, 160\), its config says \(64, 99\)"),

@@ -87,7 +87,7 @@ def test_two_processes_are_one_run(llava_folder):
     second.communicate()
     assert time.monotonic() - since < 90  # --heartbeat is 60
     assert first.returncode == hosts.RESTART, output
-    assert "error: process 0 of 2 has lost another one" in output and "goes on from its last checkpoint" in output
+    assert "error: process 0 of 2 has lost another one" in output and "resumes from its last checkpoint" in output
 
     finish(start(llava_folder, shared, devices=2))
     one, other = (read_rows(workdir / "metrics.jsonl") for workdir in (alone, shared))

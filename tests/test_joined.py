@@ -148,8 +148,8 @@ def test_what_does_not_join(clip, tmp_path):
             checkpoint.load(folder, tower)
         assert "\n" not in str(error.value)
 
-    fails("is a language model alone: give the CLIP folder", tower=None)
-    fails("model_type='llava_llama' is no CLIP", tower=SOURCE)
+    fails("is only a language model: give the CLIP folder", tower=None)
+    fails("model_type='llava_llama' is not a CLIP", tower=SOURCE)
     fails("mlp_bias=True is not supported", mlp_bias=True)
     fails("rope scaling 'yarn' is not supported", rope_parameters={"rope_type": "yarn", "factor": 2.0})
     fails("tensor 'lm_head.weight' is missing", tie_word_embeddings=False)
@@ -162,5 +162,5 @@ def test_what_does_not_join(clip, tmp_path):
     clip_values["vision_config"]["image_size"] = 28
     (odd / "config.json").write_text(json.dumps(clip_values))
     fails("7 x 7 patches cannot be halved", tower=odd)
-    with pytest.raises(ValueError, match="model_type='clip' is none of those that are known here: llava_llama"):
+    with pytest.raises(ValueError, match="model_type='clip' is not supported, only llava_llama"):
         convert.import_folder(tower, tmp_path / "out")

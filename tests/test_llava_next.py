@@ -258,8 +258,8 @@ def test_colours_are_never_made_up(theirs, tmp_path):
     new.write_text(json.dumps({"patch_size": 14}))  # as versions before 5 write it
     assert foreign.inspect(old.parent).config.vision.mean == tuple(MEAN)
     for change, message in (
-        ({"image_mean": None}, "image_mean=None is no list of three numbers"),
-        ({"image_std": [0.5, 0.5, 0]}, "image_std=.* is no list of three numbers over 0"),
+        ({"image_mean": None}, "image_mean=None must be three numbers"),
+        ({"image_std": [0.5, 0.5, 0]}, "image_std=.* must be three numbers over 0"),
         ({"do_normalize": False}, "do_normalize=False is not supported, only True"),
         ({"resample": 2}, "resample=2 is not supported, only 3"),
         ({"rescale_factor": 1.0}, "rescale_factor=1.0 is not supported, only 1/255"),

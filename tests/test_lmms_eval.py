@@ -393,12 +393,12 @@ def test_the_plugin(tiny, tokenizer, monkeypatch):
         True,
     ]
     for options, message in (
-        ({"granularity": "36"}, "granularity='36' is none of this model's: auto, 4, 8, 16"),
-        ({"granularity": 7}, "granularity=7 is none of this model's"),
-        ({"granularity": "all"}, "granularity='all' is none of this model's"),
-        ({"batch_size": "auto"}, "batch_size='auto' is no whole number from 1 on"),
-        ({"max_pixels": "many"}, "max_pixels='many' is no whole number from 1 on"),
-        ({"batch_size": 0}, "batch_size=0 is no whole number from 1 on"),
+        ({"granularity": "36"}, "granularity='36' is not one of this model's: auto, 4, 8, 16"),
+        ({"granularity": 7}, "granularity=7 is not one of this model's"),
+        ({"granularity": "all"}, "granularity='all' is not one of this model's"),
+        ({"batch_size": "auto"}, "batch_size='auto' must be a whole number of at least 1"),
+        ({"max_pixels": "many"}, "max_pixels='many' must be a whole number of at least 1"),
+        ({"batch_size": 0}, "batch_size=0 must be a whole number of at least 1"),
     ):
         with pytest.raises(ValueError, match=message):
             plugin.AvgLlavaForLmmsEval(**options)

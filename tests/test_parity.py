@@ -12,8 +12,8 @@ import transformers
 from avg_llava_jax import parameters
 from avg_llava_jax.config import LanguageConfig, ModelConfig, RouterConfig, ScalerConfig, VisionConfig
 from avg_llava_jax.convert import layouts
+from avg_llava_jax.models import language
 from avg_llava_jax.models.encoder import Encoder, normalise
-from avg_llava_jax.models.language import LanguageModel
 from avg_llava_jax.models.router import Router
 from tests.differences import agree
 
@@ -95,20 +95,19 @@ def test_decoder(family, changes, length):
     if torch_config.tie_word_embeddings:
         model.tie_weights()
     config = layouts.llama("here", torch_config.to_dict())
-    decoder = LanguageModel(config)
     ids = np.random.default_rng(1).integers(0, 96, (1, length))
 
-    def whole(module, ids):
-        return module.unembed(module(module.embed(ids))[0])
+    def whole(params, ids):
+        return language.unembed(config, params, language.decoder(config, params, language.embed(params, ids))[0])
 
-    shapes = jax.eval_shape(lambda: decoder.init(jax.random.key(0), ids, method=whole))["params"]
+    shapes = jax.eval_shape(lambda: language.init(config, jax.random.key(0)))
     tensors = model.state_dict()
     params = ours("language", shapes, tensors)
     biases = {name for name in tensors if name.endswith("bias")}
     assert len(biases) == sum(leaf.shape[0] for path, leaf in parameters.flat(params).items() if path.endswith("bias"))
     with torch.no_grad():
         theirs = model(torch.tensor(ids)).logits.numpy()
-    logits = jax.jit(lambda params, ids: decoder.apply({"params": params}, ids, method=whole))(params, ids)
+    logits = jax.jit(whole)(params, ids)
     assert np.abs(theirs).max() > 0.5
     agree(f"{family}: logits", logits, theirs)
 

@@ -68,14 +68,14 @@ def test_jersey_is_a_source_by_name():
     assert (source.split, source.turns, source.near, source.paired, len(source)) == ("router", 2, 1.0, True, 7)
     with pytest.raises(ValueError, match="no field 'colour'"):
         open_source("jersey?colour=red")
-    with pytest.raises(ValueError, match="no int"):
+    with pytest.raises(ValueError, match="is not of type int"):
         open_source("jersey?turns=many")
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"id": 1}', "no JSON list"),
+        ('{"id": 1}', "not a JSON list"),
         ('[{"id": 1}', "expecting ',' or '\\]'"),
         ('[{"id": }]', "not valid JSON"),
         ("[]", "no records"),

@@ -23,11 +23,12 @@ from avg_llava_jax.config import RouterConfig, ScalerConfig
 from avg_llava_jax.convert import convert, llava_next
 from avg_llava_jax.data.conversation import IMAGE, encode_prompt, encode_raw
 from avg_llava_jax.data.images import image_ref
-from avg_llava_jax.data.packing import merge
+from avg_llava_jax.data.packing import collate, merge, prompt_index, shape_of
 from avg_llava_jax.data.sources import open_source
 from avg_llava_jax.data.tiles import make_tiles
 from avg_llava_jax.data.tokenizer import load_tokenizer
-from avg_llava_jax.inference import batching, choosing, generate
+from avg_llava_jax.eval import routing
+from avg_llava_jax.inference import choosing
 from avg_llava_jax.inference.api import AvgLlava
 from avg_llava_jax.inference.requests import Request
 from avg_llava_jax.models import avg_llava
@@ -114,23 +115,29 @@ def our_logits(pair, requests):
     config, params = model.config, model.params
     prepared = [model.prepare(request) for request in requests]
     samples = [each.sample for each in prepared]
-    shape = dataclasses.replace(merge(batching.prompt_shape(s, config) for s in samples), answer=1, fill=1.0)
+    shape = dataclasses.replace(merge(shape_of(s, config) for s in samples), answer=1, fill=1.0)
 
     @jax.jit
-    def read(params, embeds):
-        return avg_llava.unembed(config, params, avg_llava.decoder(config, params, embeds))
+    def read(params, batch, index):
+        pyramid = avg_llava.pyramid_of(config, params, batch["pixels"])
+        x = avg_llava.assemble(params, pyramid, avg_llava.embed(config, params, batch["text"]), index)
+        return avg_llava.unembed(config, params, avg_llava.decoder(config, params, x))
 
     def logits(granularity):
         with jax.default_matmul_precision("highest"):
-            seen = batching.see(config, params, samples, shape)
-            routed = [seen.logits(row) for row in range(len(samples))]
+            routed = routing.route_all(model, samples)
             wanted = [dataclasses.replace(each, choice=(granularity,) * len(each.choice)) for each in prepared]
             choices = [choosing.choose(config, *each) for each in zip(wanted, routed, strict=True)]
-            index, lengths = batching.packed_index(config, samples, shape, choices, static=192)
-            packed = read(params, generate.pack(config, params, seen.pyramid, seen.text, index))
+            batch = collate(samples, shape, config, granularities=())
+            index, lengths = np.zeros((len(samples), 192), np.int32), []
+            for row, (sample, choice) in enumerate(zip(samples, choices, strict=True)):
+                places, length = prompt_index(sample, shape, config, choice)
+                index[row, :length] = places[:length]
+                lengths.append(length)
+            packed = read(params, {key: batch[key] for key in ("pixels", "text")}, index)
         return (
             [row[:length] for row, length in zip(packed, lengths, strict=True)],
-            np.concatenate(routed),
+            np.concatenate([rows for rows in routed if len(rows)]),
             sum(choices, ()),
         )
 
@@ -274,7 +281,7 @@ def test_comes_back_whole(pair, tmp_path):
 def test_bad_inputs(pair):
     _, theirs, processor, _, images = pair
     inputs = ask(processor, PROMPTS, images)
-    with pytest.raises(ValueError, match=r"granularity=5 is none of this model's: \[4, 8, 16\]"):
+    with pytest.raises(ValueError, match=r"granularity=5 is not one of this model's: \[4, 8, 16\]"):
         theirs.generate(**inputs, granularity=5)
     with pytest.raises(ValueError, match="names 2 for 4 images"):
         theirs.generate(**inputs, granularity=[4, 8])

@@ -1,6 +1,7 @@
 """int8 weights: what they are worth, what they weigh, and that the model multiplies by just those."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,8 @@ import pytest
 from avg_llava_jax import parameters
 from avg_llava_jax.convert.quantize import memory, quantized
 from avg_llava_jax.inference.api import AvgLlava
-from avg_llava_jax.models import avg_llava
+from avg_llava_jax.models import avg_llava, language
+from avg_llava_jax.models.cache import Span
 from tests.random_model import random_model, save_random_model
 
 
@@ -41,23 +43,23 @@ def test_weights_are_half_a_step_off_at_most():
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_the_model_multiplies_by_them(tiny, tied, dtype):
-    language = dataclasses.replace(tiny.language, tied_embeddings=tied, attention_bias=True)
-    config = dataclasses.replace(tiny, language=language)
+    own = dataclasses.replace(tiny.language, tied_embeddings=tied, attention_bias=True)
+    config = dataclasses.replace(tiny, language=own)
     params = parameters.init(config, jax.random.key(0), dtype)
     params["language"]["layers"]["q"]["bias"] += 0.3
     small = quantized(params)
     assert parameters.flat(params).keys() < parameters.flat(small).keys()
     plain = dequantized(small)
-    ids = jax.random.randint(jax.random.key(1), (2, 9), 0, language.vocab_size)
+    ids = jax.random.randint(jax.random.key(1), (2, 9), 0, own.vocab_size)
     hidden = []
     for tree in (small, plain):
         x = avg_llava.embed(config, tree, ids)
         assert x.dtype == dtype
-        first, cache = avg_llava.language(config, tree, x[:, :6])
-        rest, _ = avg_llava.language(
-            config, tree, x[:, 6:], jnp.tile(jnp.arange(6, 9), (2, 1)), cache, jnp.array([6, 6])
-        )
-        assert rest.dtype == cache.k.dtype == dtype
+        cache = language.empty_cache(config.language, 2, 9, dtype)
+        walk = functools.partial(language.decoder, config.language, tree["language"])
+        first, cache = walk(x[:, :6], cache, Span(jnp.zeros(2, int), window=0))
+        rest, cache = walk(x[:, 6:], cache, Span(jnp.array([6, 6])))
+        assert rest.dtype == cache[0].k.dtype == dtype
         hidden.append(avg_llava.unembed(config, tree, jnp.concatenate([first, rest], axis=1)))
     rounding = {"rtol": 1e-4, "atol": 1e-5} if dtype == jnp.float32 else {"rtol": 0.1, "atol": 0.1}
     np.testing.assert_allclose(*hidden, **rounding)
@@ -77,7 +79,7 @@ def test_memory_and_the_table(tiny, tokenizer):
     assert specs["language/embed_scale"] == jax.sharding.PartitionSpec(specs["language/embed"][0])
     with pytest.raises(ValueError, match="'language/.*_scale' belongs to quantized weights"):
         parameters.torch_parts(small)
-    with pytest.raises(ValueError, match="'language/.*' is int8 already"):
+    with pytest.raises(ValueError, match="'language/.*' is already int8"):
         quantized(small)
 
 

@@ -84,4 +84,4 @@ def test_what_cannot_be_served_ends_with_one_line(tmp_path):
     key = tmp_path / "key"
     key.write_text("\n")
     code, _, error = run("serve", f"--api_key_file={key}")
-    assert code == 2 and error.startswith(f"error: {key}: a key is one line of ASCII characters"), error
+    assert code == 2 and error.startswith(f"error: {key}: the key must be one non-empty line of ASCII"), error

@@ -84,7 +84,7 @@ def test_what_is_not_said_is_the_default(served):
 
 
 def test_statuses_in_the_shape_of_openai(served):
-    with pytest.raises(openai.NotFoundError, match="there is no model 'gpt-9' here, only 'tiny'"):
+    with pytest.raises(openai.NotFoundError, match="model 'gpt-9' does not exist here, only 'tiny'"):
         served.openai.chat.completions.create(model="gpt-9", messages=ONE)
     with pytest.raises(openai.BadRequestError) as caught:
         served.ask([link(b"hello")])

@@ -80,8 +80,8 @@ def test_what_the_library_lets_through_is_refused_where_the_format_forbids_it(tm
 
 def test_errors_say_what_is_wrong(tmp_path):
     for case, message in {
-        "bytes behind": "1 bytes behind its last tensor belong to none",
-        "a hole": "1 bytes before tensor 'b' belong to none",
+        "bytes behind": "1 trailing bytes belong to no tensor",
+        "a hole": "1 bytes before tensor 'b' belong to no tensor",
         "overlap": "tensors 'a' and 'b' overlap",
         "too short": "ends before its tensor 'b'",
         "no such dtype": "dtype 'Q8', which safetensors do not have",
@@ -158,7 +158,7 @@ def test_a_tensor_that_no_index_names_may_not_be_there_twice(sharded):
     change(sharded / other, **{NAME: right})
     np.testing.assert_array_equal(Tensors(sharded).read(NAME), right)
     change(sharded / other, **{NAME: right + 1})
-    with pytest.raises(ValueError, match=rf"model-0000\d.*model-0000\d.*both hold '{NAME}', with other bytes"):
+    with pytest.raises(ValueError, match=rf"model-0000\d.*model-0000\d.*hold '{NAME}' with different bytes"):
         Tensors(sharded)
 
 
@@ -169,7 +169,7 @@ def test_an_index_and_its_shards_agree(sharded):
     with pytest.raises(ValueError, match=r"model-00001-of-00002.safetensors lacks tensor 'x'"):
         Tensors(sharded)
     path.write_text(json.dumps({"weight_map": index["weight_map"] | {"x": "../a.safetensors"}}))
-    with pytest.raises(ValueError, match=r"tensor 'x' is in '../a.safetensors', which is no file beside the index"):
+    with pytest.raises(ValueError, match=r"tensor 'x' is in '../a.safetensors', which is not a file beside the index"):
         Tensors(sharded)
 
 
@@ -191,4 +191,7 @@ def test_shards_that_the_index_does_not_name_are_left_alone_and_named(sharded, c
     save_file({NAME: np.zeros(64, np.float32)}, sharded / "model-00003-of-00003.safetensors")
     with caplog.at_level(logging.WARNING):
         assert Tensors(sharded).read(NAME).any()
-    assert "model-00003-of-00003.safetensors not read, for model.safetensors.index.json does not name it" in caplog.text
+    assert (
+        "model-00003-of-00003.safetensors not read, because model.safetensors.index.json does not name it"
+        in caplog.text
+    )

@@ -1,1 +1,1 @@
-"""What `avg-llava COMMAND` runs, one module for each command; `main` finds them, `cli` is what they share."""
+"""The commands of `avg-llava`, one module each; `main` finds the module, `cli` holds what they share."""

@@ -2,30 +2,30 @@
 
     avg-llava answer --image=photo.png --prompt="Who wears 7?"
 
---image may be given several times, or not at all. Options follow `avg_llava_jax.Request`.
+--image may be given several times, or not at all. The other flags are the fields of `avg_llava_jax.Request`.
 """
 
 from absl import flags
 
 from avg_llava_jax.commands import cli
 
-IMAGE = flags.DEFINE_multi_string("image", [], "An image file; once for each image.")
-PROMPT = flags.DEFINE_string("prompt", None, "The question; <image> in it says where an image goes.")
+IMAGE = flags.DEFINE_multi_string("image", [], "An image file; repeat the flag for several images.")
+PROMPT = flags.DEFINE_string("prompt", None, "The question; <image> in it places an image.")
 GRANULARITY = flags.DEFINE_string(
     "granularity", "auto", "auto, tokens per tile, or one of these for each image: auto,36."
 )
 COST_WEIGHT = flags.DEFINE_float(
-    "cost_weight", 0.0, "What visual tokens cost the router; 0 is the paper's choice.", 0.0
+    "cost_weight", 0.0, "The price of visual tokens for the router; 0 is the paper's choice.", 0.0
 )
-MAX_VISUAL_TOKENS = flags.DEFINE_integer("max_visual_tokens", None, "At most so many, all images together.", 1)
-MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 256, "Longest answer.", lower_bound=1)
+MAX_VISUAL_TOKENS = flags.DEFINE_integer("max_visual_tokens", None, "Upper bound, all images together.", 1)
+MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 256, "Length of the longest answer, in tokens.", lower_bound=1)
 TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 is greedy.", lower_bound=0.0)
-TOP_P = flags.DEFINE_float("top_p", 1.0, "Sample from the fewest tokens of this probability.", 0.0, 1.0)
+TOP_P = flags.DEFINE_float("top_p", 1.0, "Sample from the smallest set of tokens with this probability.", 0.0, 1.0)
 TOP_K = flags.DEFINE_integer("top_k", 0, "Sample from the k best tokens; 0 is off.", lower_bound=0)
-SEED = flags.DEFINE_integer("seed", 0, "Of the sampling.", lower_bound=0)
+SEED = flags.DEFINE_integer("seed", 0, "Seed of the sampling.", lower_bound=0)
 STOP = flags.DEFINE_multi_string("stop", [], "A text that ends the answer; may be given several times.")
-RAW = flags.DEFINE_bool("raw", False, "Take the prompt as it is, without a conversation template.")
-STREAM = flags.DEFINE_bool("stream", False, "Show the answer as it comes.")
+RAW = flags.DEFINE_bool("raw", False, "Use the prompt verbatim, without a conversation template.")
+STREAM = flags.DEFINE_bool("stream", False, "Print the answer while it is generated.")
 
 
 def granularity_of(text: str) -> str | int | list[str | int]:

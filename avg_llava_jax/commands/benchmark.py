@@ -2,12 +2,12 @@
 
     avg-llava benchmark --checkpoint=W --task=gqa,pope --data=DIR --workdir=OUT
 
-Every question is answered at every fixed granularity and at the router's choice, by the engine. OUT/TASK/answers.jsonl
-grows as it goes (a killed run resumes from it, and `avg-llava score` reads it), OUT/TASK/report.json and plots follow
-each benchmark, OUT/table.md and OUT/table.csv hold our numbers beside the paper's.
+The engine answers every question at every fixed granularity and at the router's choice. Answers are appended to
+OUT/TASK/answers.jsonl, from which an interrupted run resumes and which `avg-llava score` reads. Each finished benchmark
+writes OUT/TASK/report.json and plots; OUT/table.md and OUT/table.csv hold our numbers beside the paper's.
 
-Several processes share the questions by --coordinator, each with the model on its own devices; they share the workdir.
-Exit codes are those of `avg-llava train`.
+With --coordinator several processes share the questions and the workdir, each with the model on its own devices. Exit
+codes are those of `avg-llava train`.
 """
 
 import json
@@ -21,23 +21,23 @@ from avg_llava_jax.commands import cli, processes
 
 TASK = flags.DEFINE_list("task", None, "Benchmarks by lmms-eval's names, separated by commas; `all` for the eleven.")
 DATA = flags.DEFINE_string(
-    "data", None, "A data set's folder as downloaded; of several tasks, the folder of these folders, or `hub`."
+    "data", None, "A data set's folder as downloaded; for several tasks, the folder that holds them, or `hub`."
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "Where answers, reports, plots and the table go.")
 PROFILE = flags.DEFINE_enum("profile", "lmms_eval", ["lmms_eval", "paper"], "Prompts of today or of the paper's time.")
-SLOTS = flags.DEFINE_integer("slots", 8, "Answers that grow together.", lower_bound=1)
+SLOTS = flags.DEFINE_integer("slots", 8, "Answers decoded at once.", lower_bound=1)
 MAX_NEW_TOKENS = flags.DEFINE_integer(
-    "max_new_tokens", None, "Longest answer; default: each benchmark's.", lower_bound=1
+    "max_new_tokens", None, "Length of the longest answer, in tokens; default: the benchmark's.", lower_bound=1
 )
-LIMIT = flags.DEFINE_integer("limit", None, "Only so many rows of each split, for a try.", lower_bound=1)
-TIMED = flags.DEFINE_integer("timed", 16, "Questions that are timed one after another; 0 = none.", lower_bound=0)
-COST_WEIGHTS = flags.DEFINE_list("cost_weights", "0.1,0.4,1.6", "What tokens cost, each a row of the report.")
-SEED = flags.DEFINE_integer("seed", 0, "Of the random choice and of the bootstrap.")
+LIMIT = flags.DEFINE_integer("limit", None, "Rows of each split, for a quick run; default: all.", lower_bound=1)
+TIMED = flags.DEFINE_integer("timed", 16, "Questions that are timed, one at a time; 0 = none.", lower_bound=0)
+COST_WEIGHTS = flags.DEFINE_list("cost_weights", "0.1,0.4,1.6", "Prices of visual tokens, each a row of the report.")
+SEED = flags.DEFINE_integer("seed", 0, "Seed of the random choice and of the bootstrap.")
 flags.adopt_module_key_flags(processes)
 
 
 def run_task(model: Any, task: Any, data: str, weights: list[float]) -> dict[str, Any] | None:
-    """One benchmark, from its rows to its report, which the first process writes; None on the others."""
+    """Run one benchmark; returns the report, which the first process writes, and None on the other processes."""
     from avg_llava_jax.eval import benchmarking, evaluation, plots, sharing
     from avg_llava_jax.eval.benchmarks import records
     from avg_llava_jax.files import same_run, write_whole
@@ -65,7 +65,7 @@ def run_task(model: Any, task: Any, data: str, weights: list[float]) -> dict[str
     skipped = [entry | {"where": rows[int(entry["id"])].where} for entry in skipped]
     write_whole(folder / "skipped.jsonl", "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in skipped))
     for entry in skipped[:3]:
-        print(f"not asked: {entry['where']}: {entry['reason']}: {entry['detail']}", file=sys.stderr)
+        print(f"skipped: {entry['where']}: {entry['reason']}: {entry['detail']}", file=sys.stderr)
     if not answered:
         raise ValueError(f"{task.name}: none of {len(rows)} rows can be asked, see {folder / 'skipped.jsonl'}")
     known = {record["id"] for record in answered}

@@ -1,6 +1,6 @@
-"""What the commands share: flags for a model and for a config, and errors as one line.
+"""Shared code of the commands: flags for a model and for a config, and errors as one line.
 
-Commands import what needs JAX late, so that --help and a mistyped flag are answered at once.
+Commands import JAX late, so that --help and a mistyped flag return at once.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from avg_llava_jax.files import refuse_buckets
 if TYPE_CHECKING:
     from avg_llava_jax.inference.api import AvgLlava
 
-CHECKPOINT = flags.DEFINE_string("checkpoint", str(SHIPPED), "Checkpoint folder of ours, or a PyTorch folder.")
-VISION_TOWER = flags.DEFINE_string("vision_tower", None, "The CLIP folder that a PyTorch checkpoint names, or to join.")
-DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Converts the parameters; default: as stored.")
-QUANTIZE = flags.DEFINE_enum("quantize", None, ["int8"], "Hold the language model's weights so; default: as they are.")
+CHECKPOINT = flags.DEFINE_string("checkpoint", str(SHIPPED), "A checkpoint folder of ours, or a PyTorch folder.")
+VISION_TOWER = flags.DEFINE_string("vision_tower", None, "The CLIP folder that a PyTorch checkpoint names or lacks.")
+DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Dtype of the parameters; default: as stored.")
+QUANTIZE = flags.DEFINE_enum("quantize", None, ["int8"], "Quantizes the language model's weights; default: off.")
 STORED_FLAGS = tuple(flag.name for flag in (CHECKPOINT, VISION_TOWER, DTYPE))
 MODEL_FLAGS = (*STORED_FLAGS, QUANTIZE.name)
-TEXT_FLAGS = ("prompt", "stop", "name", "coordinator")  # what they hold is no path, whatever it looks like
-TRACEBACK = flags.DEFINE_bool("traceback", False, "Where an error happened, not only what it is.")
+TEXT_FLAGS = ("prompt", "stop", "name", "coordinator")  # their values are never paths
+TRACEBACK = flags.DEFINE_bool("traceback", False, "Print the traceback of an error, not only its message.")
 
 
 def load_model() -> AvgLlava:
@@ -39,16 +39,16 @@ def load_model() -> AvgLlava:
 
 
 class ConfigFile(flags.ArgumentParser):
-    """`FILE.py` or `FILE.py:ARGUMENT` -> what its `get_config` returns.
+    """Parse `FILE.py` or `FILE.py:ARGUMENT` to the result of its `get_config`.
 
-    `configs/NAME.py` is a config of this package wherever the working directory has no such file.
+    `configs/NAME.py` is the package's own config unless the working directory has such a file.
     """
 
     def __init__(self, parser: flags.ArgumentParser):
         self._parser = parser
 
     def parse(self, argument: Any) -> Any:
-        """The config of a file; ValueError where there is no such file."""
+        """The config of a file. Raises ValueError where there is no such file."""
         name, colon, stage = argument.partition(":")
         file = pathlib.Path(name)
         if not file.is_file() and file.parent == pathlib.Path("configs"):
@@ -73,7 +73,7 @@ def define_config(help: str) -> flags.FlagHolder[Any]:
 
 
 def weights_of(texts: list[str]) -> list[float]:
-    """["0", "0.5"] -> [0.0, 0.5]; ValueError for what is no weight."""
+    """["0", "0.5"] -> [0.0, 0.5]. Raises ValueError for an invalid weight."""
     try:
         weights = [float(text) for text in texts]
     except ValueError:
@@ -84,13 +84,13 @@ def weights_of(texts: list[str]) -> list[float]:
 
 
 def run(main: Callable[[], None], required: Sequence[str], model_flags: Sequence[str] = MODEL_FLAGS) -> None:
-    """Run a command. Bad flags and bad input end it with one line and exit code 2, a lost connection with 75.
+    """Run a command. Bad flags and bad input exit with one line and code 2, a lost connection with 75.
 
-    required: flags that must be given. model_flags: those of `MODEL_FLAGS` that the command reads; it has no others.
+    required: flags that must be set. model_flags: the subset of `MODEL_FLAGS` that the command has.
     """
     for name in set(MODEL_FLAGS) - set(model_flags):
         delattr(flags.FLAGS, name)
-    # --help shows the docstring and the flags of the program: here those of the command, which is a module of its own.
+    # absl's --help shows docstring and flags of __main__; here they must be those of the command's module.
     module = sys.modules[main.__module__]
     sys.modules["__main__"].__doc__ = module.__doc__
     own = [flag.name for flag in flags.FLAGS.get_key_flags_for_module(module.__name__)]
@@ -100,7 +100,7 @@ def run(main: Callable[[], None], required: Sequence[str], model_flags: Sequence
 
     def parse(argv: list[str]) -> list[str]:
         for flag in {"-h", "--help", "--helpfull"} & set(argv):
-            with contextlib.suppress(SystemExit):  # the library ends with 1, as if to ask for help were an error
+            with contextlib.suppress(SystemExit):  # absl exits with 1 after --help
                 app.parse_flags_with_usage([argv[0], "--help" if flag == "-h" else flag])
             sys.exit(0)
         try:
@@ -129,7 +129,7 @@ def run(main: Callable[[], None], required: Sequence[str], model_flags: Sequence
                 raise
             message = f"{_one_line(error)} (--traceback shows where)"
             hosts = sys.modules.get("avg_llava_jax.parallel.hosts")
-            if hosts is None:  # not even JAX is loaded: there are no other processes
+            if hosts is None:  # JAX is not loaded, so there are no other processes
                 _fail(message)
             hosts.leave(hosts.RESTART if isinstance(error, ConnectionError) else 2, message)
 

@@ -1,9 +1,9 @@
-"""Measure how well a checkpoint answers, at every granularity and as its router chooses.
+"""Evaluate a checkpoint on your own questions, at every granularity and as routed.
 
     avg-llava evaluate --checkpoint=W --data=test.json --images=DIR --workdir=OUT
 
-writes OUT/report.json, OUT/answers.jsonl (an interrupted run resumes from it), OUT/skipped.jsonl, and a picture of
-what was right though cheap, right because fine and wrong because cheap, OUT/plots/examples.png.
+The outputs are OUT/report.json, OUT/answers.jsonl (an interrupted run resumes from it), OUT/skipped.jsonl, and
+OUT/plots/examples.png: questions that were right though cheap, right because fine, and wrong because cheap.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
     from avg_llava_jax.eval.policies import Record
     from avg_llava_jax.inference.api import AvgLlava
 
-DATA = flags.DEFINE_string("data", None, "A LLaVA JSON or JSONL; `kind` of a record is the kind of its question.")
-IMAGES = flags.DEFINE_string("images", "", "Where its images lie: a folder, a .zip or a .tar.")
-WORKDIR = flags.DEFINE_string("workdir", None, "Where the report goes.")
-MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 16, "Longest answer.", lower_bound=1)
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Questions that are answered at once.", lower_bound=1)
-SEED = flags.DEFINE_integer("seed", 0, "Of the random choice.")
-MAX_SKIPPED_SHARE = flags.DEFINE_float("max_skipped_share", 0.05, "Stop where more records cannot be used.", 0.0, 1.0)
+DATA = flags.DEFINE_string("data", None, "A LLaVA JSON or JSONL; a record's `kind` groups the report.")
+IMAGES = flags.DEFINE_string("images", "", "Where its images are: a folder, a .zip or a .tar.")
+WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the outputs.")
+MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 16, "Length of the longest answer, in tokens.", lower_bound=1)
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Slots, the answers decoded at once.", lower_bound=1)
+SEED = flags.DEFINE_integer("seed", 0, "Seed of the random choice.")
+MAX_SKIPPED_SHARE = flags.DEFINE_float("max_skipped_share", 0.05, "Largest share of records to skip.", 0.0, 1.0)
 
 
 def table(report: dict[str, Any]) -> str:
-    """Accuracy by kind, visual tokens and seconds, a line for each policy."""
+    """Accuracy by kind, visual tokens and seconds, a line per policy."""
     accuracy, tokens = report["accuracy"], report["visual_tokens"]
     kinds = list(accuracy["adaptive"])
     lines = [f"{'granularity':<12}" + "".join(f"{kind:>10}" for kind in kinds) + f"{'tokens':>10}{'seconds':>10}"]
@@ -45,9 +45,9 @@ def table(report: dict[str, Any]) -> str:
 
 
 def answered(model: AvgLlava) -> tuple[list[Question], list[Record], int]:
-    """Ask all questions that the flags name: those that can be asked, a record of each, and how many cannot.
+    """Answer the questions that the flags name: the answered questions, their records, and the number of skipped ones.
 
-    What WORKDIR holds already is not asked again.
+    Records that WORKDIR already holds are not computed again.
     """
     from avg_llava_jax.data.sources import open_source
     from avg_llava_jax.eval import evaluation

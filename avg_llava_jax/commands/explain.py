@@ -9,11 +9,11 @@ from absl import flags
 
 from avg_llava_jax.commands import cli
 
-IMAGE = flags.DEFINE_multi_string("image", None, "An image file; once for each image.")
-PROMPT = flags.DEFINE_string("prompt", None, "The question; <image> in it says where an image goes.")
-RAW = flags.DEFINE_bool("raw", False, "Take the prompt as it is, <image> included, without a conversation template.")
-OUTPUT = flags.DEFINE_string("output", None, "Where the arrays go, an .npz; see explain.Explanation.")
-FIGURE = flags.DEFINE_string("figure", None, "Where the picture goes: .png, .pdf or .svg.")
+IMAGE = flags.DEFINE_multi_string("image", None, "An image file; repeat the flag for several images.")
+PROMPT = flags.DEFINE_string("prompt", None, "The question; <image> in it places an image.")
+RAW = flags.DEFINE_bool("raw", False, "Use the prompt verbatim, <image> included, without a conversation template.")
+OUTPUT = flags.DEFINE_string("output", None, "File for the arrays, an .npz; see explain.Explanation.")
+FIGURE = flags.DEFINE_string("figure", None, "File for the figure: .png, .pdf or .svg.")
 
 
 def main() -> None:
@@ -32,7 +32,7 @@ def main() -> None:
             print(f"  {g:6d}  score {score:7.3f}  probability {share:.3f}  {'#' * round(40 * share)}")
         print(f"  instruction read: {' | '.join(word.strip() for word in found.words[i] if word.strip())}")
     for name, length in zip([*found.config.granularities, "router"], found.seq_len, strict=True):
-        left_out = "" if name in found.logits else "  (more than the model takes)"
+        left_out = "" if name in found.logits else "  (over the model's limit)"
         print(f"packed length at {name}: {length}{left_out}")
     if OUTPUT.value:
         found.save(OUTPUT.value)

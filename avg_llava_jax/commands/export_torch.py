@@ -1,21 +1,21 @@
-"""Write a checkpoint of ours as a PyTorch folder.
+"""Export a checkpoint as a PyTorch folder.
 
     avg-llava export --checkpoint=CHECKPOINT --output=FOLDER --layout=released|transformers [--dtype=bfloat16]
 
 `transformers` is for AutoModelForImageTextToText with trust_remote_code (the adaptive model) and for
-LlavaNextForConditionalGeneration (the finest granularity, always); `released` is for the released code.
+LlavaNextForConditionalGeneration (always the finest granularity); `released` is for the released code.
 """
 
 from absl import flags
 
 from avg_llava_jax.commands import cli
 
-OUTPUT = flags.DEFINE_string("output", None, "The folder to make.")
-LAYOUT = flags.DEFINE_enum("layout", "released", ["released", "transformers"], "Who is to read it.")
-ROUTER = flags.DEFINE_bool("router", True, "--norouter leaves it out: a LLaVA-NeXT.")
-SHARD_SIZE = flags.DEFINE_float("shard_size", 5.0, "Largest file, in GiB.", lower_bound=1e-6)
+OUTPUT = flags.DEFINE_string("output", None, "The folder to write.")
+LAYOUT = flags.DEFINE_enum("layout", "released", ["released", "transformers"], "The layout to write.")
+ROUTER = flags.DEFINE_bool("router", True, "--norouter leaves the router out, which gives a LLaVA-NeXT.")
+SHARD_SIZE = flags.DEFINE_float("shard_size", 5.0, "Size of the largest file, in GiB.", lower_bound=1e-6)
 REPORT = flags.DEFINE_string(
-    "report", None, "report.json of `avg-llava evaluate`, for the model card; default: the checkpoint folder's."
+    "report", None, "report.json of `avg-llava evaluate`, for the model card; default: that of the checkpoint folder."
 )
 
 

@@ -1,9 +1,9 @@
-"""Store the frozen model's answers once, to train routers from them many times.
+"""Store the frozen model's feedback once, to train any number of routers from it.
 
     avg-llava feedback --config=X --output=DIR
 
-Then, as often as you like: avg-llava train --config=X --config.rglf.feedback=DIR --workdir=...
-Killed, the same command resumes. What DIR holds for these samples and this model is not measured again.
+Then train: avg-llava train --config=X --config.rglf.feedback=DIR --workdir=...
+After an interruption, the same command resumes. Feedback that DIR holds for these samples and this model is reused.
 """
 
 from absl import flags
@@ -11,9 +11,9 @@ from absl import flags
 from avg_llava_jax.commands import cli
 
 CONFIG = cli.define_config("A config of phase rglf, configs/X.py.")
-OUTPUT = flags.DEFINE_string("output", None, "Folder of the feedback.")
+OUTPUT = flags.DEFINE_string("output", None, "The folder of the feedback.")
 FEATURES = flags.DEFINE_bool(
-    "features", True, "Keep the visual features too: a router then trains without the encoder."
+    "features", True, "Store the visual features too; a router then trains without the encoder."
 )
 
 

@@ -1,10 +1,10 @@
-"""Read a PyTorch folder, or a model of the hub, into a checkpoint folder of ours.
+"""Import a PyTorch folder or a model from the hub as a checkpoint folder.
 
     avg-llava import --source=FOLDER_OR_HUB_ID --output=CHECKPOINT [--vision_tower=CLIP_FOLDER]
 
-AVG-LLaVA and LLaVA-NeXT come in as they are. A Llama or Mistral is joined with the CLIP folder that --vision_tower
-names; its connector, newline and router are fresh, by --seed. --dry_run matches config, keys and shapes, and reads no
-weights: not even the files need to be there.
+AVG-LLaVA and LLaVA-NeXT are imported as they are. A Llama or Mistral is joined with the CLIP folder of --vision_tower;
+connector, newline and router are initialised by --seed. --dry_run only matches config, keys and shapes; the weight
+files need not exist.
 """
 
 from absl import flags
@@ -14,11 +14,11 @@ from avg_llava_jax.commands import cli
 SOURCE = flags.DEFINE_string(
     "source", None, "A folder or hub id: AVG-LLaVA or LLaVA-NeXT as released, `llava_next`, Llama, Mistral."
 )
-OUTPUT = flags.DEFINE_string("output", None, "The checkpoint folder to make.")
+OUTPUT = flags.DEFINE_string("output", None, "The checkpoint folder to write.")
 MESH = flags.DEFINE_string(
-    "mesh", None, "As data=1,fsdp=-1,tensor=1: spreads the tensors over devices as they are read; default: one device."
+    "mesh", None, "Such as data=1,fsdp=-1,tensor=1: shards the tensors as they are read; default: one device."
 )
-SEED = flags.DEFINE_integer("seed", 0, "Of the parameters that the source lacks.")
+SEED = flags.DEFINE_integer("seed", 0, "Seed of the parameters that the source lacks.")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Only match config, keys and shapes.")
 
 

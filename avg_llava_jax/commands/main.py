@@ -1,6 +1,6 @@
 """The program `avg-llava`: `avg-llava COMMAND --flag=value ...` runs one command, `avg-llava --help` lists them.
 
-Every command has flags of its own, so only the module of the command that is asked for is imported.
+Only the module of the requested command is imported, since every command defines its own flags.
 """
 
 import ast
@@ -29,17 +29,17 @@ COMMANDS = {
     "export": "export_torch",
     "write-jersey": "write_jersey",
 }
-"""The module of each command, in the order in which the help lists them."""
+"""The module of each command, in the order of the help."""
 
 
 def summary(command: str) -> str:
-    """The first line of a command's docstring. Its module is read, not imported."""
+    """The first line of a command's docstring, read without importing the module."""
     text = pathlib.Path(__file__).with_name(f"{COMMANDS[command]}.py").read_text(encoding="utf-8")
     return (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0]
 
 
 def usage() -> str:
-    """The list of commands, a line each."""
+    """The help of `avg-llava`: the commands, a line each."""
     width = max(map(len, COMMANDS))
     lines = [f"  {command:<{width}}  {summary(command)}" for command in COMMANDS]
     return "\n".join(
@@ -54,7 +54,7 @@ def usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command that the arguments name (default: those of this process)."""
+    """Run the command that the arguments name; default: the arguments of this process."""
     given = list(sys.argv[1:] if argv is None else argv)
     name, flags = "".join(given[:1]), given[1:]
     if name in ("--help", "-h", "-help"):
@@ -66,5 +66,5 @@ def main(argv: Sequence[str] | None = None) -> None:
         hint = f"did you mean {near[0]!r}? " if near else ""
         print(f"error: {wrong}; {hint}{PROGRAM} --help lists them", file=sys.stderr)
         sys.exit(2)
-    sys.argv = [f"{PROGRAM} {name}", *flags]  # what --help and the flags library call this program
+    sys.argv = [f"{PROGRAM} {name}", *flags]  # the program's name in --help and in errors of absl
     importlib.import_module(f"avg_llava_jax.commands.{COMMANDS[name]}").command()

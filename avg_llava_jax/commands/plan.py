@@ -1,4 +1,4 @@
-"""Tell what a run would cost on devices that you lack: compile its real programs.
+"""Plan the memory and time of a run on devices you do not have, by compiling its programs.
 
     avg-llava plan --config=configs/avg_llava_7b.py --topology=v5e:8x8 [--config.remat=dots ...]
     avg-llava plan --config=configs/avg_llava_7b.py --topology=v5e:2x2 --answering --config.batch_size=8 \\
@@ -6,9 +6,9 @@
 
     avg-llava plan --config=configs/avg_llava_7b.py --topology=h100:8x4    # 4 hosts of 8
 
-Topologies: slices of TPUs, v5e:4x4, v5p:2x2x4, v6e:4x4, tpu7x:2x2x1 (they need `pip install -e '.[plan]'`); GPUs,
-a100-40, a100-80, h100, h200, b200 and how many of them (`pip install -e '.[plan-gpu]'`); and cpu:8. Of a GPU's memory
-a program may use 75 %, as JAX has it, or what XLA_CLIENT_MEM_FRACTION says.
+Topologies are TPU slices such as v5e:4x4, v5p:2x2x4, v6e:4x4, tpu7x:2x2x1 (with `pip install -e '.[plan]'`); GPUs by
+name and count: a100-40, a100-80, h100, h200, b200 (with `pip install -e '.[plan-gpu]'`); and cpu:8. A program may use
+75 % of a GPU's memory, JAX's default, or the share XLA_CLIENT_MEM_FRACTION.
 Where the step does not fit, settings that need less memory are tried in turn, and the first that fits is named.
 """
 
@@ -30,12 +30,12 @@ ANSWERING = flags.DEFINE_bool(
 TILES = flags.DEFINE_integer("tiles", 0, "Tile slots of a sample; 0 = one image of the largest mosaic.", 0)
 TEXT = flags.DEFINE_integer("text", 512, "Text tokens of a sample.", 1)
 ANSWER = flags.DEFINE_integer("answer", 128, "Answer tokens of a sample, or new tokens with --answering.", 1)
-MOVES = flags.DEFINE_integer("moves", 0, "So many lines on what goes between memory and cores, the most first.", 0)
-ADVISE = flags.DEFINE_bool("advise", True, "Compile other settings where these do not fit.")
+MOVES = flags.DEFINE_integer("moves", 0, "Lines to print on traffic between memory and cores, largest first.", 0)
+ADVISE = flags.DEFINE_bool("advise", True, "Try other settings where these do not fit.")
 
 
 def table(plans: "list[Plan]") -> str:
-    """GiB a device by part, operations, traffic and the least time of each program, one line a figure."""
+    """Memory per device by part, FLOPs, traffic and the lower bound on time of each program, one line per figure."""
     return "\n\n".join("\n".join(_lines(plan)) for plan in plans)
 
 
@@ -72,7 +72,7 @@ def _lines(plan: "Plan") -> list[str]:
 
 
 def _moves(plan: "Plan", count: int) -> list[str]:
-    """What moves the most bytes, by what of the model it comes from."""
+    """The largest transfers between memory and cores, by the part of the model they come from."""
     from avg_llava_jax.parallel.chips import GIB
 
     by: dict[tuple[str, str], list[float]] = {}
@@ -94,7 +94,7 @@ def _moves(plan: "Plan", count: int) -> list[str]:
 
 
 def state(plan: "Plan") -> int:
-    """Bytes a device that stay from step to step."""
+    """Bytes per device that persist between steps."""
     return sum(size for kind, size in plan.held.items() if kind != "batch")
 
 
@@ -112,7 +112,7 @@ def main() -> None:
     print(table([plan]), flush=True)
     if plan.fits is not False or not ADVISE.value:
         return
-    hopeless = config.mesh.data == 1 and state(plan) >= target.memory  # what is tried makes copies of it fewer, at most
+    hopeless = config.mesh.data == 1 and state(plan) >= target.memory  # other settings only reduce replicas of it
     for flag, other in () if hopeless else planning.knobs(config, len(target.devices)):
         print(f"\ntrying {flag}", flush=True)
         plan = planning.train_step(other, target, shape)

@@ -1,7 +1,7 @@
-"""What a config would cost on devices that are not there: its real programs, compiled ahead of time from shapes alone.
+"""Plans: the programs of a config, compiled ahead of time from shapes for devices that need not be present.
 
-`chips.target` names the devices, XLA compiles for them on any machine. A plan says what each device would hold, what
-it would compute and send, and how long that takes at the least.
+`chips.target` names the devices; XLA compiles for them on any machine. A plan holds what each device would store,
+compute and send, and a lower bound on the time.
 """
 
 import dataclasses
@@ -34,10 +34,10 @@ from avg_llava_jax.training.step import Step
 
 
 class Program(NamedTuple):
-    """A program of the project for a target, traced: what XLA is to compile.
+    """A traced program for a target, ready for XLA to compile.
 
     held: its arguments by kind, trees of shapes with shardings. donated: the kinds that it may overwrite. useful: the
-    same without rematerialisation, if it has any.
+    same program without rematerialisation, None where it has none.
     """
 
     name: str
@@ -49,14 +49,14 @@ class Program(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What one program costs.
+    """The cost of one program.
 
-    held: bytes a device of each kind of argument. temporaries: bytes a device that the program needs besides. total:
-        all of it, outputs included that reuse no argument. Both None where XLA gave up.
-    flops: of matrix products, over all devices. recomputed: the part of them that rematerialisation adds.
+    held: bytes per device of each kind of argument. temporaries: bytes per device that the program allocates besides.
+        total: both, and outputs that reuse no argument. temporaries and total are None where XLA rejected the program.
+    flops: of matrix products, over all devices. recomputed: the FLOPs among them that rematerialisation adds.
     traffic: by kind of collective.
-    moves: what goes between a device's memory and its cores, by instruction.
-    refused: why XLA gave up, in its words; only its compiler for TPUs does so where a program is too large.
+    moves: transfers between a device's memory and its cores, by instruction.
+    refused: XLA's reason for rejecting the program; only its TPU compiler rejects a program for its size.
     """
 
     program: str
@@ -72,15 +72,15 @@ class Plan:
 
     @property
     def fits(self) -> bool | None:
-        """None where the memory of the devices is not known."""
+        """Whether the program fits a device; None where its memory is not known."""
         memory = self.target.memory
         return None if memory is None else self.total is not None and self.total <= memory
 
     @property
     def seconds(self) -> dict[str, float]:
-        """The least time that each resource needs, if it were busy all the time; the longest of them is the roofline.
+        """Seconds that each resource needs at its peak; the longest of them is the roofline, the lower bound on time.
 
-        memory: every argument is read once.
+        memory: counts one read of every argument.
         """
         chip = self.target.chip
         if chip is None:
@@ -93,7 +93,7 @@ class Plan:
 
 
 def model_of(config: ml_collections.ConfigDict) -> ModelConfig:
-    """The model that a run of this config would train; where it does not say, and `init_from` is not set, the 7B."""
+    """The model that a run of this config would train; the 7B where neither config nor `init_from` says otherwise."""
     config = training_config.read(config)
     folder = config.init_from
     if not folder:
@@ -106,18 +106,18 @@ def model_of(config: ml_collections.ConfigDict) -> ModelConfig:
 
 
 def largest_shape(model: ModelConfig, tiles: int = 0, text: int = 512, answer: int = 128) -> Shape:
-    """The batch shape of samples with one image of the largest mosaic (or of `tiles` tiles), without any padding."""
+    """The batch shape of samples with one image of the largest mosaic (or of `tiles` tiles), without padding."""
     width, height = max(model.pinpoints, key=math.prod)
     return Shape(tiles or 1 + width * height // model.vision.image_size**2, 1, text, answer, 1.0)
 
 
 def train_step(config: ml_collections.ConfigDict, target: Target, shape: Shape) -> Plan:
-    """What the step costs that `launch.train` runs, on batches of one shape."""
+    """The plan of the training step on batches of one shape."""
     return plan(training(config, model_of(config), target, shape), target)
 
 
 def training(config: ml_collections.ConfigDict, model: ModelConfig, target: Target, shape: Shape) -> Program:
-    """The step that `launch.train` runs for a model, on batches of one shape."""
+    """The training step of a model on batches of one shape."""
     config = training_config.read(config)
     mesh = sharding.make_mesh(dataclasses.asdict(config.mesh), target.devices)
     setup.check_step(config, mesh)
@@ -155,7 +155,7 @@ def training(config: ml_collections.ConfigDict, model: ModelConfig, target: Targ
 
 
 def answering(config: ml_collections.ConfigDict, target: Target, shape: Shape, room: int) -> Iterator[Plan]:
-    """What the programs cost that answer `config.batch_size` questions; of `decode` one token of each answer."""
+    """Plans of the programs that answer `config.batch_size` questions; `decode` is one token of each answer."""
     for program in answers(config, model_of(config), target, shape, room):
         yield plan(program, target)
 
@@ -165,7 +165,7 @@ def answers(
 ) -> Iterator[Program]:
     """The engine's programs, for `config.batch_size` slots that hold a prompt of `shape` and `room` new tokens each.
 
-    Parameters are in the compute dtype. One micro-batch encodes and routes one image for each slot.
+    Parameters are in the compute dtype. One micro-batch encodes and routes one image per slot.
     """
     config = training_config.read(config)
     mesh = sharding.make_mesh(dataclasses.asdict(config.mesh), target.devices)
@@ -220,19 +220,19 @@ def _placed(mesh: Mesh, leaf: jax.ShapeDtypeStruct, *axes: str | None) -> jax.Sh
 
 
 def _local(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """An array that comes from the host whole."""
+    """A replicated array that comes from the host."""
     mesh = jax.sharding.get_abstract_mesh()
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, P()))
 
 
 def _batch(rows: dict[str, Any], count: int, mesh: Mesh) -> Any:
-    """Shapes of a batch of `count` rows, given one row."""
+    """Shapes of a batch of `count` rows, from those of one row."""
     at = sharding.batch_sharding(mesh)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype, sharding=at), rows)
 
 
 def plan(program: Program, target: Target) -> Plan:
-    """Compile a program and read off what it costs."""
+    """Compile a program and read its cost from the result."""
     try:
         return cost(program, target, compiled(program, target))
     except jax.errors.JaxRuntimeError as error:
@@ -242,19 +242,19 @@ def plan(program: Program, target: Target) -> Plan:
 
 
 def compiled(program: Program, target: Target) -> jax.stages.Compiled:
-    """What XLA makes of a program.
+    """The compiled program.
 
     Raises:
-      jax.errors.JaxRuntimeError: it cannot compile it; see `too_large`.
+      jax.errors.JaxRuntimeError: XLA cannot compile it; see `too_large`.
     """
     return program.traced.lower().compile(compiler_options=target.options or None)
 
 
 def too_large(error: jax.errors.JaxRuntimeError) -> bool:
-    """Whether XLA gave up on a program because a device has too little memory for it.
+    """Whether XLA rejected a program because it does not fit the device's memory.
 
-    XLA says so by the error's code; its words are only asked whether it is the memory of a core that is short
-    (RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem), which is a fault of a kernel.
+    The error's code tells. Its text is only used to exclude the memory of a core (RESOURCE_EXHAUSTED: Ran out of memory
+    in memory space vmem), whose overflow is a fault of a kernel.
     """
     return error.error_code_string == "RESOURCE_EXHAUSTED" and not _OF_A_CORE.search(str(error))
 
@@ -263,7 +263,7 @@ _OF_A_CORE = re.compile(r"\b[vs]mem\b|shared memory", re.IGNORECASE)
 
 
 def cost(program: Program, target: Target, made: jax.stages.Compiled | str) -> Plan:
-    """What a program costs, by what XLA made of it, or else by what it said when it gave up."""
+    """The cost of a program. made: the compiled program, or XLA's reason for rejecting it."""
     flops = costs.flops(program.traced.jaxpr.jaxpr)
     recomputed = flops - costs.flops(program.useful.jaxpr.jaxpr) if program.useful else 0.0
     held = {kind: size(tree) for kind, tree in program.held.items()}
@@ -282,13 +282,13 @@ def cost(program: Program, target: Target, made: jax.stages.Compiled | str) -> P
 
 
 def size(tree: Any) -> int:
-    """Bytes that one device holds of arrays, by their shapes and shardings."""
+    """Bytes of arrays that one device holds, from their shapes and shardings."""
     leaves = jax.tree.leaves(tree)
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
 def knobs(config: ml_collections.ConfigDict, devices: int) -> Iterator[tuple[str, ml_collections.ConfigDict]]:
-    """Ways to need less memory for the same step, the cheapest first: a flag, and the config with it."""
+    """Settings with which the same step needs less memory, the cheapest first: flags, and the config with them."""
 
     def turned(flags: dict[str, Any]) -> tuple[str, ml_collections.ConfigDict]:
         other = config.copy_and_resolve_references()

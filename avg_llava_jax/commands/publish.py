@@ -1,9 +1,9 @@
-"""Cut a training workdir down to a checkpoint to hand on, without optimizer and logs.
+"""Reduce a training workdir to a checkpoint for others, without optimizer and logs.
 
     avg-llava publish --checkpoint=WORKDIR --output=FOLDER
 
-FOLDER gets config, tokenizer and the newest parameters. Of absolute paths among the training settings only the last
-name is kept: they mean nothing on another machine.
+FOLDER gets config, tokenizer and the newest parameters. Absolute paths among the training settings are reduced to their
+last component, since they mean nothing on another machine.
 """
 
 import pathlib
@@ -12,7 +12,7 @@ from absl import flags
 
 from avg_llava_jax.commands import cli
 
-OUTPUT = flags.DEFINE_string("output", None, "The folder to write; one that is there is replaced once all is written.")
+OUTPUT = flags.DEFINE_string("output", None, "The folder to write; replaces an existing one at the end.")
 
 
 def main() -> None:

@@ -1,9 +1,9 @@
-"""Train a router live on the shipped model, test it, and draw what it chooses.
+"""Train a router on the shipped model, test it, and plot what it chooses.
 
     avg-llava quickstart --workdir=DIR
 
-The shipped model has learnt every granularity; its router has not learnt anything. Here it does, from nothing but
-how well the frozen model answers at each granularity, and is then tested on scenes that nobody was trained on.
+The shipped model was trained at every granularity, its router not at all. The quickstart trains the router from
+nothing but how well the frozen model answers at each granularity, and tests it on held-out scenes.
 """
 
 import pathlib
@@ -13,10 +13,10 @@ from absl import flags
 
 from avg_llava_jax.commands import cli
 
-WORKDIR = flags.DEFINE_string("workdir", "workdirs/quickstart", "Where checkpoints, report.json and plots go.")
+WORKDIR = flags.DEFINE_string("workdir", "workdirs/quickstart", "The folder of checkpoints, report.json and plots.")
 STEPS = flags.DEFINE_integer("steps", None, "Router training steps; default: as in configs/jersey.py:router.")
-PICTURES = flags.DEFINE_integer("pictures", None, "Pictures the router learns from; default: likewise.")
-QUESTIONS = flags.DEFINE_integer("questions", 1008, "Test questions.", lower_bound=6)
+PICTURES = flags.DEFINE_integer("pictures", None, "Pictures the router trains on; default: as in the config.")
+QUESTIONS = flags.DEFINE_integer("questions", 1008, "Number of test questions.", lower_bound=6)
 
 
 def main() -> None:

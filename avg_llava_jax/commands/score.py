@@ -1,9 +1,9 @@
-"""Score anyone's answers on one of the paper's benchmarks; no model is needed.
+"""Score any model's answers on one of the paper's benchmarks, without loading a model.
 
     avg-llava score --task=textvqa_val --data=DIR --answers=answers.jsonl --output=score.json
 
-Lines `{"index": row of the split, "answer": text}` in, `{"task", "n", "missing", "metrics"}` out, metrics named and
-computed as lmms-eval does. A row without a line counts as wrong.
+The input is lines `{"index": row of the split, "answer": text}`, the output `{"task", "n", "missing", "metrics"}` with
+metrics named and computed as in lmms-eval. A row without a line counts as wrong.
 """
 
 import json
@@ -16,7 +16,7 @@ from avg_llava_jax.commands import cli
 TASK = flags.DEFINE_string("task", None, "The benchmark, by lmms-eval's name: gqa, scienceqa_img, textvqa_val, ...")
 DATA = flags.DEFINE_string("data", None, "Its folder as downloaded (parquet or original), or its id on the hub.")
 ANSWERS = flags.DEFINE_string("answers", None, "JSON lines with `index` and `answer`.")
-OUTPUT = flags.DEFINE_string("output", None, "The JSON that is written.")
+OUTPUT = flags.DEFINE_string("output", None, "The JSON file to write.")
 
 
 def main() -> None:

@@ -1,9 +1,10 @@
-"""Serve a model over HTTP: OpenAI's API, a page to try it, Prometheus metrics.
+"""Serve a model over HTTP: OpenAI's API, a demo page, Prometheus metrics.
 
     avg-llava serve --port=8000
 
-OpenAI's chat completions at /v1/chat/completions, a page to try it at /, Prometheus metrics at /metrics. SIGTERM or
-Ctrl+C lets running requests finish; a second one does not. An API key comes from AVG_LLAVA_API_KEY or --api_key_file.
+Endpoints are OpenAI's chat completions at /v1/chat/completions, a demo page at /, and Prometheus metrics at /metrics.
+SIGTERM or Ctrl+C lets running requests finish; a second one cancels them. AVG_LLAVA_API_KEY or --api_key_file sets a
+key for clients.
 """
 
 import os
@@ -16,32 +17,32 @@ from absl import flags
 
 from avg_llava_jax.commands import cli
 
-HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen at; 0.0.0.0 for all of the machine's.")
-PORT = flags.DEFINE_integer("port", 8000, "Port to listen at; 0 for any that is free.", 0, 65535)
-NAME = flags.DEFINE_string("name", None, "What clients call the model; default: the checkpoint folder's name.")
+HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen at; 0.0.0.0 = all addresses of the machine.")
+PORT = flags.DEFINE_integer("port", 8000, "Port to listen at; 0 = any free port.", 0, 65535)
+NAME = flags.DEFINE_string("name", None, "The model's name for clients; default: the checkpoint folder's name.")
 API_KEY_FILE = flags.DEFINE_string("api_key_file", None, "A file with the key that clients must send.")
-SLOTS = flags.DEFINE_integer("slots", 8, "Requests that are decoded together.", lower_bound=1)
-QUEUE = flags.DEFINE_integer("queue", 64, "Requests that may wait; more are told to come again.", lower_bound=1)
+SLOTS = flags.DEFINE_integer("slots", 8, "Requests decoded at once.", lower_bound=1)
+QUEUE = flags.DEFINE_integer("queue", 64, "Requests that may wait; more are refused with 429.", lower_bound=1)
 MAX_LENGTH = flags.DEFINE_integer(
-    "max_length", None, "Tokens of prompt and answer; less than the model's saves memory."
+    "max_length", None, "Most tokens of prompt and answer; fewer save memory."
 )
 IMAGE_CACHE_MB = flags.DEFINE_integer("image_cache_mb", 256, "Device memory for encoded images.", lower_bound=1)
-IMAGE_HOSTS = flags.DEFINE_list("image_hosts", [], "Hosts whose image URLs are fetched: a.com,b.org:8080; none else.")
-MAX_BODY_MB = flags.DEFINE_integer("max_body_mb", 32, "Largest request, images included.", lower_bound=1)
-MAX_MEGAPIXELS = flags.DEFINE_float("max_megapixels", 24, "Largest image.", lower_bound=0)
-MAX_IMAGES = flags.DEFINE_integer("max_images", 8, "Images in one conversation at most.", lower_bound=0)
-MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 1024, "What a request may ask for at most.", lower_bound=1)
-MAX_SECONDS = flags.DEFINE_float("max_seconds", 120, "What a request may take at most.", lower_bound=0.001)
-DRAIN_SECONDS = flags.DEFINE_float("drain_seconds", 30, "What running requests get after SIGTERM.", lower_bound=0)
+IMAGE_HOSTS = flags.DEFINE_list("image_hosts", [], "Hosts of image URLs to fetch: a.com,b.org:8080.")
+MAX_BODY_MB = flags.DEFINE_integer("max_body_mb", 32, "Size of the largest request, images included.", lower_bound=1)
+MAX_MEGAPIXELS = flags.DEFINE_float("max_megapixels", 24, "Size of the largest image.", lower_bound=0)
+MAX_IMAGES = flags.DEFINE_integer("max_images", 8, "Most images in one conversation.", lower_bound=0)
+MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 1024, "Upper bound on a request's max_tokens.", lower_bound=1)
+MAX_SECONDS = flags.DEFINE_float("max_seconds", 120, "Time limit of a request, in seconds.", lower_bound=0.001)
+DRAIN_SECONDS = flags.DEFINE_float("drain_seconds", 30, "Seconds for running requests after SIGTERM.", lower_bound=0)
 API_KEY = "AVG_LLAVA_API_KEY"
 
 
 def api_key() -> str | None:
-    """The key from the file, else from the environment; None for none."""
+    """The key from the file, else from the environment; None without a key."""
     path = API_KEY_FILE.value
     key = pathlib.Path(path).read_text(encoding="utf-8").strip() if path else os.environ.get(API_KEY)
     if key is not None and (not key or not key.isascii() or not key.isprintable()):
-        raise ValueError(f"{path or API_KEY}: a key is one line of ASCII characters, and not empty")
+        raise ValueError(f"{path or API_KEY}: the key must be one non-empty line of ASCII characters")
     return key
 
 
@@ -85,8 +86,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, asked)
     signal.signal(signal.SIGINT, asked)
     if key is None and HOST.value not in ("127.0.0.1", "::1", "localhost"):
-        say(f"warning: anyone who reaches {HOST.value} may ask; set {API_KEY} or --api_key_file")
-    say(f"{name} at {serving.url}/ and {serving.url}/v1 (Ctrl+C ends)")
+        say(f"warning: {HOST.value} is open to anyone who can reach it; set {API_KEY} or --api_key_file")
+    say(f"{name} at {serving.url}/ and {serving.url}/v1 (Ctrl+C stops)")
     stop.wait()
     say(f"finishing {serving.service.running} requests, for up to {DRAIN_SECONDS.value:g} seconds")
     serving.drain(DRAIN_SECONDS.value, hurry)

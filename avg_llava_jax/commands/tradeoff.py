@@ -1,10 +1,10 @@
-"""Draw what a price of visual tokens buys: accuracy against tokens and seconds.
+"""Plot accuracy against tokens and seconds for several prices of visual tokens.
 
     avg-llava tradeoff --data=test.json --images=DIR --workdir=OUT
 
-A point for each cost weight (`Request.cost_weight`), beside the fixed granularities, a random one and the oracle's.
+The plot has a point per cost weight (`Request.cost_weight`), the fixed granularities, a random one and the oracle.
 Every question is answered once at every granularity, by `avg-llava evaluate` or here; the weights only choose among
-these answers. Writes OUT/tradeoff.json and OUT/plots/tradeoff.png; an interrupted run resumes.
+these answers. The outputs are OUT/tradeoff.json and OUT/plots/tradeoff.png; an interrupted run resumes.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from absl import flags
 
 from avg_llava_jax.commands import cli, evaluate
 
-COST_WEIGHTS = flags.DEFINE_list("cost_weights", "0,0.1,0.2,0.4,0.8,1.6,3.2", "What tokens cost, each a point.")
-TIMED = flags.DEFINE_integer("timed", 16, "Questions that are timed, of the commonest static sizes.", lower_bound=1)
-ROUNDS = flags.DEFINE_integer("rounds", 3, "How often they are timed; the median counts.", lower_bound=1)
+COST_WEIGHTS = flags.DEFINE_list("cost_weights", "0,0.1,0.2,0.4,0.8,1.6,3.2", "Prices of visual tokens, a point each.")
+TIMED = flags.DEFINE_integer("timed", 16, "Questions that are timed, of the most common sizes.", lower_bound=1)
+ROUNDS = flags.DEFINE_integer("rounds", 3, "How often they are timed; the median is reported.", lower_bound=1)
 flags.adopt_module_key_flags(evaluate)
 
 
 def table(report: dict[str, Any]) -> str:
-    """A line for each way to choose."""
+    """The report as text, a line per policy."""
     kinds = list(report["points"][0]["accuracy"])
     lines = [f"{'':<18}" + "".join(f"{kind:>10}" for kind in kinds) + f"{'tokens':>10}{'seconds':>10}"]
     for point in report["points"]:
@@ -49,7 +49,7 @@ def main() -> None:
     sizes = [question.sample.sizes for question in questions]
     free = Request("", max_new_tokens=new_tokens)
 
-    # Each way to choose: what it chose for every question, and what is asked where it is timed.
+    # Policies: the choices for every question, and the request with which they are timed.
     ways: dict[str, tuple[list[policies.Choice], Request]] = {}
     for g in config.granularities:
         ways[f"always {g}"] = [(g,) * len(each) for each in sizes], free

@@ -2,11 +2,11 @@
 
     avg-llava train --config=configs/jersey.py --workdir=DIR
 
-Every field of the config can be overridden: --config.optimizer.learning_rate=1e-4
+Any field of the config can be overridden: --config.optimizer.learning_rate=1e-4
 
-Several processes, on one machine or many, become one run by --coordinator; they share the workdir. Exit codes:
-0 done; 2 what was given is wrong, so do not start it again; any other, start it again and it resumes (143 after
-SIGTERM, with a checkpoint; 75 where another process was lost).
+With --coordinator several processes, on one machine or many, form one run and share the workdir. Exit codes: 0 = done;
+2 = the input is wrong, do not restart; any other = restart, and the run resumes (143 after SIGTERM, with a checkpoint;
+75 after another process was lost).
 """
 
 from absl import flags
@@ -14,7 +14,7 @@ from absl import flags
 from avg_llava_jax.commands import cli, processes
 
 CONFIG = cli.define_config("The config, configs/X.py.")
-WORKDIR = flags.DEFINE_string("workdir", None, "Checkpoint folder of this run; a run that is there resumes.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Checkpoint folder of the run; an existing run resumes.")
 flags.adopt_module_key_flags(processes)
 
 

@@ -1,4 +1,4 @@
-"""Write `jersey`, the data set that draws itself, as LLaVA JSON and PNG files.
+"""Write `jersey`, a synthetic data set of team photos, as LLaVA JSON and PNG files.
 
 avg-llava write-jersey --output=DIR --source="jersey?split=test&paired=true" --count=300
 """
@@ -9,9 +9,9 @@ from avg_llava_jax.commands import cli
 from avg_llava_jax.data import jersey
 from avg_llava_jax.data.sources import open_source
 
-OUTPUT = flags.DEFINE_string("output", None, "The folder: SPLIT.json and images/.")
-SOURCE = flags.DEFINE_string("source", "jersey?split=test&paired=true", "Which of its records, as data.path has it.")
-COUNT = flags.DEFINE_integer("count", 300, "How many.", lower_bound=1)
+OUTPUT = flags.DEFINE_string("output", None, "The folder to write: SPLIT.json and images/.")
+SOURCE = flags.DEFINE_string("source", "jersey?split=test&paired=true", "The records, in the form of data.path.")
+COUNT = flags.DEFINE_integer("count", 300, "Number of records.", lower_bound=1)
 
 
 def main() -> None:

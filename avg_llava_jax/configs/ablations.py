@@ -1,9 +1,9 @@
-"""What the router's recipe is made of, on `jersey`, one thing changed at a time:
+"""Ablations of the router's training on `jersey`, each with one change:
 
-    configs/ablations.py                        full: configs/jersey.py:router from a fresh router
+    configs/ablations.py                        full: configs/jersey.py:router from a newly initialised router
     configs/ablations.py:NAME                   any of `ABLATIONS`
 
-The first five are the paper's (a random choice trains nothing). `launch.bench.ablate` runs and compares them all.
+The first five are the paper's (its random choice needs no training). `launch.bench.ablate` runs and compares them all.
 """
 
 from ml_collections import ConfigDict

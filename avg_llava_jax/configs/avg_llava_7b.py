@@ -1,7 +1,7 @@
 """Stage 3 at 7B, multi-granularity visual instruction tuning with the paper's settings: one epoch of a million samples.
 
-`--config.init_from` is a LLaVA-NeXT checkpoint in the released layout, as liuhaotian/llava-v1.6-vicuna-7b.
-Stage 2, visual instruction tuning, is the same with --config.granularities="(576,)".
+`--config.init_from` is a LLaVA-NeXT checkpoint in the released layout, such as liuhaotian/llava-v1.6-vicuna-7b.
+Stage 2, visual instruction tuning, is the same config with --config.granularities="(576,)".
 """
 
 from ml_collections import ConfigDict

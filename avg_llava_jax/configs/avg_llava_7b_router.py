@@ -1,4 +1,4 @@
-"""Stage 4 at 7B, RGLF: the router learns from the frozen model's answers, with the paper's settings.
+"""Stage 4 at 7B, RGLF: trains the router on the frozen model's feedback, with the paper's settings.
 
 `--config.init_from` is the workdir of configs/avg_llava_7b.py.
 """

@@ -1,8 +1,9 @@
-"""Stage 1 at 7B, connector pre-training as LLaVA-NeXT: image and caption, the finest granularity, one epoch of 558 k.
+"""Stage 1 at 7B, connector pre-training as in LLaVA-NeXT: images and captions at the finest granularity, one epoch of
+558 k samples.
 
-`--config.init_from` is a Llama-family folder, as lmsys/vicuna-7b-v1.5, and `--config.vision_tower` the CLIP folder to
-join it with, as openai/clip-vit-large-patch14-336; encoder and language model stay as they are.
-The checkpoint keeps the `plain` template: give the next stage --config.model.template=vicuna_v1.
+`--config.init_from` is a Llama-family folder, such as lmsys/vicuna-7b-v1.5, and `--config.vision_tower` the CLIP folder
+to join with it, such as openai/clip-vit-large-patch14-336; encoder and language model are frozen.
+The checkpoint keeps the `plain` template: pass --config.model.template=vicuna_v1 to the next stage.
 """
 
 from ml_collections import ConfigDict

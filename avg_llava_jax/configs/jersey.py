@@ -1,14 +1,14 @@
-"""The small model on `jersey`, the data set that draws itself, one stage at a time:
+"""The small model on the generated data set `jersey`, one stage at a time:
 
-    configs/jersey.py:grounding         from nothing: patches learn to name what they show
-    configs/jersey.py:reading           more of it: single digits take their time
-    configs/jersey.py:roster            the language model learns to look shirts and numbers up, in lists of players
-    configs/jersey.py:finest            the language model learns to answer at the finest granularity
+    configs/jersey.py:grounding         trains the encoder from random weights: patches predict the words they show
+    configs/jersey.py:reading           continues with more detail, since single digits need more steps
+    configs/jersey.py:roster            trains the language model to look up shirts and numbers, on lists of players
+    configs/jersey.py:finest            trains the language model to answer at the finest granularity
     configs/jersey.py                   multi-granularity tuning, the paper's first phase
-    configs/jersey.py:router            RGLF, its second phase, from the shipped checkpoint
-    configs/jersey.py:tiny              seconds instead of minutes, from nothing: to see it run
+    configs/jersey.py:router            RGLF, the paper's second phase, from the shipped checkpoint
+    configs/jersey.py:tiny              a smoke run from random weights, in seconds instead of minutes
 
-`bash launch/make_jersey.sh` runs the first six, each from the last one's workdir.
+`bash launch/make_jersey.sh` runs the first six, each from the workdir of the one before.
 """
 
 from ml_collections import ConfigDict
@@ -34,7 +34,7 @@ STAGES = {
         "steps": 800,
         "data.path": "jersey?roster=0.9&turns=3&near=0.3&seed=2",
         "optimizer.learning_rate": 2e-3,
-        # They can read already, and at this rate they would forget it before the language model makes use of it.
+        # Both can read already; at this rate they would forget it before the language model learns to use it.
         "optimizer.encoder_learning_rate": 0.0,
         "optimizer.connector_learning_rate": 0.0,
     },
@@ -47,22 +47,22 @@ STAGES = {
         "optimizer.connector_learning_rate": 0.0,
     },
     "full": {
-        "steps": 250,  # the longer, the more do coarse granularities carry, and the less is there to route
+        "steps": 250,  # more steps make coarse granularities carry more, which leaves less to route
         "data.path": "jersey?turns=8&coarse=0.45&near=0.7&seed=4",
         "optimizer.learning_rate": 1e-3,
-        # Trained on, the encoder would spread every detail over all tokens, and little would be left to route.
+        # Further training of the encoder would put every detail into all tokens, which leaves little to route.
         "optimizer.encoder_learning_rate": 0.0,
     },
     "router": {
         "phase": "rglf",
         "init_from": str(ASSETS / "jersey"),
-        "fresh": ("router",),  # the shipped one has learnt already
+        "fresh": ("router",),  # the shipped router is already trained
         "steps": 600,
         "data.path": "jersey?split=router&turns=1&coarse=0.4&near=0.5&size=2048",
         "data.shapes": 2,
         "optimizer.learning_rate": 4e-3,
         "optimizer.weight_decay": 0.0,
-        "rglf.ce_weight": 0.3,  # the paper's 0.1 takes longer to tell one instruction from another
+        "rglf.ce_weight": 0.3,  # with the paper's 0.1, distinguishing instructions takes longer
     },
     "tiny": {"steps": 20, "batch_size": 8, "checkpoint_every": 10, "data.shapes": 1, "data.workers": 0},
 }
@@ -95,7 +95,7 @@ def get_config(stage: str = "full") -> ConfigDict:
 
 
 def model() -> ConfigDict:
-    """1.3 million parameters."""
+    """Model config with 1.3 million parameters."""
     return ConfigDict(
         {
             "vision": {
@@ -117,7 +117,7 @@ def model() -> ConfigDict:
                 "kv_heads": 3,
                 "head_dim": 32,
                 "mlp_width": 256,
-                "rope_theta": 1e6,  # looking a shirt up must not depend on how far away it stands
+                "rope_theta": 1e6,  # the lookup of a shirt must not depend on its distance
                 "tied_embeddings": True,
                 "max_length": 1024,
             },

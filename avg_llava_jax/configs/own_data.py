@@ -5,7 +5,7 @@
     avg-llava train --config=configs/own_data.py --workdir=W2 \\
         --config.data.path=train.json --config.data.images=DIR --config.phase=rglf --config.init_from=W1
 
-The first tunes the model at all granularities, the second the router that chooses among them.
+The first command tunes the model at all granularities, the second trains the router that chooses among them.
 """
 
 from ml_collections import ConfigDict
@@ -16,7 +16,7 @@ from avg_llava_jax.training.config import defaults
 
 def get_config() -> ConfigDict:
     config = defaults()
-    config.init_from = str(ASSETS / "jersey")  # what the project ships
+    config.init_from = str(ASSETS / "jersey")  # the shipped model
     config.steps = 500
     config.batch_size = 16
     config.checkpoint_every = 100

@@ -1,1 +1,1 @@
-"""Weights of other layouts in and out: released, LLaVA-NeXT of transformers, CLIP + Llama joined."""
+"""Import and export of PyTorch layouts: released, LLaVA-NeXT of transformers, CLIP joined with Llama."""

@@ -1,20 +1,20 @@
-"""Our conversation templates as the Jinja that the transformers library renders.
+"""Jinja chat templates, for the transformers library, that render as the templates of `data.conversation`.
 
     [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Who?"}]}]
     mistral_instruct:  [INST] <image>\\nWho? [/INST]
 
-None of them has a turn for what the system or the developer says. As in our server it stands before the first question:
+None of them has a system turn. Text of the roles system and developer precedes the first question, as in `server`:
 
     [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who?"}]
     mistral_instruct:  [INST] Be brief.\\n\\nWho? [/INST]
 
-Other turns (tool), tools, parts that are neither text nor image, and turns that do not alternate are errors. BOS is not
-part of a template: the tokenizer puts it there.
+Other roles (tool), tools, parts that are neither text nor image, and turns that do not alternate raise an error. BOS is
+not part of a template: the tokenizer adds it.
 """
 
 from avg_llava_jax.data.conversation import LLAMA_3_SYSTEM, PLACEHOLDER, VICUNA_SYSTEM
 
-# What a turn says: its parts in order, an image on a line of its own; stripped where an image stands, as in `_checked`.
+# Text of a turn: its parts in order, each image on its own line; stripped if it has an image, as in `_checked`.
 _SAID = """\
 {%- macro parts(message) -%}
 {%- if message['content'] is string -%}{{ message['content'] }}{%- else -%}
@@ -42,7 +42,7 @@ _SAID = """\
 {%- set turns = messages | rejectattr('role', 'in', ['system', 'developer']) | list -%}
 {%- for message in turns -%}
 {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}
-{{ raise_exception("template NAME wants turns of user and assistant that alternate, the first from the user") }}
+{{ raise_exception("template NAME needs turns of user and assistant that alternate, the first from the user") }}
 {%- endif -%}
 {%- endfor -%}
 {%- if heard.system -%}{%- set heard.system = heard.system + '\\n' -%}{%- endif -%}
@@ -72,10 +72,33 @@ _TURNS = {
 }
 
 
-def chat_template(template: str, after_image: str) -> str | None:
-    """The Jinja of one of our templates; None for one whose turns are not chat, or that is the tokenizer's own.
+# In front of a template that takes texts alone: what the messages say, parts and images, as texts.
+_AS_TEXTS = (
+    _SAID[: _SAID.index("{%- set heard")].replace("NAME", "tokenizer")
+    + """\
+{%- set heard = namespace(messages=[]) -%}
+{%- for message in messages -%}
+{%- if message['content'] is string or message['content'] -%}
+{%- set heard.messages = heard.messages + [dict(message, content=said(message, ''))] -%}
+{%- else -%}{%- set heard.messages = heard.messages + [message] -%}{%- endif -%}
+{%- endfor -%}
+{%- set messages = heard.messages -%}
+"""
+)
 
-    after_image: what is written behind an image, so that the text after it becomes the tokens that it becomes here.
+
+def with_images(own: str, after_image: str) -> str:
+    """A tokenizer's own chat template, which takes texts, made to take parts as well, images among them.
+
+    By itself it would print a list of parts as Python does: `[{'type': 'image'}, ...`.
+    """
+    return _AS_TEXTS.replace("GAP", PLACEHOLDER + after_image).replace("IMAGE", PLACEHOLDER) + own
+
+
+def chat_template(template: str, after_image: str) -> str | None:
+    """Jinja of a conversation template; None for `plain`, which is not a chat, and `tokenizer`, the tokenizer's own.
+
+    after_image: text written after an image, so that the library tokenizes the text behind it as `conversation` does.
     """
     name = template.removeprefix("llava_")
     if name not in _TURNS:

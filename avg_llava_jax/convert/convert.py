@@ -1,8 +1,8 @@
-"""PyTorch folders in, PyTorch folders out: tensor by tensor, and the target appears only when it is whole.
+"""Import and export of PyTorch folders, tensor by tensor; the target folder appears only when it is complete.
 
-    PyTorch folder --import_folder--> checkpoint of ours --export_released, export_transformers--> PyTorch folder
+    PyTorch folder --import_folder--> checkpoint folder --export_released, export_transformers--> PyTorch folder
 
-Names, layouts and shapes in both directions are those of the one table in `parameters`.
+The table in `parameters` holds the names, layouts and shapes for both directions.
 """
 
 import logging
@@ -33,28 +33,28 @@ VOCABULARIES = ("model.embed_tokens.weight", "lm_head.weight")
 
 
 def local_folder(source: Folder) -> pathlib.Path:
-    """The folder itself, or the download of a hub id such as `liuhaotian/llava-v1.6-vicuna-7b`.
+    """The folder itself, or the downloaded snapshot of a hub id such as `liuhaotian/llava-v1.6-vicuna-7b`.
 
     Raises:
-      FileNotFoundError: neither.
+      FileNotFoundError: `source` is neither a folder nor a hub id that can be downloaded.
     """
     folder = pathlib.Path(source)
     if folder.is_dir():
         return folder
     if len(folder.parts) != 2 or folder.is_absolute():
-        raise FileNotFoundError(f"{source} is no folder, and no hub id (OWNER/NAME)")
+        raise FileNotFoundError(f"{source} is neither a folder nor a hub id (OWNER/NAME)")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     wanted = ["*.json", "tokenizer.model", "*.jinja"]
     try:
-        for weights in ("*.safetensors", "pytorch_model*.bin"):  # the second only where there is none of the first
+        for weights in ("*.safetensors", "pytorch_model*.bin"):  # .bin only where there is no safetensors file
             found = pathlib.Path(snapshot_download(str(source), allow_patterns=[*wanted, weights]))
             if list(found.glob(weights)):
                 break
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         why = str(error).strip().partition("\n")[0]
-        raise FileNotFoundError(f"{source} is no folder here, and the hub's answer is: {why}") from None
+        raise FileNotFoundError(f"{source} is not a local folder, and the hub's answer is: {why}") from None
     return found
 
 
@@ -66,12 +66,14 @@ def import_folder(
     mesh: Mesh | None = None,
     seed: int = 0,
 ) -> ModelConfig:
-    """Write a PyTorch folder (or hub id) as a checkpoint folder of ours; returns its config.
+    """Import a PyTorch folder (or hub id) as a checkpoint folder; returns its config.
 
-    What the model does not run is kept beside the parameters (`foreign.keep_unused`), so that nothing
-    is lost on the way back.
+    Tensors that the model does not run are kept beside the parameters (`foreign.keep_unused`), so that an
+    export loses nothing.
 
     Args:
+      source: PyTorch folder or hub id.
+      output: checkpoint folder to write; it must not exist, or be empty.
       vision_tower: as for `checkpoint.load`, or a hub id.
       dtype, mesh, seed: as for `checkpoint.load`.
 
@@ -95,13 +97,13 @@ def _check_known(source: pathlib.Path) -> None:
     if not config.is_file():
         raise FileNotFoundError(f"{source} has no config.json")
     raise ValueError(
-        f"{config}: model_type={tensors.read_json(config).get('model_type')!r} is none of those that are known here:"
+        f"{config}: model_type={tensors.read_json(config).get('model_type')!r} is not supported, only"
         f" {', '.join(foreign.MODEL_TYPES)}"
     )
 
 
 def write_checkpoint(loaded: checkpoint.Loaded, folder: pathlib.Path) -> None:
-    """Write a model as a checkpoint folder to hand on: config, tokenizer and parameters."""
+    """Write a model as a checkpoint folder without training state: config, tokenizer and parameters."""
     checkpoint.save_config(folder, loaded.config, loaded.meta["training"], loaded.meta["granularities_trained"])
     checkpoint.copy_tokenizer(loaded.tokenizer_folder, folder)
     largest = max(leaf.nbytes for leaf in parameters.flat(loaded.params).values())
@@ -112,7 +114,10 @@ def write_checkpoint(loaded: checkpoint.Loaded, folder: pathlib.Path) -> None:
 
 
 def dry_run(source: Folder, vision_tower: Folder | None = None) -> str:
-    """Match a PyTorch folder's config and keys, and its shapes as far as weights are there, without reading one."""
+    """Check a PyTorch folder's config, tensor names and, if it holds weights, shapes and dtypes; reads no tensor.
+
+    Returns one line for a person. Raises FileNotFoundError, ValueError as `import_folder`.
+    """
     folder, vision_tower = local_folder(source), vision_tower and local_folder(vision_tower)
     _check_known(folder)
     if any((folder / name).is_file() for name in tensors.weight_files(folder)):
@@ -135,20 +140,22 @@ def export_released(
     router: bool = True,
     report: Folder | None = None,
 ) -> None:
-    """Write a checkpoint as a folder in the released layout, with every file that the released loader reads.
+    """Export a checkpoint as a folder in the released layout, with every file that the released loader reads.
 
-    Its tower is inside (`unfreeze_mm_vision_tower`), and in `vision_tower/` where its config is none of a
-    published CLIP. Layers that the model does not run come from the folder that was imported;
-    where there was none, they are layers that change nothing.
+    The weights include the vision tower (`unfreeze_mm_vision_tower`); a tower whose config is not that of a
+    published CLIP is also written to `vision_tower/`. Layers that the model does not run come from the
+    imported folder; a model that was not imported gets identity layers.
 
     Args:
+      source: checkpoint folder.
+      output: folder to write; it must not exist, or be empty.
       dtype: of every floating-point tensor; None = as stored.
       shard_size: largest file, in bytes.
-      router: False leaves it out: a LLaVA-NeXT.
-      report: report.json of an evaluation, for the model card; None = the checkpoint folder's, if it has one.
+      router: False omits the router, which gives a LLaVA-NeXT.
+      report: report.json of an evaluation, for the model card; None = the one in the checkpoint folder, if any.
 
     Raises:
-      ValueError: the released code cannot compute this model; names the field.
+      ValueError: the released code cannot run this model; names the field.
     """
     source = pathlib.Path(source)
     config, _ = checkpoint.read_config(source)
@@ -187,24 +194,27 @@ def export_transformers(
     router: bool = True,
     report: Folder | None = None,
 ) -> None:
-    """Write a checkpoint for the transformers library; the arguments are those of `export_released`.
+    """Export a checkpoint for the transformers library; the arguments are those of `export_released`.
 
-    `LlavaNextForConditionalGeneration` reads it as the finest granularity, always. With `trust_remote_code` the
-    folder's own modeling_avg_llava.py adds scaler and router, whose weights lie in `router/`, where the library does
-    not look. A LLaVA-NeXT that was imported and not trained has no router to give and stays a LLaVA-NeXT.
+    `LlavaNextForConditionalGeneration` always runs it at the finest granularity. With `trust_remote_code` the
+    folder's own modeling_avg_llava.py adds scaler and router; the router's weights are in `router/`, which the library
+    does not read. A LLaVA-NeXT that was imported but not trained is exported without router, as a LLaVA-NeXT.
 
-    Needs a token `<image>`. Where the tokenizer has none it becomes the next id, and where the embedding
-    has no row for it, row 0 is there once more: its logit is that of token 0, and `generate` suppresses it.
+    The layout needs a token `<image>`. If the tokenizer has none, the token gets the next id. If the embedding has
+    no row for it, row 0 is repeated: its logit is that of token 0, and `generate` suppresses it.
 
-    The library's processor does not see transparent and, under Pillow 13, some tall images as `data.images` does; a
-    warning and the model card say so.
+    The library's processor decodes transparent images and, under Pillow 13, resizes some tall images in another way
+    than `data.images`; a warning and the model card say so.
+
+    Raises:
+      ValueError: the library cannot run this model; names the field.
     """
     source = pathlib.Path(source)
     config, _ = checkpoint.read_config(source)
     origin = _origin(source)
     loaded = checkpoint.load(source)
     if router and loaded.meta["training"] is None and origin and not _had_router(origin):
-        logger.warning("%s: its router was never trained: exported as a LLaVA-NeXT", source)
+        logger.warning("%s: the router was never trained; exporting a LLaVA-NeXT without router", source)
         router = False
     tokenizer = load_tokenizer(loaded.tokenizer_folder)
     image_token = tokenizer.special_tokens.get(llava_next.IMAGE, tokenizer.vocab_size)
@@ -232,32 +242,32 @@ def export_transformers(
             shutil.copyfile(llava_next.MODELING, folder / llava_next.MODELING.name)
         (folder / model_card.CARD).write_text(card, encoding="utf-8")
     logger.warning(
-        "%s: give its processor image.convert('RGB'): newer transformers blend transparency onto white, this model saw"
-        " the colour stored under it; and Pillow 13 resizes some tall images in another order (%s)",
+        "%s: pass image.convert('RGB') to its processor: newer transformers blend transparency onto white, this model"
+        " was trained on the colour under it; Pillow 13 resizes some tall images in another order (%s)",
         output,
         model_card.CARD,
     )
 
 
 def _special_ids(tokenizer: Tokenizer, eos: int | list[int]) -> dict[str, Any]:
-    """The ids that a generation config names, of those that the tokenizer has."""
+    """Special token ids of a generation config, as far as the tokenizer has them."""
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": eos, "pad_token_id": tokenizer.pad_id}
     return {key: value for key, value in ids.items() if value is not None}
 
 
 def _origin(source: pathlib.Path) -> dict[str, dict[str, Any]]:
-    """The config files that came with the weights, by name; {} for a model that began here."""
+    """Config files that were imported with the weights, by name; {} for a model that was not imported."""
     path = source / foreign.ORIGIN
     return tensors.read_json(path) if path.is_file() else {}
 
 
 def _had_router(origin: dict[str, dict[str, Any]]) -> bool:
-    """Whether the weights came with a router, in either layout."""
+    """Whether the imported weights had a router, in either layout."""
     return not {"vis_token_granularity", llava_next.ADAPTIVE}.isdisjoint(origin.get("config", {}))
 
 
 class Exported:
-    """A model's tensors as PyTorch names and lays them out, made one at a time."""
+    """A model's tensors with PyTorch's names and layouts, created one at a time."""
 
     def __init__(
         self,
@@ -269,7 +279,7 @@ class Exported:
         vocabulary: int | None = None,
         rename: Callable[[str], str] = str,
     ):
-        """`vocabulary`: rows of the embeddings, None = as they are; `rename`: released name -> name to write."""
+        """vocabulary: number of embedding rows, None = unchanged. rename: released name -> name to write."""
         self._patch = config.vision.patch_size
         self._leaves = parameters.flat(params)
         self._parts = parameters.torch_parts(params)
@@ -293,7 +303,7 @@ class Exported:
         self._released = {rename(name): name for name in found}
 
     def save(self, folder: pathlib.Path, shard_size: int, prefix: str = "", leave: Sequence[str] = ()) -> None:
-        """Write the tensors whose names begin with `prefix`, without it, and with none of `leave`."""
+        """Write the tensors whose names begin with `prefix`, which is removed, and with none of `leave`."""
         chosen = {
             name.removeprefix(prefix): announced
             for name, announced in self.tensors.items()

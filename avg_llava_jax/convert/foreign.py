@@ -1,8 +1,7 @@
 """Reads PyTorch folders: AVG-LLaVA as released, LLaVA-NeXT in its own and in transformers' layout, and Llama with CLIP.
 
-Strict: a tensor that the model does not know, one that is missing, a wrong shape, and a config value
-that this model does not have are errors that name it. Tensors are read one at a time, straight to
-the devices that hold them.
+The reader is strict: an unknown tensor, a missing tensor, a wrong shape and an unsupported config value
+raise an error that names it. Tensors are read one at a time, directly to the devices that hold them.
 """
 
 import json
@@ -40,13 +39,13 @@ MODEL_TYPES: dict[str, Layout] = {
     llava_next.MODEL_TYPE: "transformers",
     **dict.fromkeys(joined.MODEL_TYPES, "language"),
 }
-"""`model_type` of a config.json -> what the folder is; `language` is a decoder alone, which a CLIP folder joins."""
+"""`model_type` of a config.json -> layout of the folder; `language` is only a decoder, to join with a CLIP folder."""
 
 UNUSED = "unused.safetensors"
-"""In a checkpoint folder of ours: the tensors of its source that the model does not run, for export."""
+"""File of a checkpoint folder: the tensors of its source that the model does not run, for export."""
 
 ORIGIN = "pytorch.json"
-"""Beside it: the source's `config`, `generation_config` and `preprocessor_config`, for the fields we do not read."""
+"""File beside it: the source's `config`, `generation_config` and `preprocessor_config`, for fields not read here."""
 
 ORIGINALS = ("config", "generation_config", "preprocessor_config")
 
@@ -54,9 +53,10 @@ ORIGINALS = ("config", "generation_config", "preprocessor_config")
 class Opened(NamedTuple):
     """A folder whose config and headers agree; no tensor is read yet.
 
-    rows: of the parameters that the folder holds, by path; those of `shapes` that it lacks are made fresh.
+    rows: table rows of the parameters that the folder holds, by path; parameters in `shapes` without a row are
+        initialised.
     unused: names in the catalog that the model does not run.
-    trained: the granularities that the weights were trained at: of a LLaVA-NeXT the finest alone; None = at none.
+    trained: granularities at which the weights were trained, only the finest for a LLaVA-NeXT; None = none.
     """
 
     config: ModelConfig
@@ -68,13 +68,13 @@ class Opened(NamedTuple):
 
 
 def layout_of(folder: Folder) -> Layout | None:
-    """What the folder's config.json says it is; None for none of `MODEL_TYPES`."""
+    """Layout of a folder by its config.json; None where `model_type` is not in `MODEL_TYPES`."""
     path = pathlib.Path(folder) / "config.json"
     return MODEL_TYPES.get(str(read_json(path).get("model_type"))) if path.is_file() else None
 
 
 def is_foreign(folder: Folder) -> bool:
-    """Whether this module reads the folder."""
+    """Whether the folder is a PyTorch folder that this module reads."""
     return layout_of(folder) is not None
 
 
@@ -88,25 +88,25 @@ def _read_config(folder: pathlib.Path, vision_tower: Folder | None, has_router: 
 
 
 def _tower_folder(folder: pathlib.Path, vision_tower: Folder | None) -> Folder | None:
-    """The CLIP folder to read, None for none; an error where the layout asks for one, or has no use for it."""
+    """The CLIP folder to read, None = none; raises where the layout needs one or does not take one."""
     layout = layout_of(folder)
     if layout == "transformers" and vision_tower is not None:
         raise ValueError(f"{folder} is a {llava_next.MODEL_TYPE} and holds its vision encoder: drop vision_tower")
     vision_tower = layouts.tower_folder(folder, vision_tower)
     if layout == "language" and vision_tower is None:
-        raise FileNotFoundError(f"{folder} is a language model alone: give the CLIP folder to join as vision_tower")
+        raise FileNotFoundError(f"{folder} is only a language model: give the CLIP folder to join as vision_tower")
     return vision_tower
 
 
 def _lacks(folder: pathlib.Path, has_router: bool) -> tuple[str, ...]:
-    """How the released names begin of what this folder does not hold."""
+    """Prefixes of the released names of tensors that this folder does not hold."""
     if layout_of(folder) == "language":
         return joined.FRESH
     return () if has_router else (ROUTER,)
 
 
 def inspect(folder: Folder, vision_tower: Folder | None = None) -> Opened:
-    """Match a folder's config and the headers of its tensors with the model; the arguments and errors of `load`."""
+    """Match a folder's config and tensor headers with the model; arguments and errors as `load`."""
     folder = pathlib.Path(folder)
     vision_tower = _tower_folder(folder, vision_tower)
     catalog = _catalog(folder, vision_tower)
@@ -128,7 +128,7 @@ def _trained(folder: pathlib.Path, config: ModelConfig, has_router: bool) -> lis
 
 
 class Read(NamedTuple):
-    """What `load` returns; `trained` as in `Opened`."""
+    """Result of `load`; `trained` as in `Opened`."""
 
     config: ModelConfig
     params: parameters.Params
@@ -142,16 +142,16 @@ def load(
     dtype: parameters.Dtype = None,
     seed: int = 0,
 ) -> Read:
-    """The config and the parameters of a PyTorch folder.
+    """Load the config and the parameters of a PyTorch folder.
 
     Args:
       folder: with config.json and weights, single or sharded.
-      vision_tower: the CLIP folder that the config names, or that a language model is joined with; without it, the
-        folder's own `vision_tower/`, if there is one. Its config always counts; its weights count unless the
+      vision_tower: the CLIP folder that the config names, or the one to join with a language model; None = the
+        folder's own `vision_tower/`, if any. Its config is always used; its weights are used unless the
         checkpoint says `unfreeze_mm_vision_tower: true` and holds the tower itself.
-      mesh: where the parameters go; None = the first device.
+      mesh: places and shards the parameters; None = the first device.
       dtype: of the parameters, one for all or one for each component; None = as stored.
-      seed: of what the folder lacks and is made fresh: the router, or a joined model's connector, newline and router.
+      seed: for parameters that the folder lacks: the router, or a joined model's connector, newline and router.
 
     Raises:
       FileNotFoundError, ValueError: one line that names the file, key or field.
@@ -166,7 +166,7 @@ def load(
 
     leaves = {}
     for path, row in tqdm(rows.items(), desc="reading", unit="parameter", leave=False, disable=None):
-        # Waiting lets go of what the parameter was put together in before the next one is.
+        # Waiting frees the host buffers of a parameter before the next one is assembled.
         leaves[path] = _place(catalog, row, shapes[path].shape, place(path), dtype).block_until_ready()
     lacking = {path: place(path) for path in shapes.keys() - rows.keys()}
     if lacking:
@@ -175,7 +175,7 @@ def load(
 
 
 def _check_tied(config: ModelConfig, catalog: Catalog) -> None:
-    """An unembedding beside tied embeddings has to be the same."""
+    """Checks that an unembedding stored beside tied embeddings equals them."""
     embed, unembed = "model.embed_tokens.weight", "lm_head.weight"
     if not config.language.tied_embeddings or unembed not in catalog.names:
         return
@@ -195,9 +195,9 @@ def torch_shapes(config: ModelConfig, router: bool = True) -> dict[str, tuple[in
 
 
 def idle_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of the tensors that CLIP has and this model does not run: layers past the one read, last norm.
+    """Name and shape of CLIP's tensors that this model does not run: layers after the selected one, and the last norm.
 
-    With zero weights, and norms of scale one, such a layer returns what it was given.
+    With zero weights and norms of scale one, such a layer is the identity.
     """
     layer = {name: shape for name, shape in torch_shapes(config, router=False).items() if f"{TOWER_LAYERS}0." in name}
     idle = {
@@ -210,9 +210,11 @@ def idle_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def match_names(folder: Folder, vision_tower: Folder | None = None) -> tuple[ModelConfig, int, bool]:
-    """For a folder whose weights are not there: its config, the number of tensors, whether an index lists them.
+    """For a folder without weights: its config, the number of tensors, and whether an index lists them.
 
-    Where the folder has an index, the names that it lists are matched; else the number is what the config asks for.
+    The names in an index are matched with the model; without an index, the config determines the number.
+
+    Raises ValueError: a tensor in the index is missing or unknown.
     """
     folder = pathlib.Path(folder)
     vision_tower = _tower_folder(folder, vision_tower)
@@ -237,10 +239,10 @@ def match_names(folder: Folder, vision_tower: Folder | None = None) -> tuple[Mod
 
 
 def keep_unused(source: Folder, folder: Folder, vision_tower: Folder | None = None) -> None:
-    """Put what export to PyTorch needs beside the parameters into our checkpoint `folder`.
+    """Copy what an export needs besides the parameters from `source` into the checkpoint `folder`.
 
-    From a PyTorch folder: the tensors that the model does not run, and the config files. From a
-    checkpoint of ours: the same files, where it has them.
+    From a PyTorch folder these are the tensors that the model does not run, and the config files; from a
+    checkpoint folder the files that an earlier call wrote, if any.
     """
     source, folder = pathlib.Path(source), pathlib.Path(folder)
     if not is_foreign(source):
@@ -264,10 +266,10 @@ def keep_unused(source: Folder, folder: Folder, vision_tower: Folder | None = No
 def _place(
     catalog: Catalog, row: parameters.Row, shape: tuple[int, ...], at: Any, dtype: parameters.Dtype
 ) -> jax.Array:
-    """One parameter, put together device by device from its PyTorch tensors (one a layer)."""
+    """One parameter, assembled shard by shard from its PyTorch tensors (one per layer)."""
     names = [row.torch.format(n=layer) for layer in (range(shape[0]) if row.layered else (0,))]
     stored = {catalog.dtype(name) for name in names}
-    one = stored.pop() if len(stored) == 1 else np.float32  # layers that differ are stacked without loss
+    one = stored.pop() if len(stored) == 1 else np.float32  # layers of different dtypes are stacked without loss
     dtype = np.dtype(parameters.dtype_of(row.path, dtype, one))
 
     def part(index: tuple[slice, ...]) -> np.ndarray:
@@ -291,9 +293,9 @@ def _first_device() -> SingleDeviceSharding:
 def _fresh(
     config: ModelConfig, at: dict[str, Sharding], dtype: parameters.Dtype, stored: Any, seed: int
 ) -> dict[str, jax.Array]:
-    """Initial values of the parameters with these paths, at their shardings; `stored` is the dtype of the others."""
+    """Initial values of the parameters at these paths, with their shardings; `stored` is the dtype of the others."""
     trees = sorted({path.split("/")[0] for path in at})
-    logger.info("not in the checkpoint, so made fresh: %s (router.attention=%s)", trees, config.router.attention)
+    logger.info("initialised %s, which the checkpoint lacks (router.attention=%s)", trees, config.router.attention)
 
     def make() -> dict[str, jax.Array]:
         leaves = parameters.flat(avg_llava.init(config, jax.random.key(seed)))
@@ -305,7 +307,7 @@ def _fresh(
 def _match(
     folder: pathlib.Path, config: ModelConfig, wanted: dict[str, tuple[int, ...]], catalog: Catalog
 ) -> list[str]:
-    """Every tensor of the model is there in its shape, and every tensor that is there is known; those of no use."""
+    """Checks that no tensor is missing, unknown or of a wrong shape; returns the unused ones."""
     for name, shape in wanted.items():
         if name not in catalog.names:
             spelled = llava_next.stored_name(name) if layout_of(folder) == "transformers" else name
@@ -326,7 +328,7 @@ def _is_ignored(config: ModelConfig, name: str) -> bool:
 
 
 def _ignored(config: ModelConfig) -> Iterator[str]:
-    """Tensors that a folder may hold and this model does not run; a trailing dot means all below."""
+    """Names of tensors that a folder may hold and this model does not run; a trailing dot marks a prefix."""
     for layer in range(config.vision.used_layers, config.vision.layers):
         yield f"{TOWER_LAYERS}{layer}."
     yield f"{TOWER}vision_model.post_layernorm."
@@ -338,7 +340,7 @@ def _ignored(config: ModelConfig) -> Iterator[str]:
 
 
 def _catalog(folder: pathlib.Path, vision_tower: Folder | None) -> Catalog:
-    """The folder's tensors, and the vision encoder's: those in the checkpoint itself, or in the CLIP folder."""
+    """The folder's tensors and those of the vision encoder, from the checkpoint itself or from the CLIP folder."""
     own = Tensors(folder)
     values = read_json(folder / "config.json")
     if layout_of(folder) == "transformers":
@@ -363,6 +365,6 @@ def _catalog(folder: pathlib.Path, vision_tower: Folder | None) -> Catalog:
 
 
 def _vision_model(names: Collection[str]) -> dict[str, str]:
-    """A CLIP folder's vision tensors by their full name; files of newer versions lack the `vision_model.` prefix."""
+    """Full name -> stored name of a CLIP folder's vision tensors; newer files lack the prefix `vision_model.`."""
     prefixed = {name: name for name in names if name.startswith("vision_model.")}
     return prefixed or {f"vision_model.{name}": name for name in names}

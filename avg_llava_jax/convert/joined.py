@@ -1,7 +1,7 @@
-"""A Llama-family folder and a CLIP folder as one AVG-LLaVA, whose connector, newline and router are yet to be learned.
+"""Joins a Llama-family folder and a CLIP folder into one AVG-LLaVA with untrained connector, newline and router.
 
-What the two folders do not say is chosen here: LLaVA's select layer, its pinpoints in tiles of this tower, the ladder
-of the paper as far as the grid can be halved, and the template that the tokenizer speaks.
+This module chooses what the two folders do not determine: LLaVA's select layer, its pinpoints in tiles of this tower,
+the paper's ladder as far as the grid can be halved, and the template that matches the tokenizer.
 """
 
 import pathlib
@@ -12,15 +12,15 @@ from avg_llava_jax.convert.tensors import read_json
 
 MODEL_TYPES = ("llama", "mistral")
 FRESH = ("model.mm_projector.", "model.image_newline", "model.router.")
-"""How the names begin, in the released layout, of what neither folder holds."""
+"""Prefixes, in the released layout, of the tensors that neither folder holds."""
 
 SELECT_LAYER = -2
 PINPOINTS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
-"""(columns, rows) in tiles."""
+"""Pinpoints as (columns, rows) in tiles."""
 
 
 def read_config(folder: layouts.Folder, vision_tower: layouts.Folder) -> ModelConfig:
-    """The model config behind a Llama-family folder's config.json and tokenizer, and a CLIP folder's config.json.
+    """Build the model config from a Llama-family folder's config.json and tokenizer, and a CLIP folder's config.json.
 
     Raises:
       FileNotFoundError, ValueError: one line that names the folder or field.

@@ -1,6 +1,6 @@
-"""What foreign config.json files say, as our ModelConfig, and what ours says in theirs.
+"""Conversion between PyTorch config.json files and ModelConfig, in both directions.
 
-Strict: a field that contradicts another, or asks for something this model does not have, is an error that names it.
+The reader is strict: a field that contradicts another or is not supported raises an error with its name.
 """
 
 import ast
@@ -23,10 +23,10 @@ from avg_llava_jax.data.tokenizer import load_tokenizer
 Folder = str | os.PathLike[str]
 
 KNOWN_TOWERS = {"openai/clip-vit-large-patch14-336": VisionConfig()}
-"""Towers whose config needs no folder; their weights still do, unless the checkpoint has them."""
+"""Towers whose config is known without a folder; their weights need one unless the checkpoint holds them."""
 
 LANGUAGE_FIXED = {"hidden_act": "silu", "mlp_bias": False}
-"""Config fields of a decoder of which this model has one value only."""
+"""Config fields of a decoder for which this model supports only one value."""
 
 FIXED = {
     "mm_projector_type": "mlp2x_gelu",
@@ -37,10 +37,10 @@ FIXED = {
     "mm_use_im_patch_token": False,
     **LANGUAGE_FIXED,
 }
-"""The same of a released config.json."""
+"""Fields of a released config.json with only one supported value."""
 
 PREPROCESSOR_FIXED = {"do_rescale": True, "do_normalize": True, "resample": 3}
-"""The same of a preprocessor_config.json; 3 is bicubic."""
+"""Fields of a preprocessor_config.json with only one supported value; resample 3 is bicubic."""
 
 COUNTS = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
@@ -48,7 +48,7 @@ COUNTS = (
 )
 """Config fields of encoder and decoder that are positive integers."""
 
-# What a MistralConfig may leave out, where its defaults are not LlamaConfig's.
+# Fields that a MistralConfig may omit and whose defaults differ from LlamaConfig's.
 MISTRAL = {
     "intermediate_size": 14336,
     "num_key_value_heads": 8,
@@ -58,10 +58,13 @@ MISTRAL = {
 
 
 def read_config(folder: Folder, vision_tower: Folder | None, has_router: bool) -> ModelConfig:
-    """The model config behind a released config.json and the config of its CLIP folder.
+    """Build the model config from a released config.json and the config of its CLIP folder.
 
-    A released router attends over tiles and knows the released un-padding; without one the defaults
-    of this project hold.
+    With a router the config uses the released router attention (over tiles) and the released un-padding; without one,
+    this project's defaults.
+
+    Raises:
+      FileNotFoundError, ValueError: one line that names the folder or field.
     """
     folder = pathlib.Path(folder)
     values = read_json(folder / "config.json")
@@ -70,7 +73,7 @@ def read_config(folder: Folder, vision_tower: Folder | None, has_router: bool) -
     if values.get("mm_hidden_size", vision.width) != vision.width:
         raise ValueError(
             f"{folder}/config.json: mm_hidden_size={values['mm_hidden_size']}, but the vision tower has {vision.width};"
-            " give the CLIP folder that belongs to the checkpoint as vision_tower"
+            " give the CLIP folder of the checkpoint as vision_tower"
         )
     ladder = values.get("vis_token_granularity")
     scaler = ScalerConfig() if ladder is None else ScalerConfig(halvings=len(ladder) - 1)
@@ -99,7 +102,13 @@ def read_config(folder: Folder, vision_tower: Folder | None, has_router: bool) -
 
 
 def check_fixed(path: pathlib.Path, values: dict[str, Any], fixed: dict[str, Any], inside: str = "") -> None:
-    """Fields of which this model has one value have that value, or are left out; `path` and `inside` are for errors."""
+    """Check that each field in `fixed` is absent or has its only supported value.
+
+    path, inside: file and prefix of the fields, for errors.
+
+    Raises:
+      ValueError: names the first field with another value.
+    """
     for key, only in fixed.items():
         if values.get(key, only) != only:
             raise ValueError(f"{path}: {inside}{key}={values[key]!r} is not supported, only {only!r}")
@@ -109,11 +118,11 @@ def _check_counts(path: pathlib.Path, values: dict[str, Any]) -> None:
     for key in COUNTS:
         value = values.get(key)
         if value is not None and (type(value) is not int or value < 1):
-            raise ValueError(f"{path}: {key}={value!r} is no positive number")
+            raise ValueError(f"{path}: {key}={value!r} is not a positive integer")
 
 
 def _pinpoints(folder: pathlib.Path, values: dict[str, Any]) -> tuple[tuple[int, int], ...]:
-    """`image_grid_pinpoints`, a string that holds a list of [width, height]."""
+    """Pinpoints (width, height) from `image_grid_pinpoints`, a string that holds a list of [width, height]."""
     given = values.get("image_grid_pinpoints")
     try:
         pairs = ast.literal_eval(given) if isinstance(given, str) else given
@@ -137,23 +146,28 @@ def _vision(folder: pathlib.Path, values: dict[str, Any], vision_tower: Folder |
 
 
 def read_tower(vision_tower: Folder, select: int) -> VisionConfig:
-    """The encoder that a CLIP folder holds."""
+    """Build the encoder config from a CLIP folder; `select` is the index of the selected layer.
+
+    Raises:
+      FileNotFoundError, ValueError: not a CLIP folder, or a config that this model does not support.
+    """
     path = pathlib.Path(vision_tower) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"vision_tower {vision_tower} is not a CLIP folder: it has no config.json")
     clip = read_json(path)
     if clip.get("model_type") not in ("clip", "clip_vision_model"):
-        raise ValueError(f"{path}: model_type={clip.get('model_type')!r} is no CLIP")
+        raise ValueError(f"{path}: model_type={clip.get('model_type')!r} is not a CLIP")
     return clip_vision(path, clip.get("vision_config", clip), read_preprocessor(vision_tower), select)
 
 
 def read_preprocessor(folder: Folder) -> dict[str, Any]:
-    """What becomes of an image before the encoder, as preprocessor_config.json or processor_config.json says.
+    """Read the image preprocessing from preprocessor_config.json or from `image_processor` in processor_config.json.
 
-    The second, where it holds an `image_processor`, is all that version 5 of the transformers library saves.
+    Version 5 of the transformers library saves only the second file.
 
     Raises:
-      FileNotFoundError, ValueError: the folder has neither, both say something else, or this model does something else.
+      FileNotFoundError: the folder has neither.
+      ValueError: the two contradict each other, or ask for a preprocessing that this model does not support.
     """
     folder = pathlib.Path(folder)
     files = {folder / "processor_config.json": "image_processor", folder / "preprocessor_config.json": None}
@@ -168,7 +182,7 @@ def read_preprocessor(folder: Folder) -> dict[str, Any]:
     if not found:
         raise FileNotFoundError(
             f"{folder} does not say how pixels are normalised: it has no preprocessor_config.json, and no"
-            " processor_config.json with an image_processor; copy the file that the weights were published with"
+            " processor_config.json with an image_processor; copy the file published with the weights"
         )
     (path, chosen), *others = found.items()
     _check_preprocessor(path, chosen)
@@ -185,22 +199,22 @@ def _check_preprocessor(path: pathlib.Path, values: dict[str, Any]) -> None:
         colour = values.get(key)
         numbers = isinstance(colour, list) and len(colour) == 3 and all(type(x) in (int, float) for x in colour)
         if not numbers or (key == "image_std" and min(colour) <= 0):
-            raise ValueError(f"{path}: {key}={colour!r} is no list of three numbers" + " over 0" * (key == "image_std"))
+            raise ValueError(f"{path}: {key}={colour!r} must be three numbers" + " over 0" * (key == "image_std"))
     factor = values.get("rescale_factor", 1 / 255)
     if type(factor) is not float or not math.isclose(factor, 1 / 255, rel_tol=1e-6):
         raise ValueError(f"{path}: rescale_factor={factor!r} is not supported, only 1/255")
 
 
 def has_tokenizer(folder: Folder) -> bool:
-    """Whether a tokenizer is in the folder."""
+    """Whether the folder holds a tokenizer."""
     return any((pathlib.Path(folder) / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
 
 
 def check_tokenizer(folder: Folder, rows: int) -> None:
-    """Every id of a folder's tokenizer, where it has one, has a row in its embedding, which has `rows`.
+    """Check that every id of a folder's tokenizer, if any, has a row in the embedding of `rows` rows.
 
     Raises:
-      ValueError: names the tokens without one.
+      ValueError: names the tokens without a row.
     """
     if not has_tokenizer(folder):
         return
@@ -210,16 +224,17 @@ def check_tokenizer(folder: Folder, rows: int) -> None:
         named = f" ({', '.join(over[:4])}{', …' if len(over) > 4 else ''})" if over else ""
         raise ValueError(
             f"{folder}: the tokenizer has ids up to {tokenizer.vocab_size - 1}{named}, the embedding has {rows} rows:"
-            " remove the added tokens that the model does not know (added_tokens.json, tokenizer_config.json), or take"
-            " the tokenizer that belongs to the weights"
+            " remove the added tokens that the model does not know (added_tokens.json, tokenizer_config.json), or use"
+            " the tokenizer published with the weights"
         )
 
 
 def template(folder: Folder, family: Literal["llama", "mistral"]) -> str:
-    """The conversation template of a model: what its tokenizer speaks, else LLaVA's for its family.
+    """Conversation template of a model: the one that matches its tokenizer, else LLaVA's for its family.
 
-    The tokenizer's own chat template tells: of Llama 3 it makes `llama_3`, of USER and ASSISTANT `vicuna_v1`, of [INST]
-    and Mistral `mistral_instruct`, and of anything else, as ChatML, `tokenizer`. Without one its special tokens do.
+    The tokenizer's own chat template decides: Llama 3's gives `llama_3`, one with USER and ASSISTANT `vicuna_v1`, one
+    with [INST] of a Mistral `mistral_instruct`, any other, such as ChatML, `tokenizer`. A tokenizer without chat
+    template is matched by its special tokens.
 
     Raises:
       ValueError: a ChatML tokenizer without a chat template.
@@ -242,9 +257,13 @@ def template(folder: Folder, family: Literal["llama", "mistral"]) -> str:
 
 
 def clip_vision(path: pathlib.Path, clip: dict[str, Any], colours: dict[str, Any], select: int) -> VisionConfig:
-    """The encoder behind a CLIPVisionConfig and what `read_preprocessor` found; `path` is for errors."""
+    """Build the encoder config from a CLIPVisionConfig and the result of `read_preprocessor`; `path` is for errors.
+
+    Raises:
+      ValueError: names the field that this model does not support.
+    """
     _check_counts(path, clip)
-    # The defaults are those of CLIPVisionConfig, whose config.json may leave them out.
+    # The defaults are those of CLIPVisionConfig, whose config.json may omit them.
     vision = VisionConfig(
         image_size=clip.get("image_size", 224),
         patch_size=clip.get("patch_size", 32),
@@ -264,15 +283,15 @@ def clip_vision(path: pathlib.Path, clip: dict[str, Any], colours: dict[str, Any
 
 
 def llama(folder: pathlib.Path, values: dict[str, Any]) -> LanguageConfig:
-    """The decoder behind a LlamaConfig or MistralConfig; `folder` is for errors.
+    """Build the decoder config from a LlamaConfig or MistralConfig; `folder` is for errors.
 
-    A Mistral's sliding window is a limit of `max_length`: up to it, attention is the same without it.
+    A Mistral's sliding window limits `max_length`: up to that length the window does not change attention.
     """
     _check_counts(pathlib.Path(folder) / "config.json", values)
     if values.get("model_type", "").endswith("mistral"):
         values = MISTRAL | values
     limit = values.get("tokenizer_model_max_length") or values.get("max_position_embeddings", 2048)
-    # The defaults are those of LlamaConfig, whose config.json may leave them out.
+    # The defaults are those of LlamaConfig, whose config.json may omit them.
     heads, width = values.get("num_attention_heads", 32), values.get("hidden_size", 4096)
     rope = values.get("rope_parameters") or values.get("rope_scaling")
     return LanguageConfig(
@@ -314,21 +333,21 @@ def _rope_scaling(folder: pathlib.Path, rope: dict[str, Any] | None) -> RopeScal
 
 
 def tower_folder(folder: Folder, vision_tower: Folder | None) -> Folder | None:
-    """The CLIP folder given, else the one that the checkpoint brings along as `vision_tower/`, as our exports do."""
+    """The given CLIP folder, else the checkpoint's own `vision_tower/`, which `export_released` writes; else None."""
     inside = pathlib.Path(folder) / "vision_tower"
     return inside if vision_tower is None and (inside / "config.json").is_file() else vision_tower
 
 
 def released_config(config: ModelConfig, original: dict[str, Any], router: bool, tower: str) -> dict[str, Any]:
-    """config.json for the released code, the inverse of `read_config`.
+    """Build config.json for the released code, the inverse of `read_config`.
 
     Args:
-      original: the config.json that the weights came with, for fields we have no use for; {} if none.
-      router: whether the folder has one; without it, a LLaVA-NeXT.
-      tower: what `mm_vision_tower` is to name where it does not name a known tower of this config.
+      original: the config.json imported with the weights, for fields that this project does not read; {} = none.
+      router: whether the folder holds a router; without one it is a LLaVA-NeXT.
+      tower: value of `mm_vision_tower` where the config is not that of a known tower.
 
     Raises:
-      ValueError: the released code cannot compute this model; names the field.
+      ValueError: the released code cannot run this model; names the field.
     """
     language, vision = config.language, config.vision
     only = {"head_dim": (language.head_dim, language.width // language.heads)}
@@ -345,7 +364,7 @@ def released_config(config: ModelConfig, original: dict[str, Any], router: bool,
     for field, (ours, theirs) in only.items():
         if ours != theirs:
             raise ValueError(
-                f"the released code knows only {field}={theirs!r}, this model has {ours!r}"
+                f"the released code supports only {field}={theirs!r}, this model has {ours!r}"
                 + ("; --norouter exports it as a LLaVA-NeXT" if field.startswith(("router", "scaler", "unpad")) else "")
             )
     values = {
@@ -401,7 +420,7 @@ def released_config(config: ModelConfig, original: dict[str, Any], router: bool,
 
 
 def clip_config(vision: VisionConfig) -> dict[str, Any]:
-    """config.json of a CLIP folder; the inverse of what `read_config` takes from one."""
+    """Build config.json of a CLIP folder, the inverse of `read_tower`."""
     return {
         "architectures": ["CLIPVisionModel"],
         "model_type": "clip_vision_model",
@@ -419,7 +438,7 @@ def clip_config(vision: VisionConfig) -> dict[str, Any]:
 
 
 def clip_preprocessor(vision: VisionConfig) -> dict[str, Any]:
-    """preprocessor_config.json of a CLIP folder: what becomes of one tile."""
+    """Build preprocessor_config.json of a CLIP folder: the preprocessing of one tile."""
     side = vision.image_size
     return {
         "image_processor_type": "CLIPImageProcessor",

@@ -1,6 +1,6 @@
-"""The transformers library's `llava_next` layout: its names, its config.json, and its processor's files.
+"""The `llava_next` layout of the transformers library: tensor names, config.json, and the processor's files.
 
-Two kinds of names are read, those of the hub's older files and those of newer versions, and mixtures:
+The reader accepts old names (as in the hub's files), new names, and mixtures:
 
     language_model.model.layers.0...     model.language_model.layers.0...      model.layers.0...
     language_model.lm_head.weight        lm_head.weight                        lm_head.weight
@@ -8,9 +8,8 @@ Two kinds of names are read, those of the hub's older files and those of newer v
     multi_modal_projector.linear_1.bias  model.multi_modal_projector...        model.mm_projector.0.bias
     image_newline                        model.image_newline                   model.image_newline
 
-The right column is the released layout's, which the parameter table has; (CLIP) stands for
-model.vision_tower.vision_tower. The left one is written: every
-version reads it.
+The right column is the released layout, which the parameter table uses; (CLIP) stands for
+model.vision_tower.vision_tower. Export writes the left column, which every version reads.
 """
 
 import os
@@ -22,7 +21,7 @@ import tokenizers
 
 from avg_llava_jax.config import LanguageConfig, ModelConfig, RouterConfig, ScalerConfig, to_dict
 from avg_llava_jax.convert import layouts
-from avg_llava_jax.convert.chat_templates import chat_template
+from avg_llava_jax.convert.chat_templates import chat_template, with_images
 from avg_llava_jax.convert.tensors import read_json
 from avg_llava_jax.data.sentencepiece_json import write_tokenizer_json
 from avg_llava_jax.data.tokenizer import Tokenizer
@@ -32,12 +31,12 @@ MODEL_TYPE = "llava_next"
 IMAGE = "<image>"
 
 MODELING = pathlib.Path(__file__).parents[1] / "assets" / "pytorch" / "modeling_avg_llava.py"
-"""The PyTorch model that goes out with the weights; this package never imports it."""
+"""The PyTorch model that is exported with the weights; this package never imports it."""
 MODEL_CLASS = "AvgLlavaForConditionalGeneration"
 ROUTER = "router"
-"""The folder of the router's weights, beside a LLaVA-NeXT's."""
+"""Folder of the router's weights, inside the exported folder."""
 ADAPTIVE = "avg_llava"
-"""In config.json: the parts of our config that a LLaVA-NeXT has not, and modeling_avg_llava.py reads."""
+"""Key of config.json for the fields of ModelConfig that a LLaVA-NeXT lacks; modeling_avg_llava.py reads them."""
 
 INWARD = (
     (r"^model\.(?=language_model\.|vision_tower\.|multi_modal_projector\.|image_newline$)", ""),
@@ -66,7 +65,7 @@ FAMILIES = ("llama", "mistral")
 
 
 def released_name(name: str) -> str:
-    """A tensor's name in the released layout; names of neither layout stay as they are."""
+    """A tensor's name in the released layout; names of neither layout are returned unchanged."""
     for pattern, by in INWARD:
         name = re.sub(pattern, by, name)
     return name
@@ -82,7 +81,7 @@ def stored_name(name: str) -> str:
 
 
 def read_config(folder: str | os.PathLike[str]) -> ModelConfig:
-    """The model config behind a llava_next config.json; without an `ADAPTIVE` part, with this project's defaults.
+    """Build the model config from a llava_next config.json; without the key `ADAPTIVE`, with this project's defaults.
 
     Raises:
       ValueError: one line that names the field.
@@ -127,22 +126,23 @@ def read_config(folder: str | os.PathLike[str]) -> ModelConfig:
 
 
 DEFAULT_PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
-"""(height, width), as LlavaNextConfig has them; the other way round than in the released layout and in ours."""
+"""Pinpoints as (height, width), as in LlavaNextConfig; the released layout and ModelConfig have (width, height)."""
 
 
 def to_config(
     config: ModelConfig, original: dict[str, Any], image_token: int, vocabulary: int, router: bool
 ) -> dict[str, Any]:
-    """config.json for the library, the inverse of `read_config`.
+    """Build config.json for the library, the inverse of `read_config`.
 
-    original: the config.json that the weights came with; only one of this layout is used.
-    router: whether the folder has one, and modeling_avg_llava.py.
+    original: the config.json imported with the weights; used only if it has this layout.
+    image_token: id of `<image>`. vocabulary: number of embedding rows.
+    router: whether the folder holds a router and modeling_avg_llava.py.
 
     Raises:
-      ValueError: the library cannot cut images as this model does; names the field.
+      ValueError: the library cannot cut images into this model's tiles; names the field.
     """
     if not config.pinpoints:
-        raise ValueError("the transformers library needs pinpoints, this model has none (model.pinpoints)")
+        raise ValueError("model.pinpoints=() cannot be exported: the transformers library needs pinpoints")
     if original.get("model_type") != MODEL_TYPE:
         original = {}
     language = config.language
@@ -196,7 +196,7 @@ def _rope(language: LanguageConfig) -> dict[str, Any]:
 
 
 def preprocessor(config: ModelConfig) -> dict[str, Any]:
-    """preprocessor_config.json of a LlavaNextImageProcessor."""
+    """Build preprocessor_config.json of a LlavaNextImageProcessor."""
     return layouts.clip_preprocessor(config.vision) | {
         "image_processor_type": "LlavaNextImageProcessor",
         "processor_class": "LlavaNextProcessor",
@@ -206,7 +206,7 @@ def preprocessor(config: ModelConfig) -> dict[str, Any]:
 
 
 def processor(config: ModelConfig) -> dict[str, Any]:
-    """processor_config.json of a LlavaNextProcessor."""
+    """Build processor_config.json of a LlavaNextProcessor."""
     return {
         "processor_class": "LlavaNextProcessor",
         "image_token": IMAGE,
@@ -217,11 +217,11 @@ def processor(config: ModelConfig) -> dict[str, Any]:
 
 
 def save_tokenizer(folder: pathlib.Path, tokenizer: Tokenizer, image_token: int, template: str) -> None:
-    """Write tokenizer files from which the library makes the ids that our templates make, and the chat template.
+    """Write the chat template and tokenizer files with which the library produces the same ids as `conversation`.
 
-    It is to take tokenizer.json as it is, as we do: a Llama tokenizer it would rebuild. BOS has to stand in that file.
-    Where text after a special token begins no word, text after an image does nevertheless (as in the released code):
-    the chat template then puts a space there.
+    The library must read tokenizer.json unchanged (it rebuilds Llama tokenizers), so tokenizer_config.json names
+    PreTrainedTokenizerFast, and tokenizer.json itself adds BOS. If text after a special token starts without a word
+    boundary, text after an image still starts with one (as in the released code): the chat template then adds a space.
     """
     tokenizer.save(folder)
     path = folder / "tokenizer_config.json"
@@ -234,12 +234,14 @@ def save_tokenizer(folder: pathlib.Path, tokenizer: Tokenizer, image_token: int,
     name_image_token(folder, image_token)
     after_image = " " if tokenizer.encode("\na") != tokenizer.encode("\na", after_special=True) else ""
     chat = chat_template(template, after_image)
+    if template == "tokenizer" and not tokenizer.writes_images:
+        chat = with_images(tokenizer.chat_template, after_image)
     if chat is not None:
         (folder / "chat_template.jinja").write_text(chat, encoding="utf-8")
 
 
 def _begin_with_bos(path: pathlib.Path, tokenizer: Tokenizer) -> None:
-    """Let a tokenizer.json put BOS before a text by itself, where our texts begin with one and it does not."""
+    """Make a tokenizer.json add BOS before a text, if the model's texts begin with BOS and it does not add one yet."""
     if tokenizer.bos_id is None or tokenizers.Tokenizer.from_file(str(path)).encode("a").ids[:1] == [tokenizer.bos_id]:
         return
     spec = read_json(path)
@@ -258,7 +260,7 @@ def _begin_with_bos(path: pathlib.Path, tokenizer: Tokenizer) -> None:
 
 
 def name_image_token(folder: pathlib.Path, token: int) -> None:
-    """Give the tokenizer files in `folder` the special token `<image>` under that id, where they have none."""
+    """Add the special token `<image>` with id `token` to the tokenizer files in `folder`, if they lack it."""
     entry = {
         "content": IMAGE,
         "lstrip": False,

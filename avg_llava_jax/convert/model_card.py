@@ -1,4 +1,4 @@
-"""README.md of an exported folder: what the model is, how to use it, how it was trained, what it was measured at."""
+"""README.md of an exported folder: description of the model, usage, training settings and results."""
 
 import json
 import os
@@ -26,14 +26,15 @@ print(processor.batch_decode(model.generate(**inputs, max_new_tokens=64), skip_s
 
 BOTH = """\
 `trust_remote_code` runs this folder's `modeling_avg_llava.py`, which adds the router;
-`generate(..., granularity={middle})` takes its place. Without it the folder is a plain LLaVA-NeXT that always looks at
-{finest} tokens a tile: the same lines with `LlavaNextForConditionalGeneration.from_pretrained("{name}")`."""
+`generate(..., granularity={middle})` overrides its choice. Without `trust_remote_code` the folder is a plain LLaVA-NeXT
+that always uses {finest} tokens per tile: load it with
+`LlavaNextForConditionalGeneration.from_pretrained("{name}")`."""
 
 PIXELS = """\
-`image.convert("RGB")` is part of it: the model was trained on the colour stored under transparent pixels, as released
-LLaVA models were, and the image processors of newer transformers (5.24) blend transparency onto white. Pillow 13
-resizes some tall images in another order than the releases before it, which moves pixels of noise by about 20 levels of
-255: with `pillow<13` the processor gives what the model was trained on."""
+`image.convert("RGB")` is required: the model was trained on the colour stored under transparent pixels, like released
+LLaVA models, but the image processors of newer transformers (5.24) blend transparency onto white. Pillow 13 resizes
+some tall images in another order than earlier releases, which changes pixels of noise by about 20 levels of 255: with
+`pillow<13` the processor produces the pixels of training."""
 
 RELEASED = """\
 The layout is that of the released code, whose `load_pretrained_model` reads the folder. So does
@@ -48,9 +49,9 @@ def card(
     router: bool,
     report: dict[str, Any] | None,
 ) -> str:
-    """The card of folder `output`: Markdown with the hub's front matter.
+    """Build the model card of folder `output`: Markdown with the hub's front matter.
 
-    router: whether the folder holds one. report: as `policies.report` makes it, None = it was not measured.
+    router: whether the folder holds a router. report: result of `policies.report`, None = not evaluated.
     """
     name = pathlib.Path(output).name
     return "\n\n".join(
@@ -69,17 +70,17 @@ def card(
 
 
 def read_report(source: pathlib.Path, given: str | os.PathLike[str] | None) -> dict[str, Any] | None:
-    """The evaluation of a checkpoint: the file given, else report.json in its folder, else None.
+    """Read the evaluation of a checkpoint: the given file, else report.json in its folder, else None.
 
     Raises:
-      ValueError: the file is none that `launch.evaluate` wrote.
+      ValueError: the file was not written by `launch.evaluate`.
     """
     path = pathlib.Path(given or source / REPORT)
     if given is None and not path.is_file():
         return None
     report = read_json(path)
     if not {"accuracy", "visual_tokens", "n"} <= report.keys():
-        raise ValueError(f"{path} is no report of launch.evaluate: it has no accuracy, visual_tokens and n")
+        raise ValueError(f"{path} is not a report of launch.evaluate: it lacks accuracy, visual_tokens or n")
     return report
 
 
@@ -89,11 +90,11 @@ def _what(loaded: Loaded, router: bool) -> str:
     ladder = ", ".join(map(str, config.granularities))
     if router:
         begin = (
-            "An AVG-LLaVA ([Lan et al., Findings of ACL 2025](https://arxiv.org/abs/2410.02745)), a LLaVA-NeXT that"
-            f" sees each image at {ladder} tokens a tile: a router reads image and question and chooses."
+            "An AVG-LLaVA ([Lan et al., Findings of ACL 2025](https://arxiv.org/abs/2410.02745)), a LLaVA-NeXT"
+            f" whose router reads image and question and chooses among {ladder} tokens per tile."
         )
     else:
-        begin = f"A LLaVA-NeXT without router, for {config.granularities[-1]} tokens a tile."
+        begin = f"A LLaVA-NeXT without router, with {config.granularities[-1]} tokens per tile."
     rows = {
         "parameters": f"{total / 1e6:,.1f} M",
         "tile": f"{config.vision.image_size} x {config.vision.image_size} pixels",
@@ -126,14 +127,14 @@ def _training(loaded: Loaded) -> str:
     said += f", from `{training['init_from']}`" if training["init_from"] else ", from fresh parameters"
     said += f"; tuned at {', '.join(map(str, trained))} tokens a tile." if trained else "."
     if training["phase"] != "rglf":
-        said += " This phase does not train the router: what it chooses is only as good as it was before."
+        said += " This phase does not train the router, which keeps its earlier weights."
     settings = json.dumps(training, indent=1, ensure_ascii=False)
     return f"{said}\n\n<details><summary>All settings</summary>\n\n```json\n{settings}\n```\n\n</details>"
 
 
 def _measured(report: dict[str, Any] | None) -> str:
     if report is None:
-        return "It was not measured: no report of `launch.evaluate` came with the checkpoint."
+        return "It was not measured: the checkpoint has no report of `launch.evaluate`."
     accuracy, tokens = report["accuracy"], report["visual_tokens"]
     kinds = list(accuracy["adaptive"])
     rows = [(f"always {g}", accuracy["fixed"][g], tokens["fixed"][g]) for g in accuracy["fixed"]]

@@ -1,9 +1,8 @@
-"""PyTorch's `.bin` weight files, read without PyTorch and without running what they say.
+"""Reads PyTorch's `.bin` weight files without PyTorch and without running code from them.
 
-Since PyTorch 1.6 such a file is an uncompressed zip: `data.pkl` says in pickled form which tensor is which part of
-which storage, `data/0`, `data/1`, ... hold the bytes of the storages. Pickle is a language of calls, and a file may
-name any function of Python to be called. The reader here gives a meaning of its own to each name that a state dict
-needs (`MEANINGS`), and refuses all others.
+Since PyTorch 1.6 such a file is an uncompressed zip: `data.pkl` maps each tensor to a part of a storage, in pickled
+form, and `data/0`, `data/1`, ... hold the bytes of the storages. A pickle is a list of calls, and a file may name any
+Python function to call. This reader replaces each name that a state dict needs (`MEANINGS`) and refuses all others.
 """
 
 import pathlib
@@ -16,23 +15,23 @@ from typing import Any, BinaryIO, NamedTuple
 from avg_llava_jax.convert.tensor_files import COUNTERS, DTYPES, Place, extent
 
 OLD_FORMAT = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
-"""How `torch.save` before 1.6 began a file: a magic number, pickled."""
+"""First bytes of a file by `torch.save` before 1.6: a pickled magic number."""
 
 DAMAGED = (
     *(zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError),  # the zip
-    *(EOFError, AttributeError, IndexError, KeyError, TypeError, ValueError, OverflowError),  # what it says
+    *(EOFError, AttributeError, IndexError, KeyError, TypeError, ValueError, OverflowError),  # the pickle
 )
 
 
 class _Storage(NamedTuple):
-    """code: of its dtype, as safetensors call it; key: the entry `data/KEY` of the zip holds its bytes."""
+    """code: safetensors name of its dtype. key: the zip's entry `data/KEY` holds its bytes."""
 
     code: str
     key: str
 
 
 class _Tensor(NamedTuple):
-    """What a file says of one tensor; `begin` and strides are elements of its storage."""
+    """Description of one tensor in a file; `begin` and `strides` count elements of its storage."""
 
     storage: _Storage
     shape: tuple[int, ...]
@@ -41,7 +40,7 @@ class _Tensor(NamedTuple):
 
 
 class _StateDict(dict):
-    """An OrderedDict of the file; what hangs on it (`_metadata`, versions of modules) is not read."""
+    """An OrderedDict of the file; its attributes (`_metadata`, versions of modules) are not read."""
 
     def __setstate__(self, _: Any) -> None:
         pass
@@ -50,7 +49,7 @@ class _StateDict(dict):
 def _tensor(storage: _Storage, begin: int, shape: tuple[int, ...], strides: tuple[int, ...], *_: Any) -> _Tensor:
     numbers = (begin, *shape, *strides)
     if type(storage) is not _Storage or any(type(number) is not int or number < 0 for number in numbers):
-        raise pickle.UnpicklingError("it describes a tensor that cannot be")
+        raise pickle.UnpicklingError("it describes a tensor that cannot exist")
     return _Tensor(storage, shape, begin, strides)
 
 
@@ -62,7 +61,7 @@ MEANINGS = {
     "collections.OrderedDict": _StateDict,
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_parameter": _parameter,
-    # Strings: nothing that could be called.
+    # Strings: nothing callable.
     "torch.FloatStorage": "F32",
     "torch.HalfStorage": "F16",
     "torch.BFloat16Storage": "BF16",
@@ -82,26 +81,26 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         full = f"{module}.{name}"
         if full not in MEANINGS:
-            raise pickle.UnpicklingError(f"it asks for {full!r}, which weights do not need; nothing of it was run")
+            raise pickle.UnpicklingError(f"it asks for {full!r}, which weights do not need; none of its code was run")
         return MEANINGS[full]
 
     def persistent_load(self, named: Any) -> _Storage:
         match named:
             case ("storage", str(code), str(key), _, _):  # the last two: device, elements
                 return _Storage(code, key)
-        raise pickle.UnpicklingError("it refers to something that is no storage")
+        raise pickle.UnpicklingError("it refers to an object that is not a storage")
 
 
 def read_header(path: pathlib.Path) -> dict[str, Place]:
-    """The place of every tensor in a `.bin` file, by name.
+    """Read the place of every tensor in a `.bin` file, by name.
 
     Raises:
-      ValueError: one line: of the old format, damaged, or it asks for what weights do not need.
+      ValueError: the file has the format from before 1.6, is damaged, or names a function that weights do not need.
     """
     with open(path, "rb") as file:
         if file.read(len(OLD_FORMAT)) == OLD_FORMAT:
             raise ValueError(
-                f"{path} is in PyTorch's format from before 1.6, which is not read; with PyTorch, write it anew:"
+                f"{path} has PyTorch's format from before 1.6, which is not supported; rewrite it with PyTorch:"
                 " torch.save(torch.load(FILE, weights_only=True), FILE)"
             )
         try:
@@ -112,25 +111,25 @@ def read_header(path: pathlib.Path) -> dict[str, Place]:
                     raise pickle.UnpicklingError("its numbers are big-endian")
                 tensors = _Unpickler(archive.open(entries["data.pkl"])).load()
                 if not isinstance(tensors, dict):
-                    raise pickle.UnpicklingError("it is no state dict")
+                    raise pickle.UnpicklingError("it is not a state dict")
                 return {name: _place(path, file, entries, name, tensor) for name, tensor in tensors.items()}
         except pickle.UnpicklingError as error:
-            raise ValueError(f"{path} is not read: {error}") from None
+            raise ValueError(f"{path} is refused: {error}") from None
         except DAMAGED as error:
             raise ValueError(f"{path} is truncated or damaged: {error}") from None
 
 
 def _place(path: pathlib.Path, file: BinaryIO, entries: dict[str, zipfile.ZipInfo], name: Any, tensor: Any) -> Place:
     if type(name) is not str or type(tensor) is not _Tensor:
-        raise pickle.UnpicklingError(f"its {name!r} is no tensor")
+        raise pickle.UnpicklingError(f"its {name!r} is not a tensor")
     entry = entries[f"data/{tensor.storage.key}"]
     if entry.compress_type != zipfile.ZIP_STORED:
         raise pickle.UnpicklingError("it is compressed")
     code, known = tensor.storage.code, (DTYPES | COUNTERS).get(tensor.storage.code)
     size = known.itemsize if known else 1
     if (tensor.begin + extent(tensor.shape, tensor.strides)) * size > entry.file_size:
-        raise pickle.UnpicklingError(f"its tensor {name!r} reaches over the end of its storage")
-    # Before an entry's bytes stand 30 bytes, the last two of which count what follows: its name and padding.
+        raise pickle.UnpicklingError(f"its tensor {name!r} exceeds its storage")
+    # An entry's bytes follow a header of 30 bytes, then its name and padding; bytes 26 to 29 hold their two lengths.
     file.seek(entry.header_offset + 26)
     begin = entry.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
     return Place(path, code, tensor.shape, begin + tensor.begin * size, tensor.strides)

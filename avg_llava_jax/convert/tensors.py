@@ -1,6 +1,6 @@
-"""Folders of weights: read one tensor at a time, and written as they come, so that no file is ever held in memory.
+"""Weight folders, read and written one tensor at a time, so that memory never holds a complete file.
 
-Safetensors and PyTorch's `.bin` are read, safetensors are written.
+Safetensors and PyTorch's `.bin` are read; safetensors are written.
 """
 
 import json
@@ -19,9 +19,9 @@ from avg_llava_jax.convert.tensor_files import COUNTERS, DTYPES, Place
 logger = logging.getLogger(__name__)
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-"""A folder's weights, or the names of their index less `.index.json`.
+"""Names of a folder's weight file, or of its index less `.index.json`.
 
-As the transformers library, the first that is there counts of: model.safetensors, model.safetensors.index.json,
+The first file found is used, as in the transformers library: model.safetensors, model.safetensors.index.json,
 pytorch_model.bin, pytorch_model.bin.index.json.
 """
 
@@ -32,7 +32,7 @@ Announced = Mapping[str, tuple[tuple[int, ...], np.dtype]]
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """The JSON object in a file; a ValueError that names the file where there is none."""
+    """Read the JSON object in a file; raises ValueError, with the file's name, where it holds none."""
     try:
         values = json.loads(path.read_text())
     except (ValueError, OSError) as error:
@@ -43,7 +43,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 
 
 def index_file(folder: pathlib.Path) -> pathlib.Path | None:
-    """The index of a folder's shards; None where it has none, or a single file comes before it."""
+    """The index of a folder's shards; None where it has none, or a single file takes precedence."""
     for name in WEIGHTS:
         if (folder / name).is_file():
             return None
@@ -53,7 +53,7 @@ def index_file(folder: pathlib.Path) -> pathlib.Path | None:
 
 
 def weight_files(folder: pathlib.Path) -> list[str]:
-    """Names of the folder's weight files, single or those that its index names; [] where it has neither."""
+    """Names of the folder's weight files: the single file, or those in its index; [] where it has neither."""
     index = index_file(folder)
     if index:
         return sorted(set(weight_map(index).values()))
@@ -61,26 +61,27 @@ def weight_files(folder: pathlib.Path) -> list[str]:
 
 
 def weight_map(index: pathlib.Path) -> dict[str, str]:
-    """Tensor -> file, of an index file."""
+    """Tensor name -> file name, from an index file; raises ValueError where the index is not valid."""
     listed = read_json(index).get("weight_map")
     if type(listed) is not dict or not listed or any(type(file) is not str for file in listed.values()):
         raise ValueError(f"{index} has no weight_map from tensors to files")
     for name, file in listed.items():
         if pathlib.Path(file).name != file:
-            raise ValueError(f"{index}: tensor {name!r} is in {file!r}, which is no file beside the index")
+            raise ValueError(f"{index}: tensor {name!r} is in {file!r}, which is not a file beside the index")
     return listed
 
 
 class Tensors:
-    """The weights of a folder (or the given `files` in it), read by name, one at a time; files are not held open.
+    """The weights of a folder (or of the given `files` in it), read by name, one at a time; no file stays open.
 
-    Of a sharded folder the index says which file holds a tensor; a copy of it in another shard is never read. What the
-    folder holds besides, an index beside a single file or shards that the index does not name, is left alone, as by the
-    transformers library; a warning names it.
+    In a sharded folder the index determines which file holds a tensor; a copy in another shard is never read. Other
+    weight files (an index beside a single file, shards that the index does not name) are ignored, as in the
+    transformers library; a warning names them.
 
     Raises:
-      FileNotFoundError, ValueError: no weights, a file is missing or damaged, a file lacks a tensor that the index says
-        it holds, or two files have a tensor that the index does not name, with other bytes.
+      FileNotFoundError: the folder has no weights, or lacks a file that its index names.
+      ValueError: a file is damaged, lacks a tensor that the index assigns to it, or two files hold different bytes for
+        a tensor that the index does not name.
     """
 
     def __init__(self, folder: pathlib.Path, files: Sequence[str] = ()):
@@ -91,7 +92,7 @@ class Tensors:
         for name in files or weight_files(folder):
             path = folder / name
             if not path.is_file():
-                raise FileNotFoundError(f"{path} is missing, though the folder's index names it")
+                raise FileNotFoundError(f"{path} is missing, but the index of the folder names it")
             found = (pickled if path.suffix == ".bin" else tensor_files).read_header(path)
             for tensor, place in found.items():
                 if tensor in listed:
@@ -99,10 +100,12 @@ class Tensors:
                 elif same_bytes(self._places.setdefault(tensor, place), place):
                     pass
                 else:
-                    raise ValueError(f"{path} and {self._places[tensor].path} both hold {tensor!r}, with other bytes")
+                    raise ValueError(
+                        f"{path} and {self._places[tensor].path} hold {tensor!r} with different bytes: remove one file"
+                    )
         for tensor, name in listed.items():
             if tensor not in self._places:
-                raise ValueError(f"{folder / name} lacks tensor {tensor!r}, though {index.name} says that it holds it")
+                raise ValueError(f"{folder / name} lacks tensor {tensor!r}, which {index.name} assigns to it")
         if not self._places:
             either = " and no ".join(f"{name} (or {name}.index.json)" for name in WEIGHTS)
             raise FileNotFoundError(f"{folder} holds no {either}")
@@ -117,19 +120,19 @@ class Tensors:
             logger.warning("%s holds a tensor %r that is not read: %s says %s", place.path, tensor, index.name, file)
 
     def has(self, prefix: str) -> bool:
-        """Whether any tensor's name starts so."""
+        """Whether any tensor's name starts with `prefix`."""
         return any(name.startswith(prefix) for name in self.names)
 
     def place(self, name: str) -> Place:
-        """Where the tensor lies."""
+        """The tensor's place in its file."""
         return self._places[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """From the header alone."""
+        """Shape of a tensor, from the header alone."""
         return self._places[name].shape
 
     def dtype(self, name: str, counters: bool = False) -> np.dtype:
-        """From the header alone; a ValueError where it is no float of 16 or 32 bits (nor, with `counters`, an int)."""
+        """Dtype from the header alone; raises ValueError unless in `DTYPES` (or, with `counters`, in `COUNTERS`)."""
         code = self._places[name].code
         if counters and code in COUNTERS:
             return COUNTERS[code]
@@ -138,12 +141,12 @@ class Tensors:
         return DTYPES[code]
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor: a read-only view of its file, which is read where the view is."""
+        """Read the tensor as a read-only memory-mapped view of its file."""
         return self._places[name].map()
 
 
 def same_bytes(one: Place, other: Place) -> bool:
-    """Whether two places hold the same tensor, of the same dtype; reads both, but for one and the same place."""
+    """Whether two places hold equal tensors of one dtype; reads both unless the places are identical."""
     if one == other:
         return True
     if (one.code, one.shape) != (other.code, other.shape) or one.code not in DTYPES | COUNTERS:
@@ -153,7 +156,7 @@ def same_bytes(one: Place, other: Place) -> bool:
 
 
 def _say_unread(folder: pathlib.Path, index: pathlib.Path | None, named: set[str]) -> None:
-    """Warn of weights that lie beside those that are read and may be meant instead."""
+    """Warn about weight files in the folder that are ignored and may be the intended ones."""
     single = next((name for name in WEIGHTS if (folder / name).is_file()), None) if index is None else None
     beside = folder / f"{single}.index.json"
     if single and beside.is_file() and set(weight_map(beside).values()) != {single}:
@@ -162,16 +165,16 @@ def _say_unread(folder: pathlib.Path, index: pathlib.Path | None, named: set[str
         stem, _, suffix = index.name.removesuffix(".index.json").partition(".")
         shards = (path.name for path in sorted(folder.glob(f"{stem}-*-of-*.{suffix}")))
         if unread := [name for name in shards if name not in named]:
-            logger.warning("%s: %s not read, for %s does not name it", folder, ", ".join(unread), index.name)
+            logger.warning("%s: %s not read, because %s does not name it", folder, ", ".join(unread), index.name)
 
 
 class Catalog:
     """Tensors of one or several folders under the names of the released layout.
 
-    entries: (released name, the folder's tensors, the name that it has there), in any order.
+    entries: (released name, the folder's tensors, the stored name), in any order.
 
     Raises:
-      ValueError: two of them have one released name and other bytes, as an old and a new name of one tensor.
+      ValueError: two entries have the same released name and different bytes, such as an old and a new name.
     """
 
     def __init__(self, entries: Iterable[tuple[str, Tensors, str]]):
@@ -181,21 +184,21 @@ class Catalog:
             if not same_bytes(first.place(known), tensors.place(stored)):
                 raise ValueError(
                     f"{first.folder}: tensor {known!r} and {tensors.folder}: tensor {stored!r} are both {name!r}, with"
-                    " other bytes: remove one of them"
+                    " different bytes: remove one of them"
                 )
         self.names = self._entries.keys()
 
     def has(self, prefix: str) -> bool:
-        """Whether any tensor's name starts so."""
+        """Whether any tensor's name starts with `prefix`."""
         return any(name.startswith(prefix) for name in self.names)
 
     def where(self, name: str) -> str:
-        """The folder and the tensor, for errors."""
+        """Folder and stored name of a tensor, for error messages."""
         tensors, stored = self._entries[name]
         return f"{tensors.folder}: tensor {stored!r}"
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """From the header alone."""
+        """Shape of a tensor, from the header alone."""
         tensors, stored = self._entries[name]
         return tensors.shape(stored)
 
@@ -205,7 +208,7 @@ class Catalog:
         return tensors.dtype(stored, counters)
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor."""
+        """As `Tensors.read`."""
         tensors, stored = self._entries[name]
         return tensors.read(stored)
 
@@ -216,10 +219,10 @@ def save(
     read: Callable[[str], np.ndarray],
     shard_size: int,
 ) -> None:
-    """Write tensors as model.safetensors, or as shards and their index where they exceed `shard_size` bytes.
+    """Write tensors as model.safetensors, or as shards with an index where they exceed `shard_size` bytes.
 
-    The header of a file comes before its tensors, so each is asked for (`read`, by name) when its turn
-    comes and then let go.
+    A file's header precedes its tensors, so `read` is called for one tensor name at a time, and the tensor is
+    freed after it is written.
     """
     shards: list[dict[str, Any]] = [{}]
     room = shard_size
@@ -244,7 +247,7 @@ def save(
 
 
 def save_file(path: pathlib.Path, tensors: Announced, read: Callable[[str], np.ndarray]) -> None:
-    """Write one safetensors file; see `save`."""
+    """Write one safetensors file; see `save`. Raises AssertionError where `read` returns another shape or dtype."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name, (shape, dtype) in tensors.items():

@@ -1,8 +1,8 @@
-"""From LLaVA conversations to token ids, with a place for each image and a label for each answer.
+"""Conversations in the LLaVA format become token ids: IMAGE marks an image, labels mark the answers.
 
 A conversation is a list of turns `{"from": "human" | "gpt", "value": text}`. `<image>` in a human
-turn says where an image goes; in the ids it is IMAGE. Labels equal the ids of the answers and of
-the token that ends them, and are IGNORE elsewhere.
+turn marks the position of an image; in the ids it is IMAGE. Labels equal the ids of the answers and
+of the token that ends each answer; every other label is IGNORE.
 
     vicuna_v1, "<image>\\nWho?" -> "Ann":
 
@@ -21,8 +21,8 @@ from collections.abc import Iterable, Sequence
 from avg_llava_jax.data.errors import BadSample, half_character
 from avg_llava_jax.data.tokenizer import Tokenizer
 
-IMAGE = -200  # stands in `ids` where an image's tokens go
-IGNORE = -100  # the label of a token that is not learned
+IMAGE = -200  # id of the placeholder that an image's visual tokens replace
+IGNORE = -100  # label of a token that adds nothing to the loss
 PLACEHOLDER = "<image>"
 
 Turn = dict[str, str]
@@ -40,19 +40,20 @@ LLAMA_3_SYSTEM = (
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """ids: token ids, IMAGE for each image. labels: same length, IGNORE where nothing is learned."""
+    """ids: n token ids, IMAGE for each image. labels: n ids, IGNORE where no loss is taken."""
 
     ids: list[int]
     labels: list[int]
 
     @property
     def images(self) -> int:
+        """Number of images."""
         return self.ids.count(IMAGE)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Piece:
-    """A run of rendered text; `special` text is one special token, by its name."""
+    """A run of rendered text; the text of a `special` piece is the name of one special token."""
 
     text: str
     labelled: bool = False
@@ -62,14 +63,15 @@ class _Piece:
 def encode_conversation(
     conversations: Sequence[Turn], tokenizer: Tokenizer, template: str = "vicuna_v1", images: int = 0
 ) -> Tokens:
-    """A training sample: question and answer in turn, any number of times.
+    """Encodes a training sample: questions and answers that alternate, the last turn an answer.
 
-    images: how many images the sample has. As many `<image>` must stand in the human turns; where
-        none does, all are put before the first question, each on a line of its own.
+    images: number of images of the sample. The human turns must contain as many `<image>`; if they
+        contain none, all images precede the first question, each on its own line.
 
     Raises BadSample: `no_turns`, `malformed_turn`, `unknown_role`, `not_human_first`, `bad_order`,
-    `ends_on_human`, `empty_question`, `empty_answer`, `image_in_answer`, `image_count`; `plain`
-    wants one question and one answer, else `not_plain`.
+    `ends_on_human`, `empty_question`, `empty_answer`, `image_in_answer`, `image_count`; `not_plain`
+    where template `plain` gets more than one question and one answer. Raises ValueError for an
+    unknown template, and for a special token of the template that the tokenizer lacks.
     """
     turns = _checked(conversations, images, template)
     if turns[-1]["from"] == "human":
@@ -78,7 +80,10 @@ def encode_conversation(
 
 
 def encode_prompt(turns: Sequence[Turn], tokenizer: Tokenizer, template: str = "vicuna_v1", images: int = 0) -> Tokens:
-    """A conversation that ends on a question, up to where the answer begins; no token has a label."""
+    """Encodes a prompt: a conversation that ends with a question, up to the start of its answer; no token has a label.
+
+    Raises as `encode_conversation`, but BadSample `ends_on_answer` in place of `ends_on_human`.
+    """
     checked = _checked(turns, images, template)
     if checked[-1]["from"] != "human":
         raise BadSample("ends_on_answer", "a prompt must end with a human turn")
@@ -87,7 +92,7 @@ def encode_prompt(turns: Sequence[Turn], tokenizer: Tokenizer, template: str = "
 
 
 def encode_raw(text: str, tokenizer: Tokenizer) -> Tokens:
-    """Text as it is: `<image>` stands for images, special tokens count as such, BOS goes before it.
+    """Encodes text without a template: `<image>` marks images, special tokens are parsed, BOS precedes the text.
 
     Raises BadSample `malformed_turn` where the text has half of a surrogate pair.
     """
@@ -97,7 +102,7 @@ def encode_raw(text: str, tokenizer: Tokenizer) -> Tokens:
 
 
 def stop_ids(tokenizer: Tokenizer, template: str) -> tuple[int, ...]:
-    """Ids that end an answer: what the template puts after one, and the tokenizer's EOS."""
+    """Stop ids, ascending: the token that the template writes after an answer, and the tokenizer's EOS."""
     turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
     stops = {tokenizer.eos_id}
     labelled = [piece for piece in _render(turns, tokenizer, template) if piece.labelled]
@@ -108,7 +113,7 @@ def stop_ids(tokenizer: Tokenizer, template: str) -> tuple[int, ...]:
 
 
 def _checked(conversations: Sequence[Turn], images: int, template: str) -> list[Turn]:
-    """Human and gpt in turn, nothing empty, one placeholder for each image."""
+    """Validated turns: human and gpt alternate, no text is empty, each image has one placeholder."""
     if not isinstance(conversations, Sequence) or isinstance(conversations, str) or not conversations:
         raise BadSample("no_turns", "`conversations` must be a list of turns that is not empty")
     turns = []
@@ -146,11 +151,11 @@ def _checked(conversations: Sequence[Turn], images: int, template: str) -> list[
 def _whole(text: str, what: str) -> None:
     half = half_character(text)
     if half:
-        raise BadSample("malformed_turn", f"{what} has {half}, half of a surrogate pair: it was no UTF-8")
+        raise BadSample("malformed_turn", f"{what} has {half}, half of a surrogate pair: write it as valid UTF-8")
 
 
 def _render(turns: list[Turn], tokenizer: Tokenizer, template: str) -> list[_Piece]:
-    """Turns as pieces of text. A last human turn is followed by what opens the answer."""
+    """Renders turns as pieces of text. After a final human turn comes the header of the answer."""
     if template == "vicuna_v1":
         return list(_vicuna_v1(turns, tokenizer))
     if template in ("llama_3", "llava_llama_3"):
@@ -166,7 +171,7 @@ def _render(turns: list[Turn], tokenizer: Tokenizer, template: str) -> list[_Pie
 
 
 def _puts_bos(template: str) -> bool:
-    return template != "tokenizer"  # a tokenizer's own template writes its BOS itself
+    return template != "tokenizer"  # the tokenizer's own template writes BOS itself
 
 
 def _vicuna_v1(turns: list[Turn], tokenizer: Tokenizer) -> Iterable[_Piece]:
@@ -208,14 +213,14 @@ def _llama_3(turns: list[Turn]) -> Iterable[_Piece]:
 
 
 def _plain(turns: list[Turn]) -> Iterable[_Piece]:
-    """The images and the caption; what the question says is left out, as in LLaVA."""
+    """The images and the caption; the text of the question is dropped, as in LLaVA."""
     yield _Piece(PLACEHOLDER * turns[0]["value"].count(PLACEHOLDER))
     if len(turns) > 1:
         yield _Piece(turns[1]["value"] + "\n", labelled=True)
 
 
 def _own_template(turns: list[Turn], tokenizer: Tokenizer) -> Iterable[_Piece]:
-    """Answers are found by rendering the turns before them, and the turns up to them."""
+    """An answer is the difference of two renderings: the turns up to and including it, less the turns before it."""
     names = {"human": "user", "gpt": "assistant"}
     messages = [{"role": names[turn["from"]], "content": turn["value"]} for turn in turns]
     ends_open = turns[-1]["from"] == "human"
@@ -237,7 +242,7 @@ def _own_template(turns: list[Turn], tokenizer: Tokenizer) -> Iterable[_Piece]:
             for piece in _split_special(whole[len(before) : len(upto)], tokenizer)
         ]
         if len(answer) > 1 and answer[-2].special and not answer[-1].text.strip():
-            answer[-1] = dataclasses.replace(answer[-1], labelled=False)  # white space after the end of the turn
+            answer[-1] = dataclasses.replace(answer[-1], labelled=False)  # white space after the end-of-turn token
         yield from answer
         at = len(upto)
     yield from _split_special(whole[at:], tokenizer)
@@ -258,9 +263,9 @@ def _special_id(text: str, tokenizer: Tokenizer) -> int:
 
 
 def _encode(pieces: Iterable[_Piece], tokenizer: Tokenizer, bos: bool) -> Tokens:
-    """Tokenizes runs of text between special tokens and images, each run as a whole.
+    """Tokenizes each run of text between special tokens and images in one call.
 
-    After an image a run is tokenized as if it began a text, as the released code does.
+    A run after an image is tokenized like the start of a text, as in the released code.
     """
     has_bos = bos and tokenizer.bos_id is not None
     ids = [tokenizer.bos_id] if has_bos else []
@@ -294,10 +299,10 @@ def _encode(pieces: Iterable[_Piece], tokenizer: Tokenizer, bos: bool) -> Tokens
 
 
 def _encode_run(run: list[tuple[str, bool]], tokenizer: Tokenizer, after_special: bool) -> tuple[list[int], list[int]]:
-    """One run of neighbouring texts -> ids and labels.
+    """One run of adjacent texts -> ids and labels.
 
-    A boundary between texts lies after the tokens that stay the same when the run is cut there, so
-    a token that reaches across it belongs to the later text.
+    A boundary between two texts follows the tokens that stay the same when the run is cut there: a
+    token that crosses the boundary belongs to the later text.
     """
     text = "".join(part for part, _ in run)
     ids = tokenizer.encode(text, after_special=after_special)
@@ -314,7 +319,7 @@ def _encode_run(run: list[tuple[str, bool]], tokenizer: Tokenizer, after_special
 
 
 def _common(ids: list[int], prefix: list[int]) -> int:
-    """Length of the common beginning."""
+    """Length of the common prefix."""
     for at, (one, other) in enumerate(zip(ids, prefix, strict=False)):
         if one != other:
             return at

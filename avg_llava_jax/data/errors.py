@@ -1,14 +1,14 @@
-"""What a sample that cannot be used is reported as, and texts that are none."""
+"""BadSample, the error for a sample that cannot be used, and the check for text that is not valid Unicode."""
 
 from __future__ import annotations
 
 
 class BadSample(ValueError):
-    """A sample that is skipped and counted, never one that stops a run by itself.
+    """A sample that is skipped and counted; one bad sample never stops a run.
 
     reason: short and machine-readable, the key under which samples are counted
         (`missing_image`, `empty_answer`, ...).
-    detail: one line for a person, with the file, turn or number at fault.
+    detail: one line for a person that names the file, turn or number at fault.
     """
 
     def __init__(self, reason: str, detail: str):
@@ -24,8 +24,8 @@ class BadSample(ValueError):
 def half_character(text: str) -> str | None:
     """The first lone surrogate of a text as `\\ud83d`, None where it has none.
 
-    JSON can spell one, and Python makes them of arguments and file names that are no UTF-8; no tokenizer and no file
-    takes a text that has one.
+    JSON can encode one, and Python decodes arguments and file names that are not UTF-8 to them. Neither a tokenizer nor
+    a file accepts such a text.
     """
     try:
         text.encode()

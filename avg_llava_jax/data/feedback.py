@@ -1,14 +1,14 @@
-"""Stored feedback: how well the frozen model answered each question, and what it saw, on disk.
+"""Stored feedback: the frozen model's NLL for each answer, and optionally its image features, on disk.
 
-    FOLDER/feedback.json          format, granularities, dtype of the features ("" = none), what measured it (digests
-                                  of weights and model config), files of a whole set
-    FOLDER/00003-0.npz            window 3 of the pipeline, process 0: of each sample `asked`, a digest, `records`,
-                                  `path#number`, `nll` (G,) with NaN where nothing was answered, and `tiles`
-    FOLDER/00003-0.features.npy   (tiles of all samples, P, D), mapped into memory when it is read
+    FOLDER/feedback.json          format, granularities, dtype of the features ("" = none), `measured_by` (digests of
+                                  weights and model config), and, once the set is complete, its files
+    FOLDER/00003-0.npz            window 3 of the pipeline, process 0: for each sample `asked`, a digest, `records`,
+                                  `path#number`, `nll` (G,) with NaN where there is no answer, and `tiles`
+    FOLDER/00003-0.features.npy   (tiles of all samples, P, D), memory-mapped by the reader
 
-Answers are found by what was asked, never by a sample's id or its place: `asked` is a digest of token ids, labels and
-encoded images. So records whose ids repeat, are missing or null keep their own answers, data may move, and what has
-changed since is not found. A window's files appear only when whole, the features first.
+`asked` identifies an answer: a digest of token ids, labels and encoded images. Neither the sample's id nor its position
+matters, so records whose ids repeat, are missing or null keep their own answers, and the data may move. A sample that
+changed is not found. A window's files appear only when complete, the features first.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ FORMAT = 2
 
 
 class Stored(NamedTuple):
-    """Of one sample: its answer's mean NLL in nats (G,), its tiles' features (T, P, D), None = not kept; its record."""
+    """Feedback of one sample: mean NLL of its answer in nats (G,), tile features (T, P, D) or None, and its record."""
 
     nll: np.ndarray
     features: np.ndarray | None
@@ -42,7 +42,7 @@ class Stored(NamedTuple):
 
 
 def asked(sample: Sample) -> str:
-    """What the frozen model is asked by a sample: a digest of its token ids, labels and encoded images, in hex.
+    """Digest of what a sample asks the frozen model: its token ids, labels and encoded images, in hex.
 
     Raises:
       BadSample: an image is missing.
@@ -57,10 +57,10 @@ def asked(sample: Sample) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class FeedbackFolder:
-    """A set that is being written.
+    """Writes one set of stored feedback.
 
-    granularities: of the model, ascending. features: dtype they are kept in, "" = they are not kept.
-    measured_by: digests of what gives the answers, by name: {"weights": ..., "model config": ...}.
+    granularities: of the model, ascending. features: dtype of the stored features, "" = none are stored.
+    measured_by: digests of what determines the answers, by name: {"weights": ..., "model config": ...}.
     """
 
     path: Path
@@ -69,10 +69,10 @@ class FeedbackFolder:
     measured_by: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def start(self) -> None:
-        """Make the folder, or resume one.
+        """Create the folder, or resume it.
 
         Raises:
-          ValueError: what is there was measured in another way.
+          ValueError: the folder holds a set of other granularities, features, weights or model config.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         about = self.path / ABOUT
@@ -82,7 +82,7 @@ class FeedbackFolder:
             write_whole(about, json.dumps(self._about()) + "\n")
 
     def holds(self, window: int, process: int) -> dict[str, str]:
-        """What was asked in a window that is stored: {digest: record}, empty where it is not there or damaged."""
+        """Samples of a stored window: {digest of what was asked: record}; empty where it is missing or damaged."""
         try:
             with np.load(self._answers(window, process)) as stored:
                 return dict(zip(stored["asked"].tolist(), stored["records"].tolist(), strict=True))
@@ -90,7 +90,7 @@ class FeedbackFolder:
             return {}
 
     def add(self, window: int, process: int, stored: Mapping[str, Stored]) -> None:
-        """Store the answers of a window, by digest of what was asked."""
+        """Store the feedback of a window, by digest of what was asked."""
         rows = list(stored.values())
         tiles = np.array([0 if row.features is None else len(row.features) for row in rows], np.int32)
         if self.features and len(rows):
@@ -106,7 +106,7 @@ class FeedbackFolder:
         write_whole(self._answers(window, process), lambda file: np.savez(file, **arrays))
 
     def finish(self, windows: int, processes: int) -> None:
-        """Note that the set is whole."""
+        """Mark the set complete."""
         files = [self._answers(window, process).name for window in range(windows) for process in range(processes)]
         write_whole(self.path / ABOUT, json.dumps(self._about() | {"files": files}) + "\n")
 
@@ -137,10 +137,13 @@ class FeedbackFolder:
 
 
 def read_feedback(path: str | os.PathLike[str], granularities: Sequence[int]) -> dict[str, Stored]:
-    """A whole set by `asked`, of some of its granularities; the features stay on disk until they are looked at.
+    """Reads a complete set: {digest of what was asked: Stored}, with NLLs at `granularities`, in their order.
+
+    Features are memory-mapped.
 
     Raises:
-      FileNotFoundError, ValueError: there is none, it is not whole, or it lacks a granularity.
+      FileNotFoundError: the folder holds no set.
+      ValueError: the set is incomplete, empty or damaged, has another format, or lacks a granularity.
     """
     path = Path(path)
     about = _read_about(path)
@@ -149,7 +152,7 @@ def read_feedback(path: str | os.PathLike[str], granularities: Sequence[int]) ->
         raise ValueError(f"{path} is on granularities {tuple(ladder)}, the model has {tuple(granularities)}")
     columns = [ladder.index(granularity) for granularity in granularities]
     if "files" not in about:
-        raise ValueError(f"rglf.feedback={path} is not whole: run launch.feedback again, it resumes where it was")
+        raise ValueError(f"rglf.feedback={path} is incomplete: run launch.feedback again to resume it")
     found: dict[str, Stored] = {}
     for name in about["files"]:
         try:
@@ -168,15 +171,15 @@ def read_feedback(path: str | os.PathLike[str], granularities: Sequence[int]) ->
                 kept = None if features is None else features[end - count : end]
                 found[digest] = Stored(nll[row], kept, records[row])
     if not found:
-        raise ValueError(f"rglf.feedback={path} holds no answers")
+        raise ValueError(f"rglf.feedback={path} holds no answers: check data.path and run launch.feedback again")
     return found
 
 
 def require_same_measure(path: str | os.PathLike[str], measured_by: Mapping[str, str]) -> None:
-    """A set must have been measured by these weights and this model config.
+    """Checks that a set was measured with these weights and this model config.
 
     Raises:
-      ValueError: it was not; names which.
+      ValueError: it was not; names which of them differ.
     """
     before = _read_about(Path(path))["measured_by"]
     others = [name for name, digest in measured_by.items() if before.get(name) != digest]

@@ -1,6 +1,6 @@
-"""Which pyramid rows an image's visual tokens are, in the order in which they are packed.
+"""Pyramid rows of an image's visual tokens, in packed order.
 
-A tile has R pyramid rows, all granularities one after another (ModelConfig.pyramid_offsets).
+A tile has R pyramid rows, the granularities concatenated (ModelConfig.pyramid_offsets).
 Tile t, granularity g, cell c (row-major in that granularity's grid) is row `t*R + offset_g + c`
 of the image. An image is packed as the cells of tile 0, then the mosaic of the other tiles
 row by row, each row followed by a newline (-1). Paper, section 3.1, and LLaVA-NeXT.
@@ -27,10 +27,10 @@ NEWLINE = -1
 
 @functools.lru_cache(maxsize=1024)
 def visual_index(size: Size, config: ModelConfig, granularity: int) -> np.ndarray:
-    """int32 (N,), read-only: the pyramid row of each visual token of one image, or -1 for a newline.
+    """Pyramid row of each visual token of one image, -1 for a newline: int32 (N,), read-only.
 
     size: (width, height) in pixels, after EXIF rotation.
-    granularity: tokens a tile, one of `config.granularities`.
+    granularity: tokens per tile, one of `config.granularities`; any other raises ValueError.
     """
     cell_rows, cell_columns = _cells(config, granularity)
     rows, columns = grid_of(size, config)
@@ -52,7 +52,7 @@ def visual_index(size: Size, config: ModelConfig, granularity: int) -> np.ndarra
 
 @functools.lru_cache(maxsize=65536)
 def visual_count(size: Size, config: ModelConfig, granularity: int) -> int:
-    """N: visual tokens of one image, newlines included, without building the index."""
+    """N, the number of visual tokens of one image, newlines included; builds no index."""
     if not config.pinpoints:
         return granularity + 1
     top, bottom, left, right = kept_cells(size, config, granularity)
@@ -60,9 +60,9 @@ def visual_count(size: Size, config: ModelConfig, granularity: int) -> int:
 
 
 def kept_cells(size: Size, config: ModelConfig, granularity: int) -> tuple[int, int, int, int]:
-    """(top, bottom, left, right), half open, in cells of the mosaic: what un-padding leaves.
+    """Cells of the mosaic that un-padding keeps: (top, bottom, left, right), half open.
 
-    The one place where `config.unpad` chooses. Needs pinpoints.
+    Only this function reads `config.unpad`. Needs pinpoints.
     """
     cells = _cells(config, granularity)
     if config.unpad == "released":
@@ -73,8 +73,8 @@ def kept_cells(size: Size, config: ModelConfig, granularity: int) -> tuple[int, 
 def _kept_exact(size: Size, config: ModelConfig, cells: tuple[int, int]) -> tuple[int, int, int, int]:
     """Every cell that holds at least one pixel of the image.
 
-    The region is taken in mosaic pixels, the same at every granularity; a cell that straddles its
-    border is kept, so no pixel of the image is lost and less than one cell of padding stays.
+    The region is computed in mosaic pixels, so it is the same at every granularity. A cell that
+    straddles its border is kept: no pixel of the image is lost, and less than one cell of padding stays.
     """
     cell_height, cell_width = (config.vision.image_size // n for n in cells)
     left, top, width, height = placement(size, best_resolution(size, config.pinpoints))
@@ -87,10 +87,10 @@ def _kept_exact(size: Size, config: ModelConfig, cells: tuple[int, int]) -> tupl
 
 
 def _kept_released(size: Size, config: ModelConfig, cells: tuple[int, int]) -> tuple[int, int, int, int]:
-    """The released crop: aspect ratio in tokens, truncated, the same cut on both sides.
+    """The released crop: the aspect ratio in cells, truncated, with the same cut on both sides.
 
-    Where a cell is not square (72, 288) this cuts about half of the image's rows; weights trained
-    with it need it.
+    Where a cell is not square (granularities 72 and 288) it removes about half of the image's rows.
+    Weights trained with this crop need it.
     """
     width, height = size
     rows, columns = (n * m for n, m in zip(grid_of(size, config), cells, strict=True))

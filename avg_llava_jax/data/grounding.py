@@ -1,8 +1,8 @@
-"""Words to patches: what a tower that starts from nothing learns to see by.
+"""Targets of phase `grounding`, which trains a randomly initialised vision encoder: words for each patch.
 
-A record may say which words belong to which box of its picture (`words: [{"box": [x0, y0, x1, y1], "text":
-"orange 7"}]`, pixels, later boxes in front). Phase `grounding` teaches each patch to name the words of
-the box that its centre lies in. Real models start from a pre-trained CLIP and need none of this.
+A record may assign words to boxes of its picture (`words: [{"box": [x0, y0, x1, y1], "text": "orange 7"}]`, in
+pixels; later boxes cover earlier ones). Phase `grounding` trains each patch to predict the words of the box
+that contains the patch's centre. A model that starts from a pre-trained CLIP skips this phase.
 """
 
 from __future__ import annotations
@@ -18,32 +18,35 @@ from avg_llava_jax.data.tiles import grid_of, placement
 from avg_llava_jax.data.tokenizer import Tokenizer
 
 WORDS = 2
-"""Tokens a patch may have to name: a shirt's colour and its number."""
+"""Target tokens per patch: a shirt's colour and its number."""
 
 
 class Words(NamedTuple):
-    """A box (x0, y0, x1, y1) in pixels of the picture, and the token ids that name what it shows."""
+    """A box (x0, y0, x1, y1) in pixels of the picture, and the token ids of its content."""
 
     box: tuple[float, float, float, float]
     ids: tuple[int, ...]
 
 
 def read_words(entries: Sequence[dict[str, Any]], tokenizer: Tokenizer) -> tuple[Words, ...]:
-    """The `words` of a record, tokenized as they stand inside a sentence, cut to WORDS tokens."""
+    """Reads the `words` of a record, tokenized as inside a sentence and truncated to WORDS tokens.
+
+    Raises BadSample `malformed_words`.
+    """
     try:
         return tuple(
             Words(tuple(map(float, entry["box"])), tuple(tokenizer.encode(" " + entry["text"])[:WORDS]))
             for entry in entries
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise BadSample("malformed_words", f"words want a box of 4 numbers and a text: {error!r}") from None
+        raise BadSample("malformed_words", f"each of `words` needs a box of 4 numbers and a text: {error!r}") from None
 
 
 def patch_centres(size: tuple[int, int], config: ModelConfig) -> np.ndarray:
-    """Where the patches of all tiles look: (T, P, 2) x, y in pixels of a (width, height) picture.
+    """Centres of the patches of all tiles: float (T, P, 2), x and y in pixels of a (width, height) picture.
 
-    Tile 0 is the whole picture, so with a 2 x 2 grid and a 40 x 20 picture its centres are
-    (10, 5) (30, 5) (10, 15) (30, 15). Patches in the padding of the mosaic lie outside the picture.
+    Tile 0 covers the complete picture, so with a 2 x 2 grid and a 40 x 20 picture its centres are
+    (10, 5) (30, 5) (10, 15) (30, 15). Patches in the padding of the mosaic are outside the picture.
     """
     width, height = size
     grid, side = config.vision.grid, config.vision.image_size
@@ -62,7 +65,7 @@ def patch_centres(size: tuple[int, int], config: ModelConfig) -> np.ndarray:
 
 
 def patch_words(words: Sequence[Words], size: tuple[int, int], config: ModelConfig) -> np.ndarray:
-    """What each patch of a picture should name: int32 (T, P, WORDS) token ids, -1 = none; the last box counts."""
+    """Target token ids of each patch: int32 (T, P, WORDS), -1 = none; where boxes overlap, the last one wins."""
     x, y = np.moveaxis(patch_centres(size, config), -1, 0)
     named = np.full((*x.shape, WORDS), -1, np.int32)
     for (x0, y0, x1, y1), ids in words:

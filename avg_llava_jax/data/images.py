@@ -1,19 +1,19 @@
-"""Images by reference: the size from the header alone, the pixels only when asked for.
+"""Image references: `size` reads only the header, `load` decodes the pixels.
 
-A reference is small and picklable. It holds a place (a file, a member of a zip or tar, memory),
-never an open handle, so it travels to worker processes, forked or spawned.
+A reference is small and picklable. It holds a location (a file, a member of a zip or tar, memory),
+never an open handle, so worker processes, forked or spawned, can use it.
 
-What every image becomes is 8-bit RGB, upright:
+Every image is decoded to upright 8-bit RGB:
 
 * EXIF orientation is applied, and `size` already counts it;
 * 16-bit greyscale is scaled to 8 bits (Pillow's own conversion clips at 255: nearly all white);
-* everything else is Pillow's `convert("RGB")`, which is what the released code uses: palettes are
+* everything else goes through Pillow's `convert("RGB")`, as in the released code: palettes are
   looked up, CMYK is converted, and **alpha is dropped, not composited** - a transparent pixel
-  shows the colour stored under it - so that released behaviour is reproduced;
-* of an animation, the first frame.
+  shows the colour stored under it;
+* an animation gives its first frame.
 
-Metadata never decide whether pixels are read: a PNG or JPEG that Pillow refuses for a broken profile, text or EXIF is
-read without them.
+Broken metadata never make an image unreadable: a PNG or JPEG that Pillow refuses for its profile, text or EXIF is
+decoded without them.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from PIL import Image, UnidentifiedImageError
 
 from avg_llava_jax.data.errors import BadSample
 
-# Pillow warns above this many pixels (and refuses twice as many); a good default for a bound.
+# Pillow warns above this number of pixels and refuses twice as many; the default of max_pixels.
 MAX_PIXELS = 89_478_485
 
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -58,9 +58,9 @@ _TURNS = {
 class ImageRef:
     """An image that is not loaded yet.
 
-    name: how messages call it.
-    max_pixels: width x height above which it is refused before it is decoded, an argument of everything that makes
-        references. Pillow itself refuses above 179 million.
+    name: its name in messages.
+    max_pixels: largest width x height; a larger image is refused before it is decoded. Every function that creates
+        references takes it as an argument. Pillow itself refuses above 179 million.
     """
 
     name: str
@@ -68,7 +68,7 @@ class ImageRef:
 
     @property
     def size(self) -> tuple[int, int]:
-        """(width, height) in pixels after EXIF orientation; reads the header only.
+        """Size (width, height) in pixels after EXIF orientation; reads only the header.
 
         Raises BadSample: `missing_image`, `corrupt_image`, `too_large_image`.
         """
@@ -76,7 +76,7 @@ class ImageRef:
             return _upright_size(self._bounded(image))
 
     def load(self) -> Image.Image:
-        """The upright RGB image; raises as `size` does."""
+        """Decodes the upright RGB image; raises as `size`."""
         with self._guard(), self._opened() as image:
             # Before decoding: a PNG may carry EXIF after its pixels, which `size` never sees.
             orientation = _orientation(self._bounded(image))
@@ -88,7 +88,7 @@ class ImageRef:
         return rgb.transpose(_TURNS[orientation]) if orientation in _TURNS else rgb
 
     def digest(self) -> bytes:
-        """SHA-256 of the encoded bytes: the same picture under another name has the same; raises `missing_image`."""
+        """SHA-256 of the encoded bytes, 32 bytes, independent of the file's name; raises BadSample `missing_image`."""
         with self._guard():
             source = self._source()
             content = source.getbuffer() if isinstance(source, io.BytesIO) else Path(source).read_bytes()
@@ -102,7 +102,7 @@ class ImageRef:
         return Image.open(self._source())
 
     def _opened(self) -> Image.Image:
-        """Opened as it is, or, where Pillow cannot, without its metadata."""
+        """Opens the image, without its metadata where Pillow cannot read it otherwise."""
         try:
             return self._open()
         except (BadSample, FileNotFoundError, Image.DecompressionBombError):
@@ -111,7 +111,7 @@ class ImageRef:
             return self._opened_bare(error)
 
     def _opened_bare(self, error: Exception) -> Image.Image:
-        """Opened without its metadata; raises `error`, for which it cannot be read whole, where that does not help."""
+        """Opens the image without its metadata; raises `error`, the first failure, where that fails too."""
         source = self._source()
         if isinstance(source, str):
             with open(source, "rb") as file:
@@ -137,10 +137,10 @@ class ImageRef:
 
 
 class _Guard:
-    """Turns whatever opening, unpacking or decoding raises into one BadSample that names the image.
+    """Turns any error of opening, unpacking or decoding into one BadSample that names the image.
 
-    Decoders raise what they please (NotImplementedError for a DDS of an unknown kind), and so do archives (RuntimeError
-    for a member that is encrypted).
+    Decoders raise errors of any type (NotImplementedError for a DDS of an unknown kind), and so do archives
+    (RuntimeError for an encrypted member).
     """
 
     def __init__(self, name: str):
@@ -183,7 +183,7 @@ class ZipImage(ImageRef):
 
 @dataclasses.dataclass(frozen=True)
 class TarImage(ImageRef):
-    """A member of an uncompressed tar, by the place of its bytes in the archive."""
+    """A member of an uncompressed tar, by its byte offset and length in the archive."""
 
     archive: str
     start: int
@@ -197,7 +197,7 @@ class TarImage(ImageRef):
 
 @dataclasses.dataclass(frozen=True)
 class MemoryImage(ImageRef):
-    """An image already in memory: encoded bytes, or a Pillow image (which is never changed)."""
+    """An image in memory: encoded bytes, or a Pillow image, which is never modified."""
 
     content: bytes | Image.Image
 
@@ -207,6 +207,7 @@ class MemoryImage(ImageRef):
         return super()._open()
 
     def digest(self) -> bytes:
+        """SHA-256 of the encoded bytes; for a Pillow image, of its mode, size and pixels."""
         if isinstance(self.content, Image.Image):
             about = f"{self.content.mode} {self.content.size} ".encode()
             return hashlib.sha256(about + self.content.tobytes()).digest()
@@ -217,11 +218,13 @@ class MemoryImage(ImageRef):
 
 
 class ImageStore:
-    """Where a data set's images lie: a folder, a .zip, or an uncompressed .tar.
+    """The images of a data set: a folder, a .zip, or an uncompressed .tar.
 
-    Links in an archive, hard or symbolic, to files or folders of it, are followed as in a folder. Only the names are
-    read here, once; the references it gives are independent of it and open what they need in whichever process uses
-    them.
+    Hard and symbolic links in an archive to its own files or folders are followed, as in a folder. The constructor
+    reads only the names. References are independent of the store: each opens its file in the process that uses it.
+
+    Raises FileNotFoundError where the path does not exist, ValueError where it is neither a folder, a zip nor an
+    uncompressed tar.
 
     >>> ImageStore("photos.zip").ref("coco/1.jpg").load()   # doctest: +SKIP
     """
@@ -243,9 +246,9 @@ class ImageStore:
             self._members, self._links = _tar_members(self.path)
 
     def ref(self, name: str) -> ImageRef:
-        """The image of that name; raises BadSample `missing_image` where an archive lacks it.
+        """A reference to the image of that name; raises BadSample `missing_image` where an archive lacks it.
 
-        In a folder a missing file shows when its size or pixels are first asked for.
+        A file missing from a folder raises when `size` or `load` is first called.
         """
         if not isinstance(name, str) or not name:
             raise BadSample("missing_image", f"{name!r} is not the name of an image")
@@ -263,17 +266,17 @@ class ImageStore:
 
 
 def image_ref(image: str | os.PathLike | bytes | Image.Image, max_pixels: int = MAX_PIXELS) -> ImageRef:
-    """A reference to anything a caller may hand over: a path, encoded bytes or a Pillow image."""
+    """A reference to a path, to encoded bytes or to a Pillow image."""
     if isinstance(image, (bytes, Image.Image)):
         return MemoryImage("image in memory", image, max_pixels=max_pixels)
     return FileImage(os.fspath(image), max_pixels=max_pixels)
 
 
 def without_metadata(content: bytes) -> bytes | None:
-    """The same pixels without what a PNG or JPEG says besides; None for other formats and files that break off.
+    """A PNG or JPEG file with the same pixels and without its metadata; None for other formats and truncated files.
 
-    Of a PNG the critical chunks stay (IHDR, PLTE, IDAT, IEND) and EXIF; of a JPEG all but comments and application
-    segments, of which EXIF, sound JFIF and sound Adobe stay: the last two say what its colours mean.
+    A PNG keeps its critical chunks (IHDR, PLTE, IDAT, IEND) and valid EXIF. A JPEG loses comments and application
+    segments, except EXIF and valid JFIF and Adobe segments, which define its colours.
     """
     if content.startswith(_PNG):
         return _png_without_metadata(content)
@@ -296,7 +299,7 @@ def _png_without_metadata(content: bytes) -> bytes | None:
 
 
 def _jpeg_without_metadata(content: bytes) -> bytes | None:
-    # A segment before the scan: FF, its kind, two bytes of length (those two counted), data.
+    # A segment before the scan: FF, its kind, two bytes of length (which counts itself), data.
     kept, at = [content[:2]], 2
     while at + 4 <= len(content) and content[at] == 0xFF:
         kind, end = content[at + 1], at + 2 + int.from_bytes(content[at + 2 : at + 4], "big")
@@ -313,10 +316,10 @@ def _jpeg_without_metadata(content: bytes) -> bytes | None:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB, as the head of this file says; the first frame of an animation.
+    """Converts to 8-bit RGB by the rules in this module's docstring; takes the first frame of an animation.
 
-    16-bit values map as v -> round(v / 257), so 0 and 65535 become 0 and 255. Mode "I" is what
-    Pillow makes of 16-bit PGM and some PNG files, so it is read as 16 bits too.
+    16-bit values map as v -> round(v / 257), so 0 and 65535 become 0 and 255. Pillow opens 16-bit PGM
+    and some PNG files in mode "I", so that mode counts as 16 bits too.
     """
     if image.mode == "I" or image.mode.startswith("I;16"):
         values = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
@@ -324,7 +327,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("La", "RGBa"):
         image = image.convert(image.mode.upper())  # undo the premultiplied alpha
     elif image.mode in ("P", "PA") and "transparency" in image.info:
-        image = image.convert("RGBA")  # the same colours; straight to RGB warns
+        image = image.convert("RGBA")  # the same colours; a direct conversion to RGB warns
     rgb = image.convert("RGB")
     return rgb.copy() if rgb is image else rgb
 
@@ -332,11 +335,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def resized(
     image: Image.Image, size: tuple[int, int], resample: Image.Resampling = Image.Resampling.BICUBIC
 ) -> Image.Image:
-    """The image at another (width, height): the width is resampled first, then the height, one axis a call.
+    """Resizes to (width, height): the width is resampled first, then the height, one axis per call.
 
-    Between the two passes values are rounded to 8 bits, so their order shows. In one call Pillow 12 and before takes
-    the width first, as the released weights saw their images; Pillow 13 takes the height of some tall images first,
-    which moves values of noise by about 20 levels of 255.
+    Values are rounded to 8 bits between the two passes, so their order changes the result. In one call, Pillow up to 12
+    resamples the width first, as in the training of the released weights; Pillow 13 resamples the height of some tall
+    images first, which changes values of noise by about 20 levels of 255.
 
         300 x 1000 to 336 x 336:   300 x 1000 -> 336 x 1000 -> 336 x 336
     """
@@ -349,23 +352,23 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF orientation 1..8 from the header; 1 where there is none, it is nonsense, or the EXIF block is.
+    """EXIF orientation 1..8 from the header; 1 where it is absent or invalid.
 
-    Pillow turns TIFF by itself, size included. PngImageFile.getexif would decode the whole image
-    in search of a late EXIF chunk; the base class reads what came before the pixels.
+    Pillow rotates TIFF itself, size included. PngImageFile.getexif would decode the complete image
+    in search of a late EXIF chunk; the base class reads only what precedes the pixels.
     """
     if image.format == "TIFF":
         return 1
     try:
         value = Image.Image.getexif(image).get(_ORIENTATION, 1)
-    except Exception:  # whatever comes of reading nonsense
+    except Exception:  # an invalid EXIF block raises errors of any type
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
 @functools.lru_cache(maxsize=8)
 def _zip(path: str, process: int) -> zipfile.ZipFile:
-    # One handle for each process: a forked child would share the file position with its parent.
+    # One handle per process: a forked child would share the file position with its parent.
     return zipfile.ZipFile(path)
 
 
@@ -377,8 +380,8 @@ def _zip_members(path: str) -> tuple[dict[str, str], dict[str, str]]:
             name = posixpath.normpath(info.filename)
             if info.create_system == 3 and stat.S_ISLNK(
                 info.external_attr >> 16
-            ):  # 3: Unix; where it leads is its text
-                with contextlib.suppress(Exception):  # one that cannot be unpacked leads nowhere
+            ):  # 3: Unix; the member's content is the link's target
+                with contextlib.suppress(Exception):  # a link that cannot be unpacked has no target
                     links[name] = _beside(name, archive.read(info).decode())
             elif not info.is_dir():
                 members[name] = info.filename
@@ -392,10 +395,10 @@ def _tar_members(path: str) -> tuple[dict[str, tuple[int, int]], dict[str, str]]
         with tarfile.open(path, "r:") as archive:
             for info in archive:
                 name = posixpath.normpath(info.name)
-                members.pop(name, None), links.pop(name, None)  # the last one of a name counts
+                members.pop(name, None), links.pop(name, None)  # of duplicate names, the last one wins
                 if info.isreg():
                     members[name] = info.offset_data, info.size
-                elif info.islnk():  # leads to a path of the archive, a symbolic one to a path beside itself
+                elif info.islnk():  # a hard link's target is a path in the archive, a symbolic link's is relative to it
                     links[name] = posixpath.normpath(info.linkname)
                 elif info.issym():
                     links[name] = _beside(name, info.linkname)
@@ -407,12 +410,12 @@ def _tar_members(path: str) -> tuple[dict[str, tuple[int, int]], dict[str, str]]
 
 
 def _beside(link: str, target: str) -> str:
-    """Where a symbolic link leads: ("a/b.png", "../c.png") -> "c.png"."""
+    """Target of a symbolic link: ("a/b.png", "../c.png") -> "c.png"."""
     return posixpath.normpath(posixpath.join(posixpath.dirname(link), target))
 
 
 def _followed(path: str, members: Container[str], links: Mapping[str, str], most: int = 40) -> str:
-    """The path with links followed, those of its folders too; unchanged where there are none, or too many."""
+    """Resolves the links of a path and of its folders; returns it unchanged where there are none, or too many."""
     at = path
     for _ in range(most):
         if at in members:

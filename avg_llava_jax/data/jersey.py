@@ -1,13 +1,13 @@
-"""`jersey`: team photos drawn on the fly, with questions that need a glance or a close look.
+"""`jersey`, a generated data set: team photos with questions that need coarse or fine granularities.
 
-A scene shows players in rows before their fans. Three kinds of questions, the last two worded alike:
+A scene shows players in rows in front of their fans. There are three kinds of questions, the last two worded alike:
 
-    coarse  the team's colour, the field, the weather: any granularity will do
+    coarse  the team's colour, the field, the weather: any granularity suffices
     fine    the number of the player in orange, the shirt of number 7, in a photo of up to ten small players
-            who stand close: there is much to know in little space
-    near    the same questions about one or two players who fill the picture: a glance is enough
+            who stand close together: many details in a small area
+    near    the same questions about one or two players who fill the picture: a coarse granularity suffices
 
-Everything follows from (seed, split, index); the splits share no scene.
+A record depends only on (seed, split, index); no two splits share a scene.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ FIELDS = {"grass": (96, 172, 84), "clay": (190, 110, 72), "sand": (224, 204, 150
 SKIES = {"sunny": (126, 190, 245), "cloudy": (168, 176, 186), "rainy": (104, 116, 134), "night": (18, 22, 52)}
 SKINS = ((255, 219, 184), (224, 172, 128), (160, 108, 72), (96, 62, 44))
 
-# Sizes in pixels (width, height): every shape of mosaic, filled exactly, with padding, enlarged and reduced.
+# Sizes in pixels (width, height): every shape of mosaic, without and with padding, enlarged and reduced.
 SIZES = (
     (192, 96), (192, 96), (96, 192), (96, 192), (180, 90), (90, 180), (200, 100), (160, 96), (96, 150),
     (288, 96), (100, 300), (180, 190),
@@ -60,7 +60,7 @@ PHRASES = {
     "left": ("Who stands left of {}?", "Which number is left of {}?", "Left of number {} is who?"),
     "right": ("Who stands right of {}?", "Which number is right of {}?", "Right of number {} is who?"),
 }
-ROW_STEP = 0.74  # a row stands so far, in heights of a player, behind the next: shirts stay visible, legs do not
+ROW_STEP = 0.74  # distance between rows in heights of a player: shirts stay visible, legs do not
 INK = (12, 12, 12)
 SKY, FANS = 0.16, 0.34  # shares of the height at which the sky and the stand end
 COARSE = ("team", "field", "weather")
@@ -69,7 +69,7 @@ SPLITS = ("train", "router", "validation", "test")
 
 @dataclasses.dataclass(frozen=True)
 class Player:
-    """Shirt colour, number 0..9, and the feet's centre and height in pixels of the picture."""
+    """A player: shirt colour, number 0..9, row, centre of the feet (x, y) and height in pixels of the picture."""
 
     shirt: str
     number: int
@@ -82,7 +82,7 @@ class Player:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """What there is to see; `size` is (width, height) in pixels."""
+    """The content of a picture; `size` is (width, height) in pixels."""
 
     size: tuple[int, int]
     near: bool
@@ -95,27 +95,30 @@ class Scene:
 
 @dataclasses.dataclass(frozen=True)
 class SceneImage:
-    """A picture that is drawn when it is loaded; offers what every image reference offers."""
+    """A picture that is drawn when it is loaded, with the interface of `images.ImageRef`."""
 
     scene: Scene
     name: str
 
     @property
     def size(self) -> tuple[int, int]:
+        """Size (width, height) in pixels."""
         return self.scene.size
 
     def load(self) -> Image.Image:
+        """Draws the RGB picture."""
         return draw(self.scene)
 
     def digest(self) -> bytes:
-        """Of what is drawn, which decides the pixels."""
+        """Digest of the scene, which determines the pixels."""
         return hashlib.sha256(repr(self.scene).encode()).digest()
 
 
 def make_scene(rng: random.Random, near: bool, crowd: bool = False) -> Scene:
-    """Compose a scene: who stands where, in what shirt.
+    """Composes a scene: positions, shirts and numbers of the players.
 
-    Colours and numbers are distinct within it, but in a crowd: players all over the picture, to learn to read by.
+    Colours and numbers are distinct within a scene, except in a `crowd`, which fills the picture with players for phase
+    `grounding`.
     """
     width, height = rng.choice(SIZES)
     if crowd:
@@ -167,7 +170,7 @@ def make_scene(rng: random.Random, near: bool, crowd: bool = False) -> Scene:
 
 
 def words(scene: Scene) -> list[dict[str, Any]]:
-    """What stands where, for phase `grounding`: boxes (x0, y0, x1, y1) in pixels, later ones in front."""
+    """Boxes of the shirts for phase `grounding`, (x0, y0, x1, y1) in pixels, later ones in front, with their text."""
     width, height = scene.size
     sky, fans = SKY * height, FANS * height
     named = [
@@ -188,7 +191,7 @@ def _font(pixels: int) -> ImageFont.FreeTypeFont:
 
 
 def draw(scene: Scene) -> Image.Image:
-    """The scene as an RGB picture, drawn at twice its size and reduced, so that edges are smooth."""
+    """Draws the scene as an RGB picture, at twice its size and then reduced for smooth edges."""
     width, height = (2 * side for side in scene.size)
     rng = random.Random(scene.grain)
     image = Image.new("RGB", (width, height), FIELDS[scene.field])
@@ -225,7 +228,7 @@ def _weather(pen: ImageDraw.ImageDraw, rng: random.Random, weather: str, width: 
 
 
 def _player(pen: ImageDraw.ImageDraw, player: Player, team: tuple[int, int, int]) -> None:
-    """One player, feet at (x, y); all lengths are shares of the height, doubled for the drawing's scale."""
+    """Draws one player, feet at (x, y); all lengths are shares of the height, doubled for the drawing's scale."""
     unit, x, foot = 2 * player.height, 2 * player.x, 2 * player.y
 
     def box(left: float, top: float, right: float, bottom: float) -> tuple[float, float, float, float]:
@@ -246,7 +249,7 @@ def _player(pen: ImageDraw.ImageDraw, player: Player, team: tuple[int, int, int]
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """`fact` names what the answer gives away, so that two turns of one conversation never overlap."""
+    """A question and its answer. `fact` names what the answer reveals: no two turns of a conversation share one."""
 
     kind: str
     text: str
@@ -255,9 +258,9 @@ class Question:
 
 
 def questions(scene: Scene, rng: random.Random, coarse: bool, neighbours: int = 0) -> list[Question]:
-    """The questions of one sort that the scene can answer, shuffled, one phrasing each.
+    """The coarse or the detailed questions that the scene can answer, shuffled, one phrasing each.
 
-    neighbours: how many of them ask who stands beside somebody, at most.
+    neighbours: largest number of questions that ask who stands beside a player.
     """
     found = []
 
@@ -285,9 +288,9 @@ def questions(scene: Scene, rng: random.Random, coarse: bool, neighbours: int = 
 
 
 def roster(scene: Scene, rng: random.Random) -> Question:
-    """Every player in order, row by row from the back, shirt first or number first: "red 7 blue 3".
+    """A question for the list of all players, row by row from the back, shirt or number first: "red 7 blue 3".
 
-    Teaches to look one up by the other, and who stands beside whom.
+    It trains the lookup of a shirt by its number, of a number by its shirt, and of neighbours.
     """
     way = rng.choice(("list right", "list left"))
     players = sorted(scene.players, key=lambda player: (player.row, player.x if way == "list right" else -player.x))
@@ -303,14 +306,16 @@ class Jersey:
     """A random-access source of records in the LLaVA form (`id, images, conversations, kind`).
 
     split       train (the model), router (phase two), validation, test: disjoint scenes
-    turns       questions about one picture in a conversation
+    turns       largest number of questions about one picture in a conversation
     near        share of pictures with one or two players
-    crowd       share of pictures with more players than one can ask about, for phase `grounding`
-    coarse      share of coarse questions, as long as there are any
-    roster      share of the conversations that instead list the players, shirt and number, in order
-    neighbours  at most so many questions of a picture ask who stands beside whom. None by default: they are
-                hard for another reason than detail, and the shipped model has not learnt to answer them
-    paired      single questions in threes, coarse, fine and near, two of them about the same picture
+    crowd       share of pictures with too many players for detailed questions, for phase `grounding`
+    coarse      share of coarse questions, as long as any are left
+    roster      share of conversations that list the players, shirt and number, in order instead
+    neighbours  largest number of questions per picture about who stands beside whom. Default 0: they are hard
+                for other reasons than detail, and the shipped model was not trained to answer them
+    paired      single questions in triples, coarse, fine and near, two of them about the same picture
+
+    Raises ValueError for an unknown split, IndexError for an index outside 0..size-1.
     """
 
     split: str = "train"
@@ -360,8 +365,8 @@ class Jersey:
     def _paired(self, index: int) -> tuple[str, list[Question], Scene]:
         """The picture's name, one question, and the scene.
 
-        Three records have two pictures, a team and a near one; the coarse question goes to the team in
-        even threes and to the near one in odd threes.
+        Each triple of records has two pictures, a team and a near one. The coarse question is about the
+        team in even triples and about the near picture in odd ones.
         """
         three, kind = divmod(index, 3)
         near = (three % 2 == 1, False, True)[kind]
@@ -379,7 +384,7 @@ class Jersey:
 
 
 def write(source: Jersey, count: int, folder: str | Path) -> Path:
-    """Write the first `count` records as LLaVA JSON + PNG; returns the path of the JSON file."""
+    """Writes the first `count` records as LLaVA JSON and PNG files; returns the path of the JSON file."""
     folder = Path(folder)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     records = []

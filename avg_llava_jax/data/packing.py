@@ -1,8 +1,8 @@
-"""Samples of any make-up become one batch of fixed-shape integer arrays.
+"""Packing: samples with any number of images and turns become one batch of fixed-shape integer arrays.
 
 The device holds, for each sample, three tables: the embeddings of its text (L rows), the pyramids
-of its tile slots (T*R rows) and one newline row. `index` says for each packed position which row of
-their concatenation stands there, so a granularity is packed by one gather:
+of its tile slots (T*R rows) and one newline row. `index` gives, for each packed position, a row of
+their concatenation, so one gather packs a granularity:
 
     row j < L              text token j (placeholders are not text)
     row L + slot*R + r     pyramid row r of a tile slot; r = offset of the granularity + cell
@@ -18,12 +18,12 @@ so R = 7. Ids `7 8 IMAGE 9 5 2`, labels on `5 2`; an image with a mosaic of one 
                7 8   tile 0       t1 t1 nl t1 t1 nl   9 5 2
                                                           target_at  12 13    length  15
 
-Newline is row 6 + 2*7 = 20. `target_at` is the packed position *before* a target: the one whose
-output predicts it.
+The newline is row 6 + 2*7 = 20. `target_at` is the packed position *before* a target: the output
+there predicts the target.
 
-Truncation, per granularity: a sequence ends at `config.language.max_length`; where that falls inside
-an image's tokens it ends before that image. What follows is dropped, so a sequence never holds a
-part of an image. At a coarser granularity more of a sample may remain.
+Truncation, per granularity: a sequence ends at `config.language.max_length`; if that is inside an
+image's tokens, it ends before that image. The rest is dropped, so a sequence never holds part of an
+image. A coarser granularity may keep more of a sample.
 """
 
 from __future__ import annotations
@@ -43,18 +43,20 @@ from avg_llava_jax.data.grounding import WORDS, Words, patch_words
 from avg_llava_jax.data.images import ImageRef
 from avg_llava_jax.data.tiles import Size, make_tiles, tile_count
 
-# Shares of the largest possible visual length (no padding anywhere). With the default pinpoints
-# 16:9 pictures need .67, 4:3 ones .79, square ones .98; text alone needs none.
+# Shares of the largest possible visual length (no padding in any tile). With the default pinpoints
+# 16:9 pictures need .67, 4:3 ones .79, square ones .98; text-only samples need 0.
 FILLS = (0.0, 0.6, 0.8, 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """A tokenized conversation and its images, which are not loaded.
+    """A tokenized conversation and references to its images.
 
     sizes: (width, height) of each image after EXIF rotation, in the order of the placeholders.
-    kind: what sort of question it is, for evaluation; free text.
-    words: boxes of the first image and the tokens they are named by, see `grounding`.
+    kind: category of the question, for evaluation; free text.
+    words: boxes of the first image and the token ids of their content, see `grounding`.
+
+    Raises BadSample `image_count` where placeholders, images and sizes differ in number.
     """
 
     id: str
@@ -74,7 +76,7 @@ class Sample:
 
 
 def make_sample(id: str, tokens: Tokens, images: Sequence[ImageRef] = (), kind: str | None = None) -> Sample:
-    """A sample with its images' sizes read from their headers."""
+    """A sample whose image sizes are read from the headers; raises BadSample as `ImageRef.size`."""
     return Sample(id, tokens, tuple(image.size for image in images), tuple(images), kind)
 
 
@@ -82,7 +84,7 @@ def make_sample(id: str, tokens: Tokens, images: Sequence[ImageRef] = (), kind: 
 class Shape:
     """Static sizes of a batch: tile slots T, image slots I, text tokens L, answer tokens A.
 
-    fill: the share of the largest visual length of T tiles that is reserved, in [0, 1].
+    fill: share of the largest visual length of T tiles that is reserved, in [0, 1].
     """
 
     tiles: int
@@ -92,7 +94,7 @@ class Shape:
     fill: float
 
     def length(self, config: ModelConfig, granularity: int) -> int:
-        """S: packed length at one granularity, at most `max_length`."""
+        """S, the packed length at one granularity, at most `max_length`."""
         return min(self.text + self.visual(config, granularity), config.language.max_length)
 
     def visual(self, config: ModelConfig, granularity: int) -> int:
@@ -104,9 +106,9 @@ def shape_of(sample: Sample, config: ModelConfig, granularities: Sequence[int] |
     """The smallest shape of the ladder that holds a sample at all these granularities (default: all).
 
     The ladder: T in 1..6, 8, 12, 16, 24, ...; I and L powers of two (L from 16, at most
-    `max_length`); A a quarter of L or all of it; fill in FILLS. With the default pinpoints, at most
-    one image a sample and texts up to 512 that is at most 6 L x 2 A x (1 + 3 T x 3 fills) = 120
-    shapes, of which a data set uses a handful; `merge` joins them where that is still too many.
+    `max_length`); A is L / 4 or L; fill in FILLS. With the default pinpoints, at most one image per
+    sample and texts up to 512 tokens, it has at most 6 L x 2 A x (1 + 3 T x 3 fills) = 120 shapes;
+    a data set uses a handful of them, and `merge` reduces their number further.
     """
     granularities = config.granularities if granularities is None else granularities
     limit = config.language.max_length
@@ -142,24 +144,24 @@ def close_shape(sample: Sample, config: ModelConfig, granularities: Sequence[int
 
 
 def merge(shapes: Iterable[Shape]) -> Shape:
-    """The smallest shape that holds what each of them holds."""
+    """The smallest shape that is at least as large as each of `shapes`."""
     rows = [dataclasses.astuple(shape) for shape in shapes]
     return Shape(*(max(column) for column in zip(*rows, strict=True)))
 
 
 def packed_length(sample: Sample, config: ModelConfig, granularity: int) -> int:
-    """Text, visual tokens and newlines of a whole sample, before truncation."""
+    """Number of text tokens, visual tokens and newlines of a sample before truncation."""
     return len(sample.tokens.ids) - len(sample.sizes) + _visual(sample, config, granularity)
 
 
 def labels_left(sample: Sample, config: ModelConfig, granularity: int) -> int:
-    """Answer tokens that truncation leaves at a granularity."""
+    """Number of answer tokens that remain after truncation at a granularity."""
     placed = _place(_layout(sample), sample.sizes, config, [granularity] * len(sample.sizes))
     return int(np.count_nonzero(_target_at(_layout(sample), placed) >= 0))
 
 
 def check_labels(sample: Sample, config: ModelConfig, granularities: Sequence[int]) -> None:
-    """Raises BadSample `no_label_left` where truncation leaves no answer token at one of them."""
+    """Raises BadSample `no_label_left` where truncation leaves no answer token at one of the granularities."""
     for granularity in sorted(granularities, reverse=True):
         if not labels_left(sample, config, granularity):
             need, limit = packed_length(sample, config, granularity), config.language.max_length
@@ -170,9 +172,9 @@ def check_labels(sample: Sample, config: ModelConfig, granularities: Sequence[in
 
 
 def load_tiles(sample: Sample, config: ModelConfig) -> np.ndarray:
-    """Decodes the images: uint8 (t, H, W, 3), the tiles of all of them one after another.
+    """Decodes the images of a sample: uint8 (t, H, W, 3), their tiles concatenated.
 
-    Raises BadSample where an image cannot be read or is not of the size that its header said.
+    Raises BadSample where an image cannot be read, or its pixels differ from the size in its header.
     """
     side = config.vision.image_size
     parts = [np.zeros((0, side, side, 3), np.uint8)]
@@ -191,10 +193,10 @@ def collate(
     granularities: Sequence[int] | None = None,
     tiles: Sequence[np.ndarray] | None = None,
 ) -> dict[str, np.ndarray | dict[int, np.ndarray]]:
-    """A batch; B samples, sizes from `shape`.
+    """Builds a batch of B samples with the static sizes of `shape`.
 
-    granularities: which to build `index` for; default all of the model's.
-    tiles: of each sample an array (t, ...) of its tiles, if not what `load_tiles` gives.
+    granularities: those to build `index` for; default all of the model's.
+    tiles: for each sample an array (t, ...) of its tiles; default `load_tiles`.
 
     pixels       uint8 (B,T,H,W,3)   zero where there is no tile
     tile_image   int32 (B,T)         ordinal within the sample of the slot's image, -1 empty
@@ -247,7 +249,7 @@ def collate(
 
 
 def collate_words(samples: Sequence[Sample], tiles: int, config: ModelConfig) -> np.ndarray:
-    """What the patches of each sample's first image should name: int32 (B, T, P, WORDS), T = `tiles`, -1 = nothing."""
+    """Target token ids of the patches of each sample's first image: int32 (B, T, P, WORDS), T = `tiles`, -1 = none."""
     batch = np.full((len(samples), tiles, config.vision.grid**2, WORDS), -1, np.int32)
     for row, sample in enumerate(samples):
         if sample.words and sample.sizes:
@@ -257,10 +259,12 @@ def collate_words(samples: Sequence[Sample], tiles: int, config: ModelConfig) ->
 
 
 def prompt_index(sample: Sample, shape: Shape, config: ModelConfig, choice: Sequence[int]) -> tuple[np.ndarray, int]:
-    """Packs a prompt whose images have a granularity each: index int32 (S,) and its packed length.
+    """Packs a prompt with one granularity per image: its index, int32 (S,), and its packed length.
 
-    S is `shape.length` at the finest of the choice (the coarsest of the model without images). A
-    prompt is never cut, since it would lose its question: ValueError where it exceeds `max_length`.
+    S is `shape.length` at the finest granularity of `choice`, or at the model's coarsest without images.
+
+    Raises ValueError where the prompt exceeds `max_length` (it is never truncated: it would lose its
+    question) or does not fit the shape, or `choice` has another length than the images.
     """
     if len(choice) != len(sample.sizes):
         raise ValueError(f"{len(choice)} granularities for {len(sample.sizes)} images")
@@ -281,10 +285,10 @@ def prompt_index(sample: Sample, shape: Shape, config: ModelConfig, choice: Sequ
 
 @dataclasses.dataclass(frozen=True)
 class _Layout:
-    """A sample's text without placeholders, and where its images stand.
+    """A sample's text without placeholders, and the positions of its images.
 
-    text, labels: int32 (n,). before: int (images,), text tokens before each image.
-    images_before: int (n,), images before each text token.
+    text, labels: int32 (n,). before: int (images,), number of text tokens before each image.
+    images_before: int (n,), number of images before each text token.
     """
 
     text: np.ndarray
@@ -297,8 +301,8 @@ class _Layout:
 class _Placed:
     """Packed positions at one choice of granularities.
 
-    text_at: position of each text token; image_at: of each image's first token; visual: each
-    image's index from `visual_index`; length: packed length after truncation.
+    text_at: int (n,), position of each text token. image_at: int (images,), position of each image's
+    first token. visual: `visual_index` of each image. length: packed length after truncation.
     """
 
     text_at: np.ndarray
@@ -339,7 +343,7 @@ def _place(
 
 
 def _fill(row: np.ndarray, placed: _Placed, first: Sequence[int], shape: Shape, config: ModelConfig) -> None:
-    """Writes the rows of one packed sequence."""
+    """Writes the index of one packed sequence into `row`, int32 (S,)."""
     stride = config.pyramid_rows
     newline = shape.text + shape.tiles * stride
     kept = int(np.searchsorted(placed.text_at, placed.length))
@@ -350,13 +354,13 @@ def _fill(row: np.ndarray, placed: _Placed, first: Sequence[int], shape: Shape, 
 
 
 def _target_at(layout: _Layout, placed: _Placed) -> np.ndarray:
-    """Position before each labelled token, -1 where the token is cut off or begins the sequence."""
+    """Position before each labelled token, -1 where the token is truncated or is the first of the sequence."""
     at = placed.text_at[layout.labels != IGNORE]
     return np.where(at < placed.length, at - 1, -1)
 
 
 def _first_slots(sample: Sample, shape: Shape, config: ModelConfig) -> list[int]:
-    """The tile slot at which each image begins; images lie one after another."""
+    """First tile slot of each image; images occupy consecutive slots."""
     _fits(sample, "images", len(sample.sizes), shape.images)
     ends = np.cumsum([0] + [tile_count(size, config) for size in sample.sizes])
     _fits(sample, "tiles", int(ends[-1]), shape.tiles)
@@ -365,7 +369,7 @@ def _first_slots(sample: Sample, shape: Shape, config: ModelConfig) -> list[int]
 
 def _fits(sample: Sample, what: str, need: int, room: int) -> None:
     if need > room:
-        raise ValueError(f"sample {sample.id} has {need} {what}, its shape has room for {room}")
+        raise ValueError(f"sample {sample.id} has {need} {what}, more than the {room} of its shape: use a larger shape")
 
 
 def _visual(sample: Sample, config: ModelConfig, granularity: int) -> int:
@@ -374,7 +378,7 @@ def _visual(sample: Sample, config: ModelConfig, granularity: int) -> int:
 
 @functools.lru_cache(maxsize=256)
 def _tile_bound(config: ModelConfig, granularity: int) -> int:
-    """Most packed tokens one tile can cause: its cells and a newline for each row of them."""
+    """Upper bound of the packed tokens of one tile: its cells, and a newline for each row of cells."""
     rows = {rows * columns: rows for rows, columns in config.grids}
     return granularity + rows[granularity]
 

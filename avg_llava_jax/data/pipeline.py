@@ -1,16 +1,16 @@
-"""Batches by number: every batch is a function of (data, seed, number), and of nothing that came before.
+"""Batches by number: a batch depends only on (data, seed, number), not on the batches before it.
 
-Grain decides the order of the records: shuffled anew each epoch, mixed by weight. Batches are planned
-a window at a time. The samples of a window are measured (text tokenized, image headers read), sorted
-by shape, cut into batches, and the batches shuffled; so a batch holds samples of like size, and each
-record is used once an epoch. Only then are the images decoded, by each process for its own rows.
+Grain sets the order of the records: reshuffled each epoch, mixed by weight. Batches are planned one
+window at a time. The samples of a window are measured (text tokenized, image headers read), sorted
+by shape and split into batches, and the batches are shuffled. So the samples of a batch have similar
+sizes, and each record is used once per epoch. Each process then decodes the images of its own rows.
 
     window w      records w*K*B .. (w+1)*K*B - 1, in Grain's order
     batch b       the (b mod K)-th, in shuffled order, of window b // K
-    a process     the rows of each batch that lie on its devices
+    a process     the rows of each batch that its devices hold
 
-The position of a pipeline is therefore one number, the next batch: it can be resumed with another
-number of workers, and on another number of processes.
+The position of a pipeline is one number, the next batch, so a run can resume with another number of
+workers or processes.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ from avg_llava_jax.data.sources import Part, read_sample
 from avg_llava_jax.data.tokenizer import Tokenizer
 
 WINDOW = 16
-"""K: batches planned together. More means less padding and a longer wait for the first batch."""
+"""K, batches per window. A larger window means less padding and a longer wait for the first batch."""
 
 SURVEY = 512
-"""Records measured beforehand to choose the batch shapes of a run."""
+"""Records that are measured at the start of a run to choose its batch shapes."""
 
 EMPTY = Sample("", Tokens([], []))
-"""Fills a row that has no sample: no image, no text, no label; it adds nothing to any loss."""
+"""Sample of an empty row: no image, no text, no label; it adds nothing to any loss."""
 
 Batch = dict[str, Any]
 
 
 class Skipped(NamedTuple):
-    """A record that could not be used. record: `path#number`; the id in it need not be unique."""
+    """A record that could not be used. record: `path#number`, which is unique; the id in the record need not be."""
 
     record: str
     id: str
@@ -60,7 +60,7 @@ class Skipped(NamedTuple):
 
 
 class Member(NamedTuple):
-    """A sample, and the record it is made from: `path#number`."""
+    """A sample and its record, `path#number`."""
 
     record: str
     sample: Sample
@@ -68,7 +68,7 @@ class Member(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Window:
-    """Members of each batch, in the order in which the batches come; and who was left out."""
+    """Members of each batch of a window, in the order of the batches, and the records that were skipped."""
 
     batches: list[list[Member]]
     skipped: list[Skipped]
@@ -80,14 +80,14 @@ class PlannedBatches:
 
     parts: the sources and their weights.
     batch_size: B, over all processes.
-    shapes: at most so many batch shapes, as far as the survey saw them; each is compiled once.
-    words: add `patch_words` for phase `grounding`.
-    feedback: stored answers by what was asked; adds `nll` float32 (rows, G) to the batch, NaN in an empty row, and
-        where features were kept `features` (rows, T, P, D) in place of `pixels`. A record without an answer is skipped.
-    rows: which rows of each batch are read, ascending; None = all of them.
-    kept: of each part the numbers of the records that are used, ascending; None = all of them.
-    once: every record once, in order and without mixing by weight, and then the end; for validation.
-    shapes_of: batches whose shapes are taken over.
+    shapes: largest number of batch shapes for the surveyed records; each is compiled once.
+    words: adds `patch_words` for phase `grounding`.
+    feedback: stored feedback by `asked`; adds `nll` float32 (rows, G) to the batch, NaN in an empty row, and, where
+        features are stored, `features` (rows, T, P, D) in place of `pixels`. A record without feedback is skipped.
+    rows: rows of each batch that this process reads, ascending; None = all.
+    kept: for each part the numbers of the records that are used, ascending; None = all.
+    once: yields every record once, in order and without mixing by weight, then ends; for validation.
+    shapes_of: batches whose shapes are reused.
     """
 
     parts: Sequence[Part]
@@ -107,19 +107,19 @@ class PlannedBatches:
     def __len__(self) -> int:
         if self.once:
             return math.ceil(sum(self.sizes) / self.batch_size)
-        return 2**40  # no end: epochs follow one another
+        return 2**40  # endless: one epoch follows another
 
     @property
     def sizes(self) -> list[int]:
-        """How many records are used of each part."""
+        """Number of records used of each part."""
         return [len(part.source) if self.kept is None else len(self.kept[at]) for at, part in enumerate(self.parts)]
 
     def __getitem__(self, number: int) -> Batch:
-        """Batch `number`: what `collate_rows` gives for this process's rows, and
+        """Batch `number`: the arrays of `collate_rows` for this process's rows, and
 
-        records  the record of each row, `path#number`, "" for an empty row; ids need not be unique, nor be there
-        skipped  list of Skipped: what planning left out, spread evenly over the batches of a window and there
-                 over the rows, so that one process reports it; and which of these rows cannot be read
+        records  the record of each row, `path#number`, "" for an empty row; ids may repeat or be missing
+        skipped  list of Skipped: records that planning skipped, distributed evenly over the batches of a window and
+                 their rows, so that exactly one process reports each; and rows of this process that cannot be read
         """
         window = self._window(number // WINDOW)
         members = window.batches[number % WINDOW]
@@ -143,45 +143,45 @@ class PlannedBatches:
         return {**batch, "records": records, "skipped": skipped}
 
     def rows_of(self, number: int) -> list[Member]:
-        """What stands in this process's rows of batch `number`, the first rows; nothing is decoded."""
+        """Members of this process's rows of batch `number`, without trailing empty rows; decodes nothing."""
         members = self._window(number // WINDOW).batches[number % WINDOW]
         rows = range(self.batch_size) if self.rows is None else self.rows
         return [members[at] for at in rows if at < len(members)]
 
     def first(self, count: int) -> Iterator[Member]:
-        """The records with which the run starts, in Grain's order, without those that cannot be used."""
+        """The usable ones of the first `count` records, in Grain's order."""
         for at in range(min(count, sum(self.sizes)) if self.once else count):
             member = self._read(at)
             if isinstance(member, Member):
                 yield member
 
     def _tiles(self, sample: Sample, stored: Stored) -> np.ndarray:
-        """Of all images of a sample: pixels, or the features that are stored."""
+        """Tiles of a sample: its pixels, or its stored features."""
         return load_tiles(sample, self.config) if stored.features is None else stored.features
 
     def _stored(self, sample: Sample) -> Stored:
-        """The stored answers to a sample.
+        """Stored feedback of a sample.
 
         Raises:
-          BadSample: there are none.
+          BadSample: `no_feedback`.
         """
         try:
             return self.feedback[asked(sample)]
         except KeyError:
             raise BadSample(
-                "no_feedback", f"sample {sample.id} is not, as it is now, in rglf.feedback: run launch.feedback again"
+                "no_feedback", f"sample {sample.id}, as it is now, is not in rglf.feedback: run launch.feedback again"
             ) from None
 
     @functools.cached_property
     def _nothing(self) -> Stored:
-        """The answers of an empty row."""
+        """Feedback of an empty row."""
         features = None if self.feedback is None else next(iter(self.feedback.values())).features
         nll = np.full(len(self.config.granularities), np.nan, np.float32)
         return Stored(nll, None if features is None else features[:0], "")
 
     @property
     def ladder(self) -> tuple[Shape, ...]:
-        """The batch shapes of this run, cheapest first, by the first SURVEY records. The last holds all of those."""
+        """Batch shapes of this run, cheapest first, chosen by the first SURVEY records; the last one holds them all."""
         return self._survey[0]
 
     @functools.cached_property
@@ -195,7 +195,7 @@ class PlannedBatches:
         return choose_shapes(found, self.shapes, self.config, self.granularities), wide
 
     def _fit(self, samples: Sequence[Sample]) -> Shape:
-        """The cheapest shape of the ladder that holds these samples; where none does, one that is wide.
+        """The cheapest shape of the ladder that holds these samples; where none does, a wide shape.
 
         Few of the records that the survey did not see are larger than all that it saw, and those share one more shape.
         """
@@ -208,7 +208,7 @@ class PlannedBatches:
 
     @functools.cached_property
     def _order(self) -> grain.MapDataset:
-        """Pairs of a source and the place of a record among those that are used, without end."""
+        """Endless (source, position of a record among those used) pairs."""
         orders = []
         for which, size in enumerate(self.sizes):
             indices = grain.MapDataset.range(size).seed(self.seed + which).shuffle().repeat()
@@ -217,7 +217,7 @@ class PlannedBatches:
 
     @functools.cached_property
     def _pairs(self) -> list[tuple[int, int]]:
-        """Each pair once, in order."""
+        """Each (source, position) pair once, in order."""
         return [(which, index) for which, size in enumerate(self.sizes) for index in range(size)]
 
     @functools.cached_property
@@ -225,7 +225,7 @@ class PlannedBatches:
         return collections.OrderedDict()
 
     def _read(self, at: int) -> Member | Skipped:
-        """The record at a place of Grain's order."""
+        """The record at a position of Grain's order."""
         pair = self._pairs[at] if self.once else self._order[at]
         which, index = (int(number) for number in pair)
         index = index if self.kept is None else int(self.kept[which][index])
@@ -248,9 +248,9 @@ class PlannedBatches:
         start, end = (number * WINDOW * self.batch_size for number in (window, window + 1))
         read = [self._read(at) for at in range(start, min(end, sum(self.sizes)) if self.once else end)]
         members = [one for one in read if isinstance(one, Member)]
-        # Stable: samples of like shape stay in Grain's order.
+        # A stable sort: samples of the same shape stay in Grain's order.
         members.sort(key=lambda member: _cost(self._fit([member.sample]), self.config, self.granularities))
-        # Where some were left out every batch is a little short, rather than one of them empty.
+        # Skipped records shorten every batch a little, instead of emptying one.
         ends = [len(members) * number // count for number in range(count + 1)]
         batches = [members[start:end] for start, end in itertools.pairwise(ends)]
         random.Random(f"{self.seed}/{window}").shuffle(batches)
@@ -258,15 +258,15 @@ class PlannedBatches:
 
 
 def hold_out(count: int, share: float) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers of `count` records, ascending: those to train on, and a share that is held out, the same in every run.
+    """Splits `count` records into training and held-out numbers, int (n,) each, ascending, the same in every run.
 
     Raises:
-      ValueError: too few records.
+      ValueError: the share leaves no record to train on.
     """
     held = max(1, round(share * count))
     if held >= count:
         raise ValueError(f"data.validation={share} of {count} records leaves none to train on")
-    order = np.random.RandomState(0).permutation(count)  # a generator whose numbers NumPy keeps for ever
+    order = np.random.RandomState(0).permutation(count)  # NumPy never changes this generator's numbers
     return np.sort(order[held:]), np.sort(order[:held])
 
 
@@ -275,7 +275,7 @@ def _pair(source: int, index: int) -> tuple[int, int]:
 
 
 def _cost(shape: Shape, config: ModelConfig, granularities: Sequence[int]) -> tuple[float, ...]:
-    """What a sample of this shape costs, about: tokens through the encoder, and through the language model."""
+    """Approximate cost of a sample of this shape: tokens through the encoder, and through the language model."""
     encoder = shape.tiles * config.vision.grid**2 * config.vision.used_layers * config.vision.width**2
     length = sum(shape.length(config, granularity) for granularity in granularities)
     return (encoder + length * config.language.layers * config.language.width**2, *dataclasses.astuple(shape))
@@ -294,9 +294,9 @@ def collate_rows(
     """The arrays of a training batch: those of `packing.collate`, and
 
     visual       int32 (rows, I, G)         visual tokens of each image at each of `granularities`, 0 = no such image
-    patch_words  int32 (rows, T, P, WORDS)  where `words` is asked for
-    nll          float32 (rows, G)          where feedback is `stored`, NaN = none
-    features     (rows, T, P, D)            instead of `pixels`, where these are stored too: `tiles` holds them
+    patch_words  int32 (rows, T, P, WORDS)  if `words`
+    nll          float32 (rows, G)          if feedback is `stored`, NaN = none
+    features     (rows, T, P, D)            in place of `pixels`, if features are stored: `tiles` holds them
     """
     batch = collate(samples, shape, config, granularities, tiles)
     batch["visual"] = np.zeros((len(samples), shape.images, len(granularities)), np.int32)
@@ -315,10 +315,12 @@ def collate_rows(
 def choose_shapes(
     found: dict[Shape, int], limit: int, config: ModelConfig, granularities: Sequence[int]
 ) -> tuple[Shape, ...]:
-    """At most `limit` shapes, cheapest first, so that each one found fits one of them with little padding.
+    """Chooses at most `limit` shapes, cheapest first, such that each shape in `found` fits one with little padding.
 
-    found: how often each shape occurs. Starting from all of them, those two are merged that cost the
-    least more, until few enough are left. The last is the merge of all, so that a batch of any samples fits.
+    found: number of occurrences of each shape. Starting from all shapes, the pair whose merge adds the
+    least cost is merged until `limit` are left. The last is the merge of all, so any batch fits.
+
+    Raises ValueError where `limit` is below 1.
     """
     if limit < 1:
         raise ValueError(f"data.shapes={limit}: at least one shape is needed")
@@ -347,9 +349,9 @@ def choose_shapes(
 
 
 class Batches:
-    """An endless iterator over `PlannedBatches`, read ahead by a thread or by worker processes.
+    """An endless iterator over `PlannedBatches`; a thread or worker processes prefetch.
 
-    Its state is {"next_batch": n}; setting it starts the reading anew from there.
+    Its state is {"next_batch": n}; `set_state` resumes there.
     """
 
     def __init__(self, planned: PlannedBatches, workers: int = 0):
@@ -368,9 +370,9 @@ class Batches:
         return batch
 
     def _dataset(self, start: int) -> grain.IterDataset:
-        _ = self.planned.ladder  # before it goes to the workers, which then need not survey as well
+        _ = self.planned.ladder  # computed before the workers copy it, so that they do not survey again
         batches = grain.MapDataset.source(self.planned).slice(slice(start, None))
-        # One thread: windows are planned once each, and Python code gains nothing from more.
+        # One thread: each window is planned once, and Python code gains nothing from more threads.
         read = batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
         if not self.workers:
             return read
@@ -379,14 +381,16 @@ class Batches:
         return read.mp_prefetch(grain.MultiprocessingOptions(self.workers, per_worker_buffer_size=2))
 
     def get_state(self) -> dict[str, int]:
+        """Position of the iterator: {"next_batch": n}."""
         return {"next_batch": self._next}
 
     def set_state(self, state: dict[str, int]) -> None:
+        """Resume at a position that `get_state` returned."""
         self.close()
         self._next = int(state["next_batch"])
 
     def close(self) -> None:
-        """Stop reading ahead."""
+        """Stop prefetching."""
         iterator, self._iterator = self._iterator, None
         if iterator is not None and hasattr(iterator, "close"):
             iterator.close()

@@ -1,6 +1,6 @@
-"""A sentencepiece tokenizer.model as tokenizer.json, which every version of the transformers library reads alike.
+"""Converts a sentencepiece tokenizer.model to tokenizer.json, which every transformers version reads alike.
 
-From a tokenizer.model the library builds one tokenizer or another, by its version and by the model it belongs to.
+Which tokenizer the library builds from a tokenizer.model depends on its version and on the model's type.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ BPE, NORMAL, UNKNOWN = 2, 1, 2  # of sentencepiece_model.proto: a model type, an
 def write_tokenizer_json(folder: Path, special_tokens: dict[str, int], legacy: bool) -> None:
     """Write `folder`/tokenizer.json from its tokenizer.model.
 
-    A piece's score says when it is merged, so every way to cut it in two pieces is a merge of that rank.
+    A piece's score is the rank of its merge, so every split of it into two pieces is a merge of that rank.
 
     special_tokens: text -> id, those of tokenizer.model and those added to it. legacy: every text between special
     tokens begins with a word boundary, not only the first; see `tokenizer`.
 
     Raises:
-      ValueError: tokenizer.model is not of the Llama family's kind; says in what.
+      ValueError: tokenizer.model is not a Llama-style BPE model without normalisation, or the ids of added tokens
+        leave a gap.
     """
     from sentencepiece import sentencepiece_model_pb2
 

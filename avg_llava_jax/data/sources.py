@@ -1,9 +1,9 @@
-"""Where records come from: LLaVA JSON or JSONL files, and `jersey`, which draws its own.
+"""Sources of records: LLaVA JSON or JSONL files, and the generated data set `jersey`.
 
-A record is a dict `id, conversations` and `image` (a name) or `images` (a list of names), or neither. One of the two
-that is null or empty says nothing, so the other counts; where both name images, the names must be the same. `kind` is
-free. Names are looked up in a folder, a zip or a tar. A source reads one record at a time: of a file only the places of
-its records are held, so a million of them cost 16 MB.
+A record is a dict `id, conversations` and `image` (a name) or `images` (a list of names), or neither. A null or empty
+one of the two is ignored; if both name images, the names must be the same. `kind` is free text. Names are looked up in
+a folder, a zip or a tar. A source reads one record at a time: it holds only the byte offsets of a file's records, 16 MB
+per million.
 
 A data set is one source, or several with weights:
 
@@ -38,7 +38,7 @@ Record = dict[str, Any]
 
 
 class Source(Protocol):
-    """Records by number. `images` of a record are references; a record that cannot be used raises BadSample."""
+    """Random access to records. `images` of a record are references; a record that cannot be used raises BadSample."""
 
     def __len__(self) -> int: ...
 
@@ -46,22 +46,23 @@ class Source(Protocol):
 
 
 class Part(NamedTuple):
-    """A source of a mixture: what it was opened by, and its weight."""
+    """One source of a mixture, the path that opened it, and its weight."""
 
     path: str
     source: Source
     weight: float
 
     def id(self, index: int) -> str:
-        """The id of a record that may not be usable; its number where it has none."""
+        """Id of a record, usable or not; its number where it has none."""
         return self.source.id(index) if isinstance(self.source, LlavaJson) else str(index)
 
 
 class LlavaJson:
-    """A LLaVA JSON (one list) or JSONL file (one object a line), by its ending.
+    """A LLaVA JSON (one list) or JSONL file (one object per line), by its suffix.
 
     Raises:
-      FileNotFoundError, ValueError: no such file, or one that is not a list of objects.
+      FileNotFoundError: the file does not exist.
+      ValueError: the file is not a JSON list, or has no records.
     """
 
     def __init__(self, path: str | os.PathLike, images: str | os.PathLike = "", max_pixels: int = MAX_PIXELS):
@@ -71,7 +72,7 @@ class LlavaJson:
         self.store = ImageStore(images, max_pixels) if images else None
         self._places = _lines(self.path) if self.path.suffix == ".jsonl" else _elements(self.path)
         if not len(self._places):
-            raise ValueError(f"{self.path} has no records")
+            raise ValueError(f"{self.path} has no records: give a file with at least one")
 
     def __len__(self) -> int:
         return len(self._places)
@@ -81,7 +82,7 @@ class LlavaJson:
         return {**record, "id": _id(record, index), "images": self._references(index, record)}
 
     def id(self, index: int) -> str:
-        """The record's id, its number where it has none."""
+        """Id of a record; its number where it has none."""
         try:
             return _id(self._parse(index), index)
         except BadSample:
@@ -99,10 +100,10 @@ class LlavaJson:
         half = b"\\u" in text and half_character(json.dumps(record, ensure_ascii=False))
         if half:
             raise BadSample(
-                "malformed_record", f"record {index} has {half}, half of a surrogate pair, which is no text"
+                "malformed_record", f"record {index} has {half}, half of a surrogate pair: write it as valid UTF-8"
             )
         if not isinstance(record, dict):
-            raise BadSample("malformed_record", f"record {index} is no object")
+            raise BadSample("malformed_record", f"record {index} is not a JSON object")
         return record
 
     def _references(self, index: int, record: Record) -> list[Any]:
@@ -111,25 +112,25 @@ class LlavaJson:
             raise BadSample("malformed_record", f"record {index}: `image` is {one}, `images` is {several}: keep one")
         names = one or several
         if names and self.store is None:
-            raise ValueError(f"{self.path} has images: say where they lie with data.images (a folder, zip or tar)")
+            raise ValueError(f"{self.path} names images: set data.images to their folder, zip or tar")
         return [self.store.ref(name) for name in names]
 
 
 def _id(record: Record, index: int) -> str:
-    """The record's `id`; its number where there is none or null, as a table's export writes it."""
+    """The record's `id`; its number where the id is missing or null, as in exported tables."""
     value = record.get("id")
     return str(index if value is None else value)
 
 
 def _names(value: Any) -> list[Any]:
-    """The images that `image` or `images` names: none where it is null, empty, or the NaN of a table's export."""
+    """Names in `image` or `images`; [] for null, an empty value, or the NaN of an exported table."""
     if value is None or value == "" or value != value:
         return []
     return value if isinstance(value, list) else [value]
 
 
 def _lines(path: Path) -> np.ndarray:
-    """First and last byte of each line that is not blank: int64 (n, 2)."""
+    """Byte range, first and last, of each line that is not blank: int64 (n, 2)."""
     places, at = [], 0
     with open(path, "rb") as file:
         for line in file:
@@ -140,16 +141,16 @@ def _lines(path: Path) -> np.ndarray:
 
 
 def _elements(path: Path) -> np.ndarray:
-    """First and last byte of each element of a JSON list: int64 (n, 2).
+    """Byte range, first and last, of each element of a JSON list: int64 (n, 2).
 
-    Read as Latin-1, a character is a byte, and what is not ASCII stands only inside strings.
+    The file is decoded as Latin-1, one character per byte; JSON allows non-ASCII bytes only inside strings.
     """
     text = path.read_bytes().decode("latin-1").removeprefix("\u00ef\u00bb\u00bf")  # a byte order mark
     skipped = path.stat().st_size - len(text)
     decoder, places = json.JSONDecoder(), []
     at = _blank(text, 0)
     if text[at : at + 1] != "[":
-        raise ValueError(f"{path} is no JSON list; a file with one object a line must be named .jsonl")
+        raise ValueError(f"{path} is not a JSON list; a file with one object per line must be named .jsonl")
     at = _blank(text, at + 1)
     while text[at : at + 1] != "]":
         try:
@@ -166,7 +167,7 @@ def _elements(path: Path) -> np.ndarray:
 
 
 def _blank(text: str, at: int) -> int:
-    """The next place that is not white space."""
+    """Next position that is not white space."""
     while text[at : at + 1] in (" ", "\n", "\r", "\t"):
         at += 1
     return at
@@ -176,7 +177,11 @@ _WEIGHTED = re.compile(r"(?:(?P<weight>\d+\.?\d*|\.\d+)\*)?(?P<path>\S.*)")
 
 
 def open_source(path: str, images: str = "", max_pixels: int = MAX_PIXELS) -> Source:
-    """One source by its path: `jersey`, `jersey?field=value&...` (fields of `Jersey`), or a file."""
+    """Opens one source: `jersey`, `jersey?field=value&...` (fields of `Jersey`), or a file.
+
+    Raises:
+      FileNotFoundError, ValueError: as `LlavaJson`; an unknown field of `Jersey`, or a value of another type.
+    """
     scheme, _, query = path.partition("?")
     if scheme != "jersey":
         return LlavaJson(path, images, max_pixels)
@@ -189,14 +194,18 @@ def open_source(path: str, images: str = "", max_pixels: int = MAX_PIXELS) -> So
         try:
             given[key] = {"true": True, "false": False}[value] if kind is bool else kind(value)
         except (KeyError, ValueError):
-            raise ValueError(f"data.path {path!r}: {key}={value!r} is no {kind.__name__}") from None
+            raise ValueError(f"data.path {path!r}: {key}={value!r} is not of type {kind.__name__}") from None
     return Jersey(**given)
 
 
 def open_sources(path: str, images: str = "", max_pixels: int = MAX_PIXELS) -> list[Part]:
-    """Sources and their weights, from comma-separated paths `[weight*]path` (weight 1 where none is given).
+    """Opens the sources of comma-separated paths `[weight*]path` (default weight 1).
 
-    images: where their images lie; one place for all, or as many as there are paths, in their order.
+    images: folder, zip or tar of the images; one for all paths, or a comma-separated one for each, in their order.
+
+    Raises:
+      FileNotFoundError, ValueError: as `open_source`; no path, another number of image locations than of paths, or a
+        weight that is not greater than 0.
     """
     entries = [_WEIGHTED.fullmatch(entry.strip()) for entry in path.split(",")]
     places = [place.strip() for place in images.split(",")]
@@ -217,10 +226,10 @@ def open_sources(path: str, images: str = "", max_pixels: int = MAX_PIXELS) -> l
 def read_sample(
     source: Source, index: int, tokenizer: Tokenizer, config: ModelConfig, granularities: Sequence[int]
 ) -> Sample:
-    """A record as a tokenized training sample with an answer token left at each of the granularities.
+    """Reads a record as a tokenized training sample that keeps an answer token at each of the granularities.
 
     Raises:
-      BadSample: with the reason.
+      BadSample: the record cannot be used; `reason` says why.
     """
     record = source[index]
     images = record["images"]

@@ -2,7 +2,7 @@
 
     640 x 480, pinpoint 672 x 672, tiles of 336:
 
-    tile 0: the whole image squashed to 336 x 336
+    tile 0: the complete image squashed to 336 x 336
     mosaic: image resized to 672 x 504, pasted at (0, 84) on black
 
         +-----+-----+    rows 0..83 and 588..671 are padding
@@ -11,7 +11,7 @@
         |  3  |  4  |
         +-----+-----+
 
-Without pinpoints an image is its tile 0 alone.
+Without pinpoints, tile 0 is the only tile.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ Size = tuple[int, int]  # (width, height) in pixels
 
 
 def best_resolution(size: Size, pinpoints: Sequence[Size]) -> Size:
-    """The pinpoint that keeps most of the image's pixels; ties by least padding, then the first.
+    """The pinpoint (width, height) that keeps most pixels of the image; ties go to the least padding, then the first.
+
+    Raises ValueError without pinpoints.
 
     >>> best_resolution((500, 375), ((336, 672), (672, 336), (672, 672)))
     (672, 672)
@@ -41,7 +43,7 @@ def best_resolution(size: Size, pinpoints: Sequence[Size]) -> Size:
         scale = min(target_width / width, target_height / height)
         kept = min(int(width * scale) * int(height * scale), width * height)
         rank = (kept, kept - target_width * target_height)
-        # A pinpoint on which nothing of the image is left is never chosen over an earlier one.
+        # A pinpoint that keeps no pixel of the image never wins over an earlier one.
         if best_rank is None or rank > best_rank:
             best, best_rank = (target_width, target_height), rank
     if best is None:
@@ -50,11 +52,11 @@ def best_resolution(size: Size, pinpoints: Sequence[Size]) -> Size:
 
 
 def placement(size: Size, target: Size) -> tuple[int, int, int, int]:
-    """Where the resized image lies on its mosaic: (left, top, width, height) in mosaic pixels.
+    """Position of the resized image on its mosaic: (left, top, width, height) in mosaic pixels.
 
-    One side fills the target, the other is rounded up, so that it is at least one pixel. In floating
-    point, as in the released code, for the pixels to be the same: where 375 * (672 / 500) comes out a
-    hair above 504 the image gets 505 rows, here and so in the un-padding.
+    One side fills the target; the other is rounded up, so it is at least one pixel. The computation
+    uses floating point, as the released code, so that the pixels match: 375 * (672 / 500) is slightly
+    above 504, so the image gets 505 rows, here and in the un-padding.
 
     >>> placement((640, 480), (672, 672))
     (0, 84, 672, 504)
@@ -70,7 +72,7 @@ def placement(size: Size, target: Size) -> tuple[int, int, int, int]:
 
 @functools.lru_cache(maxsize=65536)
 def grid_of(size: Size, config: ModelConfig) -> tuple[int, int]:
-    """(rows, columns) of the high-resolution tiles of an image; (0, 0) without pinpoints."""
+    """Grid (rows, columns) of the high-resolution tiles of an image; (0, 0) without pinpoints."""
     if not config.pinpoints:
         return 0, 0
     width, height = best_resolution(size, config.pinpoints)
@@ -79,10 +81,10 @@ def grid_of(size: Size, config: ModelConfig) -> tuple[int, int]:
 
 
 def mosaic_box(size: Size, config: ModelConfig) -> tuple[float, float, float, float]:
-    """(top, bottom, left, right) of the whole mosaic, padding included, in pixels of the image.
+    """Box (top, bottom, left, right) of the mosaic, padding included, in pixels of the image.
 
-    Without pinpoints it is the image. 640 x 480 on 672 x 672 is resized by 1.05, so the 84 rows of padding are 80 of
-    the image's: (-80, 560, 0, 640).
+    Without pinpoints it is the box of the image. An image of 640 x 480 on 672 x 672 is resized by 1.05, so 84 rows of
+    padding equal 80 rows of the image: (-80, 560, 0, 640).
     """
     width, height = size
     if not config.pinpoints:
@@ -94,7 +96,7 @@ def mosaic_box(size: Size, config: ModelConfig) -> tuple[float, float, float, fl
 
 
 def tile_count(size: Size, config: ModelConfig) -> int:
-    """All tiles of an image, the overview included."""
+    """T, the number of tiles of an image, the overview included."""
     rows, columns = grid_of(size, config)
     return 1 + rows * columns
 
@@ -102,8 +104,8 @@ def tile_count(size: Size, config: ModelConfig) -> int:
 def make_tiles(image: Image.Image, config: ModelConfig) -> np.ndarray:
     """Cuts an RGB image into tiles: uint8 (T, H, W, 3), values not normalised.
 
-    Tile 0 is the whole image squashed to one tile; the rest are the mosaic's tiles, row-major.
-    Both resizes are bicubic and by `images.resized`, so the pixels are those that the released weights saw.
+    Tile 0 is the complete image squashed to one tile; the rest are the mosaic's tiles, row-major.
+    Both resizes are bicubic, by `images.resized`, so the pixels equal those in the training of the released weights.
     """
     side = config.vision.image_size
     overview = np.asarray(resized(image, (side, side)))

@@ -1,13 +1,12 @@
-"""Tokenizers from a folder: tokenizer.json verbatim, or a sentencepiece tokenizer.model.
+"""Tokenizers loaded from a folder: tokenizer.json verbatim, or a sentencepiece tokenizer.model.
 
-No torch, and no conversion: newer libraries rebuild Llama tokenizers when they load them, and then
-the text after a special token no longer becomes the tokens that the weights were trained with
-(`</s>USER` is `US ER` or `_USER`, depending on who reads the file). Both kinds of file are read here
-as they are; for tokenizer.model the `legacy` key of tokenizer_config.json decides, as it did when
-the released weights were trained:
+This module uses neither torch nor a conversion. Newer libraries rebuild Llama tokenizers when they load
+them, and text after a special token then becomes other tokens than in training (`</s>USER` is `US ER` or
+`_USER`, depending on the library). Both kinds of file are read here unchanged. For tokenizer.model the
+`legacy` key of tokenizer_config.json decides, as in the training of the released weights:
 
     legacy true (also when absent)   every piece of text starts with a word boundary
-    legacy false                     only text that does not follow a special token does
+    legacy false                     only text that does not follow a special token starts with one
 """
 
 from __future__ import annotations
@@ -37,13 +36,13 @@ _FILES = (
 
 
 class Tokenizer:
-    """Text to ids and back. Made by `load_tokenizer`.
+    """Text to ids and back; `load_tokenizer` creates it.
 
-    vocab_size: rows an embedding needs, added tokens included.
-    bos_id: None where the model's texts do not begin with one. eos_id; pad_id is never None.
+    vocab_size: number of embedding rows that the ids need, added tokens included.
+    bos_id: None where the model's texts do not begin with BOS. eos_id, pad_id: never None.
     special_tokens: text of each special token -> its id.
-    chat_template: the tokenizer's own Jinja template, or None: of chat_template.jinja, tokenizer_config.json or, as
-        older versions of the transformers library write it for a processor, chat_template.json.
+    chat_template: the tokenizer's own Jinja template, or None: from chat_template.jinja, tokenizer_config.json or
+        chat_template.json, which older versions of the transformers library write for a processor.
     """
 
     def __init__(self, folder: Path, config: dict[str, Any], backend: _JsonBackend | _SentencePieceBackend):
@@ -69,14 +68,14 @@ class Tokenizer:
         return self.special_tokens[text]
 
     def encode(self, text: str, *, after_special: bool = False) -> list[int]:
-        """Ids of plain text, without BOS. Text that spells a special token is still only text.
+        """Ids of plain text, without BOS. Special tokens in the text are not parsed.
 
-        after_special: the text follows a special token other than BOS; see the head of this file.
+        after_special: the text follows a special token other than BOS; see this module's docstring.
         """
         return self._backend.encode(text, after_special) if text else []
 
     def split_special(self, text: str) -> list[tuple[str, int | None]]:
-        """Cuts rendered text at the special tokens it spells: (text, None) or (token, its id).
+        """Splits rendered text at its special tokens: (text, None) or (token, its id).
 
         >>> tokenizer.split_special("a</s>b")   # doctest: +SKIP
         [('a', None), ('</s>', 2), ('b', None)]
@@ -85,17 +84,17 @@ class Tokenizer:
         return [(part, self.special_tokens.get(part)) for part in parts if part]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids; special tokens are left out.
+        """Text of ids, without special tokens.
 
-        Bytes that are no UTF-8 become U+FFFD each time one is reached, and nothing else does, so the text of more ids
-        begins with the text of fewer, less the U+FFFD at its end. (Left to themselves the libraries take back whole
-        characters before such a byte.)
+        Each byte that is not valid UTF-8 becomes U+FFFD, and nothing else does. So the text of a prefix of the ids is a
+        prefix of their text, except for U+FFFD at its end. (The libraries would also retract complete characters
+        before such a byte.)
         """
         skip = self._special_ids
         return self._backend.decode(self._mended([int(i) for i in ids if int(i) not in skip]))
 
     def _mended(self, ids: list[int]) -> list[int]:
-        """Ids whose runs of byte tokens are UTF-8: E6 97 "a" becomes EF BF BD "a", the bytes of U+FFFD."""
+        """Ids with invalid byte tokens replaced by those of U+FFFD: E6 97 "a" becomes EF BF BD "a"."""
         byte_of = self._backend.bytes
         if not any(i in byte_of for i in ids):
             return ids
@@ -115,7 +114,9 @@ class Tokenizer:
     def apply_chat_template(self, messages: list[dict[str, str]], *, add_generation_prompt: bool = False) -> str:
         """Renders `[{"role": "user" | "assistant", "content": text}]` with the tokenizer's own template.
 
-        A template that wants parts gets `[{"type": "text", "text": text}]`; ValueError where it cannot be rendered.
+        A template that expects parts gets `[{"type": "text", "text": text}]`.
+
+        Raises ValueError where the tokenizer has no chat template or it cannot be rendered.
         """
         if self.chat_template is None:
             raise ValueError(f"{self.folder}: this tokenizer has no chat template; choose another `template`")
@@ -123,8 +124,17 @@ class Tokenizer:
             messages = [_in_parts(message) for message in messages]
         return self._render(messages, add_generation_prompt)
 
+    @functools.cached_property
+    def writes_images(self) -> bool:
+        """Whether its chat template knows image parts, and writes `<image>` for each."""
+        content = [{"type": "image"}, {"type": "text", "text": "probe"}]
+        try:
+            return "<image>" in self._render([{"role": "user", "content": content}])
+        except ValueError:
+            return False
+
     def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
-        # Imported late: it takes a second, and most models use a template of ours.
+        # Imported here: the import takes a second, and most models use a template of `conversation`.
         import jinja2
         from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -139,7 +149,7 @@ class Tokenizer:
 
     @functools.cached_property
     def _takes_parts(self) -> bool:
-        """Whether the template, as those of processors, wants parts: a plain text does not come through."""
+        """Whether the template expects parts, like a processor's: it does not render a plain text."""
         probe = {"role": "user", "content": "probe"}
         try:
             if "probe" in self._render([probe]):
@@ -152,7 +162,7 @@ class Tokenizer:
             return False
 
     def save(self, folder: str | Path) -> None:
-        """Copies the tokenizer's files, unchanged, into `folder` (made if need be)."""
+        """Copies the tokenizer's files, unchanged, into `folder`, which is created if missing."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         for name in _FILES:
             if (self.folder / name).is_file() and Path(folder).resolve() != self.folder.resolve():
@@ -172,7 +182,10 @@ class Tokenizer:
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """Reads a tokenizer folder; tokenizer.json counts where both kinds of file are there."""
+    """Reads a tokenizer folder; tokenizer.json takes precedence over tokenizer.model.
+
+    Raises FileNotFoundError where the folder has neither, ValueError where a file in it is not valid.
+    """
     folder = Path(folder)
     config = _read_json(folder / "tokenizer_config.json")
     for key, value in _read_json(folder / "special_tokens_map.json").items():
@@ -181,7 +194,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         return Tokenizer(folder, config, _JsonBackend(folder))
     if (folder / "tokenizer.model").is_file():
         return Tokenizer(folder, config, _SentencePieceBackend(folder, config))
-    raise FileNotFoundError(f"{folder}: no tokenizer.json and no tokenizer.model in it")
+    raise FileNotFoundError(f"{folder} has neither tokenizer.json nor tokenizer.model: copy one of them there")
 
 
 class _JsonBackend:
@@ -198,7 +211,7 @@ class _JsonBackend:
         spec["pre_tokenizer"] = copy.deepcopy(spec.get("pre_tokenizer"))
         for part in _parts(spec["pre_tokenizer"]):
             if part.get("prepend_scheme") == "first":
-                # "first" means: of the whole string, specials included. After one, no word boundary.
+                # "first" refers to the complete string, special tokens included: no word boundary after one.
                 part["prepend_scheme"], changed = "never", True
         self._after = self._plain(json.dumps(spec)) if changed else self._start
         falls_back = any(part.get("type") == "ByteFallback" for part in _parts(spec.get("decoder"), "decoders"))
@@ -209,7 +222,7 @@ class _JsonBackend:
         tokenizer = tokenizers.Tokenizer.from_str(text)
         tokenizer.no_padding()
         tokenizer.no_truncation()
-        tokenizer.encode_special_tokens = True  # what spells a special token stays text
+        tokenizer.encode_special_tokens = True  # a special token in the text is encoded as plain text
         return tokenizer
 
     def adds_bos(self, bos: str | None) -> bool:
@@ -246,7 +259,7 @@ class _SentencePieceBackend:
         self._after = pieces if legacy is None or legacy else _without_word_boundary(pieces)
 
     def adds_bos(self, bos: str | None) -> bool:
-        return bos is not None  # what Llama tokenizers do unless told otherwise
+        return bos is not None  # the default of Llama tokenizers
 
     def encode(self, text: str, after_special: bool) -> list[int]:
         return (self._after if after_special else self._start).encode(text)
@@ -256,7 +269,7 @@ class _SentencePieceBackend:
 
 
 def _without_word_boundary(pieces: sentencepiece.SentencePieceProcessor) -> sentencepiece.SentencePieceProcessor:
-    """The same model, which does not put a word boundary before the text."""
+    """The same model without the word boundary before the text."""
     from sentencepiece import sentencepiece_model_pb2
 
     model = sentencepiece_model_pb2.ModelProto()
@@ -275,13 +288,15 @@ def train_byte_bpe(
     special_tokens: Sequence[str] = ("<unk>", "<s>", "</s>"),
     markers: Sequence[str] = (),
 ) -> Tokenizer:
-    """Trains a small BPE over bytes, writes it to `folder` and loads it.
+    """Trains a small byte-level BPE, writes it to `folder` and loads it.
 
-    All 256 bytes are in the vocabulary, so any text round-trips. A token never reaches over the end
-    of a word, a digit or a run of punctuation; each takes the space before it along. The special
-    tokens get the first ids and must begin with `<unk>`, `<s>`, `</s>` (ids 0, 1, 2). `markers` are
-    strings of a template, as `[INST]`, that are one token wherever they stand in a text, together
-    with white space before them; they get the last ids.
+    The vocabulary has all 256 bytes, so any text round-trips. A token never crosses the end of a word,
+    a digit or a run of punctuation, and includes the space before it. The special tokens get the first
+    ids and must begin with `<unk>`, `<s>`, `</s>` (ids 0, 1, 2). `markers` are strings of a template,
+    such as `[INST]`; each is one token anywhere in a text, together with white space before it. They get
+    the last ids.
+
+    Raises ValueError where `special_tokens` begin with others, or `vocab_size` is too small.
     """
     if tuple(special_tokens[:3]) != ("<unk>", "<s>", "</s>"):
         raise ValueError(f"special_tokens must begin with <unk>, <s>, </s>; got {list(special_tokens)}")
@@ -321,7 +336,7 @@ def train_byte_bpe(
 
 
 def _parts(node: dict[str, Any] | None, inside: str = "pretokenizers") -> Iterable[dict[str, Any]]:
-    """The description of a pre-tokenizer (`inside`: decoders) and those inside it."""
+    """The JSON node of a pre-tokenizer (`inside`: decoders) and the nodes nested in it."""
     if node is not None:
         yield node
         for inner in node.get(inside, ()):
@@ -329,7 +344,7 @@ def _parts(node: dict[str, Any] | None, inside: str = "pretokenizers") -> Iterab
 
 
 def _byte_tokens(vocabulary: dict[str, int]) -> dict[int, int]:
-    """Id -> byte of the tokens <0x00> to <0xFF>; none where one of them is missing."""
+    """Id -> byte of the tokens <0x00> to <0xFF>; {} where one of them is missing."""
     ids = [vocabulary.get(f"<0x{byte:02X}>") for byte in range(256)]
     return {} if None in ids else dict(zip(ids, range(256), strict=True))
 

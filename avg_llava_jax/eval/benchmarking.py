@@ -1,11 +1,11 @@
-"""A model on the paper's benchmarks: the answers at every granularity, and what each way to choose makes of them.
+"""A model on the paper's benchmarks: its answers at every granularity, and the scores of each policy.
 
-    rows --questions_of--> questions --questions.answer_all--> records --report--> metrics, tokens, by policy
-    reports --table.table--> ours beside the paper's, as Markdown and CSV
+    rows --questions_of--> questions --evaluation.answer_all--> records --report--> metrics and tokens by policy
+    reports --table.table--> our numbers beside the paper's, as Markdown and CSV
 
 The policies are each fixed granularity, `random`, `adaptive` (the router), `oracle` (the cheapest granularity whose
-answer scores best) and `cost weight W` (the router, where tokens have that price, see `inference.choosing`). A row that
-could not be asked counts as wrong in all of them.
+answer scores best) and `cost weight W` (the router with that price of tokens, see `inference.choosing`). A row that
+could not be asked counts as wrong for every policy.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Skipped = list[dict[str, str]]
 def questions_of(task: Benchmark, rows: Sequence[Row], model: AvgLlava, profile: str) -> tuple[list[Question], Skipped]:
     """Each row as a question whose id is its number, and the rows that cannot be asked: `{"id", "reason", "detail"}`.
 
-    Questions about one image stand together, so that a batch encodes it once.
+    Questions about one image are adjacent, so that the image is encoded once.
     """
     questions, skipped = [], []
     order: dict[tuple[str, ...], int] = {}
@@ -60,14 +60,14 @@ def questions_of(task: Benchmark, rows: Sequence[Row], model: AvgLlava, profile:
 
 
 def _grade(task: Benchmark, gold: Any, answer: str) -> float:
-    """The grade of one answer while the run goes on."""
+    """The provisional grade of one answer, for the progress bar; `_graded` gives the final ones."""
     return task.grade(scoring.without_reasoning(answer), gold, random.Random(0))
 
 
 def weighted_choices(
     config: ModelConfig, questions: Sequence[Question], answered: Sequence[Record], weights: Sequence[float]
 ) -> dict[str, list[Choice]]:
-    """By policy, as {"cost weight 0.4": ...}: what each cost weight chooses for the answered questions."""
+    """Choices by policy, {"cost weight 0.4": ...}: what each cost weight chooses for the answered questions."""
     sizes = {question.sample.id: question.sample.sizes for question in questions}
     of_each = [sizes[record["id"]] for record in answered]
     scores = [np.asarray(record["scores"]) for record in answered]
@@ -83,15 +83,16 @@ def report(
     seed: int = 0,
     weighted: Mapping[str, Sequence[Choice]] | None = None,
 ) -> Report:
-    """What report.json holds of one benchmark.
+    """The content of report.json for one benchmark.
 
-    answered: records of `answer_all` for the questions of `questions_of`; rows that have none count as wrong.
-    seconds: of `timing.seconds_per_answer`. weighted: of `weighted_choices`, answered where images get different ones.
+    answered: records of `answer_all` for the questions of `questions_of`; rows without a record count as wrong.
+    seconds: from `timing.seconds_per_answer`. weighted: from `weighted_choices`; choices that give the images of a
+        question different granularities must have been answered by `answer_mixed`.
 
-    By policy, as {"fixed": {g: ...}, "random": ..., "adaptive": ..., "oracle": ...}: `metrics` by name; `score`, the
-    headline metric as the paper's table has it, and its 95 % `interval`; `accuracy`, the mean grade; `visual_tokens`
-    a question and `tokens_an_image`; `token_cut` against the finest granularity; `chosen`, shares of granularities.
-    `oracle_gap` is the router's part of what the oracle gains over the best fixed granularity, None where that is 0.
+    Values by policy, {"fixed": {g: ...}, "random": ..., "adaptive": ..., "oracle": ...}: `metrics` by name; `score`,
+    the headline metric as in the paper's table, and its 95 % `interval`; `accuracy`, the mean grade; `visual_tokens`
+    per question and `tokens_an_image`; `token_cut` against the finest granularity; `chosen`, shares of granularities.
+    `oracle_gap` is the router's share of the oracle's gain over the best fixed granularity, None where that gain is 0.
     """
     graded = _graded(task, config, rows, answered)
     choices: dict[str, list[Choice]] = {
@@ -134,7 +135,7 @@ def report(
 
 
 def _graded(task: Benchmark, config: ModelConfig, rows: Sequence[Row], answered: Sequence[Record]) -> list[Record]:
-    """The records with the grades that `avg-llava score` gives: all rows in order, for each granularity."""
+    """The records with the grades of `avg-llava score`, which grades all rows in order, for each granularity."""
 
     def grades(answer: Callable[[Record], str | None]) -> list[float]:
         answers: list[str | None] = [None] * len(rows)
@@ -160,7 +161,7 @@ def _outcome(
     picked: Sequence[Choice],
     seed: int,
 ) -> dict[str, Any]:
-    """Metrics, their interval, tokens and shares of one policy."""
+    """Metrics, confidence interval, tokens and shares of granularities of one policy."""
     outcome = policies.outcome(config, graded, picked)
     answers: list[str | None] = [None] * len(rows)
     grades = [0.0] * len(rows)
@@ -188,7 +189,7 @@ def _outcome(
 
 
 def over_tasks(reports: Sequence[Report]) -> dict[str, Any]:
-    """Choices by benchmark, as `plots.choices` draws them; `all` is the mean over the benchmarks."""
+    """Shares of granularities by benchmark, as `plots.choices` draws them; `all` is the mean over benchmarks."""
     chosen = {one["title"]: one["chosen"]["adaptive"] for one in reports}
     mean = {g: float(np.mean([shares[g] for shares in chosen.values()])) for g in reports[0]["score"]["fixed"]}
     return {"chosen": chosen | {"all": mean}}
@@ -197,7 +198,7 @@ def over_tasks(reports: Sequence[Report]) -> dict[str, Any]:
 def seconds(
     model: AvgLlava, questions: Sequence[Question], answered: Sequence[Record], count: int, max_new_tokens: int
 ) -> dict[str, Any] | None:
-    """`timing.seconds_per_answer` over questions answered at every granularity; None where there is none."""
+    """`timing.seconds_per_answer` over the questions that fit at every granularity; None where there is none."""
     everywhere = {record["id"] for record in answered if None not in record["answers"].values()}
     timed = [question for question in questions if question.sample.id in everywhere]
     return timing.seconds_per_answer(model, timed, count, max_new_tokens) if count and timed else None

@@ -1,12 +1,12 @@
-"""How well a model answers at every fixed granularity, and what its router makes of that.
+"""Evaluation of a model at every fixed granularity and at its router's choice.
 
     a source --read_questions--> questions --answer_all--> records: answers at each granularity, router scores
     records --policies.report--> accuracy, visual tokens and shares: fixed, random, adaptive, oracle
-    a few questions --timing.seconds_per_answer--> measured times, one answer after another
+    a few questions --timing.seconds_per_answer--> measured seconds, one answer at a time
 
-A record is made once. Where all images of a question get one granularity, what the adaptive, random or oracle choice
-answers is the answer at that fixed granularity (answers do not depend on the batch), so it is looked up; a question
-whose images get different ones is answered once more. Another router over the same model needs `routing` alone.
+Answers do not depend on what runs beside them, so each question is answered once per granularity, and the adaptive,
+random and oracle policies look their answers up. Only a question whose images get different granularities is answered
+again. Another router over the same model needs only `routing`.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ from avg_llava_jax.inference.tickets import Ticket
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A prompt without its answer (`sample`, which has the id and the kind), and the answer that counts as right.
+    """A prompt without its answer (`sample`, which has the id and the kind), and the reference answer.
 
-    grade: how right an answer is, in [0, 1]; by default whether it equals `reference` when both are normalised.
-    extra: goes into the record as it is.
+    grade: the grade of an answer in [0, 1]; None = whether it equals `reference` after `normalise`.
+    extra: entries that are copied into the record.
     """
 
     sample: Sample
@@ -59,9 +59,9 @@ class Question:
 
 
 def make_question(record: dict[str, Any], tokenizer: Tokenizer, template: str) -> Question:
-    """A record of a source (`id, images, conversations, kind?`) as a question: its last answer is asked for.
+    """A record of a source (`id, images, conversations, kind?`) as a question whose reference is its last answer.
 
-    Earlier turns stand in the prompt. Raises BadSample for a record that cannot be used.
+    The prompt holds the earlier turns. Raises BadSample for a record that cannot be used.
     """
     turns, images = record.get("conversations"), record["images"]
     encode_conversation(turns, tokenizer, template, len(images))  # checks all of it, the answer included
@@ -73,9 +73,9 @@ def make_question(record: dict[str, Any], tokenizer: Tokenizer, template: str) -
 def read_questions(
     source: Source, tokenizer: Tokenizer, config: ModelConfig
 ) -> tuple[list[Question], list[dict[str, str]]]:
-    """All questions of a source, and what was skipped: `{"id", "reason", "detail"}`.
+    """All questions of a source, and the skipped records: `{"id", "reason", "detail"}`.
 
-    A second record of the same id becomes `id#2`, a third `id#3`.
+    The second record with an id becomes `id#2`, the third `id#3`.
     """
     questions, skipped, seen = [], [], collections.Counter[str]()
     for index in range(len(source)):
@@ -102,7 +102,7 @@ def check_fits(config: ModelConfig, sample: Sample) -> None:
 
 
 def normalise(text: str) -> str:
-    """Lower case, without punctuation, single spaces: "The No. 7!" -> "the no 7"."""
+    """Text in lower case without punctuation, with single spaces: "The No. 7!" -> "the no 7"."""
     text = "".join(c for c in text.casefold() if not unicodedata.category(c).startswith("P"))
     return " ".join(text.split())
 
@@ -120,17 +120,20 @@ def answer_all(
 
         a question --> asked as the router chooses --its scores--> asked at every other granularity --> its record
 
-    An image is encoded once for all of them, as for other questions about it, and a prefix is read once as far as it
-    is still in a slot. batch_size: answers at once, at most. With `file` (JSON lines) records are appended as they
-    come, and those that are in it already are not computed again.
+    An image is encoded once for all requests and questions about it; a prefix is prefilled once while it is in a slot.
 
-    A question whose image turns out to be damaged, or that fits at no granularity, is left out and added to `skipped`;
-    without that list it raises BadSample. RuntimeError where the device fails.
+    file: JSON lines. Records are appended as they come; records that it already holds are not computed again.
+    batch_size: slots, the answers decoded at once.
+    skipped: gets `{"id", "reason", "detail"}` of each question whose image is damaged or that fits at no granularity.
 
     Returns the records in the order of the questions: `id, kind, question, reference, answers {g: text, or
     None where the prompt does not fit}, right {g: bool or grade}, visual_tokens {g: int}, scores (images, G),
     probabilities (images, G), chosen (images,), answer (at the router's choice), adaptive {answer, right,
-    visual_tokens}`, and what is `extra` of a question.
+    visual_tokens}`, and the question's `extra`.
+
+    Raises:
+      BadSample: a question cannot be asked, and there is no list `skipped`.
+      RuntimeError: the device failed.
     """
     with logged(questions, file, progress, skipped) as log:
         if log.todo:
@@ -156,7 +159,7 @@ def _answer(model: Model, log: Log, max_new_tokens: int, slots: int) -> None:
     images: Images = []
     before: Question | None = None
     while waiting or asked:
-        # Enough that no slot is empty and micro-batches are full, so few that images need not be encoded again.
+        # Enough to keep slots and micro-batches full, few enough that no image is evicted and encoded again.
         while waiting and sum(each.requests for each in asked) < AHEAD * slots:
             question = waiting.popleft()
             try:
@@ -174,7 +177,7 @@ def _answer(model: Model, log: Log, max_new_tokens: int, slots: int) -> None:
 
 
 def _in_order(config: ModelConfig, questions: Sequence[Question]) -> list[Question]:
-    """Questions by length, so that prompts of one size are read together, and those about one picture side by side."""
+    """Questions by length, so that prompts of one size are prefilled together, and then by picture."""
     finest = config.granularities[-1]
     cost = [sum(visual_tokens(config, q.sample, (finest,) * len(q.sample.sizes))) for q in questions]
     pictures = by_key(questions, lambda question: tuple(image.name for image in question.sample.images))
@@ -183,11 +186,11 @@ def _in_order(config: ModelConfig, questions: Sequence[Question]) -> list[Questi
 
 
 class _Asked:
-    """A question on its way through the engine. requests: how many it makes, or will."""
+    """A question in the engine. requests: how many requests it submits in all."""
 
     def __init__(self, engine: Engine, question: Question, request: Request, images: Images):
         self._engine, self._question, self._request, self._images = engine, question, request, images
-        # Without images all granularities are one.
+        # Without images all granularities give the same prompt.
         granularities = engine.config.granularities if images else engine.config.granularities[:1]
         self._fixed: list[Choice] = [(g,) * len(images) for g in granularities]
         self.requests = len(self._fixed)
@@ -199,7 +202,7 @@ class _Asked:
         return self._engine.submit_prepared(Prepared(self._request, self._question.sample, choice), self._images)
 
     def answered(self) -> bool:
-        """Whether every answer is there; asks for those that wait for the router, once it has scored the images."""
+        """Whether every answer is there. Once the router has scored the images, submits the other granularities."""
         if self._scores is None and self._free.scores is not None:
             config = self._engine.config
             self._scores = np.array(self._free.scores, np.float32).reshape(-1, len(config.granularities))
@@ -228,7 +231,7 @@ def logged(
     progress: bool,
     skipped: list[dict[str, str]] | None,
 ) -> Iterator[Log]:
-    """A log of records that knows those in `file`, and appends to it; the arguments are those of `answer_all`."""
+    """A `Log` that starts with the records of `file` and appends to it; the arguments are those of `answer_all`."""
     if len({question.sample.id for question in questions}) < len(questions):
         raise ValueError("two questions have the same id; `read_questions` makes ids unique")
     known = {} if file is None else read_records(file)
@@ -239,9 +242,9 @@ def logged(
 
 
 class Log:
-    """Records of questions as they come: written to a file (JSON lines), and counted on a bar with the score so far.
+    """Records of questions as they come: appended to a file (JSON lines), and counted on a progress bar with the score.
 
-    todo: the questions that had no record yet when it was opened.
+    todo: the questions without a record when the log was opened.
     """
 
     def __init__(
@@ -267,19 +270,19 @@ class Log:
         self._bar.update()
 
     def skip(self, question: Question, error: BadSample) -> None:
-        """Leave a question out; raises the error where nobody keeps a list of those."""
+        """Leave a question out and list it in `skipped`; without such a list, raise the error."""
         if self._skipped is None:
             raise error
         self._skipped.append({"id": question.sample.id, "reason": error.reason, "detail": error.detail})
         self._bar.update()
 
     def records(self) -> list[Record]:
-        """All that there are, in the order of the questions."""
+        """All records, in the order of the questions."""
         return [self._known[question.sample.id] for question in self._questions if question.sample.id in self._known]
 
 
 def read_records(file: str | os.PathLike[str]) -> dict[str, Record]:
-    """Records by id; a last line that was cut off by an interruption is removed from the file."""
+    """Records by id. A last line that an interruption left incomplete is removed from the file."""
     try:
         records = [json.loads(line) for line in whole_lines(file)]
     except ValueError as error:
@@ -295,7 +298,7 @@ def _with_int_keys(record: Record) -> Record:
 def make_record(
     config: ModelConfig, question: Question, scores: np.ndarray, answers: Mapping[Choice, str | None]
 ) -> Record:
-    """What `answer_all` says of a question, from router scores (images, G) and its answers by choice.
+    """The record of a question, see `answer_all`, from router scores (images, G) and its answers by choice.
 
     answers: with all images at each granularity, and at the router's choice; None where the prompt does not fit.
     """
@@ -338,11 +341,11 @@ def answer_mixed(
     max_new_tokens: int = 16,
     batch_size: int = 32,
 ) -> None:
-    """Answers where the images of a question get different granularities, and not those that `answer_all` saw chosen.
+    """Answer questions whose images get different granularities, other than the router's choice in `answer_all`.
 
-    questions, records, wanted: one each a question. What is new is answered and appended to `file` (JSON lines: `id,
-    choice, answer, right, visual_tokens`; `answer` is None where the prompt does not fit); all of the file goes into
-    the records: `record["mixed"][choice]`.
+    questions, records, wanted: one entry of each per question. New answers are appended to `file` (JSON lines: `id,
+    choice, answer, right, visual_tokens`; `answer` is None where the prompt does not fit). All entries of the file go
+    into the records, as `record["mixed"][choice]`.
     """
     path = pathlib.Path(file)
     by_id = {record["id"]: record for record in records}

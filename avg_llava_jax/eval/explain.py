@@ -1,4 +1,4 @@
-"""Why this granularity: the router's scores, votes and text, as arrays and as a picture."""
+"""Why the router chose a granularity: its scores, votes and selected words, as arrays and as a figure."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from avg_llava_jax.inference.requests import Request
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """What the router saw in one prompt and what each granularity leads to.
+    """The router's inputs, votes and scores for one prompt, and the first-token scores at each granularity.
 
     input_ids: (n,) prompt, IMAGE (-200) for each image.
-    seq_len: (G + 1,) packed lengths, every image at each granularity of the ladder, then as chosen.
+    seq_len: (G + 1,) packed lengths: with every image at each granularity of the ladder, then as chosen.
     router_logits, router_pre_norm: (images, G).
-    router_choice: (images,) place in the ladder. router_choice_granularity: (images,) tokens per tile.
-    logits: {g or "router": (V,)} at the last position of the prompt, the first answer token's scores. A
+    router_choice: (images,) index into the ladder. router_choice_granularity: (images,) tokens per tile.
+    logits: {g or "router": (V,)} at the last position of the prompt, the scores of the first answer token. A
         granularity at which the prompt exceeds the model's length is left out.
-    votes: one (tiles, R + K, G) an image: row's weight times its opinion; the rows are a tile's pyramid,
-        coarsest first, and then the K selected tokens. Their sum over rows, mean over tiles, is
+    votes: (tiles, R + K, G) per image: each row's voter weight times its logits. The rows are a tile's pyramid,
+        coarsest first, then the K selected tokens. Summed over rows and averaged over tiles they are
         router_pre_norm.
-    words: for each image, text of the selected instruction tokens, most similar first; "" = none.
-    images: the upright images.
+    words: for each image, the text of the selected instruction tokens, most similar first; "" = none.
+    images: the images, upright.
     """
 
     config: ModelConfig
@@ -56,7 +56,7 @@ class Explanation:
         return np.array([softmax(row) for row in self.router_logits])
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """What `save` writes: the fields by name, `logits.g`, and `votes.i`, `words.i` for image i."""
+        """The arrays that `save` writes: the fields by name, `logits.g`, and `votes.i`, `words.i` for image i."""
         named = (
             "input_ids",
             "seq_len",
@@ -77,9 +77,10 @@ class Explanation:
 
 
 def explain(model: AvgLlava, request: Request) -> Explanation:
-    """Route a prompt and read it at every granularity; what the request says of sampling is not used.
+    """Route a prompt and prefill it at every granularity; the request's sampling options are not used.
 
-    Raises ValueError where the prompt has no image, or fits at no granularity.
+    Raises:
+      ValueError: the prompt has no image, or fits at no granularity.
     """
     config = model.config
     prepared = model.prepare(dataclasses.replace(request, granularity="auto", max_new_tokens=1))
@@ -124,7 +125,7 @@ def explain(model: AvgLlava, request: Request) -> Explanation:
 
 
 def draw(explanation: Explanation, path: str | os.PathLike[str]) -> None:
-    """For each image: the grid it is seen in, probabilities and words; below, votes by position at each granularity."""
+    """Draw for each image its grid, probabilities and words; below, its votes by position at each granularity."""
     from matplotlib.figure import Figure
 
     config, count = explanation.config, len(explanation.images)
@@ -156,9 +157,9 @@ def draw(explanation: Explanation, path: str | os.PathLike[str]) -> None:
 
 
 def vote_maps(config: ModelConfig, size: Size, votes: np.ndarray) -> dict[int, np.ndarray]:
-    """votes (tiles, R + K) of one image for one granularity -> by level, its mosaic as (rows, columns) of cells.
+    """votes (tiles, R + K) of one image for one granularity -> {level: votes of the mosaic's cells (rows, columns)}.
 
-    Without pinpoints the mosaic is tile 0 itself.
+    Without pinpoints the mosaic is tile 0.
     """
     rows, columns = grid_of(size, config)
     tiles = votes[1:] if rows else votes[:1]
@@ -172,7 +173,7 @@ def vote_maps(config: ModelConfig, size: Size, votes: np.ndarray) -> dict[int, n
 
 
 def draw_grid(axis: Any, config: ModelConfig, image: Image.Image, granularity: int) -> None:
-    """The image with the borders of the cells that one granularity packs, and of the tiles, on a Matplotlib axis."""
+    """Draw the image, the borders of the cells that one granularity packs, and those of the tiles, on an axis."""
     _backdrop(axis, image)
     top, bottom, left, right = mosaic_box(image.size, config)
     grid = dict(zip(config.granularities, config.grids, strict=True))[granularity]
@@ -198,7 +199,7 @@ def _bars(axis: Any, names: list[str], values: np.ndarray, highlighted: int | No
     places = np.arange(len(names))
     colours = ["tab:orange" if place == highlighted else "tab:blue" for place in places]
     axis.barh(places, values, color=colours)
-    # Words are data: a dollar sign in them starts no formula.
+    # A dollar sign in a word must not start a formula.
     axis.set_yticks(places, [name.replace("$", r"\$") for name in names])
     axis.invert_yaxis()
     axis.set_title(title)

@@ -1,9 +1,9 @@
-"""AVG-LLaVA inside lmms-eval; installed beside it nothing else is needed:
+"""AVG-LLaVA as a model of lmms-eval; with both installed, no further setup is needed:
 
     lmms-eval --model avg_llava_jax --model_args checkpoint=W,granularity=auto --tasks pope --log_samples ...
 
-lmms-eval finds `MANIFEST` by this package's entry point. The logged samples have visual tokens and granularity among
-their token counts. Answers end at the end token or at `max_new_tokens`; like LLaVA's own wrapper this one does not cut
+lmms-eval finds `MANIFEST` by this package's entry point. The token counts of logged samples include visual tokens and
+granularity. Answers end at the end token or at `max_new_tokens`; like LLaVA's own wrapper, this one does not truncate
 them at `until`.
 """
 
@@ -28,29 +28,30 @@ with extras.required("lmms-eval", "the lmms-eval plugin"):
 MANIFEST = ModelManifest("avg_llava_jax", simple_class_path="avg_llava_jax.eval.lmms_eval_plugin.AvgLlavaForLmmsEval")
 
 NEW_TOKENS = 64
-"""Where a task leaves the length of answers to the model (TextVQA, VizWiz)."""
+"""The limit for tasks that set none (TextVQA, VizWiz)."""
 
 
 @dataclasses.dataclass
 class Counts(TokenCounts):
-    """Token counts of an answer, with what the router chose."""
+    """Token counts of an answer, with visual tokens and granularity."""
 
     visual_tokens: int = 0
     granularity: int | tuple[int, ...] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """As it stands in the logged samples."""
+        """The entry of a logged sample."""
         return super().to_dict() | {"visual_tokens": self.visual_tokens, "granularity": self.granularity}
 
 
 class AvgLlavaForLmmsEval(lmms):
-    """lmms-eval's model interface; `--model_args` are the arguments but for batch_size and device, which it gives.
+    """lmms-eval's model interface. `--model_args` are the arguments except batch_size and device, which lmms-eval sets.
 
-    granularity: "auto", or tokens per tile for every image, one of the model's. checkpoint: by default the shipped one.
-    max_pixels: an image with more is not looked at, and its question not answered.
+    granularity: "auto", or tokens per tile for every image, one of the model's. checkpoint: default the shipped one.
+    batch_size: slots, the answers decoded at once.
+    max_pixels: a larger image is not decoded, and its question not answered.
 
     Raises:
-      ValueError: an argument that the model cannot be run with; names it.
+      ValueError: names an argument that the model cannot run with.
     """
 
     is_simple = True
@@ -77,13 +78,13 @@ class AvgLlavaForLmmsEval(lmms):
         self.granularity = _granularity(granularity, self.model.config.granularities)
 
     def generate_until(self, requests: Sequence[Any]) -> list[GenerationResult]:
-        """One result a request, in their order; an empty text where a prompt is too long for the model.
+        """One result per request, in order; an empty text where a prompt is too long for the model.
 
         Raises:
-          ValueError: none of the requests can be answered; says why not the last one.
+          ValueError: no request can be answered; gives the reason for the last one.
         """
         results, self._refused = [], []
-        window = 8 * self.batch_size  # so many images are held at once, and sorted by shape
+        window = 8 * self.batch_size  # requests whose images are held at once
         for start in tqdm(range(0, len(requests), window), desc="avg_llava_jax"):
             part = [self._request(*request.args) for request in requests[start : start + window]]
             results += [self._result(answer) for answer in self._answer(part)]
@@ -127,21 +128,21 @@ class AvgLlavaForLmmsEval(lmms):
         return GenerationResult(answer.text, counts)
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        raise NotImplementedError("avg_llava_jax answers in words: tasks of type `generate_until`")
+        raise NotImplementedError("avg_llava_jax generates text: choose tasks of type `generate_until`")
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
-        raise NotImplementedError("avg_llava_jax answers one question at a time: tasks of type `generate_until`")
+        raise NotImplementedError("avg_llava_jax answers single questions: choose tasks of type `generate_until`")
 
 
 def _positive(name: str, value: int | str) -> int:
-    """A model argument that is a number from 1 on, given as such or as a text."""
+    """A model argument as a whole number of at least 1, given as a number or as text."""
     if not str(value).isdecimal() or int(value) < 1:
-        raise ValueError(f"{name}={value!r} is no whole number from 1 on")
+        raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
     return int(value)
 
 
 def _granularity(value: int | str, ladder: Sequence[int]) -> int | str:
-    """`auto`, or one of the model's granularities: any other would leave every question without an answer."""
+    """`auto`, or one of the model's granularities: with any other, every question would fail."""
     if value == "auto" or (str(value).isdecimal() and int(value) in ladder):
         return value if value == "auto" else int(value)
-    raise ValueError(f"granularity={value!r} is none of this model's: auto, {', '.join(map(str, ladder))}")
+    raise ValueError(f"granularity={value!r} is not one of this model's: auto, {', '.join(map(str, ladder))}")

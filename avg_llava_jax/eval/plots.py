@@ -1,4 +1,4 @@
-"""Pictures of what a router does, as PNG; each function writes one and returns its path."""
+"""Figures of what a router does, as PNG; each function writes one and returns its path."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ KINDS = {"coarse": "tab:green", "near": "tab:blue", "fine": "tab:red", "all": "b
 
 
 def accuracy_against_tokens(report: dict[str, Any], path: Path) -> Path:
-    """The fixed granularities as a curve, and where router, chance and oracle stand beside it."""
+    """Accuracy against tokens: the fixed granularities as a curve; router, random choice and oracle as points."""
     accuracy, tokens = report["accuracy"], report["visual_tokens"]
     figure, axis = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
     ladder = list(accuracy["fixed"])
@@ -51,7 +51,7 @@ def accuracy_against_tokens(report: dict[str, Any], path: Path) -> Path:
 
 
 def ablations(fixed: dict[str, Any], points: dict[str, Any], path: Path) -> Path:
-    """Routers trained in different ways, each with its deviation over seeds, beside the fixed granularities.
+    """Accuracy against tokens: routers trained in different ways, with deviations over seeds, and fixed granularities.
 
     fixed, points: {name: {"visual_tokens": (mean, deviation), "accuracy": (mean, deviation)}}.
     """
@@ -69,7 +69,7 @@ def ablations(fixed: dict[str, Any], points: dict[str, Any], path: Path) -> Path
 
 
 def tradeoff(report: dict[str, Any], path: Path) -> Path:
-    """Accuracy against visual tokens, and against seconds: the price of tokens as a curve beside the other ways."""
+    """Accuracy against visual tokens and against seconds: the cost weights as a curve, with the other policies."""
     figure, axes = plt.subplots(1, 2, figsize=(10.4, 4.2), sharey=True, layout="constrained")
     curves = {"always": ("o-", "tab:gray"), "cost weight": ("*-", "tab:red")}
     others = {"random": "X", "oracle": "D"}
@@ -95,7 +95,7 @@ def tradeoff(report: dict[str, Any], path: Path) -> Path:
 
 
 def choices(report: dict[str, Any], path: Path) -> Path:
-    """What the router chose for each kind of question, and in the two controls."""
+    """Shares of granularities that the router chose, for each kind of question and in the two controls."""
     shown = [("the router", report["chosen"])]
     shown += [(name.replace("_", " "), report[name]["chosen"]) for name in report if name.startswith("shuffled")]
     figure, axes = plt.subplots(1, len(shown), figsize=(3.6 * len(shown), 3.4), layout="constrained", squeeze=False)
@@ -114,7 +114,7 @@ def choices(report: dict[str, Any], path: Path) -> Path:
 
 
 def voter(config: ModelConfig, weights: np.ndarray, path: Path) -> Path:
-    """The voter's weight (R + K,) for each place of the pyramid, and for the instruction's tokens."""
+    """The voter's weights (R + K,), for each position of the pyramid and for the instruction tokens."""
     limit = float(np.abs(weights).max()) or 1.0
     figure, axes = plt.subplots(
         1, len(config.grids) + 1, figsize=(2.3 * (len(config.grids) + 1), 2.6), layout="constrained"
@@ -133,7 +133,7 @@ def voter(config: ModelConfig, weights: np.ndarray, path: Path) -> Path:
 def one_scene(
     config: ModelConfig, image: Image.Image, asked: Sequence[str], answers: Sequence[Answer], path: Path
 ) -> Path:
-    """One picture, seen as closely as each question wanted."""
+    """One picture per question, with the grid of the granularity that the router chose for it."""
     figure, axes = plt.subplots(1, len(asked), figsize=(4.6 * len(asked), 3.4), layout="constrained", squeeze=False)
     for axis, question, answer in zip(axes[0], asked, answers, strict=True):
         draw_grid(axis, config, image, answer.granularity)
@@ -146,7 +146,7 @@ def examples(
 ) -> Path | None:
     """Questions that were right though cheap, right because fine, and wrong because cheap, each image with its grid.
 
-    records: of `evaluation.answer_all`, any of the questions'. Returns None where there is nothing of the kind.
+    records: from `evaluation.answer_all`, for some or all of the questions. Returns None where no question is shown.
     """
     by_id = {question.sample.id: question for question in questions}
     shown = {sort: rows for sort, rows in policies.examples(config, records, count).items() if rows}

@@ -1,6 +1,6 @@
-"""What the answers at fixed granularities say of a way to choose: fixed, random, adaptive, oracle.
+"""Policies, ways to choose granularities (fixed, random, adaptive, oracle), scored from the answers at fixed ones.
 
-Records come from `evaluation.answer_all`. A choice is a tuple of granularities, one an image of a question.
+Records come from `evaluation.answer_all`. A choice is a tuple of granularities, one per image of a question.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ def by_key(items: Iterable[Any], key: Callable[[Any], Hashable]) -> dict[Any, li
 
 
 def choices(config: ModelConfig, scores: Sequence[np.ndarray]) -> list[Choice]:
-    """The router's argmax for each image of each question, the first of a tie."""
+    """The router's argmax for each image of each question; a tie goes to the coarser granularity."""
     return [tuple(config.granularities[int(np.argmax(row))] for row in rows) for rows in scores]
 
 
 def weighted_choices(
     config: ModelConfig, scores: Sequence[np.ndarray], sizes: Sequence[Sequence[Size]], cost_weight: float
 ) -> list[Choice]:
-    """What `Request.cost_weight` makes of each question's router scores; `sizes` are those of its images."""
+    """The choices of the router under `Request.cost_weight`. sizes: of the images of each question."""
     costs = [choosing.token_costs(config, each) for each in sizes]
     places = [
         choosing.best_places(np.reshape(rows, cost.shape), cost, cost_weight, None)  # without images no rows
@@ -45,23 +45,26 @@ def weighted_choices(
 
 
 def random_choices(config: ModelConfig, records: Sequence[Record], seed: int = 0) -> list[Choice]:
-    """One seeded random granularity a question, for all of its images."""
+    """One seeded random granularity per question, for all of its images."""
     rng = random.Random(seed)
     drawn = [rng.choice(config.granularities) for _ in records]
     return [(g,) * len(record["chosen"]) for g, record in zip(drawn, records, strict=True)]
 
 
 def oracle_choices(config: ModelConfig, records: Sequence[Record]) -> list[Choice]:
-    """The cheapest of the granularities whose answer is as right as it gets: the cheapest of all where none is."""
+    """The cheapest granularity with the best grade; where no answer is right, the cheapest of all."""
     picked = [max(config.granularities, key=record["right"].__getitem__) for record in records]
     return [(g,) * len(record["chosen"]) for g, record in zip(picked, records, strict=True)]
 
 
 def outcome(config: ModelConfig, records: Sequence[Record], picked: Sequence[Choice]) -> dict[str, Any]:
-    """Accuracy, mean visual tokens (all, and by kind) and the share of each granularity by kind.
+    """Accuracy, mean visual tokens (over all, and by kind) and the share of each granularity by kind.
 
-    For `picked[i]`, the granularities of question i's images. Images that get different ones are known
-    only where the router of `answer_all` chose them, or `answer_mixed` was asked: ValueError otherwise.
+    picked: the granularities of the images of each question.
+
+    Raises:
+      ValueError: a choice with different granularities that neither the router of `answer_all` chose nor `answer_mixed`
+        answered.
     """
     right, cost, chosen = [], [], []
     for record, choice in zip(records, picked, strict=True):
@@ -91,11 +94,11 @@ def outcome(config: ModelConfig, records: Sequence[Record], picked: Sequence[Cho
 
 
 def examples(config: ModelConfig, records: Sequence[Record], count: int) -> dict[str, list[int]]:
-    """Row numbers of telling questions about one image, at most `count` of each sort, the most telling first.
+    """Row numbers of instructive questions about one image, at most `count` of each sort, the clearest first.
 
-    right, cheap          right with less than the finest
-    right, fine           right, and wrong with anything coarser
-    wrong because cheap   wrong, and right with something finer
+    right, cheap          right below the finest granularity
+    right, fine           right, and wrong at every coarser granularity
+    wrong because cheap   wrong, and right at a finer granularity
 
     A grade of at least 0.5 counts as right.
     """
@@ -118,7 +121,7 @@ def examples(config: ModelConfig, records: Sequence[Record], count: int) -> dict
 
 
 def oracle_gap(score: float, best_fixed: float, oracle: float) -> float | None:
-    """The part of what the oracle gains over the best fixed granularity that a choice gets, None where that is 0."""
+    """The share of the oracle's gain over the best fixed granularity that a policy achieves, None for no gain."""
     gain = oracle - best_fixed
     return (score - best_fixed) / gain if gain > 1e-9 else None
 
@@ -130,9 +133,9 @@ def report(
     adaptive: Sequence[Choice] | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """The comparison as report.json holds it; granularities are strings, shares and accuracies in [0, 1].
+    """The content of report.json; granularities are strings, shares and accuracies lie in [0, 1].
 
-    adaptive: the choices to call adaptive; default what the router chose in `answer_all`.
+    adaptive: the choices to report as adaptive; default those of the router in `answer_all`.
     """
     if not records:
         raise ValueError("there is no question to report on")
@@ -163,18 +166,19 @@ def report(
 
 
 TEMPERATURES = np.geomspace(0.05, 20, 241)
-"""What `temperature` searches: steps of 2.5 %."""
+"""The grid that `temperature` searches, in steps of 2.5 %."""
 
 
 def temperature(config: ModelConfig, records: Sequence[Record]) -> dict[str, float]:
-    """The router's temperature T under which softmax(scores / T) says best which granularity the oracle takes.
+    """The router's temperature T under which softmax(scores / T) predicts the oracle's choices best.
 
-    Fitted to the mean negative log likelihood (nats an image) of the oracle's choices of every other question, and
-    measured on those between: {"temperature", "nll", "nll_at_1"}. Nothing needs it to choose, and no checkpoint has
-    it: argmax(scores / T - w cost) = argmax(scores - w T cost), so T only changes the unit of `cost_weight`. To state
-    that in nats of a calibrated router, give w * T.
+    T minimises the mean negative log-likelihood (nats per image) of the oracle's choices over every other question;
+    the questions between measure it: {"temperature", "nll", "nll_at_1"}. Choosing does not need T, and no checkpoint
+    holds it: argmax(scores / T - w cost) = argmax(scores - w T cost), so T only changes the unit of `cost_weight`.
+    A weight of w nats of a calibrated router is cost_weight = w * T.
 
-    Raises ValueError where there are not two questions with images.
+    Raises:
+      ValueError: fewer than two questions have images.
     """
     oracle = oracle_choices(config, records)
     rows = [
@@ -198,7 +202,7 @@ def temperature(config: ModelConfig, records: Sequence[Record]) -> dict[str, flo
 
 
 def _kinds(records: Sequence[Record]) -> dict[str, list[int]]:
-    """Row numbers of each kind in order of appearance, and of all."""
+    """Row numbers by kind in order of appearance, and `all` of them."""
     kinds = by_key(records, lambda record: record["kind"])
     kinds.pop(None, None)
     return kinds | {"all": list(range(len(records)))}

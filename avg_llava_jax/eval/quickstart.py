@@ -1,7 +1,7 @@
-"""A router trained on the shipped model, tested and drawn: what `avg-llava quickstart` does, one function a step.
+"""The steps of `avg-llava quickstart`, one function each: train a router on the shipped model, test it, plot it.
 
-The shipped model has learnt every granularity; its router has not learnt anything. Here it does, from nothing but
-how well the frozen model answers at each granularity, and is then tested on scenes that nobody was trained on.
+The shipped model was trained at every granularity, its router not at all. The quickstart trains the router from
+nothing but how well the frozen model answers at each granularity, and tests it on held-out scenes.
 """
 
 import json
@@ -30,7 +30,7 @@ ANSWER_TOKENS = 4  # the longest answer of jersey has one and the end of the tex
 def router_config(
     checkpoint: str = str(SHIPPED), steps: int | None = None, pictures: int | None = None, config: Any = None
 ) -> Any:
-    """`configs/jersey.py:router`, or another config, from a checkpoint; fewer steps or pictures for a shorter run."""
+    """`configs/jersey.py:router`, or `config`, starting from a checkpoint; fewer steps or pictures shorten the run."""
     config = config or jersey.get_config("router")
     config.init_from = str(checkpoint)
     config.steps = steps or config.steps
@@ -40,7 +40,7 @@ def router_config(
 
 
 def collect_feedback(model: AvgLlava, config: Any, workdir: pathlib.Path) -> pathlib.Path:
-    """Ask the frozen model every question of the router's split at every granularity; keeps what it saw, too."""
+    """Store the frozen model's feedback on the router's split, with its features; returns the folder."""
     path = workdir / "feedback"
     if not (workdir / "feedback.seconds").exists():
         begin = time.perf_counter()
@@ -69,28 +69,28 @@ def train_router(config: Any, stored: pathlib.Path, workdir: pathlib.Path, tie_n
 
 
 def _note_seconds(workdir: pathlib.Path, what: str, begin: float) -> None:
-    """Keep how long a part took, for a run that resumes."""
+    """Store the seconds of a part, for a run that resumes."""
     write_whole(workdir / f"{what}.seconds", f"{time.perf_counter() - begin:.1f}\n")
 
 
 def _seconds(workdir: pathlib.Path, what: str) -> float | None:
-    """None where a part was interrupted."""
+    """The seconds of a part, None where it was interrupted."""
     path = workdir / f"{what}.seconds"
     return float(path.read_text()) if path.exists() else None
 
 
 def test_questions(model: AvgLlava, count: int = QUESTIONS) -> list[evaluation.Question]:
-    """Test questions: coarse, fine and near in turn, two of each three about the same picture."""
+    """Test questions: coarse, fine and near alternate; of each three, two are about the same picture."""
     return [evaluation.make_question(TEST[at], model.tokenizer, model.config.template) for at in range(count)]
 
 
 def compare(
     adaptive: AvgLlava, paper: AvgLlava, questions: list[evaluation.Question], workdir: pathlib.Path
 ) -> dict[str, Any]:
-    """The report of report.json.
+    """The content of report.json.
 
-    Both models are the same but for the router, so `paper` has only to route. In the controls the router of
-    `adaptive` is shown another question's instruction, or another one's picture.
+    The two models differ only in the router, so `paper` only routes. In the two controls the router of `adaptive` gets
+    another question's instruction, or another question's picture.
     """
     config = adaptive.config
     records = evaluation.answer_all(adaptive, questions, workdir / "answers.jsonl", ANSWER_TOKENS)
@@ -115,7 +115,7 @@ def compare(
 
 
 def table(report: dict[str, Any]) -> str:
-    """Accuracy by kind, and visual tokens, a line for each way to choose."""
+    """Accuracy by kind, and visual tokens, a line per policy."""
     kinds = list(report["accuracy"]["adaptive"])
     fixed = report["accuracy"]["fixed"]
     rows = [(f"always {g}", fixed[g], report["visual_tokens"]["fixed"][g]) for g in fixed]
@@ -132,7 +132,7 @@ def table(report: dict[str, Any]) -> str:
 
 
 def one_scene(model: AvgLlava, path: pathlib.Path) -> pathlib.Path:
-    """Ask three questions about one team photo, and draw what the model looked at for each."""
+    """Ask three questions about one team photo, and draw the grid that the router chose for each."""
     for at in range(0, 600, 6):
         scene = TEST[at]["images"][0]
         if scene.size[0] / scene.size[1] == 2 and len(scene.scene.players) >= 8:
@@ -151,7 +151,7 @@ def one_scene(model: AvgLlava, path: pathlib.Path) -> pathlib.Path:
 
 
 def run(workdir: pathlib.Path, config: Any, questions: int = QUESTIONS) -> dict[str, Any]:
-    """All of it, with a router trained as `config` says; returns the report. A killed run resumes where it was."""
+    """Run all steps, with a router trained by `config`; returns the report. An interrupted run resumes."""
     same_run(workdir, "quickstart.json", {"config": json.loads(config.to_json_best_effort()), "questions": questions})
     model = AvgLlava.load(config.init_from)
     print(f"1. asking the frozen model at every granularity {model.config.granularities}", flush=True)

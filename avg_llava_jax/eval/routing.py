@@ -1,4 +1,4 @@
-"""Router scores without answers: encode images once, then score them by as many routers as there are."""
+"""Router scores without answers: images are encoded once and scored by any number of routers."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ ROUTER_INPUTS = ("tile_image", "first_tile", "text", "instruction")
 class Encoded:
     """Prompts of a batch whose images are encoded.
 
-    rows: their numbers among all prompts. images: how many each has. pyramid: (B, T, R, D), None where there are none.
-    inputs: what a router reads besides the pyramid, see `packing.collate`.
+    rows: their indices among all prompts. images: the number of images of each. pyramid: (B, T, R, D), None without
+        images. inputs: what a router reads besides the pyramid, see `packing.collate`.
     """
 
     rows: Sequence[int]
@@ -52,7 +52,7 @@ def route(
 
 
 def encode_all(model: Model, samples: Sequence[Sample], batch_size: int = 32) -> Iterator[Encoded]:
-    """Prompts of as many tiles and images together, one text length for all. Kept, they serve many routers."""
+    """Encode prompts in batches of equal tiles and images, with one text length for all."""
     config = model.config
     shapes = [dataclasses.replace(shape_of(sample, config), answer=1, fill=1.0) for sample in samples]
     text = max((shape.text for shape in shapes), default=0)
@@ -75,9 +75,9 @@ def encode_all(model: Model, samples: Sequence[Sample], batch_size: int = 32) ->
 
 
 def route_encoded(model: Model, encoded: Iterable[Encoded]) -> list[np.ndarray]:
-    """Router scores (images, G) of prompts that `encode_all` has encoded, in their order.
+    """Router scores (images, G) of the prompts encoded by `encode_all`, in their order.
 
-    model: the one that encoded them, or one that differs from it in its router and its ladder alone.
+    model: the one that encoded them, or one that differs from it only in router and ladder.
     """
     config, scores = model.config, dict[int, np.ndarray]()
     for batch in encoded:
@@ -85,7 +85,7 @@ def route_encoded(model: Model, encoded: Iterable[Encoded]) -> list[np.ndarray]:
             scores |= dict.fromkeys(batch.rows, np.zeros((0, len(config.granularities)), np.float32))
             continue
         pyramid = batch.pyramid
-        if pyramid.shape[2] != config.pyramid_rows:  # another ladder: the finest rows hold all that there is
+        if pyramid.shape[2] != config.pyramid_rows:  # another ladder: pool again from the finest rows
             pyramid = scale(config, pyramid[:, :, -config.granularities[-1] :])
         logits = np.asarray(route(config, model.params, pyramid, batch.inputs).logits)
         for at, (row, images) in enumerate(zip(batch.rows, batch.images, strict=True)):
@@ -94,15 +94,15 @@ def route_encoded(model: Model, encoded: Iterable[Encoded]) -> list[np.ndarray]:
 
 
 def route_all(model: Model, samples: Sequence[Sample], batch_size: int = 32) -> list[np.ndarray]:
-    """Router scores (images, G) of each prompt; nothing is answered."""
+    """Router scores (images, G) of each prompt; no prompt is answered."""
     return route_encoded(model, encode_all(model, samples, batch_size))
 
 
 def shuffled(questions: Sequence[Question], what: str, seed: int = 0) -> list[Sample]:
-    """What the router is shown in a control: another question's instruction, or another's image.
+    """Samples of a control in which the router gets another question's instruction, or another question's image.
 
-    Every question is paired with another one of as many images, and in the seeded order never with
-    itself where there are two. what: "instruction" or "image".
+    Every question is paired, in seeded order, with another one that has as many images; it is paired with itself only
+    where there is no other. what: "instruction" or "image".
     """
     if what not in ("instruction", "image"):
         raise ValueError(f"shuffled {what!r}: choose instruction or image")

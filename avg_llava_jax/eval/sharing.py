@@ -1,9 +1,9 @@
-"""The questions of a benchmark shared out over the processes of a run.
+"""Sharing the questions of a benchmark among the processes of a run.
 
-    answers.jsonl       all records, the first process's to write
-    answers.1.jsonl     those of process 1 while the run goes on, merged into the other at its end, or by the next run
+    answers.jsonl       all records, written by the first process
+    answers.1.jsonl     records of process 1 during the run, merged into answers.jsonl at its end or by the next run
 
-Each process has the model on its own devices, so they only meet where one of them has to wait for the files of others.
+Each process has the model on its own devices; processes only wait for each other's files.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ def answer_together(
     slots: int,
     skipped: list[dict[str, str]],
 ) -> list[Record]:
-    """`evaluation.answer_all` by all processes, each its part; all of them return all records.
+    """`evaluation.answer_all` by all processes, a share each; every process returns all records.
 
-    folder: shared by all, with the file `answers.jsonl`. skipped: gets what any of them had to leave out.
+    folder: shared by all, holds `answers.jsonl`. skipped: gets the questions that any process left out.
 
     Raises:
       ConnectionError: a process was lost.
@@ -57,7 +57,7 @@ def answer_together(
 
 
 def merge(folder: pathlib.Path) -> None:
-    """What the processes of this run, or of one that was killed, have answered: all of it in `answers.jsonl`."""
+    """Merge the records of all processes, of this run or of an interrupted one, into `answers.jsonl`."""
     parts = sorted(folder.glob("answers.*.jsonl"))
     if not parts:
         return

@@ -1,4 +1,4 @@
-"""Measured seconds from a prompt to its greedy answer, one after another, for each way to choose."""
+"""Measured seconds from a prompt to its greedy answer, one at a time, for each policy."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from avg_llava_jax.inference.requests import Prepared, Request
 def seconds_per_answer(
     model: AvgLlava, questions: Sequence[Question], count: int = 16, max_new_tokens: int = 16
 ) -> dict[str, Any]:
-    """{"fixed": {g: mean}, "adaptive": mean} of `count` questions of `commonest`, compilation left out."""
+    """{"fixed": {g: mean}, "adaptive": mean} seconds over `count` questions of `commonest`, without compilation."""
     config, request = model.config, Request("", max_new_tokens=max_new_tokens)
     subset = commonest(config, questions, count)
     ways: dict[str, list[Prepared]] = {str(g): at_each(config, subset, request, g) for g in config.granularities}
@@ -32,9 +32,9 @@ def seconds_per_answer(
 
 
 def commonest(config: ModelConfig, questions: Sequence[Question], count: int) -> list[Question]:
-    """At most `count` questions of the commonest static sizes, so that few programs are needed.
+    """At most `count` questions of the commonest static sizes, so that few programs are compiled.
 
-    Their kinds in equal parts, as far as they go. Where some do, they fit at every granularity.
+    Kinds alternate while they last. Questions that fit at every granularity are preferred.
     """
 
     def sizes(question: Question) -> tuple[Any, ...]:
@@ -56,22 +56,21 @@ def commonest(config: ModelConfig, questions: Sequence[Question], count: int) ->
 def at_each(
     config: ModelConfig, questions: Sequence[Question], request: Request, granularity: int | None
 ) -> list[Prepared]:
-    """The questions with all of their images at one granularity, None = as the router and the request's knobs say."""
+    """Requests for the questions with all images at one granularity; None = by the router and the request's options."""
     return [
         as_request(question, request, (granularity,) * len(question.sample.sizes)) for question in questions
     ]
 
 
 def as_request(question: Question, request: Request, choice: tuple[int | None, ...]) -> Prepared:
-    """A question, its images chosen for as `Prepared` says, as a request with these options."""
+    """A question as a request with these options. choice: as in `Prepared`."""
     return Prepared(request, question.sample, choice)
 
 
 def in_turn(model: AvgLlava, ways: Mapping[str, Sequence[Prepared]], rounds: int = 1) -> dict[str, float]:
-    """Seconds an answer of each way, the median of so many rounds; in each round every way is timed once.
+    """Seconds per answer by policy, the median over `rounds`; each round times every policy once.
 
-    Everything is answered once beforehand, which compiles it. Each answer is timed from nothing: neither its image nor
-    a prefix of it is known from the one before.
+    A first round, which is not counted, compiles everything. The engine forgets images and prefixes before each answer.
     """
     took: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(rounds + 1):

@@ -1,14 +1,14 @@
-"""From a request to its answer. A reader goes down this list, and never up:
+"""From a request to its answer. The files in reading order:
 
-api.py         `AvgLlava`: load a model, ask it, stream, chat
+api.py         `AvgLlava`: load a model, answer, stream, chat
 engine.py      `Engine`: submit a request, get a ticket; rounds that encode, route, prefill and decode
-scheduler.py   who gets which slot, which prompts are read together, who decodes: no device, no model
-image_pages.py which pages of device memory hold which image
-job.py         a request on its way: its images cut into tiles, its prompt packed once granularities are known
-device.py      the arrays on the device, and the calls that pad to buckets
-buckets.py     every static size there is, so every program there will be
-programs.py    what is compiled: pure functions of (config, params, arrays)
-model.py       config, parameters, tokenizer; a request checked and tokenized
-choosing.py    which granularity each image gets: router scores, a price of tokens, a budget
-requests.py, tickets.py, text_stream.py, stats.py    what is asked, answered, streamed and counted
+scheduler.py   slots, prefix sharing, which prompts prefill together, which answers decode: no device, no model
+image_pages.py pages of device memory and the images that they hold
+job.py         a request inside the engine: images cut into tiles, prompt packed once granularities are chosen
+device.py      cache and pool on the device, and the calls that pad to buckets
+buckets.py     every static size, so every program
+programs.py    compiled programs: pure functions of (config, params, arrays)
+model.py       config, parameters, tokenizer; checks and tokenizes requests
+choosing.py    the granularity of each image: router scores, a price of tokens, a budget
+requests.py, tickets.py, text_stream.py, stats.py    requests and answers, handles, streamed text, counters
 """

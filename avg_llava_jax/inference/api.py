@@ -1,11 +1,11 @@
-"""The Python face: load a model, ask it about images, talk with it.
+"""The Python interface: load a model, answer questions about images, chat.
 
     model = AvgLlava.load()
     answer = model.answer("photo.png", "Who wears 7?")
     answer.text, answer.granularity, answer.visual_tokens
 
-Requests are answered by an `Engine` in the caller's own thread. It is kept, so that a later question about the same
-images, or a conversation that goes on, finds them encoded and its prefix read.
+An `Engine` answers requests in the caller's own thread. It is kept, so that a later question about the same images
+finds them encoded, and the next turn of a conversation finds its prefix in the cache.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from avg_llava_jax.inference.tickets import Ticket
 
 
 class Stream:
-    """Iterate to get an answer's pieces of text as they come; afterwards `answer` holds all of it.
+    """Iterate to get an answer's pieces of text as they are generated; afterwards `answer` holds the whole.
 
-    `close` gives the answer up, as does leaving the iterator of a `for` loop behind.
+    `close` cancels the answer, as does dropping the iterator of a `for` loop.
     """
 
     def __init__(self, engine: Engine, ticket: Ticket, lock: threading.RLock):
@@ -60,7 +60,7 @@ class Stream:
 
 
 class AvgLlava(Model):
-    """A model with its tokenizer. Made by `load`; `config`, `params`, `tokenizer` and `step` may be read."""
+    """A model with its tokenizer. Made by `load`; public attributes are `config`, `params`, `tokenizer` and `step`."""
 
     @classmethod
     def load(
@@ -71,11 +71,14 @@ class AvgLlava(Model):
         dtype: Any = None,
         quantize: Literal["int8"] | None = None,
     ) -> AvgLlava:
-        """Load a checkpoint folder of ours, or one in the released layout; see `checkpoint.load`.
+        """Load a checkpoint folder of this project, or one in the released layout; see `checkpoint.load`.
 
         vision_tower: the CLIP folder that a released config names.
-        mesh: spreads the parameters over devices. dtype: converts them; compute follows it.
-        quantize: "int8" holds the language model's weights so, see `convert.quantize`.
+        mesh: shards the parameters over devices. dtype: converts them; compute runs in it.
+        quantize: "int8" stores the language model's weights as int8, see `convert.quantize`.
+
+        Raises:
+          ValueError: `quantize` is unknown, or the checkpoint cannot be read; the message names the file.
         """
         if quantize not in (None, "int8"):
             raise ValueError(f"quantize={quantize!r}: choose int8 or None")
@@ -88,7 +91,7 @@ class AvgLlava(Model):
         return self.answer_batch([Request(prompt, images, **options)])[0]
 
     def answer_batch(self, requests: Sequence[Request], batch_size: int = 16) -> list[Answer]:
-        """Answer requests of any mixture, each as it would be answered alone. batch_size: answers at once, at most."""
+        """Answer any mixture of requests, each as it would be answered alone. batch_size: slots, at most."""
         prepared = []
         for number, request in enumerate(requests):
             try:
@@ -102,7 +105,7 @@ class AvgLlava(Model):
         return [ticket.result() for ticket in self._ended(prepared, batch_size)]
 
     def first_logits(self, prepared: Sequence[Prepared], batch_size: int = 16) -> list[np.ndarray]:
-        """fp32 (V,) of each request: the scores of its answer's first token."""
+        """Logits fp32 (V,) of the first answer token of each request."""
         tickets = self._ended(prepared, batch_size, keep_logits=True)
         return [ticket.logits for ticket in tickets if ticket.result()]
 
@@ -120,12 +123,12 @@ class AvgLlava(Model):
                 while not all(ticket.ended for ticket in tickets):
                     engine.step()
             finally:
-                for ticket in tickets:  # an error, or Ctrl+C, leaves nothing behind
+                for ticket in tickets:  # after an error or Ctrl+C no request stays in the engine
                     ticket.cancel()
         return tickets
 
     def stream(self, images: ImageLike | Sequence[ImageLike], prompt: str | Sequence[Turn], **options: Any) -> Stream:
-        """Answer one question piece by piece; the arguments are those of `answer`, errors come at once."""
+        """Stream the answer to one question; arguments are those of `answer`, errors are raised before iteration."""
         return self.stream_prepared(self.prepare(Request(prompt, images, **options)))
 
     def stream_prepared(self, prepared: Prepared) -> Stream:
@@ -135,13 +138,13 @@ class AvgLlava(Model):
             return Stream(engine, engine.submit_prepared(prepared, each_token=True), self._lock)
 
     def chat(self, **options: Any) -> Chat:
-        """A conversation; `options` are the fields of `Request`, the same for all of its turns."""
+        """Start a conversation; `options` are the fields of `Request`, the same for all of its turns."""
         return Chat(self, options)
 
     def engine_for(self, prepared: Sequence[Prepared], batch_size: int) -> Engine:
-        """The engine that was made before, or where that is too small for these requests a larger one.
+        """The engine kept from earlier calls, or a larger one where it is too small for these requests.
 
-        It has a slot for each request, at most `batch_size`, as long as the longest of them may get.
+        It has a slot for each request, at most `batch_size`, with capacity for the longest of them.
         """
         slots = bucket(tuple(2**n for n in range(12)), min(len(prepared), batch_size))
         length = length_buckets(max(map(self.longest, prepared)))[-1]
@@ -153,7 +156,7 @@ class AvgLlava(Model):
                 return self._engine
             slots, length = max(slots, have.slots), max(length, self._engine_length)
         pages = max(tiles, 1) * min(2 * slots, 16)
-        self._engine = None  # its memory first
+        self._engine = None  # frees its memory before the next one is made
         self._engine_length = length
         self._engine = Engine(self, slots, length, None, pages * page_bytes(self), queue=4 * slots)
         return self._engine
@@ -167,12 +170,12 @@ class AvgLlava(Model):
 
 
 class Chat:
-    """A conversation of several turns, each of which may bring images.
+    """A conversation of several turns, each of which may add images.
 
-    Every question is put with the whole conversation before it, exactly as if it were asked anew: images
-    of earlier turns are packed again, and under "auto" routed again, by all of the text.
+    Every question is a request with the whole conversation so far: images of earlier turns are packed again, and
+    under "auto" routed again, by all of the text. Encoded images and cached prefixes are reused.
 
-    turns: what was said so far. images: all of them so far.
+    turns: questions and answers so far. images: the images of all turns so far, in order.
     """
 
     def __init__(self, model: AvgLlava, options: dict[str, Any]):
@@ -181,16 +184,16 @@ class Chat:
         self.images: list[ImageLike] = []
 
     def ask(self, prompt: str, images: ImageLike | Sequence[ImageLike] = (), **options: Any) -> Answer:
-        """One more question; `options` override those of the chat for this turn.
+        """Ask the next question; `options` override those of the chat for this turn.
 
-        A list of granularities names one for every image of the conversation. A question that failed, or
-        that got no text for an answer, is not kept.
+        A list of granularities names one for every image of the conversation. A turn that fails, or whose answer is
+        empty, is not kept.
         """
         request = self._request(prompt, images, options)
         return self._keep(request, self.model.answer_batch([request])[0])
 
     def stream(self, prompt: str, images: ImageLike | Sequence[ImageLike] = (), **options: Any) -> Iterator[str]:
-        """`ask`, piece by piece; the turn is kept once the last piece was taken."""
+        """`ask`, streamed; the turn is kept once the last piece is taken."""
         request = self._request(prompt, images, options)
         stream = self.model.stream_prepared(self.model.prepare(request))
 

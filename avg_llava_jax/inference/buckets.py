@@ -1,8 +1,8 @@
-"""Buckets: every static size of the engine. XLA compiles a program for each combination that is used.
+"""Buckets: every static size of the engine. XLA compiles a program for each combination of sizes.
 
-A ladder of buckets is an ascending tuple; what is needed is padded to the smallest bucket that holds it. A server has
-few buckets, compiles all of them before it answers, and reads long prompts in chunks. Elsewhere buckets are fine, a
-program is compiled when it is first used, and a prompt is read whole.
+Buckets of one kind are an ascending tuple; a size is padded to the smallest bucket that holds it, the last where none
+does. `server_buckets` are few: all programs are compiled before the server answers, and long prompts prefill in
+chunks. `offline_buckets` are many: a program is compiled at its first use, and a prompt prefills whole.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from avg_llava_jax.config import ModelConfig
 
 STEPS = 8
-"""Tokens that a row decodes at most in one call."""
+"""The most tokens that a row decodes in one call."""
 
 SMALLEST_LENGTH, FINER_FROM = 32, 256
 SMALLEST_WINDOW = 128
@@ -25,13 +25,16 @@ MICRO_BATCH = 8
 
 @dataclasses.dataclass(frozen=True)
 class Buckets:
-    """slots: rows of the cache; capacity: positions of each; pages: tiles whose pyramids are kept.
+    """The sizes of an engine; a field of tuples holds the buckets of one static axis.
 
-    lanes: parts of a mesh's batch axis; with several, programs take all slots, so that each device works on its own.
-    chunks: prompt positions read at once from a prompt's start; behind: read at once behind others. prompts: prompts
-    read at once. windows: positions that are attended to. rows: slots that decode together. tiles: tiles encoded at
-    once. images: images routed at once, of at most `image_tiles` tiles, with one of `texts` as their prompts' length.
-    greedy: whether there are programs that only decode greedily; they compile sooner, and sort nothing.
+    slots: slots of the cache. capacity: positions of a slot. pages: tiles whose pyramids are kept.
+    lanes: parts of a mesh's batch axis; with several, prefill and decode take all slots, so that each device works on
+        its own.
+    prompts: prompts in one prefill. chunks: their positions, from a prompt's start. behind: positions of a prefill
+        that follows a cached prefix. windows: cache positions that are attended to. rows: slots in one decode.
+    tiles: tiles in one encode. images: images in one route, each with at most `image_tiles` tiles. texts: text tokens
+        of their prompts.
+    greedy: whether greedy decoding has programs of its own, which compile faster and sort nothing.
     """
 
     slots: int
@@ -51,7 +54,7 @@ class Buckets:
 
     @property
     def prefills(self) -> list[tuple[int, int, int]]:
-        """(prompts, chunk, window) of every prefill program; window 0 is a prompt from its start."""
+        """(prompts, chunk, window) of every prefill program; window 0 is a prompt without a cached prefix."""
         fresh = [(chunk, 0) for chunk in self.chunks]
         sizes = fresh + [(chunk, window) for chunk in self.behind for window in self.windows if window >= chunk]
         return [(prompts, *size) for prompts in self.prompts for size in sizes]
@@ -68,13 +71,13 @@ class Buckets:
 
     @property
     def programs(self) -> int:
-        """How many there are in all."""
+        """The number of programs."""
         shared = len(self.windows) + len(self.prompts) + 1  # copies, first tokens, an empty cache
         return len(self.tiles) + len(self.routes) + len(self.prefills) + len(self.decodes) + shared
 
 
 def server_buckets(config: ModelConfig, slots: int, chunk: int, pages: int, lanes: int = 1) -> Buckets:
-    """Few buckets, all known beforehand.
+    """Few buckets, for an engine that compiles every program before it answers.
 
     For the 7B model, 8 slots and chunks of 256: prompts 1 4, chunks 64 256, windows 528 1040 2064 4112, rows 1 4 8,
     tiles 3 4 5 8, images 1 4, texts 256 4096.
@@ -104,9 +107,10 @@ def server_buckets(config: ModelConfig, slots: int, chunk: int, pages: int, lane
 def offline_buckets(
     config: ModelConfig, slots: int, length: int, pages: int, lanes: int = 1, prompts: Sequence[int] = ()
 ) -> Buckets:
-    """Buckets of an engine that compiles as it goes, for prompts and answers of `length` positions together.
+    """Buckets of an engine that compiles programs at their first use.
 
-    prompts: lengths of the prompts that will come, where they are known; few buckets hold them with little padding.
+    length: positions of a prompt and its answer together. prompts: lengths of the prompts to come, where they are
+    known; `few_buckets` then holds them with little padding.
     """
     longest = config.language.max_length
     capacity = length_bucket(min(length, longest), 2 * longest) + STEPS
@@ -132,14 +136,14 @@ def offline_buckets(
 
 
 def few_buckets(sizes: Sequence[int], needs: Sequence[int], most: int = 6) -> tuple[int, ...]:
-    """At most `most` of the ascending `sizes` that hold all `needs` with the least padding.
+    """Choose at most `most` of the ascending `sizes`, so that they hold all `needs` with the least padding.
 
     >>> few_buckets((16, 32, 64, 128), [10, 30, 31, 33, 100], most=2)
-    (64, 128)
+    (32, 128)
     """
     counts = Counter(bucket(tuple(sizes), need) for need in needs)
     used = sorted(counts)
-    # best[k][j]: the cost of all needs up to the j-th size by k buckets, of which that is the last, and the others.
+    # best[k, j]: the cost of holding all needs up to the j-th used size in k buckets, the last of that size; and them.
     best: dict[tuple[int, int], tuple[int, tuple[int, ...]]] = {(0, 0): (0, ())}
     for k in range(1, min(most, len(used)) + 1):
         for j in range(1, len(used) + 1):
@@ -160,9 +164,10 @@ def bucket(ladder: tuple[int, ...], need: int) -> int:
 
 
 def chunk_bucket(ladder: tuple[int, ...], left: int) -> int:
-    """The chunk to read next of so many positions: the one that holds them, or a smaller one if it would be half empty.
+    """The size of the next chunk where `left` positions remain: the bucket that holds them, if mostly full.
 
-    Half empty is under three quarters, counted in smallest chunks: one call for 170, two for 130.
+    Otherwise the next smaller bucket. Mostly full is at least three quarters, counted in smallest chunks: 170 positions
+    take one chunk of 256, 130 take 128 first.
 
     >>> [chunk_bucket((32, 64, 128, 256), left) for left in (130, 170, 900)]
     [128, 256, 256]
@@ -174,10 +179,10 @@ def chunk_bucket(ladder: tuple[int, ...], left: int) -> int:
 
 
 def length_bucket(length: int, limit: int, smallest: int = SMALLEST_LENGTH) -> int:
-    """The static length for so many positions: 32, 48, 64, 96, ... 256, 320, 384, 448, 512, 640, ..., at most `limit`.
+    """The bucket of a length: 32, 48, 64, 96, ... 256, 320, 384, 448, 512, 640, ..., at most `limit`.
 
-    Two buckets an octave, and four where padding costs more than compiling: above the first one less than a third, or a
-    fifth, is padding. smallest: the first bucket, a power of two.
+    Two buckets per octave, four from 256, where padding costs more than compiling: padding stays below a third, then
+    below a fifth. smallest: the first bucket, a power of two.
 
     >>> [length_bucket(n, 4096) for n in (1, 65, 97, 400, 3000, 4000)]
     [32, 96, 128, 448, 3072, 4096]
@@ -191,7 +196,7 @@ def length_bucket(length: int, limit: int, smallest: int = SMALLEST_LENGTH) -> i
 
 
 def length_buckets(longest: int) -> tuple[int, ...]:
-    """All buckets of `length_bucket` up to the one that holds `longest`, from 16.
+    """All buckets of `length_bucket`, from 16 up to the one that holds `longest`.
 
     >>> length_buckets(300)
     (16, 32, 48, 64, 96, 128, 192, 256, 320)
@@ -203,13 +208,13 @@ def length_buckets(longest: int) -> tuple[int, ...]:
 
 
 def tile_counts(config: ModelConfig) -> set[int]:
-    """How many tiles an image may have."""
+    """The numbers of tiles that an image may have, tile 0 included."""
     side = config.vision.image_size
     return {1 + (width // side) * (height // side) for width, height in config.pinpoints} or {1}
 
 
 def _powers(first: int, factor: int, last: int) -> tuple[int, ...]:
-    """first, first * factor, ... as long as they are below `last`, and `last`."""
+    """first, first * factor, ... while below `last`, then `last`."""
     sizes = []
     while first < last:
         sizes.append(first)
@@ -218,7 +223,7 @@ def _powers(first: int, factor: int, last: int) -> tuple[int, ...]:
 
 
 def _halves(capacity: int) -> tuple[int, ...]:
-    """`capacity` and at most three halves of it in turn, none below SMALLEST_WINDOW."""
+    """`capacity`, halved up to three times, ascending; none below SMALLEST_WINDOW."""
     sizes = [capacity]
     while len(sizes) < 4 and sizes[-1] >= 2 * SMALLEST_WINDOW:
         sizes.append(_multiple(-(-sizes[-1] // 2)))

@@ -1,12 +1,12 @@
-"""Which granularity each image of a request gets, on the host: the router's scores, a price of tokens, a budget.
+"""The granularity of each image of a request, chosen on the host by router scores, a price of tokens and a budget.
 
 The paper takes the argmax over granularities g of the router's probability p_g. Here tokens have a price: image i gets
 
     argmax over g of  log p_g - cost_weight * tokens_i(g) / tokens_i(finest)
 
-and `max_visual_tokens` bounds the sum of tokens_i(g) over the images of the request: of all choices within it, the
-one with the largest sum of scores. The cheapest wins a tie. The log of the softmax's denominator is the same for every
-g of an image, so logits stand in for log p_g.
+and `max_visual_tokens` bounds the sum of tokens_i(g) over the images of the request: the choice within the budget that
+has the largest sum of scores is taken, the cheapest of a tie. The softmax's denominator is the same for every g of an
+image, so logits replace log p_g.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from avg_llava_jax.inference.requests import Prepared
 
 
 def choose(config: ModelConfig, prepared: Prepared, logits: np.ndarray) -> tuple[int, ...]:
-    """The granularity of each image: what was asked for, elsewhere what router scores (images, G) and the knobs say.
+    """The granularity of each image: the requested one, or where that is "auto" the best by scores, price and budget.
 
-    Where every image's granularity was asked for, `logits` may have no rows.
+    logits: router scores (images, G); may have no rows where every image's granularity was requested.
     """
     request, wanted = prepared.request, prepared.choice
     scores = np.full((len(wanted), len(config.granularities)), -np.inf)
@@ -39,13 +39,13 @@ def choose(config: ModelConfig, prepared: Prepared, logits: np.ndarray) -> tuple
 
 
 def check_budget(config: ModelConfig, sizes: Sequence[Size], wanted: Sequence[int | None], budget: int | None) -> None:
-    """Raises ValueError where no choice keeps to `max_visual_tokens`; says how many tokens the cheapest one takes."""
+    """Raise ValueError where no choice is within `max_visual_tokens`; it says how many tokens the cheapest takes."""
     if budget is None:
         return
     rows = zip(token_costs(config, sizes), wanted, strict=True)
     least = sum(int(row.min() if g is None else row[config.granularities.index(g)]) for row, g in rows)
     if least > budget:
-        raise ValueError(f"max_visual_tokens={budget}: the images of this request take {least} visual tokens at least")
+        raise ValueError(f"max_visual_tokens={budget}: the images of this request take at least {least} visual tokens")
 
 
 def token_costs(config: ModelConfig, sizes: Sequence[Size]) -> np.ndarray:
@@ -55,20 +55,20 @@ def token_costs(config: ModelConfig, sizes: Sequence[Size]) -> np.ndarray:
 
 
 def best_places(scores: np.ndarray, costs: np.ndarray, cost_weight: float, budget: int | None) -> list[int]:
-    """Column of each row: largest sum of scores - cost_weight * costs / costs[:, -1], its costs within `budget`.
+    """The column of each row that maximises the sum of scores - cost_weight * costs / costs[:, -1] within `budget`.
 
-    scores: (images, G), -inf where a column must not be taken. costs: int (images, G).
+    scores: (images, G), -inf where a column must not be chosen. costs: int (images, G).
 
-    With costs [[6, 9], [6, 9]], scores [[0, 1], [0, 3]], no weight and a budget of 15, both cannot be fine:
-    the front grows from {0: 0} to {6: 0, 9: 1} to {12: 0, 15: 3}, where 9 + 6 (worth 1) is beaten by 6 + 9.
+    With costs [[6, 9], [6, 9]], scores [[0, 1], [0, 3]], weight 0 and a budget of 15, only one image can be fine: the
+    front goes from {0: 0} to {6: 0, 9: 1} to {12: 0, 15: 3}, where 6 + 9 (worth 3) beats 9 + 6 (worth 1).
 
-    Raises ValueError where nothing keeps to the budget (`check_budget` says so before a request runs).
+    Raises ValueError where no choice is within the budget (`check_budget` finds that before a request runs).
     """
     values = np.asarray(scores, np.float64) - cost_weight * costs / costs[:, -1:]
     first = [int(np.argmax(row)) for row in values]
     if budget is None or sum(int(row[place]) for row, place in zip(costs, first, strict=True)) <= budget:
         return first
-    # Plans for the images so far, by tokens: only those worth more than every cheaper one (a Pareto front).
+    # Plans for the images so far, by tokens; a plan stays if it is worth more than every cheaper one (a Pareto front).
     front: list[tuple[int, float, list[int]]] = [(0, 0.0, [])]
     for value, cost in zip(values, costs, strict=True):
         longer = [
@@ -82,5 +82,5 @@ def best_places(scores: np.ndarray, costs: np.ndarray, cost_weight: float, budge
             if not front or plan[1] > front[-1][1]:
                 front.append(plan)
     if not front:
-        raise ValueError(f"max_visual_tokens={budget}: no choice of granularities keeps to it")
+        raise ValueError(f"max_visual_tokens={budget}: no choice of granularities is within it; raise it")
     return front[-1][2]

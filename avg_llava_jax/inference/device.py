@@ -1,4 +1,4 @@
-"""The engine's arrays on the device, and the calls that bring NumPy values to the sizes of the compiled programs."""
+"""The engine's cache and pool on the device, and the calls that pad NumPy arrays to the buckets of its programs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from avg_llava_jax.models.router import Routing
 
 
 class Part(NamedTuple):
-    """A part of a prompt to read: positions from `start` of a slot."""
+    """A chunk of one prompt to prefill: ids, places int32 (n,), for positions start .. start + n - 1 of a slot."""
 
     slot: int
     start: int
@@ -31,7 +31,11 @@ class Part(NamedTuple):
 
 
 class Answering(NamedTuple):
-    """An answer of `count` tokens, of which `last` is the newest and not cached, and `limit` the most."""
+    """An answer to decode further.
+
+    last: its newest token, not cached yet. cached: positions of its slot that are. count: tokens generated so far.
+    limit: tokens to generate at most.
+    """
 
     slot: int
     last: int
@@ -42,7 +46,7 @@ class Answering(NamedTuple):
 
 
 def lanes_of(model: Model) -> int:
-    """Parts that the batch axis of the model's mesh has; 1 without a mesh."""
+    """The number of parts of the mesh's batch axis, `data` x `fsdp`; 1 without a mesh."""
     at = model.params["image_newline"].sharding
     if not isinstance(at, NamedSharding):
         return 1
@@ -50,12 +54,12 @@ def lanes_of(model: Model) -> int:
 
 
 def page_bytes(model: Model) -> int:
-    """What the pyramid of one tile takes in the pool."""
+    """Bytes of a page of the pool: the pyramid (R, D) of one tile."""
     return model.config.pyramid_rows * model.config.language.width * model.params["image_newline"].dtype.itemsize
 
 
 class Device:
-    """A KV cache and a pool of pyramids. Every method runs one compiled program, of buckets' sizes."""
+    """A KV cache and a pool of pyramids. A method pads its arguments to buckets and runs one compiled program."""
 
     def __init__(self, model: Model, buckets: Buckets):
         self.model, self.buckets = model, buckets
@@ -64,14 +68,14 @@ class Device:
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything: after a failure the donated arrays may be gone."""
+        """Make cache and pool again, empty: after a failure the donated arrays may be gone."""
         sizes = self.buckets
         arrays = programs.empty(*self._model, sizes.slots, sizes.capacity, sizes.pages)
-        # Bound to their devices, as what the programs return is: otherwise those that come first compile twice.
+        # Committed to their devices, as the programs' results are: otherwise the first programs compile twice.
         self._cache, self._pool = jax.device_put(arrays, jax.tree.map(lambda array: array.sharding, arrays))
 
     def warm_up(self) -> None:
-        """Run every program once, on rows that write nothing."""
+        """Compile every program by running it once, on padding rows that write nothing."""
         sizes, side = self.buckets, self.model.config.vision.image_size
         tile = np.zeros((side, side, 3), np.uint8)
         runs = [
@@ -90,7 +94,7 @@ class Device:
         jax.block_until_ready((self._cache, self._pool))
 
     def encode(self, tiles: Sequence[np.ndarray], pages: Sequence[int]) -> None:
-        """Encode tiles (H, W, 3), at most the largest bucket of them, into pages."""
+        """Encode tiles uint8 (H, W, 3) into pages; there are at most `buckets.tiles[-1]` tiles."""
         count = bucket(self.buckets.tiles, len(tiles))
         pixels = np.zeros((count, *tiles[0].shape), np.uint8)
         pixels[: len(tiles)] = tiles
@@ -99,9 +103,9 @@ class Device:
         self._pool = programs.encode(*self._model, self._pool, pixels, at)
 
     def route(self, pages: Sequence[Sequence[int]], texts: Sequence[np.ndarray]) -> Routing:
-        """Score images, one a row: of each the pages of its tiles and the ids of its prompt's text.
+        """Score images, one per row: the pages of its tiles and the text ids (n,) of its prompt.
 
-        Rows behind the last image hold garbage.
+        Rows after the last image hold garbage.
         """
         count = bucket(self.buckets.images, len(pages))
         at = np.full((count, self.buckets.image_tiles), -1, np.int32)
@@ -114,8 +118,11 @@ class Device:
     def prefill(
         self, parts: Sequence[Part], prompts: int, chunk: int, window: int
     ) -> tuple[jax.Array, jax.Array, list[int]]:
-        """Read parts of prompts: logits (prompts, V), the tokens (prompts,) that follow, and the row of each part."""
-        # On several lanes every slot has its row, so that each device reads and writes its own.
+        """Prefill chunks of prompts: logits (prompts, V), next tokens (prompts,), and the row of each part.
+
+        prompts, chunk, window: buckets, at least the number of parts, their longest, and their last position + 1.
+        """
+        # On several lanes row i is slot i, so that each device reads and writes its own slots.
         by_slot = self.buckets.lanes > 1
         rows = [part.slot for part in parts] if by_slot else list(range(len(parts)))
         slot, start = np.full(prompts, self.buckets.slots, np.int32), np.full(prompts, self.buckets.capacity, np.int32)
@@ -136,7 +143,7 @@ class Device:
         programs.first(*self._model, logits, _sampling(prompts, [], [], []))
 
     def decode(self, answers: Sequence[Answering], rows: int, window: int, steps: int) -> list[list[int]]:
-        """The next tokens of each answer, at most `steps`, by a program of the first `rows` slots."""
+        """The next tokens of each answer, at most `steps`, by the program of the first `rows` slots."""
         at = [answer.slot for answer in answers]
         state = np.zeros((3, rows), np.int32)
         for answer in answers:
@@ -151,7 +158,10 @@ class Device:
         return [tokens[row, : made[row]].tolist() for row in at]
 
     def copy(self, places: Sequence[tuple[int, int]], window: int) -> None:
-        """The first `window` positions of slots into other slots, (source, target) each; sources are read first."""
+        """Copy the first `window` positions of slots to other slots, (source, target) each.
+
+        All sources are read before any target is written.
+        """
         source, target = np.zeros((2, self.buckets.prompts[-1]), np.int32)
         target[:] = self.buckets.slots
         for row, pair in enumerate(places):
@@ -160,7 +170,7 @@ class Device:
 
 
 def _sampling(count: int, rows: Sequence[int], requests: Sequence[Request], limits: Sequence[int]) -> Sampling:
-    """Each row's way to pick tokens; rows without a request generate none."""
+    """The `Sampling` of `count` rows; rows without a request have limit 0, and generate nothing."""
     temperature, top_p = np.zeros(count, np.float32), np.ones(count, np.float32)
     top_k, seed, limit = np.zeros(count, np.int32), np.zeros(count, np.uint32), np.zeros(count, np.int32)
     for row, request, most in zip(rows, requests, limits, strict=True):

@@ -1,10 +1,10 @@
-"""Requests in, tokens out: the engine works in rounds, and every round does a little of everything.
+"""The engine answers requests in rounds; every round encodes, routes, prefills and decodes a little.
 
     submit ─▶ waiting ─encode, route─▶ routed ─a slot─▶ reading ─prefill, chunk by chunk─▶ decoding ─▶ answer
 
-A round encodes one micro-batch of tiles, routes one of images, gives out slots, reads one chunk of the prompts that are
-as far, and lets every answer grow by a few tokens. So a request never waits for another's whole image or answer. This
-is the one way in which this package answers: `AvgLlava`, the server, evaluation and benchmarks all `submit` here.
+A round encodes one micro-batch of tiles, routes one micro-batch of images, gives out free slots, prefills one chunk of
+the prompts whose next chunk has the same size, and decodes a few tokens of every answer. So no request waits for the
+whole image or answer of another. `AvgLlava`, the server, evaluation and benchmarks all answer through `Engine`.
 """
 
 from __future__ import annotations
@@ -28,18 +28,21 @@ from avg_llava_jax.inference.tickets import Cancelled, QueueFull, Ticket
 
 IMAGE_CACHE_BYTES = 256 * 2**20
 AHEAD = 10
-"""Requests that are encoded and routed ahead of those with a slot, in slots: enough to find prompts of one size."""
+"""Requests encoded and routed before they have a slot, in multiples of slots: enough to find prompts of one size."""
 
 
 class Engine:
-    """A model that answers many requests at once. `submit` from any thread; `start` a thread that steps, or `step`.
+    """Answers many requests at once. `submit` from any thread; `start` a thread that steps, or call `step`.
 
-    slots: answers that decode at once. max_length: positions of a slot, prompt and answer together; less than the
-    model's saves memory. image_cache_bytes: for encoded images. queue: requests that may wait.
-    chunk: prompt positions read at once, between two calls that decode, so that no answer stands still for long; there
-    are few programs, all of which `warm_up` compiles. None = prompts are read whole, and all of them before answers
-    decode, which takes the least time in all; a program is compiled when it is first used.
-    prompts: lengths of prompts that will be read whole, where they are known, so that few programs are compiled.
+    slots: answers that decode together. max_length: positions of a slot, prompt and answer together; less than the
+        model's saves memory. image_cache_bytes: device memory for encoded images. queue: requests that may wait.
+    chunk: prompt positions of one prefill, so that answers keep decoding between the chunks of a long prompt; programs
+        are few, and `warm_up` compiles all of them. None = prompts prefill whole, and all of them before answers
+        decode, which takes the least time in total; a program is compiled at its first use.
+    prompts: with chunk=None, the lengths of the prompts to come, where they are known, so that few programs compile.
+
+    Raises:
+      ValueError: a size is too small, or `max_length` is over the model's; the message names it.
     """
 
     def __init__(
@@ -63,7 +66,7 @@ class Engine:
             if value < least:
                 raise ValueError(f"{name}={value} must be at least {least}")
         if length > limit:
-            raise ValueError(f"max_length={length} is over the model's {limit}")
+            raise ValueError(f"max_length={length} is over the model's {limit}: lower it")
         pages, lanes = image_cache_bytes // page_bytes(model), lanes_of(model)
         if chunk is None:
             buckets = offline_buckets(model.config, slots, length, pages, lanes, prompts)
@@ -76,7 +79,7 @@ class Engine:
         self._images = ImagePages(buckets.pages)
         self._scheduler = Scheduler(buckets)
         self._counters = Counters(self.config.granularities)
-        self._inbox: list[Job] = []  # of other threads; the rest is the stepping thread's alone
+        self._inbox: list[Job] = []  # filled by any thread; only the stepping thread touches the rest
         self._waiting: list[Job] = []
         self._encoding: list[Job] = []
         self._routed: list[Job] = []
@@ -85,26 +88,28 @@ class Engine:
         self._thread: threading.Thread | None = None
 
     def warm_up(self) -> None:
-        """Compile everything there will ever be, and say how many programs that is."""
+        """Compile every program of `buckets`, and print their number and the seconds."""
         start = time.perf_counter()
         self._device.warm_up()
         print(f"engine: {self.buckets.programs} programs, ready after {time.perf_counter() - start:.1f} s", flush=True)
 
     def submit(self, request: Request) -> Ticket:
-        """Check a request, read its images, and put it in the queue.
+        """Check a request, load its images, and put it in the queue.
 
         Raises:
-          ValueError: it cannot be answered, in one line. QueueFull. RuntimeError: the engine is closed.
+          ValueError: the request cannot be answered, in one line.
+          QueueFull: as many requests wait as `queue` allows.
+          RuntimeError: the engine is closed.
         """
         return self._submit(lambda: self.model.prepare(request))
 
     def submit_prepared(
         self, prepared: Prepared, images: Images | None = None, each_token: bool = False, keep_logits: bool = False
     ) -> Ticket:
-        """`submit` of what `Model.prepare` has checked.
+        """`submit` of a request that `Model.prepare` has checked.
 
-        images: of `read_images`, where the same ones are asked about again and again; None = they are read here.
-        each_token: pieces of text come token by token. keep_logits: the ticket gets the `logits` of the first token.
+        images: the result of `read_images`, where several requests ask about the same ones; None = load them here.
+        each_token: stream token by token. keep_logits: keep the first token's logits in the ticket.
         """
         return self._submit(lambda: prepared, images, each_token, keep_logits)
 
@@ -132,7 +137,7 @@ class Engine:
         return ticket
 
     def step(self) -> bool:
-        """One round; False where there was nothing to do. Only one thread may step."""
+        """Run one round; False once no request is left in the engine. Only one thread may step."""
         with self._news:
             self._waiting += self._inbox
             self._inbox.clear()
@@ -151,12 +156,12 @@ class Engine:
         return bool(self._jobs())
 
     def start(self) -> None:
-        """Step in a thread of its own until `close`."""
+        """Start a thread that steps until `close`."""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
     def close(self, drain: bool = True) -> None:
-        """Take no more requests, and answer those that are there, or cancel them."""
+        """Accept no more requests; answer those in the engine (`drain`), or cancel them."""
         with self._news:
             self._closed, self._abandoned = True, not drain
         self._wake()
@@ -167,21 +172,21 @@ class Engine:
 
     @property
     def open(self) -> bool:
-        """Whether requests are taken: not after `close`, nor where an unforeseen error ended the thread."""
+        """Whether requests are accepted: not after `close`, nor after an unexpected error ended the thread."""
         return not self._closed
 
     @property
     def full(self) -> bool:
-        """Whether as many requests wait as may wait."""
+        """Whether `queue` requests wait already."""
         return self._waiting_count() >= self.queue
 
     def forget(self) -> None:
-        """Forget encoded images and prefixes that were read. Only while nothing runs."""
+        """Forget encoded images and cached prefixes. Only while no request runs."""
         self._images.clear()
         self._scheduler.clear()
 
     def stats(self) -> Stats:
-        """What was done so far."""
+        """A snapshot of the counters."""
         with self._news:
             waiting, running = self._waiting_count(), len(self._scheduler.reading) + len(self._scheduler.decoding)
         return self._counters.snapshot(
@@ -202,7 +207,7 @@ class Engine:
             with self._news:
                 self._closed = True
                 left = [*self._inbox, *self._jobs()]
-            for job in left:  # none, unless an unforeseen error ends this thread
+            for job in left:  # empty, unless an unexpected error ends this thread
                 job.ticket.end(RuntimeError("the engine has stopped; its thread says why"))
 
     def _wake(self) -> None:
@@ -214,23 +219,23 @@ class Engine:
         if self._closed:
             raise RuntimeError("the engine is closed")
         if self.full:
-            raise QueueFull(f"{self.queue} requests wait already")
+            raise QueueFull(f"{self.queue} requests wait already: try again later")
 
     def _waiting_count(self) -> int:
         return len(self._inbox) + len(self._waiting) + len(self._encoding) + len(self._routed)
 
     def _jobs(self) -> list[Job]:
-        """All that the stepping thread knows of."""
+        """The requests of the stepping thread, whatever their stage."""
         scheduler = self._scheduler
         return [*self._waiting, *self._encoding, *self._routed, *scheduler.reading, *scheduler.decoding]
 
     def _encode(self) -> None:
-        """Encode a micro-batch of tiles and route one of images, for more requests than there are slots."""
+        """Encode a micro-batch of tiles, route one of images, and pack prompts, ahead of free slots."""
         while self._waiting and len(self._encoding) + len(self._routed) < AHEAD * self.buckets.slots:
             job = self._waiting[0]
             job.pages = self._images.take(job.images)
             if job.pages is None:
-                break  # until those before it have been read
+                break  # until earlier requests have been prefilled, and free their pages
             job.reached("taken")
             self._encoding.append(self._waiting.pop(0))
         missing, most = self._images.missing(self.buckets.tiles[-1]), self.buckets.tiles[-1]
@@ -258,12 +263,12 @@ class Engine:
 
     @property
     def _eager(self) -> bool:
-        """Whether part of a micro-batch is worth a call: not while a patient engine has other work."""
+        """Whether to run a micro-batch that is not full: not while a patient engine has other work."""
         busy = self._routed or self._scheduler.reading or self._scheduler.decoding
         return not (self._patient and busy)
 
     def _admit(self) -> None:
-        """Give out the free slots in order; some requests wait for a prefix that is being read."""
+        """Give free slots to routed requests in order; some wait for a prefix that is being prefilled."""
         copies: dict[int, int] = {}
         longest = 0
         if not self._routed or not self._scheduler.free:
@@ -276,7 +281,7 @@ class Engine:
                 continue
             self._routed.remove(job)
             if place.source is not None:
-                if place.source in copies:  # it is not there yet
+                if place.source in copies:  # the source's own prefix is not copied yet
                     self._copy(copies, longest)
                     copies, longest = {}, 0
                 copies[place.slot] = place.source
@@ -288,7 +293,7 @@ class Engine:
         self._copy(copies, longest)
 
     def _copy(self, copies: dict[int, int], longest: int) -> None:
-        """Copy prefixes of up to so many positions, {target: source}."""
+        """Copy prefixes of up to `longest` positions between slots, {target: source}."""
         pairs, most = [(source, target) for target, source in copies.items()], self.buckets.prompts[-1]
         for at in range(0, len(pairs), most):
             self._device.copy(pairs[at : at + most], self._window(longest))
@@ -297,7 +302,7 @@ class Engine:
         return bucket(self.buckets.windows, positions)
 
     def _prefill(self) -> None:
-        """Read one chunk of the prompts that are as far."""
+        """Prefill one chunk of the prompts whose next chunk has the same size."""
         prefill = self._scheduler.next_prefill(fullest=self._patient)
         if prefill is None:
             return
@@ -308,7 +313,7 @@ class Engine:
         logits, tokens, rows = self._device.prefill(parts, prefill.prompts, prefill.chunk, prefill.window)
         ended = self._scheduler.prefilled(prefill)
         if not ended:
-            return  # and the host need not wait
+            return  # without waiting for the device
         tokens = np.asarray(tokens)
         for job, row in zip(prefill.works, rows, strict=True):
             if job in ended:
@@ -320,7 +325,7 @@ class Engine:
                 self._show(job)
 
     def _decode(self) -> None:
-        """Let all answers grow."""
+        """Decode a few tokens of every answer."""
         decode = self._scheduler.next_decode()
         if decode is None:
             return
@@ -334,7 +339,7 @@ class Engine:
             self._show(job)
 
     def _show(self, job: Job) -> None:
-        """Stream what is new, and end the answer where its text, its tokens or its limit say so."""
+        """Stream new text, and end the answer at a stop string, a stop id or its limit."""
         last = job.tokens[-1] in self.model.stop_ids or len(job.tokens) >= job.limit
         job.ticket.show(job.stream.feed(without_end(job.tokens, self.model.stop_ids), last))
         if not last and not job.stream.stopped:
@@ -359,7 +364,7 @@ class Engine:
         self._end(job, answer)
 
     def _end(self, job: Job, outcome: Answer | Exception) -> None:
-        """Take a request off wherever it stands, and tell its ticket."""
+        """Remove a request from whatever stage it is in, and end its ticket."""
         for stage in (self._waiting, self._encoding, self._routed):
             if job in stage:
                 stage.remove(job)
@@ -371,13 +376,13 @@ class Engine:
         job.ticket.end(outcome)
 
     def _let_go(self, job: Job) -> None:
-        """The job's images may be forgotten as far as it is concerned."""
+        """Release the job's images: no other user left, they may be forgotten."""
         if job.pages is not None:
             self._images.leave(job.digests)
             job.pages = None
 
     def _start_over(self, error: jax.errors.JaxRuntimeError) -> None:
-        """After a failure of the device: what was on it is lost, what waits on the host goes on."""
+        """Recover from a failure of the device: requests on it fail, requests that wait on the host continue."""
         for job in self._jobs():
             if job not in self._waiting:
                 self._end(job, RuntimeError(f"the device failed: {str(error).splitlines()[0]}"))

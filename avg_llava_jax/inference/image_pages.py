@@ -1,6 +1,6 @@
-"""Which pages of device memory hold the tiles of which image: pages are few, so the longest unused image goes first.
+"""Pages of device memory, one per tile, and the images that they hold; the least recently used image is evicted first.
 
-An image is known by a hash of its tiles, so the same picture is encoded once, whatever file or request it came in.
+An image is identified by a hash of its tiles, so the same picture is encoded once, whatever its file or request.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Digest = bytes
 
 @dataclasses.dataclass
 class Stored:
-    """An image's pages. users: requests that still need them; missing: its tiles that are not encoded yet, by page."""
+    """An image's pages. users: requests that need them; missing: tiles uint8 (H, W, 3) to encode yet, by page."""
 
     pages: list[int]
     missing: dict[int, np.ndarray]
@@ -25,9 +25,9 @@ class Stored:
 
 
 class ImagePages:
-    """Hands out pages 0 .. count - 1.
+    """Allocates pages 0 .. count - 1 to images.
 
-    hits, misses: images that were there when a request asked for them, and those that were not.
+    hits, misses: images that were stored when a request asked for them, and those that were not.
     """
 
     def __init__(self, count: int):
@@ -38,12 +38,12 @@ class ImagePages:
     def clear(self) -> None:
         """Forget every image."""
         self._free = list(range(self.count))[::-1]
-        self._stored: OrderedDict[Digest, Stored] = OrderedDict()  # the longest unused one first
+        self._stored: OrderedDict[Digest, Stored] = OrderedDict()  # least recently used first
 
     def take(self, images: Sequence[tuple[Digest, np.ndarray]]) -> list[list[int]] | None:
-        """Pages of each image, kept until `leave`; None, and nothing taken, where too few can be freed.
+        """Take pages for each image, kept until `leave`; None, and nothing taken, where too few can be freed.
 
-        images: digests and tiles uint8 (t, H, W, 3); the tiles of new ones are then `missing`.
+        images: digests and tiles uint8 (t, H, W, 3); tiles of new images are `missing` until they are encoded.
         """
         new = {digest: tiles for digest, tiles in images if digest not in self._stored}
         wanted = {digest for digest, _ in images}
@@ -71,7 +71,7 @@ class ImagePages:
         return [self._stored[digest].pages for digest, _ in images]
 
     def leave(self, digests: Iterable[Digest]) -> None:
-        """A request needs its images no more. One that was not encoded yet is forgotten with its last user."""
+        """Release a request's images. An image that is not encoded yet is forgotten with its last user."""
         for digest in digests:
             stored = self._stored[digest]
             stored.users -= 1
@@ -79,7 +79,7 @@ class ImagePages:
                 self._free += self._stored.pop(digest).pages
 
     def missing(self, most: int) -> dict[int, np.ndarray]:
-        """Tiles to encode next, by page, in the order in which they were asked for."""
+        """At most `most` tiles uint8 (H, W, 3) to encode next, by page, in the order of requests."""
         found: dict[int, np.ndarray] = {}
         for stored in self._stored.values():
             for page, tile in stored.missing.items():
@@ -89,7 +89,7 @@ class ImagePages:
         return found
 
     def encoded(self, pages: Iterable[int]) -> None:
-        """These pages now hold what they should."""
+        """Mark pages as encoded."""
         done = set(pages)
         for stored in self._stored.values():
             if stored.missing:
@@ -101,5 +101,5 @@ class ImagePages:
 
 
 def digest_of(tiles: np.ndarray, size: tuple[int, int]) -> Digest:
-    """What an image is known by: its tiles uint8 (t, H, W, 3), and its size, which says what of them is padding."""
+    """Hash an image: its tiles uint8 (t, H, W, 3), and its size in pixels, which tells padding from image."""
     return hashlib.blake2b(np.ascontiguousarray(tiles), digest_size=16, key=repr(size).encode()).digest()

@@ -1,4 +1,4 @@
-"""A request on its way through the engine: its images cut into tiles, and packed once their granularities are known."""
+"""A request inside the engine: its images cut into tiles, its prompt packed once granularities are chosen."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ Images = list[tuple[Digest, np.ndarray]]
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class Job(Work):
-    """What the engine knows of a request.
+    """The engine's state of a request.
 
-    images: digest and tiles of each; pages: where those lie, once they have a place.
-    text: int32, ids of the prompt without its images. scores: router scores of the images that were routed so far.
-    choice: granularity of each image. ids, places: int32, of each position of the packed prompt, see `programs.Chunk`.
-    times: seconds of the clock at which it reached each stage.
+    images: digest and tiles of each image. pages: pages of each image's tiles, None while it holds none.
+    text: int32 (L,), ids of the prompt without its images. scores: router scores (G,) of the images routed so far.
+    choice: granularity of each image. ids, places: int32 (S,), the packed prompt, see `programs.Chunk`.
+    times: the clock in seconds when it reached each stage.
     """
 
     prepared: Prepared
@@ -52,7 +52,7 @@ class Job(Work):
 
     @property
     def unrouted(self) -> int:
-        """Images that the router has to score yet: all of them where it chooses for any."""
+        """The number of images to route yet: where the router chooses for one image, it scores all of them."""
         return len(self.images) - len(self.scores) if None in self.prepared.choice else 0
 
     def reached(self, stage: str) -> None:
@@ -67,7 +67,7 @@ class Job(Work):
 
 
 def read_images(config: ModelConfig, sample: Sample) -> Images:
-    """Decode a request's images and cut them into tiles. Raises BadSample where one cannot be read."""
+    """Load a request's images and cut them into tiles. Raises BadSample where one cannot be read."""
     counts = [tile_count(size, config) for size in sample.sizes]
     tiles = np.split(load_tiles(sample, config), np.cumsum(counts)[:-1]) if counts else []
     return [(digest_of(part, size), part) for part, size in zip(tiles, sample.sizes, strict=True)]
@@ -76,14 +76,14 @@ def read_images(config: ModelConfig, sample: Sample) -> Images:
 def make_job(
     model: Model, prepared: Prepared, images: Images | None, ticket: Ticket, submitted: float, most_tiles: int
 ) -> Job:
-    """A job for a checked request; ValueError in one line where it cannot be answered.
+    """Make the job of a checked request. Raises ValueError in one line where it cannot be answered.
 
-    images: of `read_images`, None = still to be read. submitted: seconds of the clock.
+    images: the result of `read_images`, None = load them here. submitted: the clock in seconds. most_tiles: pages.
     """
     sample = prepared.sample
     count = sum(tile_count(size, model.config) for size in sample.sizes)
     if count > most_tiles:
-        raise ValueError(f"the images have {count} tiles, the engine holds {most_tiles}: send fewer at once")
+        raise ValueError(f"the images have {count} tiles, the engine holds {most_tiles}: send fewer images")
     return Job(
         prepared=prepared,
         ticket=ticket,
@@ -95,9 +95,9 @@ def make_job(
 
 
 def pack(config: ModelConfig, job: Job, pages: int) -> None:
-    """Choose the job's granularities by its scores, and lay out its prompt; `pages` is how many there are.
+    """Choose the job's granularities by its scores, and pack its prompt. pages: the number of pages of the pool.
 
-    Raises ValueError where the prompt is too long at what was chosen.
+    Raises ValueError where the prompt is too long at the chosen granularities.
     """
     sample = job.prepared.sample
     logits = np.array(job.scores, np.float32).reshape(-1, len(config.granularities))
@@ -121,16 +121,17 @@ def pack(config: ModelConfig, job: Job, pages: int) -> None:
 
 
 def image_key(digest: Digest, granularity: int) -> int:
-    """What the scheduler calls an image at a granularity: negative, 63 bits of its digest."""
+    """The scheduler's key of an image at a granularity: negative, 63 bits of its digest."""
     return -1 - ((int.from_bytes(digest[:8], "little") ^ granularity * 0x9E3779B97F4A7C15) % 2**63)
 
 
 def places_of(
     config: ModelConfig, index: np.ndarray, text: np.ndarray, own: list[int], pages: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A sample's packed index, which counts its own tables, as text ids and places in a pool of `pages` pages.
+    """Translate a sample's packed index into text ids and places in a pool of `pages` pages: int32 (n,) each.
 
-    index: int (n,) as `packing` makes it, for text int (L,) and as many tile slots as `own` names pages (at least 1).
+    index: int (n,) of `packing`, which counts the sample's own tables: text int (L,), one tile slot per page of `own`
+    (at least one), newline.
 
     With R = 7, two tiles in pages 4 and 2 of 10, and text 7 8 9:
 

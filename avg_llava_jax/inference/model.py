@@ -1,4 +1,4 @@
-"""What answering needs of a model: config, parameters, tokenizer and stop ids; and requests checked against them."""
+"""The model to answer with: config, parameters, tokenizer and stop ids; it checks and tokenizes requests."""
 
 from __future__ import annotations
 
@@ -21,28 +21,31 @@ from avg_llava_jax.models.avg_llava import Params
 
 
 class Model:
-    """A model to answer with: `config`, `params`, `tokenizer`, `step` (training steps behind the parameters).
+    """A model to answer with: `config`, `params`, `tokenizer` and `step`, the training steps of the parameters.
 
     stop_ids: tokens that end an answer.
+
+    Raises:
+      ValueError: the tokenizer has more ids than the model's vocabulary.
     """
 
     def __init__(self, config: ModelConfig, params: Params, tokenizer: Tokenizer, step: int = 0):
         if tokenizer.vocab_size > config.language.vocab_size:
             raise ValueError(
                 f"{tokenizer.folder}: the tokenizer has {tokenizer.vocab_size} ids, "
-                f"the model's vocabulary {config.language.vocab_size}"
+                f"the model's vocabulary {config.language.vocab_size}: use the tokenizer that it was trained with"
             )
         self.config, self.params, self.tokenizer, self.step = config, params, tokenizer, step
         self.stop_ids = stop_ids(tokenizer, config.template)
 
     @functools.cached_property
     def unstacked(self) -> Params:
-        """The parameters with the language model's layers as a tuple, as the engine's programs read them."""
+        """The parameters with the language model's layers as a tuple, as the engine's programs take them."""
         layers = language.unstack(self.params["language"]["layers"])
         return self.params | {"language": self.params["language"] | {"layers": layers}}
 
     def limited_to(self, max_length: int) -> Model:
-        """The same model, with a shorter length limit of prompt and answer together."""
+        """The same model with `max_length`, in positions of prompt and answer together."""
         if max_length == self.config.language.max_length:
             return self
         shorter = dataclasses.replace(self.config.language, max_length=max_length)
@@ -51,7 +54,7 @@ class Model:
         return model
 
     def prepare(self, request: Request) -> Prepared:
-        """Check and tokenize a request; reads the headers of its images. Raises ValueError in one line."""
+        """Check and tokenize a request; opens the headers of its images alone. Raises ValueError in one line."""
         refs = [as_ref(image) for image in request.images]
         if request.raw:
             tokens = encode_raw(request.prompt, self.tokenizer)
@@ -60,7 +63,7 @@ class Model:
             turns = [{"from": "human", "value": prompt}] if isinstance(prompt, str) else prompt
             tokens = encode_prompt(turns, self.tokenizer, self.config.template, len(refs))
         if tokens.images != len(refs):
-            raise ValueError(f"{len(refs)} images for {tokens.images} {PLACEHOLDER} in the prompt")
+            raise ValueError(f"{len(refs)} images for {tokens.images} {PLACEHOLDER} in the prompt: give one for each")
         if not tokens.ids:
             raise ValueError("the prompt is empty")
         sample = make_sample("request", tokens, refs)
@@ -71,18 +74,18 @@ class Model:
         return Prepared(request, sample, choice)
 
     def _wanted(self, granularity: Granularity | Sequence[Granularity], images: int) -> tuple[int | None, ...]:
-        """One entry an image, None for "auto"."""
+        """The requested granularity of each image, None for "auto"."""
         each = granularity if isinstance(granularity, (list, tuple)) else [granularity] * images
         if len(each) != images:
-            raise ValueError(f"granularity={granularity!r} names {len(each)} for {images} images")
+            raise ValueError(f"granularity={granularity!r} names {len(each)} for {images} images: give one for each")
         for one in each or [granularity]:
             if one != "auto" and (isinstance(one, bool) or one not in self.config.granularities):
                 ladder = ", ".join(map(str, self.config.granularities))
-                raise ValueError(f"granularity={one!r} is none of this model's: auto, {ladder}")
+                raise ValueError(f"granularity={one!r}: choose auto, {ladder}")
         return tuple(None if one == "auto" else int(one) for one in each)
 
     def longest(self, prepared: Prepared) -> int:
-        """Positions that a request may take: its prompt at the finest granularities left to it, and its answer."""
+        """The most positions of a request: its prompt at the finest granularities it may get, and its answer."""
         config, finest = self.config, self.config.granularities[-1]
         prompt = length_at(config, prepared.sample, [g or finest for g in prepared.choice])
         if None in prepared.choice and prepared.request.max_visual_tokens is not None:
@@ -100,7 +103,7 @@ class Model:
         scores: Sequence[np.ndarray],
         timings: dict[str, float],
     ) -> Answer:
-        """The answer of a request that has ended; `scores` are router scores (G,) of each image, none without."""
+        """The answer of a request that has ended; scores: router scores (G,) of each image, empty if not routed."""
         shares = tuple(dict(zip(self.config.granularities, softmax(row), strict=True)) for row in scores)
         return Answer(
             text=text,
@@ -114,7 +117,7 @@ class Model:
 
 
 def length_at(config: ModelConfig, sample: Sample, choice: Sequence[int]) -> int:
-    """Packed length of a prompt at one granularity per image, whether or not it fits."""
+    """Packed length of a prompt at one granularity per image; may exceed `max_length`."""
     return len(sample.tokens.ids) - len(sample.sizes) + sum(visual_tokens(config, sample, choice))
 
 
@@ -124,7 +127,7 @@ def visual_tokens(config: ModelConfig, sample: Sample, choice: Sequence[int]) ->
 
 
 def check_length(config: ModelConfig, sample: Sample, choice: Sequence[int]) -> None:
-    """Raises ValueError where a prompt exceeds `max_length`; says which granularity would fit."""
+    """Raise ValueError where a prompt exceeds `max_length`; it says which granularity would fit."""
     need, limit = length_at(config, sample, choice), config.language.max_length
     if need <= limit:
         return
@@ -135,16 +138,16 @@ def check_length(config: ModelConfig, sample: Sample, choice: Sequence[int]) -> 
 
 
 def without_end(ids: list[int], stop_ids: Sequence[int]) -> list[int]:
-    """Generated ids less the end token, if that is what they end on."""
+    """Generated ids without the stop id, if they end in one."""
     return ids[:-1] if ids and ids[-1] in stop_ids else ids
 
 
 def softmax(scores: np.ndarray) -> list[float]:
-    """Probabilities of fp32 scores (G,)."""
+    """Probabilities (G,) of fp32 scores (G,)."""
     shares = np.exp(scores - scores.max())
     return (shares / shares.sum()).tolist()
 
 
 def _single(values: tuple) -> object:
-    """None, the one value, or the tuple."""
+    """The one value of a tuple, None of an empty one, or the tuple itself."""
     return None if not values else values[0] if len(values) == 1 else values

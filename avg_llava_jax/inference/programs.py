@@ -1,17 +1,17 @@
-"""What the engine compiles: pure functions of (config, params, arrays), every one of static shape.
+"""The programs that the engine compiles: pure functions of (config, params, arrays), all shapes static.
 
     pixels --encode--> pool                             pyramids of tiles, one page each, kept for later requests
-    pool, text --route--> routing                       an image a row
+    pool, text --route--> routing                       one image per row
     cache, pool, ids, places --prefill--> cache, logits a chunk of each row's prompt into its slot
-    logits --first--> token                             of an answer that is sampled
+    logits --first--> token                             the first token of sampled answers
     cache --decode--> cache, tokens                     the first slots, several steps
-    cache --copy--> cache                               the prefix that prompts share, from slots to slots
+    cache --copy--> cache                               shared prefixes, from slots to slots
 
-The cache (a `LayerCache` of (slots, KV, capacity, d) for each layer) and the pool (pages, R, D) are donated: updated in
-place. What a padding row writes lies outside of them, and is dropped.
+The cache (a `LayerCache` of (slots, KV, capacity, d) per layer) and the pool (pages, R, D) are donated and updated in
+place. Writes of padding rows lie outside of both, and are dropped.
 
-What varies from request to request (lengths, temperatures, seeds, limits) is an array with one entry a row, so that
-requests share programs, and a row's tokens do not depend on its neighbours. `params` have their layers unstacked.
+Values of a request (length, temperature, seed, limit) are arrays with one entry per row, so that requests share
+programs, and a row's tokens do not depend on its neighbours. `params` have their layers unstacked.
 """
 
 import functools
@@ -29,11 +29,16 @@ from avg_llava_jax.parallel import sharding
 from avg_llava_jax.placement import constrain
 
 TEXT = -1
-"""A place that is a text token. Page p's pyramid row r is p * R + r, and pages * R the newline."""
+"""The place of a text token. Pyramid row r of page p has place p * R + r, the newline has place pages * R."""
+
+
+OWN_PRODUCTS = {"xla_gpu_dot_merger_threshold_mb": 0}
+"""For loops over tokens. XLA for GPUs joins products of one operand by copying their weights into one array, and keeps
+the copies of all layers while the loop runs: 96 MiB a layer of the 7B."""
 
 
 class Sampling(NamedTuple):
-    """How each row picks its tokens; every field has shape (B,).
+    """How each row samples its tokens; every field has shape (B,).
 
     temperature: float, 0 = greedy. top_p: float in (0, 1], 1 = off. top_k: int, 0 = off.
     seed: uint32; the n-th token of a row depends on its seed and n alone.
@@ -48,11 +53,11 @@ class Sampling(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Parts of prompts, one a row (B,), each of at most S positions.
+    """Chunks of prompts, one per row, at most S positions each.
 
-    slot, start, length: int (B,): positions start .. start + length - 1 of this slot's prompt. slot is None where row i
-    is slot i. A padding row has a slot or a start outside of the cache.
-    ids: int (B, S) text tokens. places: int (B, S), see `TEXT`.
+    slot, start, length: int (B,): row i holds positions start .. start + length - 1 of the prompt in its slot. slot is
+        None where row i is slot i. A padding row has a slot or a start outside of the cache.
+    ids: int (B, S), token ids where `places` is TEXT. places: int (B, S), see `TEXT`.
     """
 
     slot: jax.Array | None
@@ -63,9 +68,9 @@ class Chunk(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Answers that decode: int (B,) each, row i is slot i. A row whose limit is reached writes nothing.
+    """Answers to decode: int (B,) each, row i is slot i. A row whose limit is reached writes nothing.
 
-    last: the newest token, which is not in the cache; cached: positions that are; count: tokens generated.
+    last: the newest token, not in the cache yet. cached: positions in the cache. count: tokens generated.
     """
 
     last: jax.Array
@@ -75,7 +80,7 @@ class Rows(NamedTuple):
 
 @functools.partial(sharding.jit, static_argnums=(0, 2, 3, 4))
 def empty(config: ModelConfig, params: Params, slots: int, capacity: int, pages: int) -> tuple[Cache, jax.Array]:
-    """A cache and a pool of zeros, of the dtype that the model computes in."""
+    """A cache and a pool (pages, R, D) of zeros, in the model's compute dtype."""
     dtype = params["image_newline"].dtype
     slots_of_zeros = language.empty_cache(config.language, slots, capacity, dtype)
     return spread(slots_of_zeros), _pooled(jnp.zeros((pages, config.pyramid_rows, config.language.width), dtype))
@@ -83,7 +88,7 @@ def empty(config: ModelConfig, params: Params, slots: int, capacity: int, pages:
 
 @functools.partial(sharding.jit, static_argnums=0, donate_argnums=2)
 def encode(config: ModelConfig, params: Params, pool: jax.Array, pixels: jax.Array, pages: jax.Array) -> jax.Array:
-    """Encode tiles, of whatever images, into their pages: uint8 (M, H, W, 3), int (M,)."""
+    """Encode tiles of any images into pages of the pool: pixels uint8 (M, H, W, 3), pages int (M,) -> pool."""
     pyramid = avg_llava.pyramid_of(config, params, pixels[:, None])[:, 0].astype(pool.dtype)
     return _pooled(pool.at[pages].set(constrain(pyramid, None, None, None), mode="drop"))
 
@@ -92,10 +97,11 @@ def encode(config: ModelConfig, params: Params, pool: jax.Array, pixels: jax.Arr
 def route(
     config: ModelConfig, params: Params, pool: jax.Array, pages: jax.Array, text: jax.Array, count: jax.Array
 ) -> Routing:
-    """Score the granularities of images, one a row.
+    """Score the granularities of images, one per row.
 
-    pages: int (B, T), -1 behind the image's last tile. text: int (B, L), all of the prompt's, `count` (B,) real.
-    An image is scored by its own tiles and the prompt, so those of one request need not stand together.
+    pages: int (B, T), -1 after the image's last tile. text: int (B, L), the prompt's text ids, the first `count` (B,)
+    of them real. An image's scores depend on its own tiles and the prompt, so images of one request may lie in
+    different batches. Shapes of the result are those of `Routing`, with I = 1.
     """
     batch = {
         "tile_image": jnp.where(pages < 0, -1, 0),
@@ -115,12 +121,12 @@ def prefill(
     chunk: Chunk,
     window: int,
 ) -> tuple[Cache, jax.Array, jax.Array]:
-    """Read one chunk of each row's prompt into its slot.
+    """Prefill one chunk of each row's prompt into its slot.
 
-    window: positions that are attended to, at least start + S of each row; 0 where prompts are read from their start,
-    and attend to themselves alone.
+    window: cache positions that are attended to, at least start + S of each row; 0 where every chunk starts its
+    prompt, and attends only to itself.
 
-    Returns the cache, and of each chunk's last position the logits (B, V), and the best token (B,).
+    Returns the cache, and for each chunk's last position the logits (B, V) and the best token int (B,).
     """
     x = assemble(config, params, pool, chunk.ids, chunk.places)
     span = Span(chunk.start, chunk.slot, window)
@@ -132,12 +138,12 @@ def prefill(
 
 @functools.partial(sharding.jit, static_argnums=0)
 def first(config: ModelConfig, params: Params, logits: jax.Array, sampling: Sampling) -> jax.Array:
-    """The first token (B,) of answers, by the logits (B, V) at the end of their prompts."""
+    """Sample the first token (B,) of answers from the logits (B, V) at the end of their prompts."""
     return sample(logits, sampling, jnp.zeros_like(sampling.limit), False)
 
 
 def assemble(config: ModelConfig, params: Params, pool: jax.Array, ids: jax.Array, places: jax.Array) -> jax.Array:
-    """Embeddings (B, S, D) of prompt positions: text by `ids`, newlines and visual tokens by `places`."""
+    """Packed embeddings (B, S, D): text by `ids`, visual tokens and newlines by `places`, int (B, S) each."""
     rows = pool.reshape(-1, pool.shape[-1])
     text = avg_llava.embed(config, params, ids)
     newline = params["image_newline"].astype(text.dtype)
@@ -145,7 +151,7 @@ def assemble(config: ModelConfig, params: Params, pool: jax.Array, ids: jax.Arra
     return jnp.where((places == TEXT)[..., None], text, visual)
 
 
-@functools.partial(sharding.jit, static_argnums=(0, 7, 8, 9), donate_argnums=2)
+@functools.partial(sharding.jit, static_argnums=(0, 7, 8, 9), donate_argnums=2, compiler_options=OWN_PRODUCTS)
 def decode(
     config: ModelConfig,
     params: Params,
@@ -158,12 +164,12 @@ def decode(
     window: int,
     greedy: bool,
 ) -> tuple[Cache, jax.Array, jax.Array]:
-    """Generate tokens for the first B slots until every row is done, at most `steps` (a traced scalar, up to `most`).
+    """Decode tokens of the first B slots until every row is done, at most `steps` (a traced scalar, up to `most`).
 
-    stops: int (K,), ids that end a row, and are kept. window: holds what is cached, and `most` positions more. greedy:
-    every row is, and nothing is sorted.
+    stops: int (n,), stop ids, which end a row and are kept. window: at least the cached positions and `most` more.
+    greedy: every row is greedy, and the vocabulary is not sorted.
 
-    Returns the cache, tokens (B, most), and how many of them are real (B,).
+    Returns the cache, tokens int (B, most), and the number of real ones in each row int (B,).
     """
     capacity, row = cache[0].k.shape[2], jnp.arange(len(rows.last))
 
@@ -193,7 +199,7 @@ def decode(
 def copy(
     config: ModelConfig, params: Params, cache: Cache, source: jax.Array, target: jax.Array, window: int
 ) -> Cache:
-    """The first `window` positions of slots `source` (B,) into slots `target` (B,); a target outside is dropped."""
+    """Copy the first `window` positions of slots `source` (B,) to slots `target` (B,); a target outside is dropped."""
 
     def one(part: jax.Array) -> jax.Array:
         return part.at[target, :, :window].set(part.at[source, :, :window].get(mode="clip"), mode="drop")
@@ -202,10 +208,10 @@ def copy(
 
 
 def sample(logits: jax.Array, sampling: Sampling, count: jax.Array, greedy: bool) -> jax.Array:
-    """One token a row: logits fp32 (B, V), `count` (B,) tokens were picked before -> int (B,).
+    """Sample one token per row: logits fp32 (B, V), count int (B,) tokens generated before -> int (B,).
 
-    Temperature first, then the top_k best, then of those the smallest set whose probability reaches top_p. Nothing is
-    sorted where every temperature is 0; `greedy` says that when the program is compiled.
+    Temperature applies first, then top_k, then top_p, the smallest set of those whose probability reaches it. The
+    vocabulary is sorted only where a temperature is above 0; `greedy` leaves the sort out of the program.
     """
     best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     if greedy:
@@ -218,7 +224,7 @@ def sample(logits: jax.Array, sampling: Sampling, count: jax.Array, greedy: bool
         scores = jnp.where((top_k <= 0) | (rank < top_k), scores, -jnp.inf)
         share = jax.nn.softmax(scores)
         before = jnp.cumsum(share) - share
-        # The best token always stays, and rounding in the sum cuts no tail where top_p is off.
+        # The best token is always kept; with top_p off, rounding in the sum must not cut the tail.
         kept = (before < top_p) | (top_p >= 1) | (rank == 0)
         key = jax.random.fold_in(jax.random.key(seed), number)
         return order[jax.random.categorical(key, jnp.where(kept, scores, -jnp.inf))].astype(jnp.int32)
@@ -233,12 +239,12 @@ def sample(logits: jax.Array, sampling: Sampling, count: jax.Array, greedy: bool
 
 
 def _pooled(pool: jax.Array) -> jax.Array:
-    """Pages lie on every device, each with a part of the width."""
+    """Constrain the pool (pages, R, D): every device holds all pages, and a part of their width."""
     return constrain(pool, None, None, "width")
 
 
 def _taken(rows: jax.Array, at: jax.Array) -> jax.Array:
-    """Rows of the pool, at (B, n): gathered where they lie, then as a whole, and then each sample where it runs."""
+    """Gather rows of the pool at (B, n): first each device its part of the width, then all of it, then by sample."""
     taken = rows.at[constrain(jnp.maximum(at, 0), None, None)].get(mode="clip")
     for axes in ((None, "width"), (None, None), ("batch", None)):
         taken = constrain(taken, axes[0], *[None] * (taken.ndim - 2), axes[1])

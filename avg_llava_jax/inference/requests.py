@@ -1,4 +1,4 @@
-"""What is asked and what is answered."""
+"""Requests and answers."""
 
 from __future__ import annotations
 
@@ -19,21 +19,25 @@ Granularity = Literal["auto"] | int
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One question.
+    """One question about images.
 
     prompt: a question, or a conversation of turns `{"from": "human" | "gpt", "value": text}` that ends
-        on one. `<image>` says where an image goes; without it the images come first.
+        with a question. `<image>` marks the place of an image; without it the images come first.
     images: one image or several: paths, encoded bytes, or Pillow images.
     granularity: "auto" (the router chooses for each image), tokens per tile, or a list with one of these
         for each image.
-    cost_weight: what tokens cost where the router chooses: of log p_g - cost_weight * (visual tokens of the image
-        at g / those at the finest g) the largest is taken. 0 is the paper's choice, much is the coarsest.
-    max_visual_tokens: at most so many for all images together, newlines included; None = no bound. See `choosing`.
-    max_new_tokens: less where the model's `max_length` ends earlier.
-    temperature: 0 is greedy. top_p, top_k: what is sampled from; 1 and 0 are off.
+    cost_weight: the price of tokens under "auto": the router takes the g with the largest log p_g - cost_weight *
+        (visual tokens of the image at g / those at the finest g). 0 is the paper's choice; a large one is the coarsest.
+    max_visual_tokens: the most visual tokens of all images together, newlines included; None = no bound.
+        See `choosing`.
+    max_new_tokens: tokens to generate at most; fewer where prompt and answer reach the model's `max_length`.
+    temperature: 0 = greedy. top_p: in (0, 1], 1 = off. top_k: 0 = off.
     seed: the same request with the same seed gets the same answer, alone or in any batch.
     stop: strings that end the answer; they are not part of it.
-    raw: take `prompt` as it is, without a conversation template.
+    raw: use `prompt` as it is, without a conversation template.
+
+    Raises:
+      ValueError: a field is out of range; the message names it and its range.
     """
 
     prompt: str | Sequence[Turn]
@@ -52,7 +56,7 @@ class Request:
     def __post_init__(self) -> None:
         stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         if not all(isinstance(text, str) and text for text in stops):
-            raise ValueError(f"stop={self.stop!r}: stop strings must be texts that are not empty")
+            raise ValueError(f"stop={self.stop!r}: stop strings must be non-empty texts")
         if self.raw and not isinstance(self.prompt, str):
             raise ValueError("raw=True takes the prompt as one text, not as turns")
         single = isinstance(self.images, (str, os.PathLike, bytes, Image.Image)) or hasattr(self.images, "load")
@@ -73,16 +77,16 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What came of a request.
+    """The answer to a request.
 
-    granularity: tokens per tile; a tuple with one entry an image where there are several, None without images.
+    granularity: tokens per tile; a tuple with one entry per image where there are several, None without images.
     visual_tokens: packed tokens of all images, newlines included.
     probabilities: {granularity: probability} by the router; a tuple of these for several images; None
-        where the router did not run, because there is no image or every granularity was given.
+        where the router did not run, because there is no image or every granularity was requested.
     timings: seconds of `queue`, `encode` (load, encode, route), `prefill` (the wait for a slot included), `decode` and
-        `total`. The first use of a new size includes its compilation.
-    token_ids: generated ids, without the one that ended the answer.
-    finish: "stop" (an end token or a stop string) or "length".
+        `total`. The first use of a bucket includes its compilation.
+    token_ids: generated ids, without the stop id that ended the answer.
+    finish: "stop" (a stop id or a stop string) or "length".
     """
 
     text: str
@@ -96,7 +100,7 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A checked request on the host: `choice` holds None for each image that the router decides on."""
+    """A checked, tokenized request. choice: the requested granularity of each image, None where the router chooses."""
 
     request: Request
     sample: Sample
@@ -104,7 +108,7 @@ class Prepared:
 
 
 def as_ref(image: ImageLike) -> ImageRef:
-    """An image of a request by reference. Raises ValueError where it is none."""
+    """A reference to an image of a request. Raises ValueError for a value that is not an image."""
     if isinstance(image, (str, os.PathLike, bytes, Image.Image)):
         return image_ref(image)
     if not (hasattr(image, "load") and hasattr(image, "size")):

@@ -1,15 +1,16 @@
-"""Who gets which slot, which prompts are read next, who decodes: plain Python that knows no device, model or clock.
+"""The scheduler assigns slots and picks the prompts to prefill and the answers to decode: no device, model or clock.
 
-A slot is a row of the KV cache. After an answer it keeps its keys and values until it is needed, so that a later prompt
-with the same prefix need not be read from its start. What stands at a position is told by its *key*, an int64: a token
-id, or for every visual token of an image a negative number that stands for the image and its granularity.
+A slot holds one sequence in the KV cache. After an answer it keeps its keys and values until it is reassigned, so that
+a later prompt with the same prefix prefills the rest alone. A *key*, an int64, identifies the content of a position: a
+token id, or for every visual token of an image a negative number that stands for the image and its granularity.
 
     slot 0, finished    7 8 -36 -36 9 5 2      "<image> Who?" "Ann"
-    a follow-up         7 8 -36 -36 9 5 2 6 4  reads 6 4 alone, in slot 0
-    another prompt      7 8 -72 3              copies 7 8 into the longest unused slot, and reads -72 3
+    a follow-up         7 8 -36 -36 9 5 2 6 4  prefills 6 4 alone, in slot 0
+    another prompt      7 8 -72 3              copies 7 8 to the least recently used slot, and prefills -72 3
 
-Prompts are read in chunks, each slot's in turn, so that a long image does not stall the others. Those whose next chunk
-is of the same size are read together.
+(Real prefixes are longer: fewer than `WORTH_COPYING` shared positions are prefilled again.) Prompts prefill in chunks,
+each in turn, so that a long prompt does not stall the others. Prompts whose next chunk has the same size prefill
+together.
 """
 
 from __future__ import annotations
@@ -25,20 +26,20 @@ from avg_llava_jax.inference.buckets import STEPS, Buckets, bucket, chunk_bucket
 STEPS_BETWEEN_CHUNKS = 4
 NO_KEYS = np.zeros(0, np.int64)
 WORTH_COPYING = 16
-"""Positions that two prompts must share for them to be copied from one slot to another."""
+"""The shortest shared prefix, in positions, that is copied from one slot to another."""
 
 LONGEST_BEHIND = 512
-"""Positions that are read at once behind others, at most: their attention holds its scores in memory."""
+"""The most positions of a prefill that follows a cached prefix: its attention holds all scores in memory."""
 
 
 @dataclasses.dataclass(eq=False)
 class Work:
-    """What the scheduler knows of a request.
+    """The scheduler's state of a request.
 
-    keys: int64, of each position of its prompt. limit: tokens to generate at most, at least 1.
+    keys: int64 (S,), one per position of its prompt. limit: tokens to generate at most, at least 1.
     slot: None before it has one. cached: positions of its slot that hold its prompt and answer.
-    tokens: generated so far; the newest is not cached. each_token: whether every token is shown as it comes.
-    waits_for: the work whose prompt is being read, and shares a prefix with this one.
+    tokens: generated so far; the newest is not cached. each_token: whether to stream token by token.
+    waits_for: a work that is prefilling a prefix which this one shares.
     """
 
     keys: np.ndarray = dataclasses.field(default_factory=lambda: NO_KEYS)
@@ -52,7 +53,7 @@ class Work:
 
 @dataclasses.dataclass
 class Slot:
-    """keys: what is cached, position by position. used: when it was last left, in turns; 0 = never."""
+    """A slot of the cache. keys: int64 (n,), of its cached positions. used: the turn of its last release, 0 = never."""
 
     number: int
     keys: np.ndarray = dataclasses.field(default_factory=lambda: NO_KEYS)
@@ -62,7 +63,7 @@ class Slot:
 
 @dataclasses.dataclass(frozen=True)
 class Admission:
-    """A slot's number, and how many positions are there already, copied from the slot `source` if that is not None."""
+    """A work's slot. shared: positions of its prompt that are cached. source: the slot to copy them from, or None."""
 
     slot: int
     shared: int
@@ -71,7 +72,7 @@ class Admission:
 
 @dataclasses.dataclass(frozen=True)
 class Prefill:
-    """Prompts that are read at once: of each, `length` positions from `start` on, as a program of this size."""
+    """Prompts that prefill together, `lengths[i]` positions from `starts[i]` each, and the size of their program."""
 
     works: list[Work]
     starts: list[int]
@@ -83,7 +84,7 @@ class Prefill:
 
 @dataclasses.dataclass(frozen=True)
 class Decode:
-    """Answers that decode together, at most `steps` tokens more, as a program of `rows` slots."""
+    """Answers that decode together, at most `steps` tokens more, and the size of their program."""
 
     works: list[Work]
     rows: int
@@ -92,7 +93,7 @@ class Decode:
 
 
 class Scheduler:
-    """Slots, and the works in them: those whose prompt is being `reading`, and those whose answer is `decoding`."""
+    """Slots and the works in them. reading: works whose prompts prefill. decoding: works whose answers decode."""
 
     def __init__(self, buckets: Buckets):
         self.buckets = buckets
@@ -107,11 +108,11 @@ class Scheduler:
         return any(slot.work is None for slot in self.slots)
 
     def admit(self, work: Work) -> Admission | None:
-        """Give a work a slot; None where all are taken, or where it should wait for what is being read.
+        """Assign a slot to a work; None where no slot is free, or where it should wait for a shared prefix.
 
-        It gets the free slot that begins as the prompt does, where the prompt goes on from most of it; otherwise the
-        one that was not used for longest, and what another slot shares with the prompt is copied. It waits where a
-        prompt that is being read will share more than any slot does yet: what they share is read once.
+        The work gets the free slot that shares most of its content with the prompt; otherwise the least recently used
+        free slot, into which the longest prefix of another slot is copied. It waits where a prompt that is prefilling
+        will share a longer prefix than any slot does now, so that the prefix is prefilled once.
         """
         free = [slot for slot in self.slots if slot.work is None]
         if not free or (work.waits_for is not None and work.waits_for in self.reading):
@@ -134,18 +135,18 @@ class Scheduler:
         return Admission(own.number, shared, source)
 
     def by_size(self, works: Sequence[Work]) -> list[Work]:
-        """Works in an order in which many prompts of one size get slots, and are read together.
+        """Works ordered so that many prompts of one bucket get slots together, and prefill together.
 
-        Those come first whose prefix was just read, before it is overwritten.
+        Works that waited for a prefix come first, before the prefix is overwritten.
         """
         sizes = {work: bucket(self.buckets.chunks, len(work.keys)) for work in works}
         counts = Counter(sizes.values())
         return sorted(works, key=lambda work: (work.waits_for is None, -counts[sizes[work]], sizes[work]))
 
     def next_prefill(self, fullest: bool = False) -> Prefill | None:
-        """The next chunk of the prompt that waited longest, and of others whose next chunk is of the same size.
+        """The next chunk of the prompt that waited longest, with all prompts whose next chunk has the same size.
 
-        fullest: of the size that most prompts are of.
+        fullest: take the size of most prompts instead.
         """
         if not self.reading:
             return None
@@ -154,7 +155,7 @@ class Scheduler:
             by_size.setdefault(self._size(work), []).append(work)
         size = max(by_size, key=lambda size: len(by_size[size])) if fullest else next(iter(by_size))
         (chunk, window), works = size, by_size[size][: self.buckets.prompts[-1]]
-        # A chunk that would end behind the slot begins earlier, and reads some positions a second time.
+        # A chunk that would end after the slot's capacity starts earlier, and prefills some positions again.
         starts = [min(work.cached, self.buckets.capacity - chunk) for work in works]
         lengths = [min(chunk, len(work.keys) - start) for work, start in zip(works, starts, strict=True)]
         return Prefill(works, starts, lengths, bucket(self.buckets.prompts, len(works)), chunk, window)
@@ -168,7 +169,7 @@ class Scheduler:
         return chunk, bucket(self.buckets.windows, min(work.cached + chunk, self.buckets.capacity))
 
     def prefilled(self, prefill: Prefill) -> list[Work]:
-        """What `next_prefill` proposed is in the cache; the works whose prompt has ended, which now decode."""
+        """Record that a prefill is in the cache. Returns the works whose prompt is complete, which now decode."""
         ended = []
         for work, start, length in zip(prefill.works, prefill.starts, prefill.lengths, strict=True):
             self.reading.remove(work)
@@ -182,7 +183,7 @@ class Scheduler:
         return ended
 
     def next_decode(self) -> Decode | None:
-        """All answers that decode, in few steps where prompts wait to be read."""
+        """All answers that decode; fewer steps where prompts wait for prefill."""
         if not self.decoding:
             return None
         works = sorted(self.decoding, key=lambda work: work.slot)
@@ -192,20 +193,20 @@ class Scheduler:
         return Decode(works, rows, window, steps)
 
     def decoded(self, work: Work, tokens: Sequence[int]) -> None:
-        """A work has new tokens: its last token and all but the newest of these are cached now."""
+        """Record new tokens of a work: its last token and all but the newest of these are cached now."""
         slot = self.slots[work.slot]
         slot.keys = np.concatenate([slot.keys, [*work.tokens[-1:], *tokens][: len(tokens)]]).astype(np.int64)
         work.cached += len(tokens)
         work.tokens += tokens
 
     def leave(self, work: Work) -> None:
-        """A work has ended, or is given up: its slot is free, and keeps what is cached."""
+        """Release the slot of a work that ended or was cancelled; the slot keeps its cached prefix."""
         self._turn += 1
         self.slots[work.slot].work, self.slots[work.slot].used = None, self._turn
         (self.reading if work in self.reading else self.decoding).remove(work)
 
     def clear(self) -> None:
-        """Nothing runs, and nothing is cached."""
+        """Drop all works and all cached prefixes."""
         self.reading.clear()
         self.decoding.clear()
         for slot in self.slots:
@@ -213,10 +214,10 @@ class Scheduler:
 
 
 def _shared(keys: np.ndarray, prompt: np.ndarray) -> int:
-    """Positions of a prompt that need not be read where `keys` are cached already.
+    """Positions of a prompt that need no prefill where `keys` are cached.
 
-    Its last position is read in any case: the first token of the answer follows from it. A short prefix of a long
-    prompt counts as none, since a prompt is read fastest from its start.
+    The last position is always prefilled: its logits give the first token of the answer. A prefix of less than a
+    quarter of the prompt counts as 0, since prefill from position 0 is fastest.
     """
     shared = common(keys, prompt[:-1])
     return shared if shared >= WORTH_COPYING and 4 * shared >= len(prompt) else 0

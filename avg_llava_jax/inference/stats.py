@@ -1,4 +1,4 @@
-"""What the engine has done so far, in numbers."""
+"""The engine's counters."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from collections import Counter
 
 @dataclasses.dataclass(frozen=True)
 class Stats:
-    """A snapshot. All but `waiting` and `running` only ever grow.
+    """A snapshot of the counters. All but `waiting` and `running` only increase.
 
-    waiting: requests without a slot. running: those with one.
-    admitted, finished, cancelled, failed: requests that got a slot, and how they ended. rejected: those that `submit`
-        refused, as malformed or because the queue was full.
-    tokens: generated ones, those after a stop string included. visual_tokens: of all prompts that got a slot.
-    granularities: images by the granularity they were read at.
-    image_hits, image_misses: images that were encoded already when asked for, and those that were not.
-    prefix_hits: prompts of which a part was cached; prefix_tokens: the positions that need not be read.
-    ttft_seconds, ttft_count: sum and count of times from `submit` to the first token.
-    token_seconds, token_count: the same of the tokens after the first.
+    waiting: requests without a slot. running: requests with a slot.
+    admitted: requests that got a slot. finished, cancelled, failed: requests by how they ended.
+    rejected: requests that `submit` refused, as malformed or because the queue was full.
+    tokens: generated tokens, those after a stop string included. visual_tokens: of all prompts that got a slot.
+    granularities: {granularity: images that were packed at it}.
+    image_hits, image_misses: images that were encoded when a request asked for them, and those that were not.
+    prefix_hits: prompts with a cached prefix. prefix_tokens: their cached positions.
+    ttft_seconds, ttft_count: sum and count of the times from `submit` to the first token.
+    token_seconds, token_count: the time after the first tokens, and the number of tokens in it.
     """
 
     waiting: int = 0
@@ -55,12 +55,12 @@ class Counters:
             self._sums.update(amounts)
 
     def read_at(self, choice: tuple[int, ...]) -> None:
-        """A prompt got a slot whose images have these granularities."""
+        """Count the granularities of the images of a prompt that got a slot."""
         with self._lock:
             for granularity in choice:
                 self._granularities[granularity] += 1
 
     def snapshot(self, **now: int) -> Stats:
-        """The sums, and values that are known `now`."""
+        """The sums, with the current values `now` of the other fields."""
         with self._lock:
             return Stats(**self._sums, **now, granularities=dict(self._granularities))

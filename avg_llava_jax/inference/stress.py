@@ -1,4 +1,4 @@
-"""Random requests of every make-up, some malformed, some cancelled: does each end as it should, and nothing compile?"""
+"""A stress test: random requests of every kind, some malformed or cancelled; each must end right, none may compile."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ WORDS = "who what where number colour shirt left right weather field team player
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What came of a run.
+    """The result of a run.
 
-    outcomes: requests by how they ended: answered, malformed (ValueError at `submit` or later), cancelled.
+    outcomes: requests by how they ended: answered, malformed (ValueError from `submit`), failed, cancelled.
     wrong: one line for each request that did not end as it should.
-    compilations: programs compiled meanwhile. seconds: of the whole run.
-    device_bytes: what lies on the devices after the run, less what lay there before it; host_bytes: growth of the
-    process at its largest since a quarter of the requests had ended.
+    compilations: programs compiled during the run. seconds: of the whole run.
+    device_bytes: bytes on the devices after the run, less those before it. host_bytes: growth of the process's peak
+        memory since the first quarter of the requests.
     """
 
     outcomes: dict[str, int]
@@ -47,7 +47,7 @@ class Report:
 
 @contextlib.contextmanager
 def compilations() -> Iterator[Callable[[], int]]:
-    """Counts what XLA compiles in any thread; gives a function that says how many programs that were so far."""
+    """Count the programs that XLA compiles in any thread; yields a function that returns the count so far."""
     count = 0
 
     def heard(name: str, _: float, **__: Any) -> None:
@@ -64,7 +64,7 @@ def compilations() -> Iterator[Callable[[], int]]:
 def stress(
     engine: Engine, count: int, in_flight: int, seed: int = 0, largest: int = 200, progress: bool = False
 ) -> Report:
-    """Send `count` random requests to a started engine, `in_flight` at once; pictures have sides up to `largest`."""
+    """Send `count` random requests to a started engine, `in_flight` at once; pictures have sides up to `largest` px."""
     rng = random.Random(seed)
     pictures = [random_picture(rng, largest) for _ in range(max(4, count // 10))]
     outcomes: Counter[str] = Counter()
@@ -164,7 +164,7 @@ def malformed_request(rng: random.Random, engine: Engine, pictures: list[Image.I
 
 
 def _outcome(ticket: Ticket, cancel: bool) -> tuple[str, str | None]:
-    """How a request ended, and what is wrong with that. One to cancel is cancelled after its first piece."""
+    """How a request ended, and what is wrong with that, or None. `cancel`: cancel it after its first piece."""
     pieces = ticket.pieces()
     try:
         if cancel:
@@ -182,7 +182,7 @@ def _outcome(ticket: Ticket, cancel: bool) -> tuple[str, str | None]:
 
 
 def _live_bytes() -> int:
-    gc.collect()  # what an earlier engine left behind is not this one's
+    gc.collect()  # arrays of an earlier engine must not count
     return sum(array.nbytes for array in jax.live_arrays())
 
 

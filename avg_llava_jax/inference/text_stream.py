@@ -1,4 +1,4 @@
-"""Token ids become text piece by piece, and what has been shown is never taken back."""
+"""Streaming text: token ids become pieces of text, and no piece is ever taken back."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 
 class TextStream:
-    """The text of one growing answer.
+    """The text of one answer while it is generated.
 
     A piece never ends inside a UTF-8 character, inside what may become a stop string, or on white
     space that may turn out to be the end. The pieces join to `text`, which is stripped and ends
@@ -27,13 +27,13 @@ class TextStream:
         self._stop = tuple(stop)
 
     def feed(self, ids: Sequence[int], final: bool = False) -> str:
-        """What can be shown now, given all tokens so far; `final` says that no more will come."""
+        """The new piece of text, given all tokens so far. final: no more tokens will come."""
         if self.stopped:
             return ""
         known, self.ids = len(self.ids), list(ids)
         raw = self._decode(self.ids)
         if self._first_stop(raw) is not None:
-            # The answer must not depend on how many tokens came at once: find the one that completed it.
+            # The answer must not depend on how many tokens came together: find the token that completed the stop.
             for count in range(known + 1, len(ids) + 1):
                 raw = self._decode(ids[:count])
                 if self._first_stop(raw) is not None:
@@ -43,7 +43,7 @@ class TextStream:
         shown = raw[:end] if self.stopped or final else self._settled(raw)
         shown = shown.strip()
         if not shown.startswith(self.text):
-            return ""  # a run of bytes that has become invalid again; wait for what completes it
+            return ""  # bytes that became invalid UTF-8 again; wait for the token that completes them
         piece, self.text = shown[len(self.text) :], shown
         return piece
 
@@ -52,7 +52,7 @@ class TextStream:
         return min((place for place in places if place >= 0), default=None)
 
     def _settled(self, text: str) -> str:
-        """`text` less an incomplete character and less what a stop string may still claim."""
+        """`text` without an incomplete character, and without what may become a stop string."""
         text = text.rstrip("\ufffd")
         keep = len(text)
         for stop in self._stop:

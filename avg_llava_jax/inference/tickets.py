@@ -1,4 +1,4 @@
-"""What a caller holds while the engine works on its request."""
+"""Tickets: a caller's handles of requests in the engine."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from avg_llava_jax.inference.requests import Answer
 
 
 class Cancelled(Exception):
-    """The request was cancelled before its answer was whole."""
+    """The request was cancelled before its answer was complete."""
 
 
 class QueueFull(Exception):
-    """As many requests wait as may wait; try again later."""
+    """The engine's queue is full; try again later."""
 
 
 class Ticket:
     """A thread-safe handle of one request. Made by `Engine.submit`.
 
-    scores: fp32 (G,) of each image that the router scored, once it has; None before that.
-    logits: fp32 (V,) of the first token, where they were to be kept.
+    scores: router scores fp32 (G,) of each routed image; None before the request is routed.
+    logits: fp32 (V,) of the first token, with `keep_logits`.
     """
 
     keep_logits = False
@@ -39,14 +39,14 @@ class Ticket:
         self.logits: np.ndarray | None = None
 
     def pieces(self) -> Iterator[str]:
-        """The answer's text piece by piece, for one reader; blocks, and raises at the end as `result` does."""
+        """Iterate over the answer's text as it is generated, for one reader; blocks, and raises as `result` does."""
         while (piece := self._pieces.get()) is not None:
             yield piece
-        self._pieces.put(None)  # whoever reads on finds the end as well
+        self._pieces.put(None)  # a second iterator finds the end as well
         self.result()
 
     def ready(self) -> list[str]:
-        """The pieces of text that have come since the last call; never blocks."""
+        """The pieces of text since the last call; never blocks."""
         found = []
         while not self._pieces.empty():
             piece = self._pieces.get()
@@ -55,12 +55,13 @@ class Ticket:
         return found
 
     def result(self, timeout: float | None = None) -> Answer:
-        """The whole answer; blocks, at most `timeout` seconds.
+        """The answer; blocks, at most `timeout` seconds.
 
         Raises:
           ValueError: the request could not be answered, in one line.
-          RuntimeError: the device failed, or the engine was closed.
-          Cancelled: by `cancel`. TimeoutError: the answer is not whole yet.
+          RuntimeError: the device failed, or the engine stopped.
+          Cancelled: the request was cancelled.
+          TimeoutError: the answer is not complete yet.
         """
         if not self._ended.wait(timeout):
             raise TimeoutError(f"no answer within {timeout} seconds")
@@ -74,17 +75,17 @@ class Ticket:
         return self._ended.is_set()
 
     def cancel(self) -> None:
-        """Give the request up: its slot is free at the engine's next round. Nothing happens where it has ended."""
+        """Cancel the request: its slot is free at the engine's next round. No effect on a request that has ended."""
         self.cancelled = True
         self._wake()
 
     def show(self, piece: str) -> None:
-        """The engine's side: a new piece of text."""
+        """Add a piece of text; called by the engine."""
         if piece:
             self._pieces.put(piece)
 
     def end(self, outcome: Answer | Exception) -> None:
-        """The engine's side: an answer, or why there is none."""
+        """End the request with its answer or error; called by the engine."""
         if isinstance(outcome, Exception):
             self._error = outcome
         else:

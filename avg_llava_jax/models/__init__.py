@@ -1,1 +1,1 @@
-"""The network, top to bottom: encoder, connector, scaler, router, language model, and their composition."""
+"""The network: encoder, connector, scaler, router and language model, composed in avg_llava.py."""

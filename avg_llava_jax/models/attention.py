@@ -1,7 +1,7 @@
-"""Softmax attention: of a sequence over itself, and of new tokens over a cache, by what the platform does best.
+"""Softmax attention: of a sequence over itself, and of new tokens over a cache, by the platform's fastest kernel.
 
-`self_attention` and `cached_attention` are what layers call; `kernel_for` chooses. Queries, keys and values come as
-projections make them, (B, S, heads, d); a cache holds them heads first (see `cache`).
+Layers call `self_attention` and `cached_attention`; `kernel_for` chooses the kernel. Queries, keys and values have the
+projections' layout, (B, S, heads, d); a cache stores heads first (see `cache`).
 """
 
 import functools
@@ -20,7 +20,7 @@ from avg_llava_jax.models.flash import flash_attention
 Kernel = Literal["splash", "cudnn", "one_cpu", "blocks", "dense"]
 
 QUERY_BLOCK = 256
-"""Queries whose scores are in memory at once where no flash kernel runs."""
+"""Queries in a block: their scores are in memory together where no flash kernel runs."""
 
 
 def kernel_for(platform: str, devices: int, dtype: jnp.dtype, head_dim: int, length: int) -> Kernel:
@@ -33,8 +33,9 @@ def kernel_for(platform: str, devices: int, dtype: jnp.dtype, head_dim: int, len
         otherwise        any           any                    <= 256   dense: plain XLA, scores in memory
         otherwise        any           any                    more     blocks: dense for 256 queries at a time
 
-    None but `dense` ever holds S x S scores. cuDNN takes longer heads on some GPUs, but JAX asks the machine that
-    traces for its GPU before it believes that. `length` is a sequence's own; a cache is read by `cached_attention`.
+    Only `dense` ever holds S x S scores. cuDNN supports longer heads on some GPUs, but JAX checks that on the GPU of
+    the tracing machine, which a compilation ahead of time does not have. `length` is the sequence's own;
+    `cached_attention` handles a cache.
     """
     if platform == "cpu" and devices == 1:
         return "one_cpu"
@@ -46,9 +47,9 @@ def kernel_for(platform: str, devices: int, dtype: jnp.dtype, head_dim: int, len
 
 
 def self_attention(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool) -> jax.Array:
-    """q (B, S, H, d) over k, v (B, S, KV, d), KV a divisor of H -> (B, S, H, d).
+    """Attention of a sequence over itself: q (B, S, H, d), k, v (B, S, KV, d), KV a divisor of H -> (B, S, H, d).
 
-    The platform is that of the mesh in use (`jax.set_mesh`), which may be compiled for without being there.
+    The mesh in use (`jax.set_mesh`) decides the platform; its devices need not exist when it is compiled for.
     """
     kernel = kernel_for(*placement.platform(), q.dtype, q.shape[-1], q.shape[1])
     if kernel == "one_cpu":
@@ -59,10 +60,11 @@ def self_attention(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool) -> ja
 
 
 def cached_attention(q: jax.Array, cache: LayerCache, span: Span, positions: jax.Array) -> jax.Array:
-    """q (B, S, H, d) over what `span` shows of a cache that holds these tokens already -> (B, S, H, d).
+    """Attention of new tokens over a cache that they are already written to: q (B, S, H, d) -> (B, S, H, d).
 
-    One rule: the query at position p, int `positions` (B, S), attends to the cache's positions 0 .. p.
-    Scores are (B, H, S, W): the caller bounds S, by reading a long prompt behind a prefix in chunks.
+    One rule: the query at position p, int `positions` (B, S), attends to cache positions 0 .. p of its row; `span`
+    names the row's slot and its window W. Scores are (B, H, S, W): the caller bounds S by prefilling in chunks what
+    follows a cached prefix.
     """
     if one_cpu.here():
         return one_cpu.cached_attention(q, cache, span, positions)
@@ -78,12 +80,12 @@ def dense(
     mask: jax.Array | None = None,
     drop: Callable[[jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
-    """q (B, H, S, d) over k, v (B, KV, C, d) -> (B, H, S, d), softmax in fp32, all scores in memory.
+    """Plain XLA attention: q (B, H, S, d), k, v (B, KV, C, d) -> (B, H, S, d), softmax in fp32, all scores in memory.
 
-    mask: bool, broadcast to (B, H, S, C), False = is not attended to. drop: dropout of the weights (B, H, S, C).
+    mask: bool, broadcast to (B, H, S, C), False = not attended to. drop: dropout of the weights (B, H, S, C).
     """
     groups, steps = k.shape[1], q.shape[2]
-    # Queries that share a key head stand together: both products are then plain batched ones.
+    # Queries that share a key head are grouped: both products are then plain batched matrix products.
     q = rearrange(q * q.shape[-1] ** -0.5, "b (g r) s d -> b g (r s) d", g=groups)
     scores = jnp.einsum("bgmd,bgcd->bgmc", q, k, preferred_element_type=jnp.float32)
     scores = rearrange(scores, "b g (r s) c -> b (g r) s c", s=steps)
@@ -95,9 +97,9 @@ def dense(
 
 
 def by_device(kernel: Callable[..., jax.Array], q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """A fused kernel on a mesh: each device on its own samples and heads.
+    """A fused kernel on a mesh: each device computes its own samples and heads; shapes as in `self_attention`.
 
-    Queries are spread as their keys are, so that each head stays with the one that it reads.
+    Queries are sharded as their keys are, so that a query head lies on the device of its key head.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -109,10 +111,10 @@ def by_device(kernel: Callable[..., jax.Array], q: jax.Array, k: jax.Array, v: j
 def padded_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, causal: bool, implementation: Literal["cudnn", "xla"] = "cudnn"
 ) -> jax.Array:
-    """`jax.nn.dot_product_attention`, padded to an even length: JAX differentiates cuDNN's for no odd one.
+    """`jax.nn.dot_product_attention`, padded to an even length: JAX cannot differentiate cuDNN's at an odd length.
 
-    q (B, S, H, d), k, v (B, S, KV, d) -> (B, S, H, d). Padding lies to the right, where causal attention does not look;
-    other attention is told the real length. A CLIP encoder's 577 positions become 578.
+    q (B, S, H, d), k, v (B, S, KV, d) -> (B, S, H, d). Padding lies to the right, where causal attention does not
+    reach; non-causal attention gets the real length. A CLIP encoder's 577 positions become 578.
     """
     length = q.shape[1]
     odd = length % 2
@@ -133,7 +135,7 @@ def _over_own(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool) -> jax.Arr
 
 
 def _in_blocks(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool) -> jax.Array:
-    """`dense` for `QUERY_BLOCK` queries at a time; the backward pass forms their scores again."""
+    """`dense` for `QUERY_BLOCK` queries at a time; the backward pass recomputes their scores."""
     length = q.shape[1]
     count = -(-length // QUERY_BLOCK)
     block = -(-length // count)

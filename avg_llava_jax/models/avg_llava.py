@@ -1,10 +1,10 @@
-"""AVG-LLaVA, an image and a question from top to bottom, as pure functions of (config, params, arrays).
+"""AVG-LLaVA from pixels and token ids to logits, as pure functions of (config, params, arrays).
 
     pixels --encode_images--> features --scale--> pyramid --route--> logits over granularities
     text, pyramid, newline --assemble(index)--> packed embeddings --decoder--> hidden states
 
 `params` is a plain nested dict with the keys encoder, connector, image_newline, router, language.
-All compute happens in the dtype of the parameters that are passed: cast them to choose it.
+Compute runs in the dtype of the parameters: cast them to choose it. config.py has the legend of dims.
 """
 
 from typing import Any
@@ -24,7 +24,7 @@ Params = dict[str, Any]
 
 
 def init(config: ModelConfig, rng: jax.Array) -> Params:
-    """Fresh fp32 parameters. Under `jax.eval_shape` nothing is computed: shapes alone."""
+    """Fresh fp32 parameters. Under `jax.eval_shape` only shapes are traced, nothing is computed."""
     rngs = jax.random.split(rng, 5)
     side, width = config.vision.image_size, config.language.width
     finest = config.granularities[-1]
@@ -45,7 +45,7 @@ def init(config: ModelConfig, rng: jax.Array) -> Params:
 
 
 def encode_images(config: ModelConfig, params: Params, pixels: jax.Array, remat: Remat = "none") -> jax.Array:
-    """Encode and connect every tile once: uint8 (B, T, H, W, 3) -> features (B, T, P, D)."""
+    """Encode and connect every tile: uint8 (B, T, H, W, 3) -> features (B, T, P, D)."""
     batch, tiles = pixels.shape[:2]
 
     def encode(pixels: jax.Array) -> jax.Array:
@@ -57,13 +57,13 @@ def encode_images(config: ModelConfig, params: Params, pixels: jax.Array, remat:
 
 
 def pyramid_of(config: ModelConfig, params: Params, pixels: jax.Array, remat: Remat = "none") -> jax.Array:
-    """uint8 (B, T, H, W, 3) -> every granularity of every tile, (B, T, R, D)."""
+    """Encode, connect and scale: uint8 (B, T, H, W, 3) -> the pyramid of every tile, (B, T, R, D)."""
     return scale(config, encode_images(config, params, pixels, remat))
 
 
 def embed(config: ModelConfig, params: Params, ids: jax.Array) -> jax.Array:
-    """Token ids (...) -> raw embeddings (..., D)."""
-    del config  # like its neighbours, all of which take it
+    """Token ids int (...) -> raw embeddings (..., D)."""
+    del config  # unused; all functions of this module take (config, params, ...)
     return language.embed(params["language"], ids)
 
 
@@ -77,7 +77,8 @@ def route(
 ) -> Routing:
     """Score the granularities of each image: pyramid (B, T, R, D), text embeddings (B, L, D) -> logits (B, I, G).
 
-    `batch` gives `instruction`, `tile_image` and `first_tile`; `dropout` are keys (B,), None at inference.
+    batch: `instruction` bool (B, L), `tile_image` int (B, T), `first_tile` int (B, I), see `Router`.
+    dropout: keys (B,), None at inference.
     """
     return Router(config).apply(
         {"params": params["router"]},
@@ -93,13 +94,14 @@ def route(
 def assemble(params: Params, pyramid: jax.Array, text: jax.Array, index: jax.Array) -> jax.Array:
     """Pack text, visual tokens and newlines into one sequence: a single gather.
 
-    pyramid (B, T, R, D), text (B, L, D), index int (B, S) -> (B, S, D). The rows that `index` counts are
+    pyramid (B, T, R, D), text (B, L, D), index int (B, S) -> (B, S, D). An entry of `index` is a row of
+
 
         0 .. L-1                text tokens
         L .. L+T*R-1            row r of tile slot t at L + t*R + r
         L+T*R                   the learned newline
 
-    With L=3, T=1, R=7 and index [0, 3, 10, 1, 2]: text 0, the coarsest visual token, a newline, text 1, text 2.
+    With L=3, T=1, R=7, index [0, 3, 10, 1, 2] packs: text 0, the coarsest visual token, the newline, text 1, text 2.
     """
     newline = jnp.broadcast_to(params["image_newline"].astype(text.dtype), (len(text), 1, text.shape[-1]))
     visual = pyramid.reshape(len(text), -1, text.shape[-1])
@@ -110,7 +112,7 @@ def assemble(params: Params, pyramid: jax.Array, text: jax.Array, index: jax.Arr
 def decoder(
     config: ModelConfig, params: Params, x: jax.Array, remat: Remat = "none"
 ) -> jax.Array:
-    """Packed embeddings (B, S, D) of whole sequences -> hidden states (B, S, D)."""
+    """Packed embeddings (B, S, D) of whole sequences -> hidden states (B, S, D), without a cache."""
     return language.decoder(config.language, params["language"], x, remat=remat)[0]
 
 

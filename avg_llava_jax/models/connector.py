@@ -1,4 +1,4 @@
-"""The connector: patch features into the space of the language model."""
+"""The connector projects patch features (E wide) into the language model's embedding space (D wide)."""
 
 import flax.linen as nn
 import jax

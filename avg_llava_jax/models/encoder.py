@@ -1,4 +1,4 @@
-"""The vision encoder: a CLIP ViT read before its end, one tile at a time."""
+"""The vision encoder: a CLIP ViT up to a hidden state before its last layer; every tile is a separate input."""
 
 import flax.linen as nn
 import jax
@@ -37,9 +37,9 @@ class EncoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Tiles to patch features: the hidden state `select_layer`, class token dropped (paper, section 3.1).
+    """Tiles to patch features: hidden state `select_layer` without the class token (paper, section 3.1).
 
-    Compute happens in the parameters' dtype.
+    Compute runs in the parameters' dtype.
     """
 
     config: VisionConfig

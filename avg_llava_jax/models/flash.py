@@ -7,16 +7,16 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
 BLOCKS = range(128, 769, 128)
-"""Sizes of the square tiles that the kernel can work in; it takes whole ones."""
+"""Block sizes of the kernel; the length is padded to whole blocks."""
 
 
 def flash_attention(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool, interpret: bool = False) -> jax.Array:
-    """q (B, S, H, d) over k, v (B, S, KV, d) -> (B, S, H, d), all on one device.
+    """Splash attention on one device: q (B, S, H, d), k, v (B, S, KV, d) -> (B, S, H, d).
 
-    interpret: run the kernel on any platform, slowly.
+    interpret: run the kernel on any platform, slowly, for tests.
     """
     length, heads = q.shape[1:3]
-    block = min(BLOCKS, key=lambda size: (-(-length // size) * size, -size))  # least padding, then largest tiles
+    block = min(BLOCKS, key=lambda size: (-(-length // size) * size, -size))  # least padding, then largest blocks
     padded = -(-length // block) * block
     mask = masks.CausalMask((padded, padded)) if causal else masks.FullMask((padded, padded))
     names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
@@ -27,7 +27,7 @@ def flash_attention(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool, inte
         q_seq_shards=1,
         interpret=interpret,
     )
-    # Padding lies to the right of every real token, where causal attention does not look.
+    # Padding lies to the right of every real token, where causal attention does not reach.
     behind = (jnp.arange(padded) >= length).astype(jnp.int32)
     real = None if causal or padded == length else splash.SegmentIds(q=jnp.zeros_like(behind), kv=behind)
     q, k, v = (

@@ -1,10 +1,10 @@
-"""The language model: a Llama-family decoder. One walk over its layers serves training, scoring, prefill and decode.
+"""The language model: a Llama-family decoder. `decoder` walks its layers for training, scoring, prefill and decode.
 
     ids (B, S) --embed--> x (B, S, D) --decoder--> hidden (B, S, D) --unembed--> logits (B, S, V)
 
-`params` is a plain nested dict: embed, layers, norm, unembed (without it, the embedding is the head). Layers are
-stacked along a first axis, and scanned; or a tuple (`unstack`), and walked one by one, each with its own cache.
-Compute happens in the parameters' dtype; of quantized ones, in that of their scales.
+`params` is a plain nested dict: embed, layers, norm, unembed (absent where embeddings are tied). Layers are stacked
+along a first axis and scanned, or a tuple (`unstack`) and unrolled; with a cache they are always unrolled.
+Compute runs in the parameters' dtype; for quantized parameters, in the dtype of their scales.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from avg_llava_jax.config import LanguageConfig
 from avg_llava_jax.models import one_cpu
 from avg_llava_jax.models.attention import cached_attention, self_attention
 from avg_llava_jax.models.cache import Cache, LayerCache, Span
-from avg_llava_jax.models.stack import SHALLOW, Remat, rematerialised
+from avg_llava_jax.models.stack import SHALLOW, Remat, rematerialised, stack
 from avg_llava_jax.placement import constrain
 
 Params = dict[str, Any]
@@ -55,9 +55,10 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
 
 class Linear(nn.Dense):
-    """`nn.Dense`, also with an int8 kernel (in, out) and its scales (out,), see `weights.quantize`: x @ (q * s).
+    """`nn.Dense`, also for an int8 kernel q (in, out) with scales s (out,), see `convert.quantize`: x @ (q * s).
 
-    The scales are taken out of the sum, y = (x @ q) * s: weights stay int8 in memory, XLA converts what it multiplies.
+    Scales are applied after the product, y = (x @ q) * s: weights stay int8 in memory, and XLA converts them as it
+    multiplies.
     """
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -69,12 +70,12 @@ class Linear(nn.Dense):
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm decoder layer.
+    """Pre-norm decoder layer: x (B, S, D), rope from `rotary`, positions int (B, S) -> x and the cache.
 
-    Without a cache: x (B, S, D) -> the same shape, each row a sequence from its start, causal.
-    With one: keys and values of x are written where `span` says, and what was written before is attended to as well.
-    With `last` (B,) only the token at that place of each row goes on, (B, 1, D): the MLP, two projections and the
-    attention of all others are spared. Their keys and values are written all the same.
+    Without a cache: (B, S, D) -> the same shape, causal, each row a whole sequence.
+    With a cache: keys and values of x are written at `span`, then queries attend to the prefix written before as well.
+    With `last` int (B,): keys and values of all S tokens are written, but only the token at index `last` of each row
+    is computed further, (B, 1, D): the MLP, two projections and the attention of all others are skipped.
     """
 
     config: LanguageConfig
@@ -105,7 +106,7 @@ class DecoderLayer(nn.Module):
         if cache is None or (span.window == 0 and last is None):
             y = self_attention(q, k, v, causal=True)
         else:
-            # The last hidden state of a fresh prompt reads the keys that were just written.
+            # With `last`, the query of a prompt from position 0 attends to the keys just written to the cache.
             window = span.window or (k.shape[1] if span.window == 0 else None)
             y = cached_attention(q, cache, dataclasses.replace(span, window=window), positions)
         y = Linear(config.width, use_bias=config.attention_bias, name="out")(rearrange(y, "b s h d -> b s (h d)"))
@@ -119,7 +120,7 @@ class DecoderLayer(nn.Module):
 
 
 def _at(x: jax.Array, place: jax.Array) -> jax.Array:
-    """x (B, S, ...) at one place a row, (B,) -> (B, 1, ...)."""
+    """x (B, S, ...) at one index per row, `place` (B,) -> (B, 1, ...)."""
     return jnp.take_along_axis(x, place.reshape(-1, *[1] * (x.ndim - 1)), axis=1)
 
 
@@ -132,16 +133,18 @@ def decoder(
     last: jax.Array | None = None,
     remat: Remat = "none",
 ) -> tuple[jax.Array, Cache | None]:
-    """Embeddings through all layers and the last norm.
+    """Walk embeddings through all layers and the final norm.
 
-    Right padding needs no mask: it lies behind every real token, where attention does not look.
+    Right padding needs no mask: it follows every real token, where causal attention does not reach.
 
     Args:
-      x: (B, S, D). cache, span: where its keys and values go, and what is attended to; None for a whole sequence.
-      last: int (B,), the only place of each row whose hidden state is wanted, with a cache. An eighth of the work of
-        8 layers, 1/32 of 32.
+      x: (B, S, D), packed embeddings.
+      cache, span: where keys and values are written, and which positions are attended to; None for whole sequences.
+      last: int (B,), with a cache: the one index of each row whose hidden state is needed. The last layer computes
+        only that one, which saves an eighth of the work of 8 layers, 1/32 of 32.
+      remat: what the backward pass recomputes, see `stack.Remat`; for stacked layers without a cache.
     Returns:
-      hidden (B, S, D), or (B, 1, D) with `last`, and the cache.
+      hidden (B, S, D), or (B, 1, D) with `last`, and the updated cache (None without one).
     """
     positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
     if span is not None and span.window != 0:
@@ -153,7 +156,7 @@ def decoder(
         return layer.apply({"params": layer_params}, x, rope, positions, *rest)
 
     if cache is None and not isinstance(layers, tuple):
-        # Scanned layers hand nothing but x on.
+        # A scan carries x alone.
         x, _ = jax.lax.scan(rematerialised(run, remat), x, layers, unroll=config.layers <= SHALLOW)
         return _norm(config, params, x), None
     layers = unstack(layers)
@@ -170,10 +173,10 @@ def _norm(config: LanguageConfig, params: Params, x: jax.Array) -> jax.Array:
 
 
 def unstack(layers: Params | tuple[Params, ...], free: bool = False) -> tuple[Params, ...]:
-    """Stacked layers as a tuple, which is how a loop over tokens reads them without copying any.
+    """Unstack layers into a tuple, from which a decode loop reads each layer without a copy.
 
-    Outside of a compiled function every layer gets memory of its own, except on one CPU device.
-    free: give up the memory of the stacked ones, one after another.
+    Outside of a compiled function every layer gets its own memory, except on one CPU device, where they are views.
+    free: delete each stacked array once it is copied, so that both are never in memory together.
     """
     if isinstance(layers, tuple):
         return layers
@@ -192,33 +195,39 @@ def unstack(layers: Params | tuple[Params, ...], free: bool = False) -> tuple[Pa
 
 
 def empty_cache(config: LanguageConfig, slots: int, capacity: int, dtype: Any) -> Cache:
-    """Zeros for `slots` sequences of `capacity` positions."""
+    """A cache of zeros, `LayerCache` of (slots, KV, capacity, head_dim) per layer."""
     shape = slots, config.kv_heads, capacity, config.head_dim
     return tuple(LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.layers))
 
 
+class _Fresh(nn.Module):
+    """The whole model on one token, which is how its parameters are drawn; nothing else runs it."""
+
+    config: LanguageConfig
+
+    def setup(self) -> None:
+        config = self.config
+        draw = nn.initializers.normal(config.width**-0.5)
+        self.embedding = self.param("embed", draw, (config.vocab_size, config.width))
+        self.layers = stack(DecoderLayer, config.layers, "none", (nn.broadcast, nn.broadcast))(config)
+        self.norm = nn.RMSNorm(config.norm_eps)
+        if not config.tied_embeddings:
+            self.head = Linear(config.vocab_size, use_bias=False, name="unembed")
+
+    def __call__(self) -> jax.Array:
+        positions = jnp.zeros((1, 1), jnp.int32)
+        x, _ = self.layers(self.embedding[positions], rotary(self.config, positions), positions)
+        return self.norm(x) if self.config.tied_embeddings else self.head(self.norm(x))
+
+
 def init(config: LanguageConfig, rng: jax.Array) -> Params:
     """Fresh fp32 parameters, layers stacked."""
-    rngs = jax.random.split(rng, 3)
-    x, draw = jnp.zeros((1, 1, config.width)), nn.initializers.normal(config.width**-0.5)
-
-    def layer(rng: jax.Array) -> Params:
-        positions = jnp.zeros((1, 1), jnp.int32)
-        return DecoderLayer(config).init(rng, x, rotary(config, positions), positions)["params"]
-
-    params = {
-        "embed": draw(rngs[0], (config.vocab_size, config.width)),
-        "layers": jax.vmap(layer)(jax.random.split(rngs[1], config.layers)),
-        "norm": nn.RMSNorm(config.norm_eps).init(rng, x)["params"],
-    }
-    if not config.tied_embeddings:
-        params["unembed"] = Linear(config.vocab_size, use_bias=False).init(rngs[2], x)["params"]
-    return params
+    return _Fresh(config).init(rng)["params"]
 
 
 def embed(params: Params, ids: jax.Array) -> jax.Array:
-    """Token ids (...) -> raw embeddings (..., D)."""
-    # The table is gathered along its width first: rows of the batch and columns of the table lie on the same axis.
+    """Token ids int (...) -> raw embeddings (..., D)."""
+    # The table is gathered along its width first: the batch and the table's width share the mesh axis `fsdp`.
     rows = constrain(params["embed"], "vocab", None)[ids]
     if "embed_scale" in params:
         scale = params["embed_scale"]

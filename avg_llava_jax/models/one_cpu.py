@@ -1,6 +1,7 @@
-"""What one CPU device needs: its caches are small, its copies are dear, and it slices arrays without copying them.
+"""Special cases of one CPU device: its caches are small, copies are expensive, and slices of host arrays are free.
 
-Everything here stands behind an interface that accelerators use too: `attention`, `language.unstack`, `encode`.
+Each is reached through an interface that accelerators use too: `attention`, `language.unstack`,
+`avg_llava.encode_images`.
 """
 
 import math
@@ -15,23 +16,23 @@ from avg_llava_jax import placement
 from avg_llava_jax.models.cache import LayerCache, Span
 
 BLOCK, MOST_BLOCKS = 192, 16
-"""Queries whose scores are formed at once, and into how many blocks a sequence is cut at most: each is compiled."""
+"""Queries per block, and the most blocks of a sequence: every block is compiled separately."""
 
 PATCHES = 512
-"""Patches of a tile from which tiles are encoded one by one: products are as fast then, and what lies between them
-fits the CPU's cache. 6 % of the time of a ViT-B at 336 pixels."""
+"""Patches per tile from which tiles are encoded one by one: products are as fast then, and activations fit the CPU's
+cache. Saves 6 % of the time of a ViT-B at 336 pixels."""
 
 
 def here() -> bool:
-    """Whether what is compiled runs on one CPU device."""
+    """Whether the program being compiled runs on one CPU device."""
     return placement.platform() == ("cpu", 1)
 
 
 def self_attention(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool) -> jax.Array:
-    """q (B, S, H, d) over k, v (B, S, KV, d) -> (B, S, H, d), one head of one sample at a time.
+    """`attention.self_attention`, one head of one sample at a time: q (B, S, H, d), k, v (B, S, KV, d) -> (B, S, H, d).
 
-    Of a causal block only the keys up to its end are read, which saves nearly half of the work. Scores are formed again
-    in the backward pass, which is cheaper than reading them back.
+    A causal block reads only the keys up to its end, which saves nearly half of the work. The backward pass recomputes
+    scores, which is cheaper than loading them from memory.
     """
     batch, length, heads, _ = q.shape
     positions = jnp.arange(length)
@@ -49,7 +50,10 @@ def self_attention(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool) -> ja
 
 
 def cached_attention(q: jax.Array, cache: LayerCache, span: Span, positions: jax.Array) -> jax.Array:
-    """`attention.cached_attention`, one head of one row at a time: its keys are read where they lie."""
+    """`attention.cached_attention`, one head of one row at a time: keys are sliced from the cache without a copy.
+
+    q (B, S, H, d), positions int (B, S) -> (B, S, H, d).
+    """
     batch, _, heads, width = q.shape
     groups, capacity = cache.k.shape[1:3]
     window, shared = span.window or capacity, heads // groups
@@ -77,10 +81,10 @@ def cached_attention(q: jax.Array, cache: LayerCache, span: Span, positions: jax
 def _by_blocks(
     q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array | None, own: bool = False
 ) -> jax.Array:
-    """q (S, d) over k, v (C, d) -> (S, d), a block of queries after another.
+    """Attention of one head in blocks of queries: q (S, d), k, v (C, d) -> (S, d).
 
-    positions: int (S,), the last key that each query attends to; None = all of them. own: they are 0 .. S - 1, so that
-    a block reads no key behind its end.
+    positions: int (S,), the last key that each query attends to; None = all of them. own: positions are 0 .. S - 1, so
+    that a block reads no key after its end.
     """
     length, rows = len(q), []
     block = math.ceil(length / min(math.ceil(length / BLOCK), MOST_BLOCKS))
@@ -97,16 +101,16 @@ def _by_blocks(
 
 
 def encode(one_batch: Callable[[jax.Array], jax.Array], pixels: jax.Array, patches: int) -> jax.Array:
-    """`one_batch` of pixels (M, H, W, 3), tile by tile where a tile has many patches."""
+    """`one_batch` of pixels (M, H, W, 3) -> (M, P, E); tile by tile where a tile has at least `PATCHES` patches."""
     if here() and patches >= PATCHES:
         return jax.lax.map(lambda tile: one_batch(tile[None])[0], pixels)
     return one_batch(pixels)
 
 
 def unstack(layers: Any) -> tuple[Any, ...] | None:
-    """Stacked layers of parameters as a tuple that shares their memory; None where they do not lie on one CPU device.
+    """Stacked layers as a tuple of views that share their memory; None where they do not lie on one CPU device.
 
-    The stacked ones must be kept. A slice on the device would be a copy; one of the host's view is none.
+    The caller must keep the stacked arrays. Slicing on the device would copy; slicing the host's view does not.
     """
     leaves = jax.tree.leaves(layers)
     if any(not isinstance(leaf, jax.Array) or leaf.device != jax.devices("cpu")[0] for leaf in leaves):

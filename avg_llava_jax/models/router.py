@@ -15,11 +15,11 @@ from avg_llava_jax.placement import constrain
 
 
 class Routing(NamedTuple):
-    """What the router decided and why. J = router.text_tokens.
+    """The router's scores and how they came about. J = router.text_tokens.
 
     logits    (B, I, G)        after the layer norm; argmax chooses, the first of a tie
-    pre_norm  (B, I, G)        before it: the mean over the image's tiles of the summed votes
-    votes     (B, T, R + J, G) weight of each row times its opinion; empty tile slots hold garbage
+    pre_norm  (B, I, G)        before the layer norm: the mean over the image's tiles of the summed votes
+    votes     (B, T, R + J, G) each row's opinion times its voter weight; garbage in empty tile slots
     text_rows (B, I, J)        positions in `text` of the selected instruction tokens, -1 = none
     """
 
@@ -32,16 +32,17 @@ class Routing(NamedTuple):
 def select_text(
     features: jax.Array, text: jax.Array, instruction: jax.Array, count: int
 ) -> tuple[jax.Array, jax.Array]:
-    """The `count` instruction tokens most similar to an image.
+    """Select the `count` instruction tokens most similar to each image.
 
-    Cosine similarity of every patch with every token, mean over patches, descending. The mean is
-    linear, so the patches are averaged first.
+    Similarity is the cosine of every patch with every token, averaged over patches. The average is linear, so
+    normalised patches are averaged first.
 
     Args:
       features: (B, I, P, D) finest features of tile 0 of each image.
-      text: (B, L, D) raw token embeddings; instruction: bool (B, L), the tokens that may be read.
+      text: (B, L, D) raw token embeddings; instruction: bool (B, L), tokens that may be selected.
     Returns:
-      rows (B, I, count, D), zero where there are fewer tokens, and their positions (B, I, count), -1 there.
+      rows (B, I, count, D), most similar first, and their positions int (B, I, count). Where an image has fewer
+      instruction tokens, rows are zero and positions -1.
     """
     mean_patch = jnp.mean(unit(features), axis=-2)
     similarity = jnp.einsum("bid,bld->bil", mean_patch, unit(text))
@@ -61,11 +62,11 @@ def unit(x: jax.Array) -> jax.Array:
 
 
 def dropper(rate: float, keys: jax.Array | None) -> Callable[[jax.Array], jax.Array]:
-    """Dropout of arrays (B, ...) by one key a sample, keys (B,); None leaves everything as it is.
+    """Dropout of arrays (B, ...) with one key per sample, keys (B,); None = no dropout.
 
-    A sample's mask is drawn from its own key and from how often was drawn before, so it is the same wherever the
-    sample lies: on which device, in which micro-batch. Of 16 random bits each, which is as exact as a rate need be:
-    on a CPU drawing 32 takes half of a router's step.
+    A sample's mask depends on its key and the number of earlier calls alone, so it is the same on every device and in
+    every micro-batch. Masks use 16 random bits per value, exact enough for a rate: on a CPU, drawing 32 bits takes
+    half of a router's training step.
     """
     if keys is None or rate == 0:
         return lambda x: x
@@ -80,7 +81,7 @@ def dropper(rate: float, keys: jax.Array | None) -> Callable[[jax.Array], jax.Ar
 
 
 class Router(nn.Module):
-    """One post-norm transformer layer, an MLP to G opinions a row, and a voter over the rows."""
+    """One post-norm transformer layer, an MLP with G opinions per row, and a voter that sums them over the rows."""
 
     config: ModelConfig
 
@@ -94,14 +95,14 @@ class Router(nn.Module):
         first_tile: jax.Array,
         dropout: jax.Array | None = None,
     ) -> Routing:
-        """One decision an image.
+        """Score the granularities of each image.
 
         Args:
-          pyramid: (B, T, R, D).
-          text: (B, L, D) raw token embeddings; instruction: bool (B, L).
-          tile_image: int (B, T), which image of the sample a tile belongs to, -1 = empty slot.
-          first_tile: int (B, I), the slot of each image's tile 0, -1 = no such image.
-          dropout: keys (B,), one a sample; None = no dropout.
+          pyramid: (B, T, R, D), all granularities of each tile, see `scaler.scale`.
+          text: (B, L, D) raw token embeddings; instruction: bool (B, L), tokens that may be selected.
+          tile_image: int (B, T), which image of the sample a tile belongs to, -1 = empty tile slot.
+          first_tile: int (B, I), the tile slot of each image's tile 0, -1 = empty image slot.
+          dropout: keys (B,), one per sample; None = no dropout.
         """
         config, router = self.config, self.config.router
         finest = config.granularities[-1]
@@ -124,7 +125,7 @@ class Router(nn.Module):
         opinions = jax.nn.gelu(nn.Dense(x.shape[-1], name="hidden")(x), approximate=False)
         opinions = nn.Dense(len(config.granularities), name="logits")(opinions).astype(jnp.float32)
         rows = config.pyramid_rows + router.text_tokens
-        # Begins as the mean: with weights of random sign it takes long until the few words outvote the many patches.
+        # The voter starts as the mean: from weights of random sign, few text rows take long to outvote many patches.
         voter = self.param("voter", nn.initializers.constant(1 / rows), (rows,))
         votes = voter[:, None].astype(jnp.float32) * opinions
 
@@ -135,9 +136,9 @@ class Router(nn.Module):
         return Routing(logits, pre_norm, votes, positions)
 
     def _attend(self, x: jax.Array, tile_image: jax.Array, drop: Callable | None) -> jax.Array:
-        """Self-attention over the rows of a tile (`tokens`) or over an image's tiles at each row (`tiles`).
+        """Self-attention of x (B, T, R + J, D) over the rows of a tile (`tokens`) or an image's tiles (`tiles`).
 
-        drop: dropout of the weights in training; without it no S x S weights need to be in memory.
+        drop: dropout of the attention weights in training; without it they need not be in memory.
         """
         width, heads = x.shape[-1], self.config.router.heads
         tokens = self.config.router.attention == "tokens"
@@ -147,7 +148,7 @@ class Router(nn.Module):
             q, k, v = (rearrange(y, "b t r (h d) -> (b t) r h d", h=heads) for y in (q, k, v))
             y = self_attention(q, k, v, causal=False)
             return out(rearrange(y, "(b t) r h d -> b t r (h d)", b=len(x)))
-        # Independent attentions come first: products of them then need no transposed array.
+        # Axes of independent attentions come first: their products then need no transposed copy.
         first = "b t r (h d) -> b (t h) r d" if tokens else "b t r (h d) -> b (r h) t d"
         q, k, v = (rearrange(y, first, h=heads) for y in (q, k, v))
         mask = None if tokens else (tile_image[:, :, None] == tile_image[:, None, :])[:, None]

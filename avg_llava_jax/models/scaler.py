@@ -10,9 +10,9 @@ from avg_llava_jax.config import ModelConfig
 
 
 def scale(config: ModelConfig, features: jax.Array) -> jax.Array:
-    """Finest features of each tile -> its whole pyramid, coarsest first.
+    """Pool the finest features of each tile to its pyramid, coarsest first: (..., P, D) -> (..., R, D).
 
-    (..., P, D) -> (..., R, D). Rows `pyramid_offsets[g] + cell` hold granularity g, cells row-major.
+    Row `config.pyramid_offsets[g] + cell` holds a cell of granularity g, cells row-major.
 
     With a 2 x 2 grid, two halvings, width first, and the patches a b / c d:
 

@@ -1,1 +1,1 @@
-"""Many devices: meshes, placements, hosts, and what a run on them would take."""
+"""Many devices: meshes and shardings, hosts, chips to plan for, and the costs of a program."""

@@ -1,10 +1,10 @@
-"""Devices to plan for: what their makers say of them, and how XLA compiles for them where none is there.
+"""Chips to plan for: their makers' figures, and how XLA compiles for them on a machine without one.
 
     target("v5e:8x8")   64 TPUs            libtpu compiles, `pip install -e '.[plan]'`
     target("h100:8x4")  4 hosts of 8 GPUs  XLA's CUDA plugin compiles, `pip install -e '.[plan-gpu]'`
     target("cpu:8")     8 CPU devices      of this machine
 
-Of CPUs no speed and no memory is known.
+CPUs have no figures of speed or memory.
 """
 
 import importlib.util
@@ -21,11 +21,11 @@ from avg_llava_jax import extras
 
 GIB = 2**30
 SHARE = 0.75
-"""Of a GPU's memory JAX takes so much, unless XLA_CLIENT_MEM_FRACTION says otherwise."""
+"""The share of a GPU's memory that JAX takes, unless XLA_CLIENT_MEM_FRACTION is set."""
 
 
 class Card(NamedTuple):
-    """What XLA's compiler asks of a GPU besides: the figures of NVIDIA's driver, as in XLA's `target_config/specs`.
+    """Further figures of a GPU that XLA's compiler needs, as NVIDIA's driver gives them: XLA's `target_config/specs`.
 
     capability: CUDA compute capability. cores: streaming multiprocessors, with `lanes` fp32 units each. clock: GHz.
     cache: bytes of L2. shared: bytes of shared memory of a core. network: bytes/s a GPU sends to other hosts.
@@ -41,9 +41,9 @@ class Card(NamedTuple):
 
 
 class Chip(NamedTuple):
-    """One device (of TPU7x half a chip) as its maker describes it.
+    """One device (half a chip of TPU7x) by its maker's figures.
 
-    kinds: how JAX's `device_kind` names it. memory: bytes; of a TPU those that programs may use.
+    kinds: its names in JAX's `device_kind`. memory: bytes; for a TPU those that programs may use.
     flops: dense bf16 FLOP/s. bandwidth: bytes/s of its memory. links: bytes/s that it sends to its neighbours over all
     links together, one direction.
     """
@@ -74,20 +74,20 @@ CHIPS = {
     "h200": Chip(("NVIDIA H200",), 151397597184, 989e12, 4800e9, 450e9, HOPPER),
     "b200": Chip(("NVIDIA B200",), 191514411008, 2250e12, 7672e9, 900e9, BLACKWELL),
 }
-"""By the name that begins a topology: https://docs.cloud.google.com/tpu/docs/v5e and its neighbours, NVIDIA's data
+"""Name of a topology -> chip. Sources: https://docs.cloud.google.com/tpu/docs/v5e and its neighbours, NVIDIA's data
 sheets for A100, H100, H200 and DGX B200. `a100-80` is the A100 SXM; an H100 PCIe without a bridge sends over PCIe 5."""
 
-# With no GPU to time them on, XLA makes every product a Triton fusion, and odd sizes end in "Couldn't find output tile
-# sizes". On a GPU, where it times them, most are calls of cuBLAS.
+# Without a GPU to time them on, XLA makes every product a Triton fusion, and odd sizes fail with "Couldn't find output
+# tile sizes". On a GPU, where XLA times them, most are cuBLAS calls.
 GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 
 
 class Target(NamedTuple):
     """Devices to compile for.
 
-    chip: None where nothing is known of them. memory: bytes of each that a program may use, None likewise.
-    links: bytes/s that a device sends: of GPUs on several hosts at most its share of what leaves the host.
-    options: what XLA is told when it compiles for them.
+    chip: None for CPUs. memory: bytes of each device that a program may use, None for CPUs.
+    links: bytes/s that a device sends; for GPUs on several hosts at most its share of the host's network.
+    options: XLA's compiler options for them.
     """
 
     topology: str
@@ -99,19 +99,19 @@ class Target(NamedTuple):
 
 
 def target(topology: str) -> Target:
-    """The devices of a topology, none of which need be there.
+    """The devices of a topology, whether or not they exist.
 
-    `v5e:8x8`, `v5p:2x2x4`, `v6e:4x4`, `tpu7x:2x2x1` (4 chips, 8 devices): a TPU slice. `h100:8`: GPUs of one host,
-    `h100:8x4`: 8 on each of 4 hosts. `cpu:8`: as many devices of this machine.
+    `v5e:8x8`, `v5p:2x2x4`, `v6e:4x4`, `tpu7x:2x2x1` (4 chips, 8 devices): a TPU slice. `h100:8`: 8 GPUs of one host,
+    `h100:8x4`: 8 on each of 4 hosts. `cpu:8`: 8 CPU devices of this machine.
 
-    Everything else of this process runs on the CPU from then on; call it before anything has.
+    The process then runs on the CPU alone; call this before JAX runs anything.
 
     Raises:
-      ValueError: no such topology, or what compiles for it is not installed.
+      ValueError: the topology is unknown, or its compiler is not installed.
     """
     name, _, size = topology.partition(":")
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_enable_compilation_cache", False)  # it has nothing to run what is compiled for others
+    jax.config.update("jax_enable_compilation_cache", False)  # programs for other devices cannot be loaded here
     if name == "cpu" and size.isdecimal() and int(size):
         jax.config.update("jax_num_cpu_devices", int(size))
         return Target(topology, jax.devices())
@@ -131,17 +131,17 @@ def target(topology: str) -> Target:
 
 
 def by_kind(device_kind: str) -> Chip | None:
-    """The chip that JAX names so; names may go on: "NVIDIA H200" is also "NVIDIA H200 141GB HBM3e"."""
+    """The chip of a `device_kind`, by its longest known prefix: "NVIDIA H200" matches "NVIDIA H200 141GB HBM3e"."""
     known = {kind: chip for chip in CHIPS.values() for kind in chip.kinds}
     longest = max((kind for kind in known if device_kind.startswith(kind)), key=len, default=None)
     return known.get(longest)
 
 
 def share() -> float:
-    """The part of a GPU's memory that JAX takes: XLA_CLIENT_MEM_FRACTION, or by its old name, or 0.75.
+    """The share of a GPU's memory that JAX takes: XLA_CLIENT_MEM_FRACTION, its old name, or 0.75.
 
     Raises:
-      ValueError: it is not a number above 0 and at most 1.
+      ValueError: the variable is not a number above 0 and at most 1.
     """
     names = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
     name, text = next(((name, os.environ[name]) for name in names if os.environ.get(name)), ("", str(SHARE)))
@@ -155,7 +155,7 @@ def share() -> float:
 
 
 def description(chip: Chip) -> str:
-    """A GPU as XLA reads it, the text of a `GpuTargetConfigProto`; without all of it XLA ends, or fuses otherwise."""
+    """A GPU as the text of XLA's `GpuTargetConfigProto`; without a field XLA aborts, or chooses other fusions."""
     card = chip.card
     major, minor = card.capability
     accelerated = " feature_extension: ACCELERATED_FEATURES" if major >= 9 else ""
@@ -176,7 +176,7 @@ device_description_str: "{chip.kinds[0]}"
 
 
 def missing(chip: Chip) -> str | None:
-    """The package without which nothing compiles for a chip, and the extra that brings it; None where all is there."""
+    """The packages that compiling for a chip lacks, and the extra that installs them; None if nothing is missing."""
     if chip.card is None:
         return None if _installed("libtpu") else extras.lacking("plan", "libtpu")
     needs = {
@@ -190,7 +190,7 @@ def missing(chip: Chip) -> str | None:
 
 def _tpus(topology: str) -> Sequence[jax.Device]:
     _need(topology)
-    # libtpu looks for the machine that it runs on, and for others that use it; here is neither.
+    # libtpu looks for its TPU machine, and for other processes that use it; this machine has neither.
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     try:
         return topologies.get_topology_desc(topology, platform="tpu").devices
@@ -212,7 +212,7 @@ def _need(topology: str) -> None:
 def _installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # not even the package that it would be in
+    except ModuleNotFoundError:  # the parent package is missing too
         return False
 
 

@@ -1,9 +1,9 @@
-"""What a step must compute, by its formula, and what a program costs, read off the program itself.
+"""Costs: the FLOPs of a step by formula, and the FLOPs, memory traffic and collectives of a program by its text.
 
-`step_flops` is what efficiency is measured against: the products of the model alone, whatever a program does besides.
-`flops` counts a traced program, `collectives` what XLA made of it. XLA's own `cost_analysis` counts the body of a loop
-once; here a `lax.scan` counts as often as it runs, and of a loop whose length only the device knows (generation) one
-turn is counted.
+`step_flops` is the reference for efficiency: the matrix products of the model, whatever else a program does.
+`flops` counts a traced program; `accesses` and `collectives` count a compiled one. XLA's `cost_analysis` counts a
+loop's body once; here a `lax.scan` counts as often as it runs, and a loop whose length only the device knows
+(generation) counts once.
 """
 
 import dataclasses
@@ -19,21 +19,22 @@ from avg_llava_jax.data.packing import Shape
 
 
 def encoder_flops(config: ModelConfig, tiles: int) -> int:
-    """Of one forward pass of vision encoder and connector over tiles: 2 x M x N x K of every product."""
+    """FLOPs of a forward pass of encoder and connector over `tiles` tiles: 2 x M x N x K of every product."""
     vision, patches, width = config.vision, config.vision.grid**2, config.language.width
-    layer = 2 * vision.width * (4 * vision.width + 2 * vision.mlp_width)  # a token
+    layer = 2 * vision.width * (4 * vision.width + 2 * vision.mlp_width)  # per token
     attention = 4 * (1 + patches) ** 2 * vision.width
-    connector = 2 * width * (vision.width + width)  # a patch
+    connector = 2 * width * (vision.width + width)  # per patch
     layers = vision.used_layers * (layer * (1 + patches) + attention)
     return tiles * (layers + patches * (2 * _pixels(config) * vision.width + connector))
 
 
 def language_flops(language: LanguageConfig, rows: int, length: int, answer: int) -> int:
-    """Of one forward pass over sequences (rows, length) with logits at `answer` positions of each.
+    """FLOPs of a forward pass over sequences (rows, length) with logits at `answer` positions of each.
 
-    Twice the parameters of the layers a token, twice those of the unembedding an answer token, and the attention's two
-    products over all pairs of positions, those too that causality masks, as is the custom (PaLM, appendix B). With
-    width 1, one layer, one head of size 1, MLP width 1, vocabulary 3, rows 1, length 2, answer 1:
+    Twice the layers' parameters per token, twice the unembedding's per answer token, and attention's two products over
+    all pairs of positions, causally masked ones included, as is the convention (PaLM, appendix B).
+
+    With width 1, one layer, one head of size 1, MLP width 1, vocabulary 3, rows 1, length 2, answer 1:
     2*(4 + 3)*2 + 2*3 + 4*2*2 = 50.
     """
     inner, shared = language.heads * language.head_dim, language.kv_heads * language.head_dim
@@ -44,20 +45,20 @@ def language_flops(language: LanguageConfig, rows: int, length: int, answer: int
 
 
 def router_flops(config: ModelConfig, rows: int, tiles: int) -> int:
-    """Of one forward pass of the router over `rows` samples of `tiles` tiles each."""
+    """FLOPs of a forward pass of the router over `rows` samples of `tiles` tiles each."""
     width, router = config.language.width, config.router
     tokens = config.pyramid_rows + router.text_tokens  # of a tile
     products = 2 * tokens * width * (7 * width + len(config.granularities))
-    seen = tokens if router.attention == "tokens" else tiles  # by each token
+    seen = tokens if router.attention == "tokens" else tiles  # keys that each token attends to
     return rows * tiles * (products + 4 * tokens * seen * width)
 
 
 def step_flops(
     config: ModelConfig, phase: str, granularities: Sequence[int], rows: int, shape: Shape
 ) -> dict[str, int]:
-    """Of one training step over `rows` samples of a shape, by part; phase `multi_granularity` or `rglf`.
+    """FLOPs of one training step over `rows` samples of a shape, by part; phase `multi_granularity` or `rglf`.
 
-    What learns costs three times its forward pass: the backward pass has two products for each, but for those whose
+    A trained part costs three times its forward pass: the backward pass has two products for each, less those whose
     input needs no gradient (pixels into the encoder, the pyramid into the router). Rematerialisation is not counted.
     """
     learns = phase != "rglf"
@@ -74,12 +75,12 @@ def step_flops(
 
 
 def _pixels(config: ModelConfig) -> int:
-    """Numbers in one patch."""
+    """Values of one patch: 3 x p x p."""
     return 3 * config.vision.patch_size**2
 
 
 def flops(jaxpr: core.Jaxpr) -> float:
-    """Floating-point operations of all matrix products of a trace, over all devices: 2 x M x N x K each.
+    """FLOPs of all matrix products of a trace, over all devices: 2 x M x N x K each.
 
     `jax.make_jaxpr(f)(*args).jaxpr` of a scan of length 3 over products (4, 5) @ (5, 6) has 3 * 2*4*5*6 = 720.
     """
@@ -97,7 +98,7 @@ def flops(jaxpr: core.Jaxpr) -> float:
             case "cond":
                 total += max(flops(branch.jaxpr) for branch in params["branches"])
             case "shard_map":  # traced for one of the devices
-                taken = params.get("newly_manual_axes", params.get("manual_axes"))  # by the version of JAX
+                taken = params.get("newly_manual_axes", params.get("manual_axes"))  # depends on JAX's version
                 total += math.prod(params["mesh"].shape[axis] for axis in taken) * inner
             case "pallas_call":  # traced for one cell of the grid
                 total += math.prod(params["grid_mapping"].grid) * inner
@@ -137,19 +138,19 @@ _BELOW = re.compile(r"^ROOT .* compare\(%?([\w.\-]+), %?([\w.\-]+)\), direction=
 _RESULT = re.compile(r"^ROOT .* tuple\((.*?)\)")
 _SUM = re.compile(r"%?([\w.\-]+) = [su]32\[\]\S* add\((.*?)\)")
 
-# How XLA writes for TPUs that a collective which was started before goes on, and that it ends.
+# XLA's names on TPUs for a collective in flight, and for its end.
 GOES_ON, ENDS = "async_collective_fusion", "%async-collective-done"
 
-# How XLA writes a reduce-scatter for TPUs: a fusion of an all-reduce and of the slice that is kept.
+# XLA's name on TPUs for a reduce-scatter: a fusion of an all-reduce and of the slice that is kept.
 SCATTERED = "all-reduce-scatter"
 
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """What one kind of collective moves in one run of a program.
+    """The traffic of one kind of collective in one run of a program.
 
-    count: how many such operations run. sent: bytes that each device sends, over a ring: (n-1)/n of the whole array
-    for gathering and scattering among n devices, twice that for an all-reduce.
+    count: operations that run. sent: bytes that each device sends, over a ring: (n-1)/n of the whole array for
+    gathering and scattering among n devices, twice that for an all-reduce.
     """
 
     count: int = 0
@@ -158,7 +159,7 @@ class Traffic:
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """What one instruction of a compiled program writes to memory, on each device."""
+    """An array that one instruction of a compiled program writes to memory, on each device."""
 
     operation: str
     dtype: str
@@ -174,13 +175,13 @@ class Array:
 
 
 NOT_WRITTEN = {"parameter", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call", "constant"}
-"""Operations whose results lie where others have put them."""
+"""Operations that write nothing: their results are arrays of other operations."""
 
 
 def written(hlo: str) -> list[Array]:
-    """The arrays that a compiled program, `compiled.as_text()`, writes: what is inside a fusion never gets there.
+    """The arrays that a compiled program, `compiled.as_text()`, writes to memory; not those inside fusions.
 
-    The body of a loop counts once. What a `-start` names counts, its `-done` does not.
+    The body of a loop counts once. A `-start` counts, its `-done` does not.
     """
     computations, _ = _computations(hlo)
     fused = {name for lines in computations.values() for line in lines if " fusion(" in line for name in _calls(line)}
@@ -199,11 +200,11 @@ def written(hlo: str) -> list[Array]:
 
 @dataclasses.dataclass(frozen=True)
 class Access:
-    """What one instruction of a compiled program moves between a device's memory and its cores, in one run.
+    """The memory traffic of one instruction of a compiled program, between a device's memory and its cores.
 
-    operation, source: HLO's, and what of the model it comes from. times: how often it runs, with the loops around it.
-    read, written: bytes each time. a_turn: it is in a loop whose length only the device knows (generation), of which
-    one turn is counted.
+    operation: HLO's name. source: the part of the model that it comes from. times: runs, with the loops around it.
+    read, written: bytes per run. a_turn: it is in a loop whose length only the device knows (generation), which counts
+    once.
     """
 
     operation: str
@@ -219,7 +220,7 @@ class Access:
 
 
 class _Line(NamedTuple):
-    """An instruction: its name, the type of its result, its operation, the names of its operands, and what follows."""
+    """An instruction: its name, type of its result, operation, names of its operands, and the rest of the line."""
 
     name: str
     result: str
@@ -230,11 +231,11 @@ class _Line(NamedTuple):
 
 
 def accesses(hlo: str) -> list[Access]:
-    """What a compiled program, `compiled.as_text()`, moves, by instruction.
+    """The memory traffic of a compiled program, `compiled.as_text()`, by instruction.
 
-    Fusions read each operand once, and of one that they only slice or gather from, what they take; what is updated in
-    place is read and written where it changes. Arrays that lie in a core's own memory (S(1) and so on in their layout)
-    move nothing. A loop of a length that only the device knows counts once.
+    A fusion reads each operand once; an operand that it only slices or gathers from counts by the slice. An in-place
+    update reads and writes the updated part. Arrays in a core's own memory (S(1) and so on in their layout) count
+    nothing. A loop whose length only the device knows counts once.
     """
     texts, entry = _computations(hlo)
     lines = {name: [found for text in body if (found := _parsed(text))] for name, body in texts.items()}
@@ -299,7 +300,7 @@ def accesses(hlo: str) -> list[Access]:
                 continue
             result = line.result
             if operation.endswith("-start") and operation != "all-reduce-start":
-                result = _elements(result)[operation != "copy-start"]  # of which the result comes first
+                result = _elements(result)[operation != "copy-start"]  # copy-start puts the result first
             sizes = [_in_memory(types[body].get(name, "")) for name in line.operands]
             if operation == "fusion":
                 inner = next(iter(_calls(line.rest)))
@@ -367,7 +368,7 @@ def _calls(line: str) -> list[str]:
 
 
 def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
-    """The lines of each computation by its name, and the name of the one that is entered."""
+    """The lines of each computation by its name, and the name of the entry computation."""
     computations: dict[str, list[str]] = {}
     entry, lines = "", []
     for line in hlo.splitlines():
@@ -380,9 +381,9 @@ def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
 
 
 def collectives(hlo: str) -> dict[str, Traffic]:
-    """Traffic of each kind in a compiled program, `compiled.as_text()`; loops count as often as XLA knows they run.
+    """Traffic of each kind of collective in a compiled program, `compiled.as_text()`; loops count by their trip count.
 
-    On a TPU a collective that goes on beside products stands in the fusion that starts it, where it counts, in those
+    On a TPU a collective that overlaps with products appears in the fusion that starts it, where it counts, in those
     that run meanwhile, and in the one that ends it.
     """
     computations, entry = _computations(hlo)
@@ -416,11 +417,11 @@ def _traffic(line: str, of: Any, computations: Mapping[str, list[str]]) -> Mappi
 
 
 def _trips(loop: str, computations: Mapping[str, list[str]]) -> int | None:
-    """How often a loop runs: what XLA notes of it, or else as its counter tells; None if nobody knows.
+    """The trip count of a loop: XLA's note of it, or else the limit of its counter; None if unknown.
 
-    The counter is the element of the loop's tuple that its condition holds against a constant; it begins at 0, and the
-    body adds a constant to it: 1, or more where XLA has unrolled the loop (products that are sent around in parts). A
-    step that is not found counts as 1.
+    The counter is the element of the loop's tuple that its condition compares with a constant. It starts at 0, and the
+    body adds a constant: 1, or more where XLA has unrolled the loop (products that are sent around in parts). A step
+    that is not found counts as 1.
     """
     if noted := _TRIPS.search(loop):
         return int(noted[1])
@@ -447,10 +448,10 @@ def _found(what: re.Pattern[str], lines: Sequence[str]) -> dict[str, str]:
 
 
 def _group(rest: str) -> float:
-    """Among how many devices a collective runs, infinitely many where it does not say.
+    """The number of devices of a collective; infinite where the instruction does not say.
 
     [8,4]<=[32]: 8 groups of 4. {{0,1},{2,3}}: groups of 2. mesh['a'=8,'b'=4] {'b'}: along b, 4, whatever the
-    device_ids=([4,8]T(1,0)) behind the mesh.
+    device_ids=([4,8]T(1,0)) after the mesh.
     """
     found = _GROUPS.search(rest)
     if not found:
@@ -463,10 +464,10 @@ def _group(rest: str) -> float:
 
 
 def _sent(kind: str, result: str, rest: str, started: bool) -> float:
-    """Bytes that one device sends. `result` is the type of what comes out, or of what a -start gives.
+    """Bytes that one device sends. result: the type of the instruction's result, or of its -start's.
 
-    That of a -start holds the operands too, (operand, result), ((operands), (results)) or ((operand), result), and may
-    hold more behind; of an all-reduce-start it is the result alone.
+    The type of a -start includes the operands, (operand, result), ((operands), (results)) or ((operand), result), and
+    may have more elements after them; that of an all-reduce-start is the result alone.
     """
     if started and kind != "all-reduce":
         result = _elements(result)[1]
@@ -480,7 +481,7 @@ def _sent(kind: str, result: str, rest: str, started: bool) -> float:
 
 
 def _elements(kind: str) -> list[str]:
-    """The types in a tuple's: ((f32[8,16]{0,1}), f32[8,4]{0,1}) has (f32[8,16]{0,1}) and f32[8,4]{0,1}."""
+    """The element types of a tuple type: ((f32[8]{0}), f32[8,4]{0,1}) has (f32[8]{0}) and f32[8,4]{0,1}."""
     found, depth = [""], 0
     for letter in kind[1:-1]:
         depth += (letter in "([{") - (letter in ")]}")

@@ -1,15 +1,15 @@
-"""Many processes as one run: how they find each other, agree, and end together.
+"""Many processes as one run: they find each other, agree, and end together.
 
-Every process runs the same program, holds its devices' part of every array and reads its own rows of each
-batch. Whatever one of them learns alone (a signal, a file that cannot be read) must be told to all before
-anything is decided by it: processes that decide alone wait for each other forever.
+Every process runs the same program, holds its devices' part of every array, and loads its own rows of each batch. What
+one process learns alone (a signal, an unreadable file) must reach all of them before any acts on it: processes that
+decide alone wait for each other forever.
 
-Where a process is lost the others notice when they next wait for it, at once where its connections close,
-otherwise after the `heartbeat` seconds that `start` was given; JAX then ends them too. The run is started
-again as a whole, on as many processes as there are then, and goes on from its last checkpoint.
+A lost process is noticed when the others next wait for it: at once where its connections close, otherwise after the
+`heartbeat` seconds of `start`; JAX then ends them too. The run is restarted as a whole, on any number of processes, and
+resumes from its last checkpoint.
 
-Where a process ends because what it was given is wrong, starting again mends nothing: it says so where the
-others look every second (`leave`), and all of them end as it does.
+A process that fails because of its input would fail again after a restart: it publishes its message where the others
+look every second (`leave`), and all of them exit with it.
 """
 
 import atexit
@@ -31,32 +31,32 @@ from avg_llava_jax.parallel import sharding
 
 AUTO = "auto"
 RESTART = 75
-"""Exit code of a process that has lost another one (EX_TEMPFAIL): started again, the run goes on."""
+"""Exit code of a process that has lost another one (EX_TEMPFAIL): after a restart the run resumes."""
 
 PATIENCE = 10.0
-"""Seconds that a process which failed waits for the others to fail as well."""
+"""Seconds that a failed process waits for the others to exit."""
 
 LONGEST_WAIT = 30 * 24 * 3600 * 1000
-"""Milliseconds; a process that is lost is noticed much earlier, by its heartbeat."""
+"""Milliseconds; a lost process is noticed much earlier, by its heartbeat."""
 
 FAILED = "avg_llava_jax/failed"
-"""The key under which the coordinator keeps what the first process that failed said."""
+"""The coordinator's key for the message of the first process that failed."""
 
-_leaving = threading.Lock()  # taken for good by whoever ends this process
+_leaving = threading.Lock()  # acquired, and never released, by the thread that ends this process
 
 
 def start(coordinator: str, processes: int | None = None, process: int | None = None, heartbeat: int = 60) -> None:
-    """Join the other processes of the run; before anything else touches a device.
+    """Join the other processes of the run; call it before JAX touches a device.
 
     Args:
-      coordinator: "" = there are no others; `auto` = SLURM, a Cloud TPU, GKE or Open MPI says who is who;
+      coordinator: "" = a run of one process; `auto` = SLURM, a Cloud TPU, GKE or Open MPI knows the processes;
         HOST:PORT of process 0 otherwise.
-      processes, process: how many there are and which one this is, where `coordinator` is an address.
-      heartbeat: seconds after which a process that is silent counts as lost.
+      processes, process: their number and the number of this one, where `coordinator` is an address.
+      heartbeat: seconds of silence after which a process counts as lost.
 
     Raises:
-      ValueError: names the flag that is missing or makes no sense.
-      ConnectionError: the others did not come.
+      ValueError: a flag is missing or wrong; the message names it.
+      ConnectionError: the other processes did not connect.
     """
     if coordinator in ("", AUTO):
         if processes is not None or process is not None:
@@ -82,7 +82,7 @@ def start(coordinator: str, processes: int | None = None, process: int | None = 
             "give --coordinator=HOST:PORT --processes=N --process=I"
         ) from None
     except jax.errors.JaxRuntimeError as error:
-        raise ConnectionError(f"the other processes did not come: {_first_line(error)}") from error
+        raise ConnectionError(f"the other processes did not connect: {_first_line(error)}") from error
     over = threading.Event()
     watch = threading.Thread(target=_watch, args=(distributed.global_state.client, over), daemon=True)
     watch.start()
@@ -90,14 +90,14 @@ def start(coordinator: str, processes: int | None = None, process: int | None = 
 
 
 def _watch(client: Any, over: threading.Event) -> None:
-    """End this process as soon as another one has said that it failed."""
+    """End this process as soon as another one publishes that it failed."""
     while not over.wait(1.0):
         if said := _said(client):
             leave(2, said)
 
 
 def _said(client: Any) -> str:
-    """What the first process that failed said, "" where none has, or the coordinator is gone."""
+    """The message of the first process that failed; "" if none has, or the coordinator is gone."""
     try:
         return client.key_value_try_get(FAILED)
     except jax.errors.JaxRuntimeError:
@@ -105,11 +105,11 @@ def _said(client: Any) -> str:
 
 
 def leave(code: int, message: str) -> NoReturn:
-    """Say why, and end with this exit code; the other processes end likewise, unless the code is `RESTART`.
+    """Print the message and exit with `code`; the other processes exit likewise, unless the code is `RESTART`.
 
-    They end in order then, with the same message. Where a process was lost because it failed, what it said counts.
+    The first failed process's message wins: a process that has lost one that failed exits with that message.
     """
-    if not jax.distributed.is_initialized() and not _leaving.locked():  # locked: another thread ends it already
+    if not jax.distributed.is_initialized() and not _leaving.locked():  # locked: another thread is ending this process
         print(f"error: {message}", file=sys.stderr)
         sys.exit(code)
     _leaving.acquire()
@@ -118,12 +118,12 @@ def leave(code: int, message: str) -> NoReturn:
         code, message = 2, said
     elif code != RESTART:
         where = f"process {jax.process_index()} of {jax.process_count()} failed"
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one was first, or the coordinator is gone
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another process was first, or the coordinator is gone
             client.key_value_set(FAILED, f"{where}: {message}")
     print(f"error: {message}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
-    if code != RESTART:  # then there is nobody to wait for
+    if code != RESTART:  # after a loss there is no process to wait for
         end = threading.Thread(target=jax.distributed.shutdown, daemon=True)
         end.start()
         end.join(PATIENCE)
@@ -131,20 +131,20 @@ def leave(code: int, message: str) -> NoReturn:
 
 
 def first() -> bool:
-    """Whether this is the process that writes what only one may write: logs, config.json, plots."""
+    """Whether this is process 0, which alone writes logs, config.json and plots."""
     return jax.process_index() == 0
 
 
 def place() -> tuple[int, int]:
-    """Which process this is, from 0, and how many there are."""
+    """The number of this process, from 0, and the number of processes."""
     return jax.process_index(), jax.process_count()
 
 
 def wait(for_what: str) -> None:
-    """Until every process is here, however long that takes. All must call it, each `for_what` once.
+    """Wait until every process calls this, without a time limit. Each `for_what` can be used once.
 
     Raises:
-      ConnectionError: one of them is gone.
+      ConnectionError: a process is lost.
     """
     if jax.process_count() > 1:
         with together():
@@ -152,20 +152,20 @@ def wait(for_what: str) -> None:
 
 
 def lost(error: BaseException) -> bool:
-    """Whether an error comes from waiting for a process that is gone."""
+    """Whether an error comes from waiting for a lost process."""
     if jax.process_count() == 1:
         return False
     if isinstance(error, jax.errors.JaxRuntimeError):
-        return "RESOURCE_EXHAUSTED" not in str(error)  # that is memory or disk
+        return "RESOURCE_EXHAUSTED" not in str(error)  # that one means memory or disk
     return isinstance(error, ValueError) and "Gloo" in str(error)
 
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """Around what the processes do together.
+    """A context for operations of all processes together: an error of a lost process becomes one clear line.
 
     Raises:
-      ConnectionError: one of them is gone.
+      ConnectionError: a process is lost.
     """
     try:
         yield
@@ -174,7 +174,7 @@ def together() -> Iterator[None]:
             raise
         raise ConnectionError(
             f"process {jax.process_index()} of {jax.process_count()} has lost another one ({_first_line(error)}): "
-            "start the run again on all hosts, it goes on from its last checkpoint"
+            "start the run again on all hosts, it resumes from its last checkpoint"
         ) from error
 
 
@@ -183,9 +183,9 @@ def _first_line(error: BaseException) -> str:
 
 
 class Votes:
-    """Counts that every process puts in, added up by the devices on their way to a step.
+    """Sums of counts over all processes, computed on the devices just before a training step.
 
-    The sum is queued before the step: to read it waits only for the step before, which is waited for anyway.
+    The sum is queued before the step, so reading it waits only for the step before, which the loop waits for anyway.
     """
 
     def __init__(self, mesh: Mesh):
@@ -194,24 +194,24 @@ class Votes:
         self._sum = jax.jit(lambda counts: counts.sum(axis=0), out_shardings=sharding.replicated(mesh))
 
     def cast(self, *counts: int) -> jax.Array:
-        """Sums over all processes, int32 (number of counts,), the same everywhere. All must call it."""
+        """Sums over all processes, int32 (number of counts,), the same on each. All processes must call it."""
         rows = np.zeros((len(self._mesh.local_devices), len(counts)), np.int32)
-        rows[0] = counts  # for the process; its other devices add nothing
+        rows[0] = counts  # on the process's first device; the others add 0
         shape = (self._mesh.size, len(counts))
         return self._sum(jax.make_array_from_process_local_data(self._each, rows, shape))
 
 
 def gather(value: Any) -> list[Any]:
-    """What every process has, JSON values in the order of the processes. All must call it, and wait for all."""
+    """Gather a JSON value of every process, in process order. All processes must call it, and wait for all."""
     if jax.process_count() == 1:
         return [value]
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
     longest = int(multihost_utils.process_allgather(np.array(len(text))).max())
-    room = 1 << (longest - 1).bit_length()  # few sizes, each of which is compiled once
+    room = 1 << (longest - 1).bit_length()  # powers of two: few sizes to compile
     texts = multihost_utils.process_allgather(np.pad(text, (0, room - len(text)), constant_values=ord(" ")))
     return [json.loads(row.tobytes()) for row in texts]
 
 
 def agree(fine: bool) -> bool:
-    """Whether it is fine for every process. All must call it."""
+    """Whether `fine` is true on every process. All processes must call it."""
     return all(gather(fine))

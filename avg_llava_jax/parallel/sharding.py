@@ -1,4 +1,4 @@
-"""One mesh for everything: axes `data` (copies), `fsdp` (parts of parameters and batch), `tensor` (parts of layers)."""
+"""The mesh: axes `data` (replicas), `fsdp` (parameters and batch), `tensor` (heads, MLPs, vocabulary)."""
 
 import contextlib
 import functools
@@ -15,7 +15,7 @@ AXES = ("data", "fsdp", "tensor")
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh of the given axis sizes; one of them may be -1 and takes the devices that are left.
+    """A mesh of the given axis sizes; one of them may be -1 and takes the remaining devices.
 
     On 8 devices {"data": -1, "fsdp": 2, "tensor": 2} makes (2, 2, 2).
 
@@ -31,29 +31,32 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
         raise ValueError(f"mesh {dict(zip(AXES, given, strict=True))}: sizes are positive, at most one is -1")
     shape = tuple(len(devices) // fixed if size == -1 else size for size in given)
     if shape[0] * shape[1] * shape[2] != len(devices):
-        raise ValueError(f"mesh {dict(zip(AXES, given, strict=True))} does not fit {len(devices)} devices")
+        raise ValueError(
+            f"mesh {dict(zip(AXES, given, strict=True))} does not fit {len(devices)} devices: "
+            "give sizes whose product is their number"
+        )
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def read_sizes(text: str) -> dict[str, int]:
-    """Axis sizes as a command line writes them; an axis that is left out has size 1.
+    """Parse axis sizes of a command line; an omitted axis has size 1.
 
     "fsdp=-1,tensor=2" is {"data": 1, "fsdp": -1, "tensor": 2}.
 
     Raises:
-      ValueError: not of that form, or an axis that is none of `AXES`.
+      ValueError: the text has another form, or names an axis outside `AXES`.
     """
     sizes = dict.fromkeys(AXES, 1)
     for part in text.split(","):
         axis, _, size = part.strip().partition("=")
         if axis not in sizes or not size.removeprefix("-").isdecimal():
-            raise ValueError(f"mesh {text!r}: {part!r} is no AXIS=SIZE; the axes are {', '.join(AXES)}")
+            raise ValueError(f"mesh {text!r}: {part!r} must be AXIS=SIZE; the axes are {', '.join(AXES)}")
         sizes[axis] = int(size)
     return sizes
 
 
 def shardings(mesh: Mesh, params: parameters.Params) -> parameters.Params:
-    """A NamedSharding for each parameter; an axis that its mesh axis does not divide stays whole."""
+    """A NamedSharding for each parameter; an array axis that the mesh axis does not divide is not sharded."""
     return jax.tree.map(
         lambda leaf, spec: NamedSharding(mesh, placement.fitting(mesh, spec, leaf.shape)),
         params,
@@ -62,9 +65,9 @@ def shardings(mesh: Mesh, params: parameters.Params) -> parameters.Params:
 
 
 def constrain(params: parameters.Params) -> parameters.Params:
-    """Parameters, or their gradients, inside a compiled function: each is kept where the table has it.
+    """Constrain parameters, or their gradients, to the table's shardings inside a compiled function.
 
-    Without it XLA may hold a gradient whole on every device, or gather fp32 parameters where bf16 ones would do.
+    Without it XLA may replicate a gradient on every device, or gather fp32 parameters where bf16 ones would do.
     """
     rows = parameters.describe(params)
     leaves = parameters.flat(params).items()
@@ -72,9 +75,9 @@ def constrain(params: parameters.Params) -> parameters.Params:
 
 
 def state_shardings(mesh: Mesh, params: parameters.Params, state: Any) -> Any:
-    """Shardings of an optimizer state: what has a parameter's path and shape lies as it does, the rest everywhere.
+    """Shardings of an optimizer state: a leaf with a parameter's path and shape gets its sharding, others replicate.
 
-    `state` is any tree that holds subtrees shaped like (part of) `params`, as Optax's moments.
+    state: a tree with subtrees of the structure of (part of) `params`, as Optax's moments are.
     """
     by_path = parameters.flat(shardings(mesh, params))
     shapes = {path: leaf.shape for path, leaf in parameters.flat(params).items()}
@@ -91,7 +94,7 @@ def state_shardings(mesh: Mesh, params: parameters.Params, state: Any) -> Any:
 
 
 def jit(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """`jax.jit` of a function (config, params, ...) that runs on the mesh where its parameters lie, if on any."""
+    """`jax.jit` of a function (config, params, ...) that runs under the mesh of its parameters, if they have one."""
     compiled = jax.jit(function, **options)
 
     @functools.wraps(function)
@@ -105,7 +108,7 @@ def jit(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
 
 
 def placed(shapes: Any, at: Any) -> Any:
-    """Shapes and dtypes of a tree with their shardings: ShapeDtypeStructs to restore into or to compile for."""
+    """ShapeDtypeStructs of a tree with shardings `at`, to restore a checkpoint into or to compile for."""
     return jax.tree.map(lambda leaf, to: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=to), shapes, at)
 
 
@@ -115,7 +118,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def process_rows(mesh: Mesh, batch_size: int) -> tuple[int, ...]:
-    """The rows of a batch that lie on this process's devices, ascending: those it has to read.
+    """The rows of a batch on this process's devices, ascending; the process loads these.
 
     Processes that share a layer (`tensor` over several hosts) have the same rows.
     """

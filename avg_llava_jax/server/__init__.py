@@ -1,4 +1,4 @@
-"""The engine over HTTP, as OpenAI's chat completions: reading requests, writing replies, and a page to look at."""
+"""The engine over HTTP, as OpenAI's chat completions, with a demo page."""
 
 from avg_llava_jax import extras
 

@@ -2,8 +2,8 @@
 
     body --read_body--> bytes --reading.read--> Ask --engine.submit--> Ticket --pieces--> replies
 
-A request is refused with its HTTP status up to its first piece; what goes wrong later ends the stream with an error.
-Whatever way an exchange ends, its ticket is cancelled, so a client that leaves frees its slot.
+An error before the first piece sets the HTTP status; a later one is the last event of the stream. However an exchange
+ends, its ticket is cancelled, so a client that disconnects frees its slot.
 """
 
 from __future__ import annotations
@@ -38,28 +38,28 @@ logger = logging.getLogger(__name__)
 
 PAGE = pathlib.Path(__file__).with_name("page.html")
 DISCARDED = 4
-"""A body over its bound is read to its end, and thrown away, up to so many times the bound: who sends hears why."""
-LEFT = 499  # what others count a client as that left
+"""A body over its limit is read and discarded up to this multiple of the limit, so that the client gets a reply."""
+LEFT = 499  # the status that nginx logs for a client that disconnected
 NOTHING_ELSE = (
     "default-src 'none'; connect-src 'self'; img-src blob: data:; style-src 'unsafe-inline'; "
     "script-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 EXPECTED = (ValueError, RuntimeError, TimeoutError, QueueFull, Cancelled)
-"""What may come of a request; RuntimeError is the engine's and XLA's."""
+"""Errors that a request may end with; RuntimeError comes from the engine and from XLA."""
 
 T = TypeVar("T")
 
 
 class _Left(Exception):
-    """The client is gone: there is nobody to reply to."""
+    """The client disconnected before its reply."""
 
 
 class Service:
     """An engine behind HTTP.
 
-    name: what clients call the model. key: what they must send as a bearer token, if anything.
-    places: chat completions at once, the engine's slots and queue together; more are refused before they are read.
-    draining: set it to accept nothing new. running: chat completions that are not replied to yet.
+    name: the model's name for clients. key: the bearer token that clients must send, None = no key.
+    places: chat completions at once, the engine's slots plus its queue; more are refused before their body is read.
+    draining: set it to refuse new requests. running: chat completions without a complete reply.
     """
 
     def __init__(self, engine: Engine, name: str, limits: Limits, key: str | None = None, places: int = 72):
@@ -98,7 +98,7 @@ class Service:
         return PlainTextResponse(self.metrics.text(self.engine.stats()), media_type=CONTENT_TYPE)
 
     async def models(self, request: Request) -> Response:
-        """The one model, as a list or by its name; `avg_llava` says what it can do and what a request may ask for."""
+        """The one model, in a list or by its name; `avg_llava` holds its granularities and the limits of a request."""
         if refusal := self._unauthorized(request):
             raise refusal
         config, limits = self.model.config, self.limits
@@ -124,7 +124,7 @@ class Service:
         if asked is None:
             return json_response({"object": "list", "data": [entry]})
         if asked != self.name:
-            raise Refusal(404, f"there is no model {asked!r} here, only {self.name!r}", "model", "model_not_found")
+            raise Refusal(404, f"model {asked!r} does not exist here, only {self.name!r}", "model", "model_not_found")
         return json_response(entry)
 
     async def chat(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -145,7 +145,7 @@ class Service:
             self.running -= 1
 
     async def _reply(self, request: Request, stack: contextlib.ExitStack) -> Response:
-        """The response, once there is a first piece of it; `stack` frees what it needs until it is sent."""
+        """The response, once its first piece is there. `stack` releases the ticket after the response is sent."""
         begin = time.perf_counter()
         problem = self._unacceptable(request)
         body = await self._body(request, 0 if problem else self.limits.body_bytes)
@@ -165,13 +165,13 @@ class Service:
         return StreamingResponse(events, 200, headers, media_type="text/event-stream")
 
     def _prepare(self, body: bytes) -> tuple[reading.Ask, int]:
-        """A body, checked, and how many tokens its text has."""
+        """The checked request of a body, and the number of its text tokens."""
         ask = reading.read(body, self.model.config, self.limits, self.name)
         sample = self.model.prepare(ask.request).sample
         return ask, len(sample.tokens.ids) - len(sample.sizes)
 
     async def _follow(self, ticket: Ticket, begin: float) -> AsyncIterator[str | Answer]:
-        """An answer's pieces, and then the answer. Raises TimeoutError, and what became of the ticket."""
+        """Yield an answer's pieces, then the answer. Raises TimeoutError, or the error of the ticket."""
         loop, deadline = asyncio.get_running_loop(), begin + self.limits.seconds
 
         async def wait(call: Callable[..., T], *arguments: Any) -> T:
@@ -194,7 +194,7 @@ class Service:
     async def _events(
         self, reply: Reply, include_usage: bool, first: str | Answer, rest: AsyncIterator[str | Answer]
     ) -> AsyncIterator[str]:
-        """Server-sent events: who speaks, the pieces, the end with what was seen, the usage if asked for."""
+        """Server-sent events: the role, the pieces, the end with `avg_llava`, and the usage if requested."""
         yield event(reply.chunk({"role": "assistant", "content": ""}))
         try:
             item = first
@@ -210,7 +210,7 @@ class Service:
         yield DONE
 
     def _unacceptable(self, request: Request) -> Refusal | None:
-        """What the headers alone are refused for."""
+        """The refusal that the headers alone call for, if any."""
         if self.draining:
             return Refusal(503, "the server is shutting down", code="draining", retry_after=self.metrics.retry_after())
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -237,7 +237,7 @@ class Service:
         return refusal
 
     async def _body(self, request: Request, limit: int) -> bytes:
-        """The body. Beyond `limit` it is read and thrown away: a client that may send all of it hears why not."""
+        """The body. One over `limit` is read and discarded, since many clients send all before they read a reply."""
         body, size = bytearray(), 0
         most = DISCARDED * self.limits.body_bytes
         try:
@@ -250,14 +250,14 @@ class Service:
                         elif size > most:
                             break
         except TimeoutError:
-            raise Refusal(408, f"the body was not there after {self.limits.seconds:g} seconds") from None
+            raise Refusal(408, f"the body did not arrive within {self.limits.seconds:g} seconds") from None
         if max(size, _declared(request)) > limit > 0:
             raise Refusal(413, f"the body is over {limit} bytes: send smaller images", code="body_too_large")
         return bytes(body)
 
 
 class _Asgi:
-    """A method as an ASGI application: Starlette takes plain functions for handlers that return a response."""
+    """A method as an ASGI application: Starlette expects a plain function to return a response."""
 
     def __init__(self, call: Callable[[Scope, Receive, Send], Awaitable[None]]):
         self._call = call
@@ -267,7 +267,7 @@ class _Asgi:
 
 
 async def _unless_left(request: Request, work: Awaitable[T]) -> T:
-    """What `work` gives; raises _Left, and gives it up, where the client leaves first."""
+    """The result of `work`; cancels it and raises _Left if the client disconnects first."""
     working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_left(request))
     try:
         await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
@@ -291,7 +291,7 @@ async def _last(items: AsyncIterator[T]) -> T:
 
 
 def _declared(request: Request) -> int:
-    """Content-Length; 0 where there is none."""
+    """Content-Length, 0 without that header."""
     length = request.headers.get("content-length", "0")
     return int(length) if length.isdecimal() else 0
 

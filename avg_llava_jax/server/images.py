@@ -1,6 +1,6 @@
-"""Images of a request: data URIs, and remote ones from hosts that are allowed.
+"""Images of a request: data URIs, and remote images from allowed hosts.
 
-The header alone says whether an image is taken: format and pixels are checked before anything is decoded.
+Format and size are checked from the image's header, before anything is decoded.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ CHUNK = 1 << 16
 
 @dataclasses.dataclass(frozen=True)
 class SentImage(MemoryImage):
-    """An image from outside: only formats whose decoders are meant for the web."""
+    """An image from a client, in one of the web's formats; Pillow's other decoders are not trusted with it."""
 
     def _open(self) -> Image.Image:
         return Image.open(self._source(), formats=FORMATS)
 
 
 def read_image(url: str, where: str, limits: Limits) -> SentImage:
-    """The image at `url`; `where` is the field that names it, for messages."""
+    """The image at `url`. where: the field that names it, for messages."""
     scheme = url.partition(":")[0].lower()
     if scheme == "data":
         content = _decoded(url, where)
     elif scheme in ("http", "https"):
         content = _fetched(url, where, limits)
     else:
-        raise Refusal(400, f"{where}: an image is a data URI (data:image/png;base64,...)", where, "invalid_image_url")
+        raise Refusal(400, f"{where} must be a data URI (data:image/png;base64,...)", where, "invalid_image_url")
     image = SentImage(where, content, max_pixels=limits.pixels)
     try:
         image.size  # noqa: B018 (reads the header)
@@ -55,7 +55,7 @@ def read_image(url: str, where: str, limits: Limits) -> SentImage:
 def _decoded(url: str, where: str) -> bytes:
     head, comma, data = url.partition(",")
     if not comma or not head.lower().endswith(";base64"):
-        raise Refusal(400, f"{where}: a data URI reads data:image/png;base64,...", where, "invalid_image_url")
+        raise Refusal(400, f"{where} must have the form data:image/png;base64,...", where, "invalid_image_url")
     try:
         content = base64.b64decode(data, validate=True)
     except (binascii.Error, ValueError) as error:  # ValueError: not ASCII
@@ -66,7 +66,7 @@ def _decoded(url: str, where: str) -> bytes:
 
 
 class _SameHost(urllib.request.HTTPRedirectHandler):
-    """Follows a redirect only within scheme and host."""
+    """Follows redirects only within the same scheme and host."""
 
     def redirect_request(self, req, fp, code, msg, headers, newurl):
         old, new = urllib.parse.urlsplit(req.full_url), urllib.parse.urlsplit(newurl)
@@ -76,7 +76,7 @@ class _SameHost(urllib.request.HTTPRedirectHandler):
 
 
 def _fetched(url: str, where: str, limits: Limits) -> bytes:
-    """The bytes of a remote image, where the operator allows its host."""
+    """The bytes of a remote image whose host the operator allows."""
     try:
         parts = urllib.parse.urlsplit(url)
         host = parts.netloc.lower()
@@ -94,7 +94,7 @@ def _fetched(url: str, where: str, limits: Limits) -> bytes:
                 if len(content) > limits.image_bytes:
                     raise Refusal(400, f"{where}: over {limits.image_bytes} bytes", where, "too_large_image")
                 if time.monotonic() > deadline:
-                    raise TimeoutError(f"not there after {FETCH_SECONDS:.0f} seconds")
-    except (OSError, ValueError, http.client.HTTPException) as error:  # OSError: URLError and TimeoutError as well
+                    raise TimeoutError(f"no image within {FETCH_SECONDS:.0f} seconds")
+    except (OSError, ValueError, http.client.HTTPException) as error:  # OSError includes URLError and TimeoutError
         raise Refusal(400, f"{where}: cannot fetch the image: {error}", where, "image_not_fetched") from None
     return bytes(content)

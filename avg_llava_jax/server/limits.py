@@ -1,4 +1,4 @@
-"""What one request may cost."""
+"""Limits of one request."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """Bounds of one request; whatever exceeds one is refused before it costs more than reading it.
+    """Upper bounds of one request; a request over one is refused as early as possible.
 
-    body_bytes: of the HTTP body, images included. pixels: width x height of one image, by its header.
-    images: in all turns. new_tokens: asked for at most. seconds: from the first byte to the last.
-    image_bytes: of one remote image. image_hosts: whence remote images may come ("host" or "host:port").
+    body_bytes: of the HTTP body, images included. pixels: width x height of one image, from its header.
+    images: in all turns together. new_tokens: of an answer. seconds: from the first byte to the last.
+    image_bytes: of one remote image. image_hosts: hosts of remote images ("host" or "host:port").
     """
 
     body_bytes: int = 32 << 20

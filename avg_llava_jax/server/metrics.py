@@ -1,4 +1,4 @@
-"""What Prometheus reads at /metrics: the engine's counts, and what clients have waited, in its text format 0.0.4."""
+"""Metrics for Prometheus at /metrics, in its text format 0.0.4: the engine's counts, and the latencies of clients."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ COUNTERS = {
     "requests_finished": "Requests that were answered.",
     "requests_cancelled": "Requests that were cancelled.",
     "requests_failed": "Requests that failed in the engine.",
-    "requests_rejected": "Requests that the engine did not take, the queue being full among others.",
+    "requests_rejected": "Requests that the engine refused, as malformed or because its queue was full.",
     "tokens": "Tokens generated.",
     "visual_tokens": "Visual tokens of all prompts.",
-    "image_hits": "Images that were encoded already.",
-    "image_misses": "Images that were not.",
-    "prefix_hits": "Prompts whose beginning was cached.",
-    "prefix_tokens": "Positions of prompts that were cached.",
+    "image_hits": "Images whose encoding was cached.",
+    "image_misses": "Images that had to be encoded.",
+    "prefix_hits": "Prompts whose prefix was cached.",
+    "prefix_tokens": "Prompt positions that were cached.",
 }
 
 
 class Histogram:
-    """Counts of observations up to each bound. bounds: ascending, in seconds."""
+    """A histogram with cumulative buckets. bounds: ascending, in seconds."""
 
     def __init__(self, bounds: tuple[float, ...]):
         self.bounds, self.total, self.count = bounds, 0.0, 0
@@ -52,7 +52,7 @@ class Histogram:
 
 
 class Metrics:
-    """What the server itself measures; used from its event loop alone."""
+    """The server's own measurements; used only from its event loop."""
 
     def __init__(self) -> None:
         self.first_piece = Histogram(WAITS)
@@ -61,11 +61,11 @@ class Metrics:
         self.replies: collections.Counter[int] = collections.Counter()
 
     def retry_after(self) -> int:
-        """Seconds until a place may be free: what an answer took so far, 1 to 30."""
+        """Seconds until a slot may be free: the mean time of an answer so far, from 1 to 30."""
         return max(1, min(30, round(self.whole.total / self.whole.count))) if self.whole.count else 1
 
     def text(self, stats: Stats) -> str:
-        """Everything, the engine's `stats` included."""
+        """All metrics as text, the engine's `stats` included."""
         lines: list[str] = []
 
         def add(name: str, kind: str, about: str, samples: Any) -> None:
@@ -77,7 +77,7 @@ class Metrics:
             add(f"requests_{name}", "gauge", about, [("", getattr(stats, name))])
         for name, about in COUNTERS.items():
             add(f"{name}_total", "counter", about, [("", getattr(stats, name.removeprefix("requests_")))])
-        add("images_total", "counter", "Images seen, by granularity.", _labelled("granularity", stats.granularities))
+        add("images_total", "counter", "Images, by granularity.", _labelled("granularity", stats.granularities))
         add(
             "replies_total",
             "counter",
@@ -85,7 +85,7 @@ class Metrics:
             _labelled("status", self.replies),
         )
         add("first_piece_seconds", "histogram", "From a request to its first piece.", self.first_piece.samples())
-        add("each_token_seconds", "histogram", "Mean of one answer, after its first piece.", self.each_token.samples())
+        add("each_token_seconds", "histogram", "Mean per token, after the first piece.", self.each_token.samples())
         add("request_seconds", "histogram", "From a request to its end.", self.whole.samples())
         return "\n".join(lines) + "\n"
 

@@ -1,13 +1,13 @@
-"""From the JSON of /v1/chat/completions to a `Request`; whatever is not as it should be is refused by name.
+"""From the JSON of /v1/chat/completions to a `Request`; an invalid field is refused by its name.
 
     messages: system, user and assistant, the last from the user; content is a text or a list of parts
         {"type": "text", "text": ...} and {"type": "image_url", "image_url": {"url": ..., "detail": ...}}
     model, stream, stream_options.include_usage, max_tokens or max_completion_tokens, temperature, top_p, stop, seed
-    of our own (`extra_body`): granularity, cost_weight, max_visual_tokens, top_k
+    our extensions (`extra_body`): granularity, cost_weight, max_visual_tokens, top_k
 
-A message's images stand before its text, as in training, unless `<image>` in the text says where each goes. What the
-system says stands before the first question. `detail` of an image is a granularity in other words: `low` the
-coarsest, `high` the finest, `auto` the router's.
+A message's images precede its text, as in training, unless `<image>` in the text places each of them. The system
+message is prepended to the first question. `detail` of an image sets its granularity: `low` the coarsest, `high` the
+finest, `auto` the router's choice.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from avg_llava_jax.server.limits import Limits
 from avg_llava_jax.server.refusal import Refusal
 
 DEFAULT_NEW_TOKENS = 256
-CHARACTERS_A_TOKEN = 32  # a text with more than this for each token of the model's length is refused unread
+CHARACTERS_A_TOKEN = 32  # times max_length: a longer text is refused before it is tokenized
 STOPS, STOP_CHARACTERS = 4, 256
 
 ROLES = {"system": "system", "developer": "system", "user": "human", "assistant": "gpt"}
 KINDS = {str: "a string", int: "an integer", float: "a number", bool: "true or false", list: "a list"}
-# Fields of OpenAI's that are not supported, with the value in which they ask for nothing.
+# OpenAI fields that are not supported, each with the one value that has no effect.
 WITHOUT_EFFECT = {
     "n": 1,
     "frequency_penalty": 0,
@@ -49,13 +49,13 @@ WITHOUT_EFFECT = {
 }
 ABOUT_THE_CALLER = ("user", "metadata", "safety_identifier", "prompt_cache_key")
 
-_QUOTES = reprlib.Repr()  # its constructor takes these from Python 3.12 on
+_QUOTES = reprlib.Repr()  # its constructor takes these only since Python 3.12
 _QUOTES.maxstring = _QUOTES.maxother = 80
 
 
 @dataclasses.dataclass(frozen=True)
 class Ask:
-    """A request and how its answer is to be sent. sizes: (width, height) of each of its images."""
+    """A request and how to send its answer. sizes: (width, height) of each of its images."""
 
     request: Request
     stream: bool
@@ -64,7 +64,7 @@ class Ask:
 
 
 class Fields:
-    """The fields of a JSON object, taken one by one; null is as good as absent. `end` refuses what nobody took."""
+    """The fields of a JSON object, taken one by one; null counts as absent. `end` refuses those that were not taken."""
 
     def __init__(self, values: Any, where: str = ""):
         if not isinstance(values, dict):
@@ -79,7 +79,7 @@ class Fields:
         return self._left.pop(name, None)
 
     def take(self, name: str, kind: type, default: Any = None, required: bool = False) -> Any:
-        """A field of one kind. A number may be written as an integer; true is no number."""
+        """A field of one type. An integer is a valid number; true is not."""
         value = self.raw(name)
         if value is None:
             if required:
@@ -102,7 +102,7 @@ class Fields:
 
 
 def read(body: bytes, config: ModelConfig, limits: Limits, served: str) -> Ask:
-    """Check a body and make of it what the engine takes. `served` is the name of the model here.
+    """Check a body and convert it to a request. served: the name of the model here.
 
     Raises:
       Refusal: 400, or 404 for another model; names the field.
@@ -110,7 +110,7 @@ def read(body: bytes, config: ModelConfig, limits: Limits, served: str) -> Ask:
     fields = Fields(_parsed(body))
     model = fields.take("model", str, served)
     if model != served:
-        raise Refusal(404, f"there is no model {_short(model)} here, only {served!r}", "model", "model_not_found")
+        raise Refusal(404, f"model {_short(model)} does not exist here, only {served!r}", "model", "model_not_found")
     for name in ABOUT_THE_CALLER:
         fields.raw(name)
     for name, value in WITHOUT_EFFECT.items():
@@ -146,18 +146,18 @@ def read(body: bytes, config: ModelConfig, limits: Limits, served: str) -> Ask:
 
 def _parsed(body: bytes) -> Any:
     def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is no JSON number")
+        raise ValueError(f"{constant} is not a JSON number")
 
     try:
         return json.loads(body.decode("utf-8"), parse_constant=refuse)
-    except (ValueError, RecursionError) as error:  # ValueError: JSONDecodeError and UnicodeDecodeError as well
+    except (ValueError, RecursionError) as error:  # ValueError includes JSONDecodeError and UnicodeDecodeError
         raise Refusal(400, f"the body is not valid JSON: {error}", code="invalid_json") from None
 
 
 def _conversation(messages: Sequence[Any], limits: Limits) -> tuple[list[Turn], list[SentImage], list[str]]:
-    """Turns for the model's template, the images of all of them, and of each its `detail`.
+    """Turns for the model's template, all images, and the `detail` of each image.
 
-    Messages of one role in a row are one turn.
+    Consecutive messages of one role become one turn.
     """
     said: list[tuple[str, str]] = []
     images: list[SentImage] = []
@@ -195,7 +195,7 @@ def _conversation(messages: Sequence[Any], limits: Limits) -> tuple[list[Turn], 
 def _content(
     content: Any, where: str, role: str, before: int, limits: Limits
 ) -> tuple[str, list[SentImage], list[str]]:
-    """Text with placeholders, images and details of one message. before: images of earlier messages."""
+    """Text with placeholders, images and details of one message. before: number of images in earlier messages."""
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
     if not isinstance(content, list) or not content:
@@ -230,7 +230,7 @@ def _content(
 
 
 def _granularity(value: Any, details: Sequence[str], config: ModelConfig) -> Granularity | list[Granularity]:
-    """What was asked for, or each image's `detail`. Which numbers the model has, it says itself."""
+    """The field `granularity`, or else each image's `detail`. `Model.prepare` checks that the model has it."""
     if value is None:
         known = {"auto": "auto", "low": config.granularities[0], "high": config.granularities[-1]}
         return [known[detail] for detail in details] if set(details) - {"auto"} else "auto"
@@ -260,7 +260,7 @@ def _stops(value: Any) -> list[str]:
 
 
 def _unicode(text: str, where: str) -> str:
-    """The text, unless it holds half a character: JSON can, UTF-8 and tokenizers cannot."""
+    """The text; refuses a lone surrogate, which JSON can spell and UTF-8 and tokenizers cannot."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

@@ -1,4 +1,4 @@
-"""What is refused, and why, in the shape that OpenAI's clients read."""
+"""Refusals, HTTP errors in the shape that OpenAI's clients read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from avg_llava_jax.inference.tickets import Cancelled, QueueFull
 
 
 class Refusal(Exception):
-    """An HTTP error that says what is wrong.
+    """An HTTP error with a message that says what is wrong.
 
     param: the field at fault, as a path (`messages[0].content[1].image_url`), where there is one.
     code: short and machine-readable, where clients act on it.
@@ -46,17 +46,17 @@ class Refusal(Exception):
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         if self.status == 504:
-            headers["x-should-retry"] = "false"  # OpenAI's client would ask twice more for what takes too long
+            headers["x-should-retry"] = "false"  # else OpenAI's client would repeat a slow request twice
         return json_response(self.body(), self.status, headers)
 
 
 def json_response(values: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    """JSON in ASCII: a message may quote what is no valid Unicode."""
+    """JSON in ASCII, since a message may quote invalid Unicode."""
     return Response(json.dumps(values), status, headers, media_type="application/json")
 
 
 def refusal_of(error: Exception, retry_after: int) -> Refusal:
-    """What the engine raised, as what the client is told."""
+    """The refusal that tells the client about an error of the engine."""
     if isinstance(error, Refusal):
         return error
     if isinstance(error, QueueFull):

@@ -1,14 +1,14 @@
 """From an `Answer` to OpenAI's JSON: a completion, or the chunks of one.
 
-What OpenAI has no field for stands beside the rest: `usage.visual_tokens` and `usage.granularity`, and, on the
-completion and on the last chunk with a choice, `avg_llava`:
+Our extensions of OpenAI's fields are `usage.visual_tokens` and `usage.granularity`, and `avg_llava` on the completion
+and on the last chunk with a choice:
 
-    {"granularity": 16, "visual_tokens": 75, "probabilities": {"4": 0.1, ...}, "timings": {"see": 0.02, ...},
+    {"granularity": 16, "visual_tokens": 75, "probabilities": {"4": 0.1, ...}, "timings": {"encode": 0.02, ...},
      "images": [{"granularity": 16, "probabilities": ..., "visual_tokens": 75, "finest": 280, "size": [640, 480],
                  "tiles": LATTICE, "cells": LATTICE}]}
 
-A LATTICE is where tiles or cells lie in pixels of the upright image, {left, top, width, height, columns, rows}:
-tiles with their padding, so it may reach beyond the image; cells less those that un-padding takes away.
+A LATTICE is the position of tiles or cells in pixels of the upright image, {left, top, width, height, columns, rows}.
+Tiles include their padding, so they may extend beyond the image; cells exclude those that un-padding removes.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ DONE = "data: [DONE]\n\n"
 
 
 class Reply:
-    """One answer on its way out. text_tokens: of the prompt, without images. sizes: of its images."""
+    """The reply to one request. text_tokens: of the prompt, without images. sizes: of its images."""
 
     def __init__(self, model: str, config: ModelConfig, sizes: Sequence[Size], text_tokens: int):
         self._config, self._sizes, self._text_tokens = config, sizes, text_tokens
         self._head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
 
     def completion(self, answer: Answer) -> dict[str, Any]:
-        """The whole answer at once."""
+        """The complete answer."""
         message = {"role": "assistant", "content": answer.text, "refusal": None}
         choice = {"index": 0, "message": message, "finish_reason": answer.finish, "logprobs": None}
         return {
@@ -47,13 +47,13 @@ class Reply:
         }
 
     def chunk(self, delta: dict[str, str], answer: Answer | None = None) -> dict[str, Any]:
-        """A piece; with the `answer`, the last one."""
+        """A chunk of a stream; with `answer`, the last one."""
         choice = {"index": 0, "delta": delta, "finish_reason": answer and answer.finish, "logprobs": None}
         extension = {} if answer is None else {"avg_llava": self._seen(answer)}
         return {**self._head, "object": "chat.completion.chunk", "choices": [choice], **extension}
 
     def usage_chunk(self, answer: Answer) -> dict[str, Any]:
-        """What `stream_options.include_usage` asks for after the last piece."""
+        """The chunk that `stream_options.include_usage` adds after the last piece."""
         return {**self._head, "object": "chat.completion.chunk", "choices": [], "usage": self.usage(answer)}
 
     def usage(self, answer: Answer) -> dict[str, Any]:
@@ -89,9 +89,9 @@ class Reply:
 
 
 def lattices(size: Size, config: ModelConfig, granularity: int) -> dict[str, dict[str, float]]:
-    """{"tiles": ..., "cells": ...} of an image at one granularity, as the head of this file says.
+    """{"tiles": ..., "cells": ...} of an image at one granularity, see the module's docstring.
 
-    Tiles of 2 x 2 cells, a mosaic of one row of two tiles, an image as large as the mosaic, 64 x 32 pixels:
+    Example: tiles of 2 x 2 cells, a mosaic of one row of two tiles, an image of the mosaic's size, 64 x 32 pixels:
 
         tiles  left 0, top 0, width 64, height 32, columns 2, rows 1
         cells  left 0, top 0, width 64, height 32, columns 4, rows 2
@@ -121,5 +121,5 @@ def event(values: dict[str, Any]) -> str:
 
 
 def _each(values: Any) -> tuple[Any, ...]:
-    """The inverse of one value for one image, None for none."""
+    """A value per image: of None (no image), one value (one image) or a tuple (several)."""
     return () if values is None else values if isinstance(values, tuple) else (values,)

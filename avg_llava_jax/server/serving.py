@@ -1,4 +1,4 @@
-"""A service on a socket: uvicorn in a thread, and a way to stop that lets running requests finish."""
+"""A service on a socket: uvicorn in a thread, with a shutdown that lets running requests finish."""
 
 from __future__ import annotations
 
@@ -19,9 +19,12 @@ CLOSING_SECONDS = 5
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket that is bound but does not listen yet, so that a port in use shows before a model is loaded.
+    """A socket that is bound but does not listen yet, so that a port in use is reported before the model loads.
 
-    port: 0 for any that is free. Raises OSError in one line that names both.
+    port: 0 = any free port.
+
+    Raises:
+      OSError: the address is not available; names host and port.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     bound = socket.socket(family, socket.SOCK_STREAM)
@@ -53,11 +56,11 @@ class Serving:
             timeout_graceful_shutdown=CLOSING_SECONDS,
         )
         self._server = uvicorn.Server(config)
-        # Beside the main thread uvicorn leaves signals alone: on its own it would stop listening, /health too, at once.
+        # Outside the main thread uvicorn installs no signal handlers; its own would close /health at once.
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [bound]}, name="http", daemon=True)
 
     def start(self) -> None:
-        """Returns when requests are taken."""
+        """Start serving; returns once requests are accepted."""
         self._thread.start()
         deadline = time.monotonic() + STARTING_SECONDS
         while not self._server.started:
@@ -66,9 +69,9 @@ class Serving:
             time.sleep(TICK)
 
     def drain(self, seconds: float, hurry: threading.Event | None = None) -> None:
-        """Refuse what is new, let what runs finish for so long or until `hurry`, cancel the rest, and close.
+        """Refuse new requests, let running ones finish for `seconds` or until `hurry`, cancel the rest, and close.
 
-        /health says 503 from the first moment on, and is answered until the last.
+        /health answers 503 from the beginning to the end of it.
         """
         self.service.draining = True
         hurry = hurry or threading.Event()
@@ -78,6 +81,6 @@ class Serving:
         self.service.engine.close(drain=False)
         deadline = time.monotonic() + CLOSING_SECONDS
         while self.service.running and time.monotonic() < deadline:
-            time.sleep(TICK)  # those that were cancelled are told so
+            time.sleep(TICK)  # cancelled requests still get their reply
         self._server.should_exit = True
         self._thread.join(2 * CLOSING_SECONDS)

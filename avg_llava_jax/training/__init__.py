@@ -1,1 +1,1 @@
-"""One train loop for all phases: data, phase loss, update."""
+"""Training: one loop for all phases, which differ only in their loss and in the components they train."""

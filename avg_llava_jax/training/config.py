@@ -1,11 +1,11 @@
-"""Settings of a run and their defaults; an experiment in `configs/` is what it changes of them.
+"""Settings of a run with their defaults; an experiment in `configs/` overrides some of them.
 
     config = defaults()                      # an ml_collections.ConfigDict, for configs/ and --config.key=value
     config.optimizer.learning_rate = 1e-3
-    read(config)                             # the same as a TrainConfig, which training works with
+    read(config)                             # the same as a TrainConfig, the form that training uses
 
-`model` holds what a run changes of its model. Every field of `ModelConfig` can be set there; what is left at None is
-as in the checkpoint of `init_from`, or the default of `ModelConfig` for fresh parameters.
+`model` overrides fields of `ModelConfig`. A field that is None keeps the value of the checkpoint `init_from`, or the
+default of `ModelConfig` for fresh parameters.
 """
 
 import dataclasses
@@ -21,18 +21,18 @@ from avg_llava_jax.data.images import MAX_PIXELS
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Where the samples come from.
+    """Sources of the samples.
 
     path: a LLaVA JSON or JSONL; `jersey`, with settings as `jersey?split=router&turns=4`; or several by weight:
       `0.8*a.json, 0.2*jersey`.
     images: folder, zip or tar; one for all paths, or one for each, comma-separated.
-    max_pixels: an image with more counts as bad.
-    max_skipped_share: the run stops where more of the samples cannot be used.
-    shapes: batch shapes; each is compiled once, fewer of them mean more padding.
+    max_pixels: a record with a larger image is skipped.
+    max_skipped_share: the run fails if a larger share of the samples is skipped.
+    shapes: number of batch shapes; each is compiled once, and fewer of them mean more padding.
     workers: processes that read data; 0 = a thread.
-    validation: samples that are held out of training and measured now and then: a path, as `path`; or a share of the
-      records of each path, as `0.02`, the same ones in every run; "" = none.
-    validation_images: where the images of a validation path lie; "" = where `images` says.
+    validation: held-out samples, measured every `evaluate_every` steps: a path like `path`, or a share of the records
+      of each path such as `0.02`, the same records in every run; "" = none.
+    validation_images: folder, zip or tar for a validation path; "" = `images`.
     """
 
     path: str = ""
@@ -54,7 +54,7 @@ class DataConfig:
 
     @property
     def validation_share(self) -> float | None:
-        """Of the records that are held out, None where there is no validation or it has a path of its own."""
+        """The share of held-out records, None without validation or with a validation path."""
         try:
             return float(self.validation)
         except ValueError:
@@ -66,11 +66,11 @@ class OptimizerConfig:
     """AdamW.
 
     learning_rate: the peak.
-    encoder_learning_rate, connector_learning_rate: those of these components; None = `learning_rate`, 0 = frozen.
+    encoder_learning_rate, connector_learning_rate: of these components; None = `learning_rate`, 0 = frozen.
     warmup: share of the steps in which the rate rises from 0; it then falls to 0 along a cosine.
-    weight_decay: of kernels and embeddings; norms, biases and single vectors are spared.
-    clip: the largest global norm of the gradients.
-    accumulate: micro-batches that a batch is cut into, one after another on the device: less memory, the same result.
+    weight_decay: of kernels and embeddings; norms, biases and single vectors do not decay.
+    clip: upper bound on the global norm of the gradients.
+    accumulate: micro-batches per batch, run sequentially: less memory, the same result.
     """
 
     learning_rate: float = 1e-5
@@ -100,12 +100,12 @@ class OptimizerConfig:
 class RglfConfig:
     """RGLF (paper, section 3.5): the loss of the router.
 
-    margin: of the ranking loss. rank_weight, ce_weight: of its two parts.
-    nll_weight: of the NLL expected under the router's probabilities; alone, it trains by instruction tuning instead.
-    tie_nats: granularities within so many nats of the best count as equally good and rank cheapest first; 0 = paper.
-    feedback: folder that `launch.feedback` made; "" = the frozen model is asked in every step.
-    execution: how the frozen model is asked: `per_length` runs each granularity at its own length, `vmap` pads all
-      to the longest and maps over them.
+    margin: of the ranking loss. rank_weight, ce_weight: of the ranking loss and of cross-entropy.
+    nll_weight: of the expected NLL under the router's probabilities; alone, it replaces RGLF by instruction tuning.
+    tie_nats: granularities within this many nats of the best are ties, which rank cheapest first; 0 = paper.
+    feedback: folder written by `avg-llava feedback`; "" = the frozen model runs in every step.
+    execution: of the frozen model: `per_length` runs each granularity at its own length, `vmap` pads all to the longest
+      and maps over them.
     """
 
     margin: float = 1.0
@@ -125,7 +125,7 @@ class RglfConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Sizes of the device mesh; one of them may be -1: all devices that are left."""
+    """Sizes of the device mesh; one of them may be -1: all remaining devices."""
 
     data: int = 1
     fsdp: int = -1
@@ -137,19 +137,19 @@ class TrainConfig:
     """One run of one phase.
 
     phase: grounding, connector, multi_granularity or rglf, see `phases`.
-    granularities: those that the phase trains, as (64,); () = all of the model's.
+    granularities: the granularities to train, such as (64,); () = all of the model's.
     seed: of fresh parameters, of the order of the data and of dropout.
     steps, batch_size: optimizer steps; samples in each, over all devices.
-    checkpoint_every: steps.
-    evaluate_every: steps between measurements on `data.validation`, also after the last; 0 = with each checkpoint.
-    max_bad_steps: steps passed over, unchanged, because their loss is not finite; one more ends the run.
+    checkpoint_every: steps between checkpoints.
+    evaluate_every: steps between validations; the last step is always validated. 0 = with each checkpoint.
+    max_bad_steps: steps with a loss or gradient that is not finite, which change nothing; one more ends the run.
     init_from: a checkpoint of ours or a PyTorch folder; "" = fresh parameters.
-    fresh: components that start fresh although `init_from` has them, as ("router",); they may have another form.
+    fresh: components to initialise although `init_from` has them, such as ("router",); their shapes may differ.
     vision_tower: the CLIP folder that `init_from` names, or that a Llama is joined with.
-    tokenizer: folder for fresh parameters; `init_from` brings its own.
-    compute_dtype: float32 or bfloat16; what learns is held in float32, what is frozen in this.
-    remat: none, dots or full: how much of the forward pass the backward pass computes again.
-    model: what changes of the model: the fields of `ModelConfig`, nested; None = unchanged.
+    tokenizer: folder, for fresh parameters; `init_from` has its own.
+    compute_dtype: float32 or bfloat16; trained parameters are held in float32, frozen ones in this dtype.
+    remat: none, dots or full: how much of the forward pass the backward pass recomputes.
+    model: overrides of the model: the fields of `ModelConfig`, nested; None = unchanged.
     """
 
     phase: str = "multi_granularity"
@@ -181,16 +181,16 @@ def defaults() -> ConfigDict:
 
 
 def read(config: ConfigDict) -> TrainConfig:
-    """The settings of a ConfigDict.
+    """The settings of a ConfigDict as a TrainConfig.
 
     Raises:
-      ValueError: names a setting that there is not, or that makes no sense.
+      ValueError: names an unknown or invalid setting.
     """
     return build(TrainConfig, config.to_dict(), "config")
 
 
 def _config_dict(cls: type, unset: bool = False) -> ConfigDict:
-    """The fields of a dataclass and their defaults; placeholders, which know their type, for None or where `unset`."""
+    """Fields and defaults of a dataclass; a typed placeholder for None, or for all where `unset`."""
     hints, inner = typing.get_type_hints(cls), nested(cls)
     values: dict[str, Any] = {}
     for field in dataclasses.fields(cls):

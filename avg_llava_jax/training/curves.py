@@ -1,4 +1,4 @@
-"""A run's metrics as a picture."""
+"""Training curves of a run as a figure."""
 
 from pathlib import Path
 
@@ -11,13 +11,13 @@ from avg_llava_jax.training.metrics import METRICS, read_rows
 
 PLOTS = "plots"
 PREFIX = "validation/"
-"""Of the names of what is measured on held-out samples."""
+"""The prefix of metrics of held-out samples."""
 
 
 def training_curves(workdir: str | Path) -> Path | None:
-    """Draw metrics.jsonl: the loss, the NLL at each granularity, and what the router does where one was trained.
+    """Plot metrics.jsonl: the loss, the NLL at each granularity, and the router's choices where one was trained.
 
-    What was measured on held-out samples is dashed, in the colour of the same on the training batches.
+    Metrics of held-out samples are dashed, in the colour of the same metric of the training batches.
 
     Returns the path of `plots/training.png` in the workdir, None where nothing was logged.
     """
@@ -56,7 +56,7 @@ def training_curves(workdir: str | Path) -> Path | None:
 
 
 def _named(rows: list[dict], prefix: str) -> list[str]:
-    """The metrics `prefix/<granularity>`, ascending."""
+    """The metrics `prefix/<granularity>`, in ascending order."""
     names = {name for row in rows for name in row if name.startswith(prefix)}
     return sorted(names, key=lambda name: int(name.removeprefix(prefix)))
 

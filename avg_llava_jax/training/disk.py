@@ -1,4 +1,4 @@
-"""What to do where the disk is full."""
+"""Advice where the disk is full."""
 
 import contextlib
 import errno
@@ -14,7 +14,7 @@ UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 
 @contextlib.contextmanager
 def watched(workdir: Path) -> Iterator[None]:
-    """Around a run: an error that comes from a full disk says what to free.
+    """Wrap a run so that an error from a full disk says how much to free.
 
     Raises:
       OSError: the disk is full.
@@ -28,7 +28,7 @@ def watched(workdir: Path) -> Iterator[None]:
 
 
 def _is_full(error: BaseException | None) -> bool:
-    """TensorStore raises a ValueError with the system's text in it, others an OSError, or one with it as its cause."""
+    """Whether the disk is full: TensorStore raises a ValueError with the system's text, others chain an OSError."""
     while error is not None:
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(text in str(error) for text in FULL):
             return True

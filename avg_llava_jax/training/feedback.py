@@ -1,8 +1,8 @@
-"""Stored feedback, measured: how the frozen model answers does not depend on the router, so once is enough for many.
+"""Measuring stored feedback: the frozen model's answers do not depend on the router, so one measurement serves many.
 
-`launch.feedback` measures it into a folder (see `data.feedback`), and if asked keeps the features that the model
-saw. `config.rglf.feedback` names the folder; RGLF then trains without running the language model, or where features
-are kept without the encoder too, to the same losses.
+`avg-llava feedback` measures into a folder (see `data.feedback`), optionally with the visual features.
+`config.rglf.feedback` names the folder; RGLF then trains to the same losses without running the language model, and
+with stored features without the encoder too.
 """
 
 import dataclasses
@@ -33,11 +33,11 @@ from avg_llava_jax.training import losses, rglf, setup
 from avg_llava_jax.training.config import TrainConfig
 
 NOT_ARRAYS = ("records", "skipped")
-"""What the pipeline adds to a batch for the host alone."""
+"""Entries of a batch that stay on the host."""
 
 
 class Windows(NamedTuple):
-    """How many windows of the pipeline a set has, and how many of them were there already."""
+    """The number of windows of a set, and how many of them were already stored."""
 
     count: int
     reused: int
@@ -47,9 +47,9 @@ class Windows(NamedTuple):
 
 
 def measured_by(config: ModelConfig, params: avg_llava.Params) -> dict[str, str]:
-    """Digests of what gives the answers: the weights, in their dtype, and the model config, both without the router's.
+    """Digests of what determines the answers: weights in their dtype, and model config, both without the router.
 
-    Of the ladder only the order of its axes counts: a set on more granularities serves a shorter one.
+    The length of the ladder does not count, so that a set on more granularities serves a shorter ladder.
     """
     _, frozen = parameters.split(params, ("router",))
     values = to_dict(config)
@@ -62,10 +62,10 @@ def _digest(values: Mapping[str, Any]) -> str:
 
 
 def run(config: TrainConfig, folder: str | pathlib.Path, keep_features: bool) -> Windows:
-    """`measure` what a run of this config would ask, with its model.
+    """`measure` the samples of a run of this config, with its model.
 
     Raises:
-      ValueError: it is not a run of phase rglf; and as `measure`.
+      ValueError: the phase is not rglf; and as `measure`.
     """
     if config.phase != "rglf":
         raise ValueError(f"phase={config.phase}: feedback is for phase rglf")
@@ -87,16 +87,16 @@ def measure(
     keep_features: bool,
     execution: losses.Execution = "per_length",
 ) -> Windows:
-    """Store the feedback on all samples that a run of `steps` steps would see, once each.
+    """Store the feedback on all samples that a run of `steps` steps would use, once each.
 
-    A folder is resumed: windows of which it holds every question are not measured again, windows whose data has
-    changed are.
+    An existing folder is resumed: windows whose questions it all holds are reused; windows whose data changed are
+    measured again.
 
-    params: in the dtype to compute in, laid out by `sharding.shardings`; features are kept in it.
-    keep_features: 4 * P * D bytes a tile in float32: 24 KB for jersey, 9 MB (half of it in bfloat16) for the 7B.
+    params: in the compute dtype, sharded by `sharding.shardings`; features are stored in that dtype.
+    keep_features: 4 * P * D bytes per tile in float32: 24 KB for jersey, 9 MB (half of it in bfloat16) for the 7B.
 
     Raises:
-      ValueError: the folder holds feedback that was measured in another way, or with another model.
+      ValueError: the folder holds feedback measured with other settings or with another model.
     """
     dtype = str(jax.tree.leaves(params)[0].dtype) if keep_features else ""
     store = FeedbackFolder(pathlib.Path(folder), config.granularities, dtype, measured_by(config, params))
@@ -123,7 +123,7 @@ def measure(
 
 
 def _questions(batches: PlannedBatches, window: int) -> set[str]:
-    """What is asked in a window, by `asked`, in this process's rows."""
+    """The questions of a window, by `asked`, in this process's rows."""
     questions = set()
     for number in range(window * WINDOW, (window + 1) * WINDOW):
         for member in batches.rows_of(number):
@@ -144,7 +144,7 @@ def _window(
     mesh: jax.sharding.Mesh,
     keep_features: bool,
 ) -> dict[str, Stored]:
-    """The answers to one window's samples, by `asked`, but for the known ones; NaN where there is none."""
+    """The feedback on one window's samples, by `asked`, without the known ones; NaN where a sample has no answer."""
     rows = sharding.batch_sharding(mesh)
     found: dict[str, Stored] = {}
     for number in range(window * WINDOW, (window + 1) * WINDOW):

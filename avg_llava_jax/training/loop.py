@@ -1,7 +1,7 @@
 """The one training loop, for every phase.
 
 A run is a function of its config: batch n, the dropout of step n and the learning rate of step n
-depend on n alone, so a run that was killed goes on from its last checkpoint to the same losses.
+depend only on n, so an interrupted run resumes from its last checkpoint and reaches the same losses.
 """
 
 import contextlib
@@ -34,22 +34,22 @@ from avg_llava_jax.training.step import Step
 from avg_llava_jax.training.validation import BEST_STEP, LOSS, Best, Validation
 
 TERMINATED = 128 + signal.SIGTERM
-"""Exit code after SIGTERM, 143: what a shell reports for it, so that a scheduler sees who ended the run."""
+"""Exit code after SIGTERM, 143, as a shell reports it, so that a scheduler can tell it from a failure."""
 
 
 def train(settings: ml_collections.ConfigDict, workdir: str | Path) -> None:
-    """Run a phase to its end; a run that was stopped resumes.
+    """Run a phase to its end; an interrupted run resumes.
 
-    `config.TrainConfig` says what there is to set. `workdir` becomes a checkpoint folder, with metrics.jsonl,
-    skipped.jsonl, tensorboard/ and plots/. The processes of a run (see `hosts`) share it: all of them save
-    their part of a checkpoint, the first writes the logs.
+    `config.TrainConfig` lists the settings. `workdir` becomes a checkpoint folder, with metrics.jsonl, skipped.jsonl,
+    tensorboard/ and plots/. The processes of a run (see `hosts`) share it: each saves its shards of a checkpoint, the
+    first writes the logs.
 
     Raises:
-      FileNotFoundError, ValueError: a setting or a file is wrong; one line that says which.
+      FileNotFoundError, ValueError: a setting or a file is wrong; one line that names it.
       RuntimeError: another process holds the workdir, or too many samples were skipped.
       FloatingPointError: the loss or a gradient is not finite in more than `max_bad_steps` steps.
       OSError: the disk is full.
-      ConnectionError: another process of the run is gone.
+      ConnectionError: another process of the run was lost.
       SystemExit: with TERMINATED after SIGTERM to any of the processes, once a checkpoint is written.
     """
     config, workdir = read(settings), Path(workdir)
@@ -136,7 +136,7 @@ def _loop(
 def _evaluate(
     run: "_Run", validation: Validation, best: Best, skips: SkippedLog, progress: Progress
 ) -> dict[str, float]:
-    """Measure the held-out samples, and keep the model if it is the best so far; returns what goes into the log."""
+    """Validate, keep the model if it is the best so far, and return the metrics for the log."""
     first = validation.seen is None
     if first:
         progress.say("compiling the validation")
@@ -148,7 +148,7 @@ def _evaluate(
 
 
 class _Run:
-    """Parameters, optimizer state, and the step that moves them on, compiled for each batch shape."""
+    """Parameters, optimizer state, and the step that updates them, compiled for each batch shape."""
 
     def __init__(self, step: Step):
         self.step = 0
@@ -156,7 +156,7 @@ class _Run:
         self._programs: dict[Any, Callable[..., Any]] = {}
 
     def begin(self, manager: checkpoint.Manager, params: parameters.Params | None, batches: Batches) -> None:
-        """Take `params`, or where that is None the newest checkpoint of the run."""
+        """Start from `params`, or with None from the newest checkpoint of the run."""
         if params is None:
             restored = manager.restore(self._compiled.params, self._compiled.state, batches)
             self.step, self._state = restored.step, restored.optimizer
@@ -166,11 +166,11 @@ class _Run:
             self._state = self._compiled.init(self.ours)
 
     def place(self, batch: Batch) -> Any:
-        """This process's rows of a batch as arrays of all processes."""
+        """This process's rows of a batch as global arrays."""
         return jax.tree.map(lambda x: jax.make_array_from_process_local_data(self._compiled.rows, x), batch)
 
     def is_new(self, arrays: Any) -> bool:
-        """Whether the step is still to be compiled for a batch of this shape."""
+        """Whether the step is not yet compiled for a batch of this shape."""
         return _shape(arrays) not in self._programs
 
     def compile(self, arrays: Any) -> None:
@@ -178,7 +178,7 @@ class _Run:
         self._programs[_shape(arrays)] = lowered.compile()
 
     def advance(self, arrays: Any) -> dict[str, jax.Array]:
-        """One optimizer step; returns its metrics before they are computed."""
+        """Dispatch one optimizer step; returns its metrics without waiting for them."""
         program = self._programs[_shape(arrays)]
         self.ours, self._state, metrics = program(self.ours, self._state, self.frozen, arrays, self._step())
         self.step += 1
@@ -189,7 +189,7 @@ class _Run:
 
     @property
     def params(self) -> parameters.Params:
-        """All of them."""
+        """All parameters, trained and frozen."""
         return parameters.merge(self.ours, self.frozen)
 
     def save(self, manager: checkpoint.Manager, batches: Batches) -> None:
@@ -197,14 +197,14 @@ class _Run:
 
 
 def _shape(arrays: Any) -> tuple[Any, ...]:
-    """What a program is compiled for: shapes and dtypes of a batch."""
+    """Shapes and dtypes of a batch, the key of its compiled program."""
     return tuple((leaf.shape, leaf.dtype.name) for leaf in jax.tree.leaves(arrays))
 
 
 class _Reporter:
-    """Writes the metrics of a step once the next one has been handed to the device.
+    """Writes the metrics of a step after the next one is dispatched to the device.
 
-    shapes: how many batch shapes there are to compile, as far as is known.
+    shapes: the number of batch shapes to compile, as far as it is known.
     """
 
     def __init__(self, config: TrainConfig, run: _Run, log: MetricsLog | None, progress: Progress, shapes: int):
@@ -227,7 +227,7 @@ class _Reporter:
         self._pending = self._run.step, metrics, records, tokens * self._batch_size // len(records)
 
     def say_shape(self, batch: Batch) -> None:
-        """Say which batch shape is compiled, and how many there are."""
+        """Log which batch shape is compiled, and how many there are."""
         self._seen += 1
         (rows, tiles), text, answer = batch["tile_image"].shape, batch["text"].shape[1], batch["targets"].shape[1]
         lengths = ", ".join(str(index.shape[1]) for index in batch["index"].values())
@@ -238,13 +238,13 @@ class _Reporter:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Around what is no part of a step: its seconds are those of no step."""
+        """Exclude the time of a block from the seconds of all steps."""
         self._settle()
         yield
         self._since = time.monotonic()
 
     def _settle(self) -> None:
-        """Wait for the step that is pending."""
+        """Wait for the pending step."""
         if self._pending is not None and self._settled is None:
             values = {name: float(value) for name, value in jax.device_get(self._pending[1]).items()}
             now = time.monotonic()
@@ -252,7 +252,7 @@ class _Reporter:
             self._settled = values, seconds
 
     def report(self, validation: Mapping[str, float] | None = None) -> None:
-        """Wait for the step that is pending, check it and write it, and with it what was measured after it."""
+        """Wait for the pending step, check it, and write its metrics with those of the validation after it."""
         if self._pending is None:
             return
         self._settle()
@@ -278,7 +278,7 @@ class _Reporter:
         self._progress.show(row)
 
     def _pass_over(self, step: int, what: str, records: list[str], validation: Mapping[str, float]) -> None:
-        """Note a step that was not finite, and so has changed nothing, or stop the run at it."""
+        """Log a step that was not finite, which changed nothing; raise where there were too many."""
         records = list(dict.fromkeys(filter(None, itertools.chain(*hosts.gather(records)))))
         what += f" at step {step}; its samples are {', '.join(records)}"
         self._bad_steps += 1
@@ -290,7 +290,7 @@ class _Reporter:
 
 
 class _Termination:
-    """Remembers that SIGTERM came, so that the loop can save before it ends."""
+    """Records SIGTERM, so that the loop can save a checkpoint before it ends."""
 
     def __init__(self) -> None:
         self.asked = False

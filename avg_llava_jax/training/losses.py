@@ -1,4 +1,4 @@
-"""What the model is trained on: pure functions of parameters and one batch (paper, section 3.4). The router: `rglf`."""
+"""Losses of the model, pure functions of parameters and one batch (paper, section 3.4); `rglf` has the router's."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -29,14 +29,14 @@ def answer_nll(
 ) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
     """Negative log-likelihood of each sample's answer at one granularity.
 
-    Logits are formed at the A positions that predict an answer token, not at all S.
+    Logits are computed only at the A positions that predict an answer token, not at all S.
 
     Args:
       index: see `avg_llava.assemble`.
       target_at: the packed position whose next token is the target, -1 = none.
       targets: token ids.
     Returns:
-      the sum over the answer in nats, and how many tokens were counted, both fp32.
+      the sum over the answer in nats, and the number of its tokens, both fp32.
     """
     hidden = avg_llava.decoder(config, params, avg_llava.assemble(params, pyramid, text, index), remat=remat)
     at = jnp.take_along_axis(hidden, jnp.maximum(target_at, 0)[..., None], axis=1)
@@ -102,10 +102,10 @@ def language_loss(
 def grounding_loss(
     config: ModelConfig, params: avg_llava.Params, batch: Batch, remat: Remat = "none"
 ) -> tuple[Float[Array, ""], Metrics]:
-    """Each patch names what it shows: cross-entropy of its words, read straight through the unembedding.
+    """Each patch names what it shows: cross-entropy of its words, with the features fed directly to the unembedding.
 
-    Scores are sharpened by sqrt(D), so that features come out about as long as the embeddings that they are
-    read by: the router attends to both, and would not notice the shorter ones.
+    Scores are multiplied by sqrt(D), so that features become about as long as the embeddings: the router attends to
+    both, and would neglect the shorter ones.
 
     batch["patch_words"]: int (B, T, P, words) token ids, -1 = none; a patch's words share its probability.
     """

@@ -1,4 +1,4 @@
-"""What a run leaves behind while it runs: metrics.jsonl, TensorBoard, skipped.jsonl, and a line on the screen."""
+"""Logs of a run: metrics.jsonl, TensorBoard, skipped.jsonl, and a progress line."""
 
 import collections
 import json
@@ -17,11 +17,11 @@ from avg_llava_jax.files import write_whole
 
 METRICS, SKIPPED, TENSORBOARD = "metrics.jsonl", "skipped.jsonl", "tensorboard"
 FEW = 100
-"""Samples that must have been seen before their skipped share means anything."""
+"""Fewest samples on which the bound on the skipped share is checked."""
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL file; none where there is no file. A last line that was cut short is left out."""
+    """The rows of a JSONL file; none without a file. An incomplete last line is left out."""
     rows = []
     if path.is_file():
         # As bytes: a cut may go through a character, and a text's `splitlines` knows more line ends than JSON escapes.
@@ -34,16 +34,16 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _rewrite(path: Path, rows: list[dict[str, Any]]) -> TextIO:
-    """Replace a JSONL file by these rows, whole or not at all, and open it to append."""
+    """Replace a JSONL file atomically by these rows, and open it to append."""
     write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return open(path, "a", encoding="utf-8", buffering=1)
 
 
 class MetricsLog:
-    """metrics.jsonl and TensorBoard. What was logged after step `start` is dropped: it will come again.
+    """metrics.jsonl and TensorBoard. Rows after step `start` are dropped, because the resumed run repeats them.
 
-    bad_steps: how many of the steps up to `start` were passed over because they were not finite.
-    best: the lowest validation loss up to `start` and its step, the first of a tie; None = nothing was measured.
+    bad_steps: the number of steps up to `start` that were skipped because they were not finite.
+    best: the lowest validation loss up to `start` and its step, the first of a tie; None without validation.
     """
 
     FLUSH = 10.0  # seconds
@@ -62,7 +62,7 @@ class MetricsLog:
         self._flushed = time.monotonic()
 
     def write(self, row: dict[str, Any]) -> None:
-        """One step: a row with `step`, and numbers or texts."""
+        """Write one step: a row with `step`, and numbers or texts."""
         self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
         numbers = {name: value for name, value in row.items() if name != "step" and isinstance(value, (int, float))}
         summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in numbers.items()])
@@ -77,9 +77,9 @@ class MetricsLog:
 
 
 class SkippedLog:
-    """skipped.jsonl, one row a record however often it comes, and the bound on how many may be skipped.
+    """skipped.jsonl, one row per record however often it is drawn, and the bound on the share of skipped samples.
 
-    All processes of a run count the same; the file is written by the one that is given a `workdir`.
+    All processes of a run hold the same counts; the process with a `workdir` writes the file.
     """
 
     def __init__(self, workdir: Path | None, max_share: float):
@@ -91,7 +91,7 @@ class SkippedLog:
         self._seen = self._skipped = 0
 
     def add(self, used: int, skipped: Sequence[Skipped]) -> None:
-        """Note how many samples of a batch were used, and which records were not.
+        """Count the used samples of a batch, and log its skipped records.
 
         Raises:
           RuntimeError: more than the allowed share was skipped.
@@ -120,7 +120,7 @@ class SkippedLog:
 
 
 class Progress:
-    """One line that is redrawn on a terminal, or a line now and then in a file."""
+    """A progress line, redrawn on a terminal and repeated at intervals in a file."""
 
     PATIENCE = 10.0  # seconds between lines that cannot be redrawn
     REMEMBERED = 50  # steps that the pace, their median, is taken from; compilation is no part of them
@@ -132,7 +132,7 @@ class Progress:
         self._validation = ""  # the newest
 
     def show(self, row: dict[str, Any]) -> None:
-        """Draw a row of metrics.jsonl."""
+        """Show a row of metrics.jsonl."""
         self._seconds.append(row["step_seconds"])
         now, measured = time.monotonic(), "validation/loss" in row
         if measured:
@@ -158,7 +158,7 @@ class Progress:
         self._out.flush()
 
     def say(self, text: str) -> None:
-        """A line of its own, above the live one."""
+        """Print a separate line, above the live one."""
         self._out.write(f"\r\x1b[K{text}\n" if self._live else text + "\n")
         self._out.flush()
 

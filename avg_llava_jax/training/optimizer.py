@@ -1,4 +1,4 @@
-"""AdamW with a learning rate for each component."""
+"""AdamW with a learning rate per component, and gradients over micro-batches."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,7 +14,7 @@ from avg_llava_jax.training.config import OptimizerConfig
 
 
 def trainable(phase: str, config: OptimizerConfig) -> tuple[str, ...]:
-    """The components that learn in a phase."""
+    """The components that a phase trains."""
     if phase not in parameters.TRAINED_IN:
         raise ValueError(f"phase {phase!r} is not known; choose from {', '.join(parameters.TRAINED_IN)}")
     may_freeze = ("encoder", "connector")
@@ -33,8 +33,8 @@ def rate_shape(config: OptimizerConfig, steps: int) -> Callable[[jax.Array], jax
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformationExtraArgs:
     """Clip, AdamW, and the learning rate of each parameter's component.
 
-    Where a gradient is not finite, or the `loss` that `update` may be given, the step changes neither parameters
-    nor moments. The learning rate goes on, so that the rate of step n depends on n alone.
+    Where a gradient or the optional `loss` of `update` is not finite, the step changes neither parameters nor moments.
+    The schedule still advances, so that the learning rate of step n depends only on n.
     """
     shape = rate_shape(config, steps)
     adam = optax.chain(
@@ -60,28 +60,28 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 
 
 def _decayed(params: parameters.Params) -> parameters.Params:
-    """Which parameters are matrices, the layers axis apart."""
+    """Which parameters are matrices, not counting the layers axis."""
     rows = parameters.describe(params)
     return parameters.unflat({path: len(row.axes) - row.layered >= 2 for path, row in rows.items()})
 
 
 Aux = tuple[jax.Array, dict[str, jax.Array]]
 Loss = Callable[[parameters.Params, Mapping[str, Any], jax.Array | None], tuple[jax.Array, Aux]]
-"""(params, batch, keys) -> mean loss, (weight, metrics): over how many things the loss and the metrics are means.
+"""(params, batch, keys) -> mean loss, (weight, metrics). weight: how many items loss and metrics average over.
 
-keys (B,): one a sample, for whatever it draws at random; None = it draws nothing.
+keys (B,): one per sample, for dropout; None = no dropout.
 """
 
 
 def gradients(
     loss: Loss, params: parameters.Params, batch: Mapping[str, Any], rng: jax.Array, accumulate: int
 ) -> tuple[parameters.Params, jax.Array, dict[str, jax.Array]]:
-    """Gradients, loss and metrics of a batch, cut into `accumulate` micro-batches by rows.
+    """Gradients, loss and metrics of a batch, split by rows into `accumulate` micro-batches.
 
-    Micro-batches count by their weight, so that where the answers' tokens lie makes no difference.
-    Row i*k + j of the batch is row i of micro-batch j of k: each device cuts up its own rows.
-    Copies of the model (mesh axis `data`) add up for themselves, and are summed once at the end.
-    Row r draws by key r of `rng`, so what it draws depends neither on how a batch is cut up nor on where it lies.
+    Micro-batches are averaged by weight, so that the result does not depend on how answer tokens are distributed.
+    Row i*k + j of the batch is row i of micro-batch j of k: each device splits its own rows.
+    Replicas of the model (mesh axis `data`) accumulate locally and are summed once at the end.
+    Row r uses key r of `rng`, so its dropout depends neither on the split nor on the device.
     """
     keys = jax.random.split(rng, len(jax.tree.leaves(batch)[0]))
 

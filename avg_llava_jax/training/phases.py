@@ -1,10 +1,10 @@
-"""The phases: which loss, and which components learn (`parameters.TRAINED_IN`). Nothing else differs.
+"""The phases. They differ only in their loss and in the components they train (`parameters.TRAINED_IN`).
 
-grounding          patches name what they show; encoder, connector and (un)embeddings learn: the layers of the
-                   language model belong to what is trained, but get no gradient, only weight decay
-connector          next-token loss of the answers; the connector learns
-multi_granularity  the same; encoder, connector and language model learn
-rglf               feedback of the frozen model to the router; the router learns, see `rglf`
+grounding          patches name what they show; trains encoder, connector and (un)embeddings. The layers of the
+                   language model count as trained, but get no gradient, only weight decay
+connector          next-token loss of the answers; trains the connector
+multi_granularity  next-token loss of the answers; trains encoder, connector and language model
+rglf               feedback of the frozen model on the router's choices; trains the router, see `rglf`
 """
 
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""RGLF, ranking granularities by the feedback of the LMM (paper, section 3.5): how the router learns, in order.
+"""RGLF, ranking granularities by the feedback of the LMM (paper, section 3.5), in the paper's order.
 
     feedback       L[g]    mean NLL of the answer under the frozen model at granularity g           feedback
     ranking        r       granularities by L, the best first; s = log_softmax(router), in that order   rank
@@ -8,7 +8,7 @@
     of a batch             every image is encoded once, for the feedback and for the router         batch_loss
 
 Worked example, one image, three granularities, margin 1. L = [0.9, 0.2, 0.5], so r = [1, 2, 0] and L in order is
-[0.2, 0.5, 0.9]. A router that has learnt nothing scores s = log(1/3) each:
+[0.2, 0.5, 0.9]. An untrained router scores s = log(1/3) each:
 
     j = 1    mean(max(0, 0.5 - 0.2), max(0, 0.9 - 0.5)) = 0.35
     j = 2    max(0, 2 * (0.9 - 0.2))                    = 1.4        ranking loss 1.75, cross-entropy log 3
@@ -33,9 +33,9 @@ def feedback(
     batch: losses.Batch,
     execution: losses.Execution,
 ) -> tuple[Float[Array, "B G"], Bool[Array, " B"]]:
-    """How well the frozen model answers: mean answer NLL in nats at every granularity, without gradient.
+    """Feedback of the frozen model: mean answer NLL in nats at every granularity, without gradient.
 
-    Stored feedback (`batch["nll"]`, NaN = none) is taken as it is.
+    Stored feedback (`batch["nll"]`, NaN = none) is returned unchanged.
 
     Returns:
       the NLL in fp32, and which samples have an answer token at every granularity.
@@ -48,9 +48,9 @@ def feedback(
 
 
 def rank(nll: Float[ArrayLike, " G"], tie_nats: float) -> tuple[Float[Array, " G"], Int[Array, " G"]]:
-    """Order the granularities of one image by feedback: nll with ties levelled, and the order.
+    """Rank the granularities of one image by feedback: the NLL with ties set equal, and the order.
 
-    Within `tie_nats` of the best counts as tied, and ties rank cheapest first. With tie_nats = 0.1:
+    Granularities within `tie_nats` of the best are ties, which rank cheapest first. With tie_nats = 0.1:
 
         nll [0.29, 0.24, 0.25, 0.90, 0.20]  ->  [0.20, 0.20, 0.20, 0.90, 0.20], order [0, 1, 2, 4, 3]
     """
@@ -75,7 +75,7 @@ def rank_loss(scores: Float[ArrayLike, " G"], nll: Float[ArrayLike, " G"], margi
 
 
 def cross_entropy(scores: Float[ArrayLike, "M G"]) -> Float[Array, " M"]:
-    """Of choosing the best granularity, from log-probabilities, the best first."""
+    """Cross-entropy of the best granularity, from log-probabilities with the best first."""
     return -scores[:, 0]
 
 
@@ -92,18 +92,18 @@ def rglf_loss(
 ) -> tuple[Float[Array, ""], losses.Metrics]:
     """The loss of M images: rank the granularities by log-likelihood, and choose the best one (paper, equation 10).
 
-    `nll_weight` adds the answer's NLL expected where the router draws a granularity by its probabilities p,
+    `nll_weight` adds the expected NLL of the answer if the router draws a granularity from its probabilities p,
 
         sum over g of p[g] * nll[g]
 
-    which is what instruction tuning through the router's choice would minimise, here without the noise of drawing.
+    which instruction tuning through the router's choice would minimise, here without sampling noise.
 
     Args:
       logits: router scores, one row an image; nll: mean answer NLL in nats at each granularity.
       valid: rows without an image or without labels add nothing.
     Returns: the loss and its parts, with `best_chosen` (share) and `regret` (nats) of the router's argmax.
     """
-    # An invalid row may hold anything: make it harmless before it meets a logarithm.
+    # An invalid row may hold anything, also NaN: replace it before the logarithm.
     logits = jnp.where(valid[:, None], logits.astype(jnp.float32), 0.0)
     nll = jax.lax.stop_gradient(jnp.where(valid[:, None], nll, 0.0))
     level, order = jax.vmap(lambda row: rank(row, tie_nats))(nll)
@@ -135,13 +135,13 @@ def batch_loss(
     keys: Key[Array, " B"] | None,
     settings: RglfConfig,
 ) -> tuple[Float[Array, ""], tuple[Float[Array, ""], losses.Metrics]]:
-    """RGLF on one batch: every image of a sample learns from how well that sample was answered.
+    """RGLF on one batch: the feedback on a sample trains the router on each of its images.
 
-    Each image is encoded once, for the answers and for the router. `keys` drive the router's
-    dropout, None = none. An image counts if its sample has an answer token at every granularity.
+    Each image is encoded once, for the answers and for the router. keys: of the router's dropout, None = no dropout.
+    An image counts if its sample has an answer token at every granularity.
 
     Returns:
-      the loss, (how many images counted, metrics); `nll/g`, `visual_tokens` and `chosen/g` are means over them.
+      the loss, (the number of images that count, metrics); `nll/g`, `visual_tokens` and `chosen/g` are means over them.
     """
     if "features" in batch:  # stored with the feedback
         pyramid = scale(config, batch["features"])

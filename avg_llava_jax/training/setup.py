@@ -1,4 +1,4 @@
-"""What a run begins with: its settings checked, its model, its data."""
+"""The start of a run: checks of its settings, its model, its data."""
 
 import dataclasses
 import functools
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 CHECKED = 64
-"""Records that are looked up in stored feedback before a run starts."""
+"""The number of records that are looked up in stored feedback before a run starts."""
 MAY_CHANGE = (
     "checkpoint_every",
     "evaluate_every",
@@ -41,21 +41,21 @@ MAY_CHANGE = (
     "rglf.execution",
     "remat",
 )
-"""Settings that a run may be gone on with in another form: they do not change what it computes."""
+"""Settings that may change when a run resumes, since they do not change what it computes."""
 
 
 class Start(NamedTuple):
-    """A model to train; `params` is None where the newest checkpoint of the run itself is to be taken."""
+    """A model to train. params: None = those of the run's newest checkpoint."""
 
     model: ModelConfig
     params: parameters.Params | None
 
 
 def begin(config: TrainConfig, workdir: Path, mesh: jax.sharding.Mesh) -> Start:
-    """The run's own checkpoint, else `init_from`, else a fresh model; writes config.json and tokenizer/.
+    """Load the run's own checkpoint, else `init_from`, else initialise a model; writes config.json and tokenizer/.
 
     Raises:
-      FileNotFoundError, ValueError: there is no such checkpoint, or it does not fit the config.
+      FileNotFoundError, ValueError: the checkpoint does not exist, or does not fit the config.
     """
     if checkpoint.steps(workdir):
         model, values = checkpoint.read_config(workdir)
@@ -87,7 +87,7 @@ def begin(config: TrainConfig, workdir: Path, mesh: jax.sharding.Mesh) -> Start:
 def _with_fresh(
     config: TrainConfig, model: ModelConfig, params: parameters.Params, mesh: jax.sharding.Mesh
 ) -> parameters.Params:
-    """`params`, in which the components of `config.fresh` are drawn anew."""
+    """`params` with the components of `config.fresh` initialised."""
     if not config.fresh:
         return params
 
@@ -100,7 +100,7 @@ def _with_fresh(
 
 
 def override(model: ModelConfig, overrides: Mapping[str, Any]) -> ModelConfig:
-    """A model's config with `config.model` over it; what is None there stays as it is."""
+    """A model's config with the overrides of `config.model`; None = unchanged."""
 
     def over(values: dict[str, Any], by: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in by.items():
@@ -114,7 +114,7 @@ def override(model: ModelConfig, overrides: Mapping[str, Any]) -> ModelConfig:
 
 
 def granularities(config: TrainConfig, model: ModelConfig) -> tuple[int, ...]:
-    """Those that the phase trains, ascending; unset means all."""
+    """The granularities that the phase trains, ascending; unset means all."""
     chosen = tuple(sorted(config.granularities)) or model.granularities
     if not set(chosen) <= set(model.granularities):
         raise ValueError(f"granularities={chosen}: this model has {model.granularities}")
@@ -122,19 +122,19 @@ def granularities(config: TrainConfig, model: ModelConfig) -> tuple[int, ...]:
 
 
 def packed_granularities(config: TrainConfig, model: ModelConfig) -> tuple[int, ...]:
-    """Those that batches are packed at: none for phase grounding, which runs no language model."""
+    """The granularities that batches are packed at: none in phase grounding, which runs no language model."""
     return () if config.phase == "grounding" else granularities(config, model)
 
 
 def dtypes(config: TrainConfig) -> dict[str, Any]:
-    """The dtype in which the parameters of each component are held: fp32 where they learn, else that of the compute."""
+    """The dtype of each component's parameters: fp32 where they are trained, else the compute dtype."""
     learning = trainable(config.phase, config.optimizer)
     frozen = DTYPES[config.compute_dtype]
     return {name: jnp.float32 if name in learning else frozen for name in parameters.COMPONENTS}
 
 
 def check(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
-    """Settings that would only fail later.
+    """Check settings that would otherwise fail only later.
 
     Raises:
       ValueError: names the setting.
@@ -160,7 +160,7 @@ def check(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
 
 
 def check_alike(config: TrainConfig, workdir: Path) -> None:
-    """All processes of a run were given the same; all must call it.
+    """Check that all processes of a run have the same settings; all must call it.
 
     Raises:
       ValueError: names a setting that differs, and where.
@@ -173,7 +173,7 @@ def check_alike(config: TrainConfig, workdir: Path) -> None:
 
 
 def check_step(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
-    """Those settings of `check` that the training step depends on."""
+    """The checks of `check` that concern the training step."""
     optimizer = config.optimizer
     trainable(config.phase, optimizer)
     if config.compute_dtype not in DTYPES:
@@ -193,7 +193,7 @@ def check_step(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
 
 
 def _without_effect(config: TrainConfig) -> None:
-    """A setting that this run would not read is an error, not silence.
+    """Refuse settings that have no effect in this run.
 
     Raises:
       ValueError: names the setting, and why it has no effect.
@@ -224,7 +224,7 @@ def _without_effect(config: TrainConfig) -> None:
 
 
 def open_batches(config: TrainConfig, workdir: Path, model: ModelConfig, mesh: jax.sharding.Mesh) -> Batches:
-    """This process's rows of the batches, from the first batch on."""
+    """This process's rows of the batches, starting with the first batch."""
     planned = plan_batches(config, model, load_tokenizer(workdir / checkpoint.TOKENIZER), mesh)
     if config.rglf.feedback:
         _same_questions(config, planned)
@@ -232,10 +232,10 @@ def open_batches(config: TrainConfig, workdir: Path, model: ModelConfig, mesh: j
 
 
 def _same_questions(config: TrainConfig, planned: PlannedBatches) -> None:
-    """Stored feedback must be on this data; a few records that it lacks are skipped as the run comes to them.
+    """Check that stored feedback covers this data; the run skips the few records that it lacks.
 
     Raises:
-      ValueError: it is not.
+      ValueError: more than `data.max_skipped_share` of the first records have no feedback.
     """
     members = list(planned.first(min(CHECKED, WINDOW * planned.batch_size)))
     missing = [record for record, sample in members if not _is_stored(planned, sample)]
@@ -256,7 +256,7 @@ def _is_stored(planned: PlannedBatches, sample: Sample) -> bool:
 def plan_batches(
     config: TrainConfig, model: ModelConfig, tokenizer: Tokenizer, mesh: jax.sharding.Mesh | None = None
 ) -> PlannedBatches:
-    """The batches by number: the rows that lie on this process's devices of the mesh, or all of them."""
+    """The batches by number, with the rows of this process's devices of the mesh, or all rows without a mesh."""
     share = config.data.validation_share
     if tokenizer.vocab_size > model.language.vocab_size:
         raise ValueError(
@@ -279,9 +279,9 @@ def plan_batches(
 
 
 def plan_validation(config: TrainConfig, planned: PlannedBatches) -> PlannedBatches | None:
-    """`data.validation` as batches that end, of the shapes of the training batches; None where there is none.
+    """`data.validation` as one epoch of batches in the shapes of the training batches; None without validation.
 
-    They bring no stored feedback: the frozen model is asked once, see `validation`.
+    They have no stored feedback: the frozen model answers them once, see `validation`.
     """
     share = config.data.validation_share
     if share is not None:
@@ -303,7 +303,7 @@ def _same_shapes(params: parameters.Params, wanted: parameters.Params, where: st
 
 
 def _compare(workdir: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Another phase is an error; another setting that matters is worth a warning, once the run has started."""
+    """Compare a resumed run's settings with the earlier ones: another phase is an error, other changes warn."""
     if before.get("phase") != now["phase"]:
         raise ValueError(f"{workdir} holds phase {before.get('phase')}: give phase {now['phase']} a workdir of its own")
     before, now = leaves(before), leaves(now)
@@ -313,7 +313,7 @@ def _compare(workdir: Path, before: dict[str, Any], now: dict[str, Any]) -> None
 
 
 def leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"data.path": ...} of nested settings, with tuples as JSON has them."""
+    """Nested settings as {"data.path": ...}, with tuples as JSON lists."""
     found: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):

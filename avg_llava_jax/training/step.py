@@ -1,7 +1,7 @@
-"""The one training step: what it computes, and where every array that it takes and gives lies on the mesh.
+"""The training step: its computation, and the sharding of all its inputs and outputs.
 
-It is made from a config and shapes alone, so the same function can be run by the loop and be compiled
-ahead of time for devices that are not there.
+It is built from a config and shapes alone, so that the loop can run it and a plan can compile it ahead of time for
+devices that are not present.
 """
 
 from typing import Any
@@ -21,12 +21,12 @@ from avg_llava_jax.training.optimizer import gradients, make_optimizer, trainabl
 class Step:
     """One optimizer step as compiled functions of sharded arrays.
 
-    params, state: ShapeDtypeStructs, with shardings, of all parameters and of the optimizer's state. What learns is
-        fp32, and cast for each step; what is frozen is in the compute dtype once and for all.
+    params, state: ShapeDtypeStructs, with shardings, of all parameters and of the optimizer's state. Trained parameters
+        are fp32 and cast in each step; frozen ones are held in the compute dtype.
     rows: the sharding of a batch's arrays.
     init: trainable parameters -> state.
-    update: (trainable parameters, state, frozen parameters, batch, step int32 ()) -> the first two after the
-        step, and its metrics; the first two are donated.
+    update: (trainable parameters, state, frozen parameters, batch, step int32 ()) -> updated trainable parameters,
+        updated state, and metrics; the first two arguments are donated.
     evaluate: (trainable parameters, frozen parameters, batch) -> the loss and its metrics without gradient and without
         dropout, each times its weight, and the weight.
     """
@@ -72,5 +72,5 @@ class Step:
         self.evaluate = jax.jit(evaluate, in_shardings=(of_ours, of_frozen, self.rows), out_shardings=everywhere)
 
     def split(self, params: parameters.Params) -> tuple[parameters.Params, parameters.Params]:
-        """Parameters that learn in this phase, and those that are frozen."""
+        """The parameters that this phase trains, and the frozen ones."""
         return parameters.split(params, self._names)

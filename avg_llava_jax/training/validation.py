@@ -1,9 +1,9 @@
-"""Validation while training: the loss of a phase, and all that it measures, on samples that are held out.
+"""Validation while training: the loss and the metrics of a phase on held-out samples.
 
-Nothing of it reaches the training: batches, dropout and learning rates are those of a run without it. The model with
-the lowest validation loss so far is kept, as a checkpoint folder of its own:
+Validation does not affect training: batches, dropout and learning rates are those of a run without it. The model with
+the lowest validation loss so far is kept in a separate checkpoint folder:
 
-    WORKDIR/best/                    config.json, tokenizer/ and one step under checkpoints/, as of any checkpoint
+    WORKDIR/best/                    config.json, tokenizer/ and one step under checkpoints/, like any checkpoint
     WORKDIR/best/validation.json     {"step": ..., "loss": ...}
 """
 
@@ -34,9 +34,9 @@ BEST, RECORD = "best", "validation.json"
 class Validation:
     """The held-out samples of a run.
 
-    In phase rglf the frozen model answers them once; its answers are kept and the router is measured against them.
+    In phase rglf the frozen model answers them once; its feedback is kept and the router is measured against it.
 
-    seen: what the first pass came across: how many samples were used, and who was skipped; the same on all processes.
+    seen: the number of used samples and the skipped records of the first pass; the same on all processes.
     """
 
     def __init__(self, config: TrainConfig, model: ModelConfig, step: Step, batches: PlannedBatches):
@@ -48,7 +48,7 @@ class Validation:
         """Means over all held-out samples, by `validation/NAME`. All processes must call it.
 
         Raises:
-          ValueError: none of them can be used.
+          ValueError: no held-out sample can be used.
         """
         total, used, skipped = None, 0, []
         for number in range(len(self._batches)):
@@ -73,7 +73,7 @@ class Validation:
         return {f"{PREFIX}{name}": float(value / weight) for name, value in sorted(sums.items())}
 
     def _feedback(self, number: int, ours: parameters.Params, frozen: parameters.Params, arrays: Any) -> jax.Array:
-        """What the frozen model answers to a batch, NLL (B, G), asked once."""
+        """The frozen model's feedback on a batch, NLL (B, G), measured once."""
         if number not in self._nll:
             params = parameters.merge(ours, frozen)
             self._nll[number], _ = measure_batch(self._model, self._config.rglf.execution, False, params, arrays)
@@ -83,8 +83,8 @@ class Validation:
 class Best:
     """The checkpoint with the lowest validation loss, in `WORKDIR/best`.
 
-    known: loss and step of the best so far, of a run that is resumed. What a run that was killed kept after its last
-        checkpoint stays until something better, or the same step, comes again.
+    known: loss and step of the best so far, in a resumed run. A model that an interrupted run kept after its last
+        checkpoint stays until the resumed run reaches that step or a better one.
     """
 
     def __init__(self, workdir: Path, known: tuple[float, int] | None = None):
@@ -95,7 +95,7 @@ class Best:
             self._drop_all_but(json.loads(record.read_text())["step"])
 
     def offer(self, step: int, loss: float, params: parameters.Params) -> bool:
-        """Keep a step if it is better than all before; whether it was. All processes must call it."""
+        """Keep a step if its loss is the lowest so far; returns whether it is. All processes must call it."""
         if not loss < self.loss:
             return False
         self.loss, self.step = loss, step
@@ -117,7 +117,7 @@ class Best:
         return True
 
     def _drop_all_but(self, step: int) -> None:
-        """The best must be the only step, since readers take the newest; a run that was killed may have left two."""
+        """Remove other steps: readers take the newest, and an interrupted run may have left two."""
         if hosts.first():
             for other in checkpoint.steps(self._folder):
                 if other != step:

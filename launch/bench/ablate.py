@@ -1,14 +1,14 @@
-"""Which part of the router's recipe matters, on `jersey`: python -m launch.bench.ablate --workdir=DIR
+"""Ablations of the router's recipe on `jersey`: python -m launch.bench.ablate --workdir=DIR
 
-The frozen model is asked once: what it answers to the router's pictures becomes stored feedback, what it answers to the
-test questions is kept, and so is what it saw of them. Each router of configs/ablations.py then trains from the feedback
-and only has to route. Several seeds of each: another start, another order of the data, another dropout.
+The frozen model runs once: its feedback on the router's pictures, its answers to the test questions and the features of
+their images are stored. Each router of configs/ablations.py trains from the feedback and then only routes. Seeds differ
+in initial parameters, order of the data and dropout.
 
-    DIR/exact/, DIR/released/       what the frozen model did, by un-padding: feedback/, answers.jsonl
-    DIR/NAME-SEED/                  the run of a router, and outcome.json, what came of it
-    DIR/table.md, DIR/plots/        means and deviations over seeds, after every router
+    DIR/exact/, DIR/released/       the frozen model's output, by un-padding: feedback/, answers.jsonl
+    DIR/NAME-SEED/                  the run of a router, and outcome.json, its measures
+    DIR/table.md, DIR/plots/        means and deviations over seeds, updated after every router
 
-Killed, the same command goes on; more seeds, or other names, join those that are there.
+After an interruption, the same command resumes; more seeds or other names are added to the existing runs.
 """
 
 import dataclasses
@@ -56,14 +56,14 @@ Records = list[policies.Record]
 
 
 class Frozen(NamedTuple):
-    """What a model answered under one un-padding: to the router's pictures (a folder), to the test questions."""
+    """The frozen model's output under one un-padding: feedback (a folder) and records of the test questions."""
 
     feedback: pathlib.Path
     records: Records
 
 
 def settings(name: str, seed: int, checkpoint: str, steps: int | None, pictures: int | None) -> Any:
-    """The config of one router's run; steps and pictures: None = as the config has them."""
+    """The config of one router's run. steps, pictures: None = as in the config."""
     config = quickstart.router_config(checkpoint, steps, pictures, ablations.get_config(name))
     config.seed = seed
     config.data.workers = 0  # features are stored: reading them takes no process of its own
@@ -74,7 +74,7 @@ def settings(name: str, seed: int, checkpoint: str, steps: int | None, pictures:
 def ask(
     model: AvgLlava, unpad: str, config: Any, questions: list[evaluation.Question], workdir: pathlib.Path
 ) -> Frozen:
-    """Everything that the frozen model has to do under one un-padding."""
+    """Run the frozen model under one un-padding."""
     workdir.mkdir(exist_ok=True)
     model = AvgLlava(dataclasses.replace(model.config, unpad=unpad), model.params, model.tokenizer)
     stored = quickstart.collect_feedback(model, config, workdir)
@@ -88,7 +88,7 @@ def fixed(config: ModelConfig, records: Records) -> dict[str, list[policies.Choi
 
 
 def measure(config: ModelConfig, records: Records, picked: Sequence[policies.Choice]) -> Measures:
-    """What the table shows of one way to choose."""
+    """The measures of one policy, a row of the table."""
     found = policies.outcome(config, records, picked)
     best = max(policies.outcome(config, records, same)["accuracy"]["all"] for same in fixed(config, records).values())
     oracle = policies.outcome(config, records, policies.oracle_choices(config, records))["accuracy"]["all"]
@@ -106,7 +106,7 @@ def measure(config: ModelConfig, records: Records, picked: Sequence[policies.Cho
 def spread(runs: Sequence[Measures]) -> dict[str, tuple[float, float] | None]:
     """Mean and standard deviation of each measure over seeds, None where no run has it.
 
-    A single run has no deviation; it is given as 0.
+    The deviation of a single run is given as 0.
     """
     found: dict[str, tuple[float, float] | None] = {}
     for key in COLUMNS:
@@ -117,7 +117,7 @@ def spread(runs: Sequence[Measures]) -> dict[str, tuple[float, float] | None]:
 
 
 def table(reference: dict[str, Measures], routers: dict[str, list[Measures]]) -> str:
-    """The Markdown table: ways to choose that take no seed, then a line for each router with its deviations."""
+    """The Markdown table: policies without a seed, then a line per router with its deviations."""
     titles = ["", *(title for title, _ in COLUMNS.values()), "paper: SQA / ChartQA / MME / MMB"]
     lines = [titles, ["---"] * len(titles)]
     for name, runs in {**{name: [one] for name, one in reference.items()}, **routers}.items():
@@ -131,7 +131,7 @@ def table(reference: dict[str, Measures], routers: dict[str, list[Measures]]) ->
 
 
 def report(config: ModelConfig, records: Records, seeds: int, workdir: pathlib.Path, document: str) -> str:
-    """Write the table and the plot of all that is done so far; returns the table."""
+    """Write the table and the plot of all runs that are done; returns the table."""
     reference = {name: measure(config, records, same) for name, same in fixed(config, records).items()}
     curve = {name: spread([one]) for name, one in reference.items()}
     reference["oracle"] = measure(config, records, policies.oracle_choices(config, records))
@@ -160,10 +160,10 @@ def run(
     questions: int = quickstart.QUESTIONS,
     document: str = "",
 ) -> str:
-    """All of it; returns the table. Killed, it goes on where it was.
+    """Run all ablations; returns the table. An interrupted run resumes.
 
     Raises:
-      ValueError: an unknown name, a document without a place for the table, or a workdir of other settings.
+      ValueError: an unknown name, a document without the lines around the table, or a workdir with other settings.
     """
     if document:
         around(document, BEGIN, END)
@@ -204,7 +204,7 @@ def run(
 
 
 def _outcome(workdir: pathlib.Path, name: str, seed: int) -> pathlib.Path:
-    """Where the measures of one router are kept; what is there is not trained again."""
+    """The file with the measures of one router; a router that has one is not trained again."""
     return workdir / f"{name}-{seed}" / "outcome.json"
 
 

@@ -1,12 +1,12 @@
-"""Writes the tables of docs/compile_matrix.md: every program of the project, compiled for devices that are not there.
+"""Compile every program of the project for GPUs and TPUs, and write the tables of docs/compile_matrix.md.
 
     python -m launch.bench.compile_matrix
     python -m launch.bench.compile_matrix --target=h100:1 --target=h100:8/fsdp=4,tensor=2 --only='7B.*rglf' --document=
 
-Each target compiles in a process of its own, since a compiler can end it or not come to an end: that is a line of the
-table, and the next program follows. A program passes if it compiles, fits, overwrites what it is given to overwrite,
-and holds and sends nothing that `judge` does not expect. What is known is kept in --workdir and stands in the document
-at once; remove that folder when the programs have changed. It exits with 1 where something fails.
+The devices need not be present. Each target compiles in a separate process, since a compiler can crash or hang; that is
+a line of the table, and the next program follows. A program passes if it compiles, fits, overwrites its donated
+arguments, and holds and sends nothing that `judge` does not expect. Results are kept in --workdir and written to the
+document at once; remove that folder when the programs have changed. It exits with 1 where something fails.
 
 A new program is one more entry of `CASES`.
 """
@@ -68,12 +68,12 @@ ROWS = 2
 
 def models() -> dict[str, tuple[ModelConfig, str, dict[str, int]]]:
     """Model, compute dtype and text tokens by name: the 7B cut to `LAYERS`, and the tests' tiny model."""
+    from avg_llava_jax.commands import planning
     from avg_llava_jax.config import LanguageConfig, ModelConfig, VisionConfig
     from avg_llava_jax.configs import jersey
-    from avg_llava_jax.training import setup
 
     seven = ModelConfig(vision=VisionConfig(layers=LAYERS + 1), language=LanguageConfig(layers=LAYERS))
-    tiny = setup.override(ModelConfig(), jersey.get_config("tiny").model)
+    tiny = planning.model_of(jersey.get_config("tiny"))
     return {
         "7B": (seven, "bfloat16", {"text": 512, "answer": 128}),
         "tiny": (tiny, "float32", {"text": 32, "answer": 16}),
@@ -82,7 +82,7 @@ def models() -> dict[str, tuple[ModelConfig, str, dict[str, int]]]:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One or several programs, which `make` traces for a target and the sizes of a mesh."""
+    """One or several programs. make: traces them for a target and the sizes of a mesh."""
 
     name: str
     make: Callable[[Target, Mapping[str, int]], Iterator[Program]]
@@ -91,7 +91,7 @@ class Case:
 
 
 def training(name: str, **settings: Any) -> Case:
-    """The step of `launch.train`; `rows` samples of each copy in a micro-batch."""
+    """The training step. rows: samples of a micro-batch for each replica of the model."""
     model, dtype, sizes = models()[name]
     shape = _shape(model, sizes)
     shown = " ".join(f"{key.rpartition('.')[2]}={value}" for key, value in settings.items() if key != "phase")
@@ -110,7 +110,7 @@ def training(name: str, **settings: Any) -> Case:
 
 
 def answering(name: str, dtype: str) -> Case:
-    """What the engine runs."""
+    """The programs of the engine."""
     model, _, sizes = models()[name]
     shape = _shape(model, sizes)
 
@@ -199,12 +199,12 @@ LONG = 512
 
 
 def judge(program: Program, target: Target, mesh: Mapping[str, int], lengths: tuple[int, ...]) -> dict[str, Any]:
-    """Compile a program: what it costs, and `faults`, what is wrong with it, one line each.
+    """Compile a program: its cost, and `faults`, the rules that it breaks, one line each.
 
     It must fit. What is donated must be overwritten. No score of a whole sequence by itself may be written to memory,
-    (B, H, S, S), for sequences of `LONG` or more. Of a program that keeps a cache, temporaries must be at most a tenth
-    of it and `WORKSPACE`, no copy of half of it may be written, and a turn of its loop, a token, may move 1.1 times
-    parameters and cache. Where parameters lie whole (no fsdp), no program may gather a tenth of them.
+    (B, H, S, S), for sequences of `LONG` or more. Of a program with a cache no copy of half of its keys may be written.
+    With a loop over tokens, temporaries must be at most a tenth of the cache and `WORKSPACE`, and a token may move 1.1
+    times parameters and cache. Where parameters lie whole (no fsdp), no program may gather a tenth of them.
     """
     from avg_llava_jax.commands import planning
     from avg_llava_jax.parallel import costs
@@ -222,16 +222,16 @@ def judge(program: Program, target: Target, mesh: Mapping[str, int], lengths: tu
     if scores := [array for array in arrays if any(_is_scores(array.shape, length) for length in lengths)]:
         faults.append(f"scores in memory: {_largest(scores)}")
     if cache := plan.held.get("cache", 0):
-        if plan.temporaries > 0.1 * cache + WORKSPACE:
+        turn, once = sum(each.bytes for each in plan.moves if each.a_turn), plan.held["parameters"] + cache
+        if turn and plan.temporaries > 0.1 * cache + WORKSPACE:
             faults.append(f"temporaries are {plan.temporaries / cache:.2f} of the cache")
-        turn, bound = sum(each.bytes for each in plan.moves if each.a_turn), 1.1 * (plan.held["parameters"] + cache)
-        if turn > bound + WORKSPACE:
-            faults.append(f"a token moves {_bytes(turn)}, parameters and cache are {_bytes(bound / 1.1)}")
-        if copies := [a for a in arrays if a.operation in COPIES and a.size > cache / 4]:  # half of keys, or of values
+        if turn > 1.1 * once + WORKSPACE:
+            faults.append(f"a token moves {_bytes(turn)}, parameters and cache are {_bytes(once)}")
+        if copies := [a for a in arrays if a.operation in COPIES and a.size > max(cache / 4, 2**20)]:
             faults.append(f"copies of the cache: {len(copies)}, {_largest(copies)}")
     parameters = sum(plan.held.get(kind, 0) for kind in ("parameters", "trained", "frozen"))
     gathered = plan.traffic.get("all-gather", costs.Traffic()).sent
-    if mesh["fsdp"] == 1 and ("cache" in plan.held or mesh["tensor"] == 1) and gathered > 0.1 * parameters:
+    if mesh["fsdp"] == 1 and ("cache" in plan.held or mesh["tensor"] == 1) and gathered > max(0.1 * parameters, 2**20):
         faults.append(f"gathers {_bytes(gathered)} where {_bytes(parameters)} of parameters are whole")
     return {
         "seconds": time.monotonic() - begin,
@@ -247,11 +247,12 @@ def judge(program: Program, target: Target, mesh: Mapping[str, int], lengths: tu
 WORKSPACE = 2**25
 """Bytes of temporaries that products need on a GPU, however small they are."""
 
+# Of a cache of kilobytes a TPU copies all into its core's own memory, as it should. A quarter is half of the keys.
 COPIES = ("copy", "copy-start", "transpose")
 
 
 def _is_scores(shape: tuple[int, ...], length: int) -> bool:
-    """Whether an array holds a number for each pair of positions: two axes of `length`, maybe padded for a kernel."""
+    """Whether an array holds a score per pair of positions: two axes of `length`, possibly padded for a kernel."""
     padded = {-(-length // block) * block for block in (1, 2, 8, 64)}
     return length >= LONG and len(shape) > 2 and sum(size in padded for size in shape) >= 2
 
@@ -272,13 +273,13 @@ def _shape(model: ModelConfig, sizes: dict[str, int]) -> Shape:
 
 
 def _lengths(model: ModelConfig, shape: Shape) -> tuple[int, ...]:
-    """Positions that attend to each other: of the encoder, of the router, of each granularity's sequence."""
+    """Sequence lengths of attention: of the encoder, of the router, of each granularity."""
     rows = model.pyramid_rows + model.router.text_tokens
     return (model.vision.grid**2 + 1, rows, *(shape.length(model, g) for g in model.granularities))
 
 
 def child(where: str) -> None:
-    """Compile what is not yet known for a target: a line `begin NAME` before each, and `end JSON` behind it."""
+    """Compile the missing cases of a target; prints `begin NAME` before each and `end JSON` after it."""
     import jax
 
     from avg_llava_jax.commands import planning
@@ -315,7 +316,7 @@ def _first_line(error: Exception) -> str:
 
 
 def compile_all(where: str) -> None:
-    """Run children until one has been through all cases of a target; what ends a child is a fault of its case."""
+    """Run child processes until all cases of a target are done; a crash is a fault of the case it happened in."""
     from avg_llava_jax.files import write_json
 
     _file(where, "").parent.mkdir(parents=True, exist_ok=True)
@@ -371,7 +372,7 @@ def _name(text: str) -> str:
 
 
 def known() -> dict[str, dict[str, dict[str, Any]]]:
-    """What is known by target and program, in the order of --target and `CASES`."""
+    """The results by target and program, in the order of --target and `CASES`."""
     cases = [lazy().name for lazy in CASES]
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for where in CHOSEN.value:
@@ -384,7 +385,7 @@ def known() -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def tables(found: dict[str, dict[str, dict[str, Any]]]) -> str:
-    """GiB a device of each program on each target, or the number of what is wrong with it, and a list of those."""
+    """Tables of GiB per device by program and target, or the number of a fault, and the list of faults."""
     programs = list(dict.fromkeys(name for programs in found.values() for name in programs))
     faults: list[str] = []
 

@@ -1,8 +1,8 @@
-"""How fast questions are evaluated, together and one at a time: python -m launch.bench.evaluation
+"""Speed of evaluation, many questions at once and one at a time: python -m launch.bench.evaluation
 
-Writes `jersey` as LLaVA JSON with several questions a picture, reads it as launch.evaluate does, and answers it at
-every granularity and at the router's choice, each way twice: the first time compiles, the second is timed. Prints
-questions a second; ends with an error where the ways answer a question differently.
+Writes `jersey` as LLaVA JSON with several questions per picture, reads it like `avg-llava evaluate`, and answers it at
+every granularity and at the router's choice. Each way runs twice: the first run compiles, the second is timed. Prints
+questions per second, and fails if the ways answer any question differently.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Way = Callable[[], "list[Record]"]
 
 
 def write(folder: pathlib.Path, count: int, images: int) -> pathlib.Path:
-    """`count` records of one question each about so many pictures; the path of their LLaVA JSON."""
+    """Write `count` records of one question each about a number of pictures; returns the path of the LLaVA JSON."""
     from avg_llava_jax.data import jersey
 
     turns = -(-count // images)
@@ -51,7 +51,7 @@ def write(folder: pathlib.Path, count: int, images: int) -> pathlib.Path:
 
 
 def timed(way: Way) -> tuple[list[Record], float, int]:
-    """The records of a second run, its seconds, and how many programs were compiled in it."""
+    """The records of a second run, its seconds, and the number of programs compiled in it."""
     from avg_llava_jax.inference.stress import compilations
 
     way()
@@ -62,7 +62,7 @@ def timed(way: Way) -> tuple[list[Record], float, int]:
 
 
 def differing(some: Sequence[Record], others: Sequence[Record]) -> list[str]:
-    """Ids of the questions of `some` whose answers or choices are not those of `others`."""
+    """Ids of the questions in `some` whose answers or choices differ from those in `others`."""
     by_id = {record["id"]: record for record in others}
     names = ("answers", "answer", "chosen")
     return [one["id"] for one in some if any(one[name] != by_id[one["id"]][name] for name in names)]
@@ -94,7 +94,7 @@ def measure(model: Any, questions: Sequence[Question]) -> dict[str, Any]:
 
 
 def table(report: dict[str, Any]) -> str:
-    """A line for each way."""
+    """The report as text, a line per way."""
     alone = report["ways"]["one at a time"]["questions_a_second"]
     lines = [f"{'':<16}{'questions':>10}{'seconds':>10}{'a second':>10}{'ratio':>8}"]
     for name, way in report["ways"].items():

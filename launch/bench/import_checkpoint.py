@@ -1,9 +1,9 @@
-"""How much memory an import takes on the host: python -m launch.bench.import_checkpoint --size=1b
+"""Host memory of an import: python -m launch.bench.import_checkpoint --size=1b
 
-Writes a released AVG-LLaVA of true shapes in bfloat16, with random weights and in shards, imports it in a process of
-its own, and prints that process's peak of resident memory beside its limit: 1.3 times the largest shard, and the part
-of the model that this host's devices hold. On one CPU device that is the whole model. Twice the model's size is
-written, and removed at the end.
+Writes a released AVG-LLaVA with real shapes and random weights, in bfloat16 and in shards, imports it in a separate
+process, and prints that process's peak resident memory and its limit: 1.3 times the largest shard plus the part of the
+model on this host's devices. On one CPU device that is the whole model. Needs twice the model's size on disk, which is
+freed at the end.
 """
 
 import pathlib
@@ -31,7 +31,7 @@ SHARD_SIZE = flags.DEFINE_float("shard_size", 5.0, "Largest file, in GiB.", lowe
 
 
 def write_source(folder: pathlib.Path) -> None:
-    """An AVG-LLaVA in the released layout; its weights are one random block over and over."""
+    """Write an AVG-LLaVA in the released layout; its weights repeat one random block."""
     import numpy as np
 
     from avg_llava_jax import ASSETS, checkpoint

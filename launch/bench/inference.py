@@ -1,13 +1,13 @@
-"""How fast answers come, and how fast they could: python -m launch.bench.inference --shape=jersey --workdir=OUT
+"""Speed of answering, and its bounds: python -m launch.bench.inference --shape=jersey --workdir=OUT
 
-The same questions at each granularity and at the router's choice, one after another (time to the first token, time for
-each further one) and through the engine (answers a second with so many in flight); beside it what the machine's own
-matrix products and memory allow, and the transformers library's model on the exported weights where torch is installed.
-Writes OUT/inference.json and OUT/inference.md.
+Answers the same questions at each granularity and at the router's choice, one at a time (time to first token, time per
+further token) and with several requests in flight (answers per second). For comparison it measures the bounds set by
+this machine's matrix products and memory, and, where torch is installed, the transformers library's model on the
+exported weights. Writes OUT/inference.json and OUT/inference.md.
 
 Shapes: `jersey`, the shipped checkpoint; `mid`, a ViT-B/14 at 336 pixels and a Llama of 8 layers, 1024 wide; `7b`,
-AVG-LLaVA in bfloat16, for an accelerator. The last two have random weights. Images are square noise, each another one,
-of 2 x 2 tiles and the overview. No answer ends before --new_tokens.
+AVG-LLaVA in bfloat16, for an accelerator. The last two have random weights. Every image is different square noise of
+2 x 2 tiles and the overview. No answer ends before --new_tokens.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ PROMPT = "What number is on the shirt of the player in the middle?"
 
 
 def pin(threads: int) -> None:
-    """Keep this process on so many CPUs; before JAX starts, which makes its threads by what it may use."""
+    """Pin this process to a number of CPUs. Must come before JAX starts its threads."""
     if threads:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
         os.environ["OMP_NUM_THREADS"] = str(threads)
@@ -76,7 +76,7 @@ def config_of(shape: str) -> ModelConfig:
 
 
 def model_of(shape: str) -> AvgLlava:
-    """The model, which never ends an answer by itself."""
+    """The model, without stop tokens, so that every answer reaches --new_tokens."""
     import jax
 
     from avg_llava_jax import SHIPPED, parameters
@@ -105,7 +105,7 @@ def photos(config: ModelConfig, count: int, seed: int) -> list[Image.Image]:
 def one_answer(answer: Callable[[int], dict[str, Any]]) -> dict[str, Any]:
     """Seconds of one answer: `ttft` to its first token, `tpot` for each further one, `total`.
 
-    answer: from an image and a question to so many tokens. It is called twice, for one token and for all of them, so
+    answer: generates a number of tokens from an image and a question. It is called twice, for one token and for all, so
     that both sides are measured alike; `generate` of the other side shows nothing before its end.
     """
     clock = time.process_time if CLOCK.value == "cpu" else time.perf_counter
@@ -124,7 +124,7 @@ def our_answer(model: AvgLlava, image: Image.Image, way: int | str, new_tokens: 
 
 
 def median_of(measured: list[dict[str, Any]]) -> dict[str, Any]:
-    """The median of what was measured in seconds, the first of all else."""
+    """Medians of the measured seconds, and the first value of everything else."""
     return {
         key: statistics.median(each[key] for each in measured) if isinstance(value, float) else value
         for key, value in measured[0].items()
@@ -134,7 +134,7 @@ def median_of(measured: list[dict[str, Any]]) -> dict[str, Any]:
 def engine_rates(
     model: AvgLlava, ways: list[int | str], in_flight: list[int]
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """By way and requests in flight: answers a second, and mean seconds to a first and to each further token."""
+    """By policy and requests in flight: answers per second, and mean seconds to the first and per further token."""
     from avg_llava_jax.inference.engine import Engine
     from avg_llava_jax.inference.requests import Request
 
@@ -165,7 +165,7 @@ def engine_rates(
 
 
 def measured_peaks(dtype: Any) -> dict[str, float]:
-    """What this machine does at best in this process: FLOP/s of one large matrix product, bytes/s of one long sum."""
+    """The machine's peaks in this process: FLOP/s of a large matrix product, bytes/s of a long sum."""
     import jax
     import jax.numpy as jnp
 
@@ -186,7 +186,7 @@ def measured_peaks(dtype: Any) -> dict[str, float]:
 
 
 def roofline(model: AvgLlava, measured: dict[str, Any], routed: bool, peaks: dict[str, float]) -> dict[str, float]:
-    """What one answer costs at least: FLOPs up to the first token, bytes for each further one, and their seconds.
+    """Lower bounds of one answer: FLOPs to the first token, bytes per further token, and their seconds.
 
     FLOPs are those of the matrix products that run, at the packed length itself. A token reads every weight of the
     language model (of an untied embedding one row) and the keys and values of all tokens before it.
@@ -238,7 +238,7 @@ def roofline(model: AvgLlava, measured: dict[str, Any], routed: bool, peaks: dic
 
 
 def exported(model: AvgLlava, shape: str, folder: pathlib.Path) -> pathlib.Path:
-    """The model as the transformers library reads it."""
+    """Export the model for the transformers library."""
     from avg_llava_jax import SHIPPED
     from avg_llava_jax.checkpoint import Loaded
     from avg_llava_jax.convert import convert

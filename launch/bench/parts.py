@@ -1,12 +1,12 @@
-"""A training step and the parts that it is made of, each as a compiled function that can be timed by itself.
+"""A training step and its parts, each as a compiled function that can be timed separately.
 
-Whatever learns in the phase is run forward and backward, the rest forward alone:
+Components that the phase trains run forward and backward, the others only forward:
 
     encode      vision encoder and connector          LMM g       language model at granularity g, answer's NLL
     pool        scaler                                router      router and RGLF loss (phase rglf)
     optimizer   gradients to fp32, clip, AdamW, and the copy in the compute dtype that the next step reads
 
-What a step does besides (text embeddings, adding up gradients) is in none of them.
+No part includes text embeddings or the summing of gradients.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -37,11 +37,11 @@ Run = Callable[[], Any]
 
 
 def random_batch(config: ModelConfig, rows: int, shape: Shape) -> dict[str, Any]:
-    """Random samples that fill a shape: each a picture of a mosaic of `shape.tiles` tiles, and text that ends with the
-    answer. Nothing is padding but what a shape reserves for newlines.
+    """Random samples that fill a shape: each a picture with a mosaic of `shape.tiles` tiles, and text that ends with an
+    answer. Only the positions that a shape reserves for newlines are padding.
 
     Raises:
-      ValueError: the model has no mosaic of so many tiles.
+      ValueError: the model has no mosaic with this number of tiles.
     """
     draw, tile = np.random.default_rng(0), config.vision.image_size**2
     sizes = [(width, height) for width, height in config.pinpoints if 1 + width * height // tile == shape.tiles]
@@ -60,9 +60,9 @@ def random_batch(config: ModelConfig, rows: int, shape: Shape) -> dict[str, Any]
 
 
 class Whole:
-    """The step that `launch.train` runs, again and again on one batch, in as many executions as are to be compared.
+    """The training step, run repeatedly on one batch, in each of the executions to compare.
 
-    They share parameters and state, which each run moves on; the buffers are donated, as in training.
+    The executions share parameters and state, which each run updates; the buffers are donated, as in training.
     """
 
     def __init__(self, steps: Mapping[str, Step], params: parameters.Params, batch: Any):
@@ -83,16 +83,16 @@ class Whole:
 
 
 class Part(NamedTuple):
-    """One part of a step: what it is called, and how to run it."""
+    """One part of a step: its name, and a function that runs it."""
 
     name: str
     run: Run
 
 
 def parts(config: TrainConfig, model: ModelConfig, whole: Whole, batch: Any) -> Iterator[Part]:
-    """The parts of a step, one after another on the mesh in use; run each before the next is asked for.
+    """Yield the parts of a step on the current mesh; run each before requesting the next.
 
-    In phase `rglf` two more, which are none: all granularities as one program, `per_length` and `vmap`.
+    Phase `rglf` adds two entries that are not parts: all granularities as one program, `per_length` and `vmap`.
     """
     dtype = setup.DTYPES[config.compute_dtype]
     cast = jax.jit(lambda ours: sharding.constrain(jax.tree.map(lambda x: x.astype(dtype), ours)))
@@ -101,7 +101,7 @@ def parts(config: TrainConfig, model: ModelConfig, whole: Whole, batch: Any) -> 
 
 
 def _of_the_model(config: TrainConfig, model: ModelConfig, params: parameters.Params, batch: Any) -> Iterator[Part]:
-    """All but the optimizer; params in the compute dtype."""
+    """The parts of the model, without the optimizer; params in the compute dtype."""
     learns, remat = config.phase != "rglf", config.remat
 
     def timed(function: Callable[..., Any], *arguments: Any, fixed: Any = None) -> Run:
@@ -147,7 +147,7 @@ def _of_the_model(config: TrainConfig, model: ModelConfig, params: parameters.Pa
 def _router(
     config: TrainConfig, model: ModelConfig, router: Any, pyramid: jax.Array, text: jax.Array, batch: Any
 ) -> Run:
-    """Router and loss, forward and backward, given what the frozen model answered."""
+    """Router and RGLF loss, forward and backward, given the frozen model's feedback."""
     weights = {name: getattr(config.rglf, name) for name in ("margin", "rank_weight", "ce_weight", "tie_nats")}
 
     @jax.jit
@@ -165,7 +165,7 @@ def _router(
 
 
 def _optimizer(config: TrainConfig, whole: Whole) -> Run:
-    """AdamW on the run's own parameters and state, which it moves on; both are donated."""
+    """AdamW on the run's own parameters and state, which it updates; both are donated."""
     optimizer, dtype = make_optimizer(config.optimizer, config.steps), setup.DTYPES[config.compute_dtype]
     grads = jax.jit(lambda ours: sharding.constrain(jax.tree.map(lambda x: x.astype(dtype) * 1e-3, ours)))(whole.ours)
 

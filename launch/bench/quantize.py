@@ -1,7 +1,7 @@
-"""What int8 weights change: python -m launch.bench.quantize --output=quantize.json
+"""Effect of int8 weights: python -m launch.bench.quantize --output=quantize.json
 
-The same checkpoint as it is and quantized: bytes, the scores of the first answer token and the router's, and accuracy
-over questions at every granularity; and the bytes that the language model of AVG-LLaVA has in bfloat16.
+Compares a checkpoint before and after quantization: bytes, scores of the first answer token, router scores, and
+accuracy at every granularity; and prints the bytes of AVG-LLaVA's language model in bfloat16 for reference.
 """
 
 import json
@@ -21,7 +21,7 @@ OUTPUT = flags.DEFINE_string("output", None, "Where the JSON goes.")
 
 
 def scores(models: dict[str, Any], questions: Any) -> dict[str, float]:
-    """How far int8 moves what the first answer token is picked from, over all granularities of all questions."""
+    """How far int8 changes the scores of the first answer token, over all granularities of all questions."""
     import numpy as np
 
     from avg_llava_jax.eval import explain

@@ -1,9 +1,8 @@
-"""Writes the tables of docs/scale.md anew: python -m launch.bench.scale_table
+"""Rewrite the tables of docs/scale.md: python -m launch.bench.scale_table
 
-They hold what `launch.plan` says of the 7B, both phases and answering, on several topologies, and where a step does
-not fit also the settings that were tried until one did. Minutes a line: each is kept in --workdir as soon as it is
-known and stands in the document at once, and an interrupted run goes on. Remove that folder when the program has
-changed.
+The tables hold the figures of `avg-llava plan` for the 7B, both phases and answering, on several topologies, and where
+a step does not fit also the settings tried until one fits. Each line takes minutes; it is kept in --workdir and written
+to the document at once, and an interrupted run resumes. Remove that folder when the programs have changed.
 """
 
 import dataclasses
@@ -33,7 +32,7 @@ TRAINING = [
     for config in ("avg_llava_7b_router", "avg_llava_7b")
     for topology in ("v5e:8x8", "v6e:4x4", "v5p:2x2x4")
 ]
-"""Config, topology, and what differs from the config."""
+"""Config, topology, and overrides of the config."""
 
 ANSWERING = [
     ("v5e:2x2", {"batch_size": 8, "mesh.fsdp": 1, "mesh.tensor": 4}),
@@ -44,7 +43,7 @@ ANSWERING = [
 
 
 def known(label: str, function: "Callable[..., Plan | Iterator[Plan]]", *arguments: Any) -> list[dict[str, Any]]:
-    """The figures of a plan or of several, from --workdir or else computed and kept there."""
+    """The figures of one or several plans, from --workdir, or computed and then kept there."""
     from avg_llava_jax.files import write_whole
 
     file = pathlib.Path(WORKDIR.value) / ("".join(c if c.isalnum() else "-" for c in label) + ".json")
@@ -123,12 +122,12 @@ def rows() -> Iterator[str]:
 def main() -> None:
     from avg_llava_jax.files import around, write_whole
 
-    around(DOCUMENT.value, BEGIN, END)  # fails now rather than after the first line
+    around(DOCUMENT.value, BEGIN, END)  # fail before the first line is computed
     lines = []
     for row in rows():
         print(row, end="", file=sys.stderr, flush=True)
         lines.append(row)
-        before, after = around(DOCUMENT.value, BEGIN, END)  # which others may have edited by now
+        before, after = around(DOCUMENT.value, BEGIN, END)  # the document may have been edited meanwhile
         write_whole(DOCUMENT.value, before + "".join(lines) + after)
 
 

@@ -1,7 +1,7 @@
-"""Random requests, malformed and cancelled ones too, at the engine: python -m launch.bench.stress --requests=1000
+"""Stress test of the engine: python -m launch.bench.stress --requests=1000
 
-Ends with an error where one of them did not end as it should, where anything was compiled after the warm-up, or
-where arrays were left on the device.
+Sends random requests, some of them malformed or cancelled. Fails if a request does not end as expected, if anything is
+compiled after the warm-up, or if arrays are left on the device.
 """
 
 from absl import flags

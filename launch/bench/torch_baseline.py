@@ -1,14 +1,14 @@
-"""A training step of AVG-LLaVA in PyTorch, made of the transformers library's modules, to compare ours with.
+"""A training step of AVG-LLaVA in PyTorch, built from the transformers library's modules, as a baseline.
 
-`launch.bench.train` starts it: what to time comes as JSON on standard input, seconds go to standard output.
-Two ways of seeing are timed in turn, on one device, with random weights:
+`launch.bench.train` starts it: the work comes as JSON on standard input, seconds go to standard output. Two ways of
+encoding are timed alternately, on one device, with random weights:
 
-    encode once                 every image once a step, as our own step does
-    encode per granularity      once for each granularity, and in RGLF once more for the router, as the released code
+    encode once                 every image once per step, as in our step
+    encode per granularity      once for each granularity, and in RGLF again for the router, as in the released code
 
-The mathematics are those of our step, dropout too: encoder up to the hidden state that is read, connector, scaler,
-the language model at each granularity at its own length, logits at the answer's positions alone, AdamW on fp32
-parameters under autocast. What is frozen is held in the compute dtype.
+The mathematics are those of our step, dropout included: encoder up to the selected hidden state, connector, scaler,
+the language model at each granularity at its own length, logits only at the answer's positions, AdamW on fp32
+parameters under autocast. Frozen parameters are held in the compute dtype.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ MODELING = pathlib.Path(__file__).parents[2] / "avg_llava_jax" / "assets" / "pyt
 
 
 def load_router() -> type[nn.Module]:
-    """The router of the file that is exported for PyTorch."""
+    """The router class of the file that is exported for PyTorch."""
     spec = importlib.util.spec_from_file_location(MODELING.stem, MODELING)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -37,7 +37,7 @@ def load_router() -> type[nn.Module]:
 
 
 class Baseline(nn.Module):
-    """The whole model. `work` is what `launch.bench.train` sends; B, T, P, R, L, S, A, D as in our config.py."""
+    """The whole model. work: sent by `launch.bench.train`; B, T, P, R, L, S, A, D as in our config.py."""
 
     def __init__(self, work: dict[str, Any]):
         super().__init__()
@@ -70,7 +70,7 @@ class Baseline(nn.Module):
         return torch.cat([level.flatten(1, 2) for level in reversed(levels)], 1).unflatten(0, pixels.shape[:2])
 
     def nll(self, pyramid: Tensor, batch: dict[str, Tensor], granularity: int) -> tuple[Tensor, Tensor]:
-        """Negative log-likelihood of the answers at one granularity, and how many tokens they have: (B,) each."""
+        """Negative log-likelihood of the answers at one granularity, and their numbers of tokens: (B,) each."""
         text = self.language.model.embed_tokens(batch["text"])
         newline = self.newline.to(text.dtype).expand(len(text), 1, -1)
         rows = torch.cat([text, pyramid.flatten(1, 2).to(text.dtype), newline], 1)
@@ -89,7 +89,7 @@ class Baseline(nn.Module):
 
 
 def feedback_loss(logits: Tensor, nll: Tensor, settings: dict[str, Any]) -> Tensor:
-    """RGLF as `training/losses.py` has it, without ties: scores (B, G) and mean answer NLL (B, G) -> scalar."""
+    """RGLF as in `training/rglf.py`, without ties: scores (B, G) and mean answer NLL (B, G) -> scalar."""
     order = torch.argsort(nll, dim=1, stable=True)
     scores, nll = F.log_softmax(logits, 1).gather(1, order), nll.gather(1, order)
     rank = 0.0
@@ -124,7 +124,7 @@ class Training:
         self.ours = ours
 
     def step(self, batch: dict[str, Tensor], again: bool) -> Tensor:
-        """One optimizer step; `again`: images are encoded for each granularity. Returns the loss."""
+        """Run one optimizer step and return the loss. again: encode images for each granularity."""
         self.optimizer.zero_grad(set_to_none=True)
         half = self.dtype != torch.float32
         with torch.autocast(self.device.type, self.dtype) if half else contextlib.nullcontext():
@@ -134,7 +134,7 @@ class Training:
         return loss
 
     def _language(self, batch: dict[str, Tensor], again: bool) -> Tensor:
-        """Mean over tokens, then granularities; each one's activations go before the next is run."""
+        """Mean over tokens, then granularities; frees each granularity's activations before the next runs."""
         model, total = self.model, 0.0
         pyramid = None if again else model.see(batch["pixels"])
         # Gradients of all granularities are gathered here, and go through the encoder once.
@@ -163,14 +163,14 @@ class Training:
 
 
 def read_batch(file: str, device: torch.device) -> dict[str, Tensor]:
-    """The arrays of a batch, indices as PyTorch wants them."""
+    """The arrays of a batch, with indices in PyTorch's dtype."""
     with np.load(file) as arrays:
         tensors = {name: torch.from_numpy(arrays[name]).to(device) for name in arrays.files}
     return {name: each.long() if each.dtype == torch.int32 else each for name, each in tensors.items()}
 
 
 def measure(work: dict[str, Any]) -> dict[str, Any]:
-    """Median seconds of a step, seeing in either way."""
+    """Median seconds of a step for both ways of encoding."""
     if work["platform"] == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"PyTorch {torch.__version__} sees no GPU")
     if work["platform"] not in ("cuda", "cpu"):

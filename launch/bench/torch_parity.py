@@ -1,4 +1,4 @@
-"""The other side of `launch.bench.inference`: our export in PyTorch, by the transformers library."""
+"""The PyTorch side of `launch.bench.inference`: our export, run by the transformers library."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def installed() -> bool:
 
 
 def load(folder: pathlib.Path, threads: int) -> dict[str, Theirs]:
-    """`adaptive`, the export's own class, and `llava_next`, the library's, which knows the finest granularity alone."""
+    """Load both: `adaptive`, the export's class, and `llava_next`, the library's with only the finest granularity."""
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaNextForConditionalGeneration
 
@@ -29,13 +29,13 @@ def load(folder: pathlib.Path, threads: int) -> dict[str, Theirs]:
 
 
 class Theirs:
-    """One of the library's models, as a user runs it."""
+    """One of the two models, run as a user would."""
 
     def __init__(self, model: Any, processor: Any, adaptive: bool):
         self.model, self.processor, self.adaptive = model, processor, adaptive
 
     def answer(self, image: Any, prompt: str, way: int | str, new_tokens: int) -> dict[str, Any]:
-        """A greedy answer of so many tokens, from an image and a question on."""
+        """A greedy answer of a given number of tokens, from an image and a question."""
         import torch
 
         turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}

@@ -1,14 +1,14 @@
-"""How fast a training step is, and where its time goes: python -m launch.bench.train --shape=7b --output=bench.json
+"""Speed of a training step and of its parts: python -m launch.bench.train --shape=7b --output=bench.json
 
-Times the step of `launch.train` on random weights and a random batch of true shapes, then each part of it by itself;
-for RGLF also with the language model's runs padded to one length (`vmap`); and, where PyTorch is installed for the
-same device, the same mathematics made of the transformers library's modules, in a process of its own. Prints tables,
-and writes all figures to --output.
+Times the training step on random weights and a random batch of real shapes, then each part separately; for RGLF also
+with the language model's runs padded to one length (`vmap`); and, where PyTorch is installed for the same device, the
+same mathematics built from the transformers library's modules, in a separate process. Prints tables, and writes all
+figures to --output.
 
     MFU = model FLOPs of a step / (seconds x devices x peak FLOP/s of a device in bfloat16)
 
-Model FLOPs are the matrix products that the model asks for, 2 x M x N x K each, three times the forward pass where it
-learns (`parallel/costs.py`); what rematerialisation, padding to one length or encoding again adds is not counted.
+Model FLOPs are the model's matrix products, 2 x M x N x K each, three times the forward pass for trained components
+(`parallel/costs.py`); rematerialisation, padding to one length and repeated encoding do not count.
 """
 
 import dataclasses
@@ -65,7 +65,7 @@ def model_of(shape: str, layers: int | None) -> "ModelConfig":
 
 
 def config_of(phase: str, rows: int, dtype: str, remat: str) -> "TrainConfig":
-    """Settings of `launch.train` for a phase; RGLF has no backward pass through the model that could compute again."""
+    """Training settings of a phase. RGLF has no remat, since it has no backward pass through the model."""
     from avg_llava_jax.training.config import TrainConfig
 
     remat = "none" if phase == "rglf" else remat
@@ -73,7 +73,7 @@ def config_of(phase: str, rows: int, dtype: str, remat: str) -> "TrainConfig":
 
 
 def peak() -> tuple[float, str]:
-    """FLOP/s that a device can do at most, and how that is known."""
+    """Peak FLOP/s of a device, and the source of that figure."""
     import jax
     import jax.numpy as jnp
 
@@ -89,7 +89,7 @@ def peak() -> tuple[float, str]:
 
 
 def seconds(runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """How long each takes until what it computes is there, in turn, so that other load meets all of them alike."""
+    """Seconds of each until its result is ready, timed alternately, so that other load affects all alike."""
     import jax
 
     def once(run: Callable[[], Any]) -> float:
@@ -105,7 +105,7 @@ def seconds(runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, li
 
 
 def measure(config: "TrainConfig", model: "ModelConfig", shape: "Shape", repeats: int) -> dict[str, Any]:
-    """Seconds of the step and of its parts, and their model FLOPs."""
+    """Seconds and model FLOPs of the step and of its parts."""
     import jax
 
     from avg_llava_jax import parameters
@@ -153,7 +153,7 @@ def measure(config: "TrainConfig", model: "ModelConfig", shape: "Shape", repeats
 def baseline(
     config: "TrainConfig", model: "ModelConfig", shape: "Shape", platform: str, devices: int, repeats: int
 ) -> dict[str, Any]:
-    """What `torch_baseline` measures on one device, its share of the batch; {"left_out": why} without it."""
+    """The results of `torch_baseline` on one device with its share of the batch, or {"left_out": reason}."""
     rows = max(1, config.batch_size // devices)
     say(f"{config.phase}: PyTorch")
     with tempfile.TemporaryDirectory() as folder:
@@ -168,7 +168,7 @@ def baseline(
 
 
 def baseline_work(config: "TrainConfig", model: "ModelConfig", platform: str) -> dict[str, Any]:
-    """What `launch.bench.torch_baseline` must know of a step, as JSON values."""
+    """The description of a step for `launch.bench.torch_baseline`, as JSON values."""
     from avg_llava_jax.config import to_dict
     from avg_llava_jax.convert import llava_next
 
@@ -188,7 +188,7 @@ def baseline_work(config: "TrainConfig", model: "ModelConfig", platform: str) ->
 
 
 def write_batch(file: pathlib.Path, model: "ModelConfig", rows: int, shape: "Shape") -> None:
-    """A random batch as a file of arrays; those of a granularity g are called `index/g` and `target_at/g`."""
+    """Write a random batch as a file of arrays; those of granularity g are named `index/g` and `target_at/g`."""
     import numpy as np
 
     from launch.bench import parts as bench_parts
@@ -204,7 +204,7 @@ def say(what: str) -> None:
 
 
 def table(phase: str, found: dict[str, Any], devices: int, most: float) -> str:
-    """The figures of one phase as Markdown; `most`: FLOP/s of a device at its peak."""
+    """The figures of one phase as Markdown. most: peak FLOP/s of a device."""
     if "left_out" in found:
         return f"### {phase}\n\n{found['left_out']}\n"
     took, flops = found["step"]["per_length"]["seconds"], found["model_flops"]

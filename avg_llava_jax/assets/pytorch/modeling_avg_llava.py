@@ -1,21 +1,22 @@
-"""AVG-LLaVA for PyTorch: a LLaVA-NeXT that chooses how closely to look at each image.
+"""AVG-LLaVA for PyTorch: a LLaVA-NeXT that chooses the number of visual tokens per tile for each image.
 
     processor = AutoProcessor.from_pretrained(FOLDER)
     model = AutoModelForImageTextToText.from_pretrained(FOLDER, trust_remote_code=True)
     model.generate(**processor(images=image.convert("RGB"), text=prompt, return_tensors="pt"), max_new_tokens=64)
 
 Lan et al., "AVG-LLaVA: An Efficient Large Multimodal Model with Adaptive Visual Granularity", Findings of ACL 2025.
-This file needs torch and transformers alone. The weights are those of a `LlavaNextForConditionalGeneration`, which
-reads the same folder and always looks as closely as possible, and a router's, in a file of their own.
+This file needs only torch and transformers. The weights are those of a `LlavaNextForConditionalGeneration`, which
+reads the same folder and always uses the finest granularity, and the router's, in a separate file.
 
-Prompts are prepared by the stock LlavaNextProcessor, which writes as many image tokens as the finest granularity
-has. They are replaced by as many as the granularity has that the router chooses:
+The stock LlavaNextProcessor prepares prompts: it writes the image tokens of the finest granularity, and this model
+replaces them by the visual tokens of the granularity that the router chooses:
 
     input_ids    w w i i i i i i i i i i i i w w w      i: image token, w: text
     packed               w w v v v v n v v n w w w      v: visual token, n: the learned newline
 
-Dims: T tiles of one image, P patches of a tile, R = rows of its pyramid (P + P/2 + ...), D width of the language
-model, K text tokens that the router reads, G granularities. A granularity is named by its tokens per tile.
+Dims: B prompts, S packed length, T tiles of one image, P patches of a tile, R rows of its pyramid (P + P/2 + ...), D
+width of the language model, K text tokens that the router reads, G granularities. A granularity is named by its tokens
+per tile.
 """
 
 import math
@@ -40,8 +41,8 @@ ROUTER_FILE = "router/model.safetensors"
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 IGNORE = -100
 
-# The files have LLaVA-NeXT's older names, which its own class translates by itself, and a class of one's own does not.
-# Spelled as the library's, dots unescaped: some versions write the patterns back as names when they save.
+# The files have LLaVA-NeXT's old tensor names. The library translates them for its own class, but not for a subclass.
+# Dots are not escaped, as in the library: some versions write the patterns back as names when they save.
 KEY_MAPPING = {
     "^language_model.lm_head": "lm_head",
     "^language_model.model": "model.language_model",
@@ -55,7 +56,7 @@ Granularity = int | Sequence[int] | None
 
 
 class Router(nn.Module):
-    """The visual granularity router: one transformer layer, an opinion of each row, and a vote over the rows."""
+    """The visual granularity router: one transformer layer, scores for each row, and a weighted vote over the rows."""
 
     def __init__(
         self,
@@ -67,7 +68,7 @@ class Router(nn.Module):
         dropout: float,
         norm_eps: float,
     ):
-        """attention: `tokens` lets the rows of a tile see each other, `tiles` each row its like in the other tiles."""
+        """attention: `tokens` attends over the rows of one tile, `tiles` over the tiles, separately for each row."""
         super().__init__()
         self.finest, self.text_tokens = granularities[-1], text_tokens
         rows = sum(granularities) + text_tokens
@@ -79,14 +80,14 @@ class Router(nn.Module):
         self.norm = nn.LayerNorm(len(granularities), eps=norm_eps)
 
     def forward(self, pyramid: Tensor, text: Tensor) -> Tensor:
-        """Pyramid (T, R, D) of one image and text embeddings (n, D) -> scores (G,) in fp32; the best one is chosen."""
+        """Pyramid (T, R, D) of one image and text embeddings (n, D) -> scores (G,) in fp32; the highest one wins."""
         x = torch.cat([pyramid, self.select_text(pyramid[0, -self.finest :], text).expand(len(pyramid), -1, -1)], 1)
         opinions = self.router(self.merger(x)).float()
         votes = (self.voter.float() * opinions).sum(1).mean(0)
         return F.layer_norm(votes, votes.shape, self.norm.weight.float(), self.norm.bias.float(), self.norm.eps)
 
     def select_text(self, patches: Tensor, text: Tensor) -> Tensor:
-        """The K of n text embeddings most similar to the patches (P, D) on average, then zeros: (K, D)."""
+        """The K of n text embeddings most similar to the mean of the patches (P, D), zero-padded: (K, D)."""
         similarity = F.normalize(text.float(), dim=-1) @ F.normalize(patches.float(), dim=-1).mean(0)
         best = similarity.topk(min(len(text), self.text_tokens)).indices
         return F.pad(text[best], (0, 0, 0, self.text_tokens - len(best)))
@@ -94,10 +95,10 @@ class Router(nn.Module):
 
 @dataclass
 class AvgLlavaOutput(LlavaNextCausalLMOutputWithPast):
-    """Of a prompt with images. Logits, labels and mask have the packed length, which ends with the last text token.
+    """Output for prompts with images. Logits, labels and mask have the packed length, up to the last text token.
 
-    granularities: int (images,), what each image was seen at. router_logits: (images, G), None where it was given.
-    attention_mask: (B, S), False where a shorter row is padded on the left.
+    granularities: int (images,), the granularity of each image. router_logits: (images, G), None where granularities
+    were given. attention_mask: bool (B, S), False where a shorter row is padded on the left.
     """
 
     granularities: Tensor | None = None
@@ -106,7 +107,7 @@ class AvgLlavaOutput(LlavaNextCausalLMOutputWithPast):
 
 
 class Packed(NamedTuple):
-    """A batch ready for the language model, padded on the left: embeds (B, S, D), mask and labels (B, S)."""
+    """A batch for the language model, padded on the left: embeds (B, S, D), mask bool (B, S), labels int (B, S)."""
 
     embeds: Tensor
     mask: Tensor
@@ -118,12 +119,12 @@ class Packed(NamedTuple):
 class AvgLlavaForConditionalGeneration(LlavaNextForConditionalGeneration):
     """`LlavaNextForConditionalGeneration` with a scaler and a router.
 
-    `forward` and `generate` take one argument more, `granularity`: None lets the router choose for each image, a
-    number is for all of them, a list has one for each. `config.avg_llava` says how scaler and router are built.
+    `forward` and `generate` take one more argument, `granularity`: None lets the router choose for each image, a
+    number sets it for all images, a list for each image. `config.avg_llava` configures scaler and router.
     """
 
     _auto_class = "AutoModelForImageTextToText"
-    _keys_to_ignore_on_load_missing = (r"^router\.",)  # they come from ROUTER_FILE
+    _keys_to_ignore_on_load_missing = (r"^router\.",)  # loaded from ROUTER_FILE
 
     def __init__(self, config: LlavaNextConfig):
         super().__init__(config)
@@ -143,7 +144,7 @@ class AvgLlavaForConditionalGeneration(LlavaNextForConditionalGeneration):
 
     @classmethod
     def from_pretrained(cls, folder, *args, **kwargs):
-        """As the library's, then the router, whose file a plain LLaVA-NeXT does not look at."""
+        """As the library's, then loads the router from its own file, which a plain LLaVA-NeXT does not read."""
         loaded = super().from_pretrained(folder, *args, **{"key_mapping": KEY_MAPPING} | kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         file = cached_file(folder, ROUTER_FILE, **{key: kwargs[key] for key in HUB_OPTIONS if key in kwargs})
@@ -151,7 +152,7 @@ class AvgLlavaForConditionalGeneration(LlavaNextForConditionalGeneration):
         return loaded
 
     def save_pretrained(self, folder, *args, **kwargs):
-        """As the library's, with the router in its own file again."""
+        """As the library's, then saves the router to its own file."""
         super().save_pretrained(folder, *args, **kwargs)
         path = os.path.join(folder, ROUTER_FILE)
         os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -171,7 +172,10 @@ class AvgLlavaForConditionalGeneration(LlavaNextForConditionalGeneration):
         granularity: Granularity = None,
         **kwargs,
     ) -> LlavaNextCausalLMOutputWithPast:
-        """The next-token logits; with `pixel_values` those of the packed sequence, as an `AvgLlavaOutput`."""
+        """Next-token logits; with `pixel_values`, those of the packed sequence in an `AvgLlavaOutput`.
+
+        Raises ValueError as `pack`.
+        """
         if pixel_values is None:
             return super().forward(
                 input_ids=input_ids,
@@ -208,7 +212,7 @@ class AvgLlavaForConditionalGeneration(LlavaNextForConditionalGeneration):
         granularity: Granularity = None,
         **kwargs,
     ):
-        """As the library's: token ids that begin with `input_ids`, as they were given."""
+        """As the library's: token ids that begin with the given `input_ids`. Raises ValueError as `pack`."""
         if pixel_values is None:
             return super().generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         packed = self.pack(input_ids, pixel_values, image_sizes, attention_mask, granularity=granularity)
@@ -229,9 +233,12 @@ class AvgLlavaForConditionalGeneration(LlavaNextForConditionalGeneration):
         labels: Tensor | None = None,
         granularity: Granularity = None,
     ) -> Packed:
-        """See every image once, choose its granularity, and put its visual tokens where its image tokens stand.
+        """Encode every image once, choose its granularity, and replace its image tokens by its visual tokens.
 
-        The router reads all text of a row that has no label: where there are labels, the instruction.
+        The router reads all text of a row that has no label: with labels, the instruction.
+
+        Raises ValueError where a granularity is not one of the model's, `granularity` has another length than the
+        images, or `input_ids` do not have the image tokens of the processor.
         """
         sizes = [tuple(size) for size in torch.as_tensor(image_sizes).tolist()]
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -273,10 +280,10 @@ class AvgLlavaForConditionalGeneration(LlavaNextForConditionalGeneration):
         )
 
     def see(self, pixel_values: Tensor, sizes: Sequence[Size]) -> list[dict[int, Tensor]]:
-        """Encode, connect and scale all tiles at once: for each image {granularity: (T, rows, columns, D)}.
+        """Encode, project and pool all tiles at once: for each image {granularity: (T, rows, columns, D)}.
 
-        pixel_values: (images, most tiles, 3, H, W), of which each image's first T are real. The scaler averages
-        neighbours, alternately along the two axes.
+        pixel_values: (images, max tiles, 3, H, W); the first T tiles of an image are real, the rest padding. The scaler
+        averages pairs of neighbours, alternately along the two axes.
         """
         counts = [1 + math.prod(self.tile_grid(size)) for size in sizes]
         tiles = torch.cat([image[:count] for image, count in zip(pixel_values, counts, strict=True)])
@@ -291,15 +298,16 @@ class AvgLlavaForConditionalGeneration(LlavaNextForConditionalGeneration):
         return [dict(zip(self.grids, image, strict=True)) for image in zip(*split, strict=True)]
 
     def level(self, levels: dict[int, Tensor], granularity: int) -> Tensor:
-        """The level of a pyramid; an error that names what there is where that is none."""
+        """The level of a pyramid at a granularity; raises ValueError, with the known ones, where it has none."""
         if granularity not in levels:
-            raise ValueError(f"granularity={granularity!r} is none of this model's: {self.granularities}")
+            raise ValueError(f"granularity={granularity!r} is not one of this model's: {self.granularities}")
         return levels[granularity]
 
     def lay_out(self, tiles: Tensor, size: Size) -> Tensor:
         """Tiles (T, rows, columns, D) of an image -> its visual tokens (N, D).
 
-        The overview row-major, then the mosaic of the other tiles, cropped to the image, a newline after each row.
+        The overview comes first, row-major, then the mosaic of the other tiles, cropped to the image, with a newline
+        after each row.
         """
         down, across = self.tile_grid(size)
         mosaic = tiles[1:].unflatten(0, (down, across)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
@@ -309,10 +317,10 @@ class AvgLlavaForConditionalGeneration(LlavaNextForConditionalGeneration):
         return torch.cat([tiles[0].flatten(0, 1), torch.cat([mosaic, newline], 1).flatten(0, 1)])
 
     def kept_cells(self, size: Size, rows: int, columns: int) -> Size | tuple[int, int, int, int]:
-        """(top, bottom, left, right), half open, in cells of a mosaic of rows x columns: what un-padding leaves.
+        """Cells of a mosaic of rows x columns that un-padding keeps: (top, bottom, left, right), half open.
 
-        `exact` keeps every cell that holds a pixel of the image. `released` takes the aspect ratio in cells, which
-        cuts into the image where a cell is not square; weights that were trained so need it.
+        `exact` keeps every cell that holds a pixel of the image. `released` uses the aspect ratio in cells, which
+        crops the image where a cell is not square; weights that were trained with it need it.
         """
         height, width = size
         if self.unpad == "released":
@@ -332,7 +340,10 @@ class AvgLlavaForConditionalGeneration(LlavaNextForConditionalGeneration):
         return tuple(kept)
 
     def places(self, rows: Sequence[Tensor], sizes: Sequence[Size]) -> list[list[tuple[int, int, int]]]:
-        """Where the images of each row stand: (first, last + 1, image), images numbered through the batch."""
+        """Positions of the images of each row: (first, last + 1, image), images numbered across the batch.
+
+        Raises ValueError where the image tokens of a row are not those that the processor writes for its images.
+        """
         found, left = [], list(range(len(sizes)))
         for row in rows:
             found.append([])
@@ -348,16 +359,19 @@ class AvgLlavaForConditionalGeneration(LlavaNextForConditionalGeneration):
                 found[-1].append((tokens[0], tokens[0] + count, left.pop(0)))
                 tokens = tokens[count:]
         if left:
-            raise ValueError(f"{len(left)} of {len(sizes)} images have no image tokens in input_ids")
+            raise ValueError(
+                f"{len(left)} of {len(sizes)} images have no image tokens in input_ids: prepare prompts with this"
+                " folder's processor"
+            )
         return found
 
     def processor_count(self, size: Size) -> int:
-        """How many image tokens LlavaNextProcessor writes for an image; the library rounds where it un-pads."""
+        """Number of image tokens that LlavaNextProcessor writes for an image, with the library's rounded un-padding."""
         down, across = self.tile_grid(size)
         cells = unpad_image(torch.empty(1, down * self.side, across * self.side, device="meta"), size)
         return self.side**2 + cells.shape[1] * (cells.shape[2] + 1)
 
     def tile_grid(self, size: Size) -> tuple[int, int]:
-        """Tiles of an image's mosaic, down and across."""
+        """Grid (rows, columns) of the tiles in an image's mosaic."""
         tile = self.config.vision_config.image_size
         return get_anyres_image_grid_shape(size, self.config.image_grid_pinpoints, tile)

@@ -1,4 +1,4 @@
-"""Graders of answers by letter: which option an answer means, by the rules of each benchmark."""
+"""Graders of answers by letter, by the rules of each benchmark."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from avg_llava_jax.eval.benchmarks import words
 
 
 class Pick(NamedTuple):
-    """The right letter of a question, and its options: {"A": text, ...}."""
+    """The gold letter of a question, and its options: {"A": text, ...}."""
 
     letter: str
     options: Mapping[str, str]
 
 
 def scienceqa(answer: str, gold: Pick, draw: random.Random | None = None) -> float:
-    """The letter alone in either case, or an upper-case letter and a period first: "B", "b", "B. the sun"."""
+    """ScienceQA: a lone letter in either case, or an upper-case letter and a period first: "B", "b", "B. the sun"."""
     answer = answer.strip()
     if answer.lower() == gold.letter.lower():
         return 1.0
@@ -27,13 +27,13 @@ def scienceqa(answer: str, gold: Pick, draw: random.Random | None = None) -> flo
 
 
 def ai2d(answer: str, gold: Pick, draw: random.Random | None = None) -> float:
-    """`A.` at the beginning, or nothing but the letter: "A. text", "(a)", but not "A) text"."""
+    """AI2D: `A.` at the beginning, or only the letter: "A. text", "(a)", but not "A) text"."""
     found = re.match(r"\s*([A-Z])\.", answer)
     return words.exact(found[1] if found else answer, gold.letter)
 
 
 def mmbench(answer: str, gold: Pick, draw: random.Random | None = None) -> float:
-    """MMBench without a judge: a lone letter, else a lone option text, else whatever letter looks most like it."""
+    """MMBench without a judge model: a lone letter, else a lone option text, else the most likely letter."""
     said = _lone_letter(answer) or _lone_text(answer, gold.options) or extract(answer, sorted(gold.options) or LETTERS)
     return float(said == gold.letter)
 
@@ -43,7 +43,7 @@ _DRESSES = ("{}", "{}.", "{},", "{}:", "{})", "{}).", "({})", "({}).", ":{}", ":
 
 
 def _lone_letter(answer: str) -> str | None:
-    """A letter A-E that is the only one in one of the dresses; a bare A among more words may be an article."""
+    """The only letter A-E in one of the notations; a bare A among other words may be an article."""
     said = answer.split()
     for dress in _DRESSES:
         found = [letter for letter in "ABCDE" if dress.format(letter) in said]
@@ -67,10 +67,10 @@ _PHRASES = (
 
 
 def extract(answer: str, letters: Sequence[str]) -> str:
-    """The letter that an answer most likely means, "" where it has none.
+    """The most likely letter of an answer, "" where it has none.
 
     Best first: at the start, at the end, after a phrase like "the answer is", then `(B)`, `B.`, `B:`, `B)`, `B `,
-    and any B at all; of several alike the last one in the text.
+    and any B at all; of several equal matches the last one in the text.
     """
     text = answer.strip()
     for mark in ",.!?;:'\"":
@@ -96,5 +96,5 @@ def extract(answer: str, letters: Sequence[str]) -> str:
 
 
 def lettered(options: Sequence[str]) -> dict[str, str]:
-    """Options by letter, A first."""
+    """Options by letter, starting with A."""
     return dict(zip(string.ascii_uppercase, options, strict=False))

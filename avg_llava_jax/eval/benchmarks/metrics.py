@@ -1,8 +1,8 @@
 """From grades to metrics: sums over independent units, and ratios of these sums.
 
-A *unit* is what a bootstrap may draw: a question, or questions that count only together (the two of an MME
-image, the rotations of an MMBench question). `tally` gives a few sums of each unit, `metrics` makes the
-benchmark's metrics of their totals, of one total or of an array with one entry a bootstrap sample:
+A *unit* is what a bootstrap draws: a question, or questions that are scored together (the two of an MME image, the
+rotations of an MMBench question). `tally` computes sums per unit; `metrics` computes the benchmark's metrics from their
+totals, either numbers or arrays with one entry per bootstrap sample:
 
     grades 1 0 1 1                    units 4    {"right": [1 0 1 1], "n": [1 1 1 1]}
     totals {"right": 3, "n": 4}       {"exact_match": 0.75}
@@ -29,7 +29,7 @@ class Summary(NamedTuple):
 
 
 def mean(name: str, digits: int | None = None) -> Summary:
-    """The mean grade; rounded as lmms-eval reports it, where it does."""
+    """The mean grade, rounded where lmms-eval rounds it."""
 
     def tally(rows: Sequence[Fields], answers: Sequence[str], grades: Sequence[float]) -> Sums:
         return {"right": np.array(grades, float), "n": np.ones(len(grades))}
@@ -42,7 +42,7 @@ def mean(name: str, digits: int | None = None) -> Summary:
 
 
 def chartqa() -> Summary:
-    """Relaxed accuracy over all, and over the questions that people wrote and those made from captions."""
+    """Relaxed accuracy over all questions, over human-written ones, and over those generated from captions."""
     splits = ("overall", "human_split", "augmented_split")
 
     def tally(rows: Sequence[Fields], answers: Sequence[str], grades: Sequence[float]) -> Sums:
@@ -98,7 +98,7 @@ PERCEPTION = (
 
 
 def mme() -> Summary:
-    """Two questions an image. An image scores 50 a right answer and 100 more for both; a category is their mean."""
+    """Two questions per image. An image scores 50 per right answer and 100 more for both; a category is their mean."""
 
     def tally(rows: Sequence[Fields], answers: Sequence[str], grades: Sequence[float]) -> Sums:
         images: dict[tuple[str, Any], list[float]] = {}
@@ -127,7 +127,7 @@ CIRCLE = 1_000_000
 
 
 def mmbench() -> Summary:
-    """A question counts where every rotation of its options is answered right; in per cent."""
+    """A question counts as right if every rotation of its options is; in per cent."""
 
     def tally(rows: Sequence[Fields], answers: Sequence[str], grades: Sequence[float]) -> Sums:
         circles: dict[int, list[float]] = {int(fields["index"]): [] for fields in rows if fields["index"] < CIRCLE}
@@ -142,6 +142,6 @@ def mmbench() -> Summary:
 
 
 def _ratio(part: Any, whole: Any) -> Any:
-    """part / whole, 0 where there is no whole."""
+    """part / whole, 0 where whole is 0."""
     part, whole = np.asarray(part, float), np.asarray(whole, float)
     return np.divide(part, whole, out=np.zeros_like(whole), where=whole > 0)

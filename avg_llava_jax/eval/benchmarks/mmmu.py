@@ -10,7 +10,7 @@ from avg_llava_jax.eval.benchmarks.letters import Pick
 
 
 def grade(answer: str, gold: Pick | str, draw: random.Random) -> float:
-    """1 for the right option, or for an open answer that says the gold text or number."""
+    """1 for the right option, or for an open answer that contains the gold text or number."""
     if isinstance(gold, Pick):
         return float(choose(answer, gold.options, draw) == gold.letter)
     right = _normal(gold)
@@ -26,7 +26,7 @@ def grade(answer: str, gold: Pick | str, draw: random.Random) -> float:
 def choose(answer: str, options: Mapping[str, str], draw: random.Random) -> str:
     """The letter that an answer names: `(B)`, else `B `, else `B.`, else in a long answer an option's text.
 
-    Of several the last one named; where there is none, one drawn at random, as MMMU does.
+    Of several letters the last one counts; without any, one is drawn at random, as in MMMU.
     """
     for mark in ",.!?;:'":
         answer = answer.strip(mark)
@@ -51,7 +51,7 @@ _NUMBERS = (
 
 
 def open_candidates(answer: str) -> list[str | float]:
-    """What an open answer may be saying: the tails after words like "so" and "is", and the numbers in them."""
+    """Candidates of an open answer: the text after words like "so" and "is", and the numbers in it."""
     whole = answer.strip().strip(".").lower()
     parts = re.split(r"\.\s(?=[A-Z])|\n", whole)
     tails = []

@@ -1,4 +1,4 @@
-"""The benchmarks' own layouts, for those that are commonly kept so: annotation files, and images in folders.
+"""The benchmark authors' own layouts: annotation files, and images in folders.
 
     GQA        testdev_balanced_questions.json          images/ID.jpg
     ScienceQA  problems.json, pid_splits.json           test/ID/image.png
@@ -7,7 +7,7 @@
     MME        CATEGORY/*.txt or CATEGORY/questions_answers_YN/*.txt; images beside them or in CATEGORY/images
     POPE       coco_pope_{adversarial,popular,random}.json   val2014/NAME.jpg
 
-Files may lie anywhere below the folder; fields come out named as in the hub's layout.
+Files may be anywhere below the folder; fields are named as in the hub's layout.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def _json(path: Path, kind: type) -> Any:
 
 
 def _file(folder: Path, name: str) -> Path:
-    """The file of that name that lies nearest to the folder; an error where another one says something else."""
+    """The nearest file of that name below the folder; an error where another one has other content."""
     found = sorted(folder.rglob(name), key=lambda path: (len(path.parts), path))
     if not found:
         raise FileNotFoundError(f"{folder} has neither *.parquet nor {name}")
@@ -170,7 +170,7 @@ def _file(folder: Path, name: str) -> Path:
 
 
 def _folder(folder: Path, name: str, missing_ok: bool = False) -> Path | None:
-    """The folder of that name that lies nearest below."""
+    """The nearest folder of that name below a folder."""
     found = sorted((path for path in folder.rglob(name) if path.is_dir()), key=lambda path: (len(path.parts), path))
     if not found and not missing_ok:
         raise FileNotFoundError(f"{folder} has no folder {name} with the images")

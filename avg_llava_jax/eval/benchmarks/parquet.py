@@ -20,7 +20,7 @@ Seen = dict[bytes, ImageRef]
 
 
 def download(task: Benchmark, repository: str) -> Path:
-    """The parquet files of a data set on the hub, kept in its cache."""
+    """Download the parquet files of a data set from the hub into its cache."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
         raise FileNotFoundError(f"--data={repository}: no such folder")
     from huggingface_hub import snapshot_download
@@ -38,10 +38,10 @@ def download(task: Benchmark, repository: str) -> Path:
 
 
 def rows(task: Benchmark, folder: Path, files: Sequence[Path], images: bool) -> Iterator[Row]:
-    """Rows of the split; without `images` their references are left out, and image columns are not read.
+    """Rows of the split. images: False = without image references; image columns are then not read.
 
     Raises:
-      ValueError: a file is not what it has to be, or the split is there twice, as in two snapshots of a hub cache.
+      ValueError: a file is malformed, or the split is there twice, as in two snapshots of a hub cache.
     """
     chosen = _of_split(task, folder, files, task.config)
     seen: Seen = {}
@@ -67,7 +67,7 @@ def rows(task: Benchmark, folder: Path, files: Sequence[Path], images: bool) -> 
 
 
 def _of_split(task: Benchmark, folder: Path, files: Sequence[Path], config: str | None) -> list[Path]:
-    """Of the files those of a config and the split."""
+    """The files of a config and of the split."""
     inside = [(path, path.relative_to(folder)) for path in files]
     of_config = [(path, name) for path, name in inside if config is None or _named(name, config)]
     of_split = [path for path, name in of_config if _named(name, task.split)]
@@ -81,7 +81,7 @@ def _of_split(task: Benchmark, folder: Path, files: Sequence[Path], config: str 
 
 
 def _once(task: Benchmark, folders: set[Path]) -> None:
-    """Rows without ids come from one folder: those of a second one may be the same again."""
+    """Check that rows without ids come from one folder, since a second folder may repeat them."""
     if len(folders) > 1:
         one, other = sorted(folders)[:2]
         raise ValueError(
@@ -90,7 +90,7 @@ def _once(task: Benchmark, folders: set[Path]) -> None:
 
 
 def _complete(files: Sequence[Path]) -> None:
-    """The shards `NAME-00000-of-00002.parquet`, ... of a folder are those of one writing, and all of them."""
+    """Check that the shards `NAME-00000-of-00002.parquet`, ... of a folder are complete and from one export."""
     shards = [(path, found) for path in files if (found := re.search(r"-(\d{5})-of-(\d{5})\.", path.name))]
     counts: dict[str, set[int]] = {}
     for path, found in shards:
@@ -110,7 +110,7 @@ def _complete(files: Sequence[Path]) -> None:
 
 
 def _read(path: Path, needed: Sequence[str], welcome: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where, values) of each row: of the columns that are needed, and of those that are welcome."""
+    """(where, values) of each row, with the required columns and the optional ones that exist."""
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             there = file.schema_arrow.names
@@ -129,7 +129,7 @@ def _read(path: Path, needed: Sequence[str], welcome: Sequence[str]) -> Iterator
 
 
 def _image(path: Path, where: str, field: str, value: Any, seen: Seen) -> ImageRef | None:
-    """A reference: the bytes of a struct {bytes, path}, or the file that it names; None where it is empty."""
+    """An image reference: the bytes of a struct {bytes, path}, or the file it names; None where it is empty."""
     content = value.get("bytes") if isinstance(value, dict) else value
     if content:
         if not isinstance(content, bytes):
@@ -146,6 +146,6 @@ def _named(path: Path, word: str) -> bool:
 
 
 def _listing(names: Iterable[str], most: int = 8) -> str:
-    """Names for a message, not too many of them."""
+    """Names for a message, abbreviated."""
     names = sorted(set(names))
     return ", ".join(names[:most]) + (", …" if len(names) > most else "")

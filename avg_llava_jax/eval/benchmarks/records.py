@@ -1,7 +1,7 @@
-"""Rows of a benchmark's split, as its users have it on disk: the hub's parquet folders or the original files.
+"""Rows of a benchmark's split, from the hub's parquet folders or the original files.
 
-    fields   what the prompt and the scorer need, checked: a row without it stops the run with its file and number
-    images   references by field; one that is broken or not there is found out when it is looked at
+    fields   the values for prompt and scorer, checked: a row without them ends the run with its file and number
+    images   references by field; a broken or missing image shows only when it is loaded
 
 `read(..., images=False)` reads no image column: scoring needs none.
 """
@@ -23,7 +23,7 @@ from avg_llava_jax.eval.benchmarks.tasks import MMBENCH, MME, Benchmark
 
 
 def read(task: Benchmark, data: str | os.PathLike[str], images: bool = True, max_pixels: int = MAX_PIXELS) -> list[Row]:
-    """All rows of the benchmark's split, in the order of the files' names and of the rows in them.
+    """All rows of the benchmark's split, in the order of file names and rows.
 
     data: the data set's folder as downloaded, or its id on the hub.
     max_pixels: of an image; see `ImageRef`.
@@ -49,7 +49,7 @@ def read(task: Benchmark, data: str | os.PathLike[str], images: bool = True, max
 
 
 def locate(task: Benchmark, data: str) -> str:
-    """Where one of several benchmarks lies below a folder: in one named as lmms-eval, the hub or the paper does.
+    """The folder of one of several benchmarks, named as by lmms-eval, the hub or the paper.
 
     `hub` in place of a folder is the hub itself. Raises FileNotFoundError, ValueError: not there, or twice.
     """
@@ -65,7 +65,7 @@ def locate(task: Benchmark, data: str) -> str:
 
 
 def ask(task: Benchmark, row: Row, profile: str) -> tuple[str, list[ImageRef]]:
-    """The prompt of a row, and the images that go with it. Raises BadSample `missing_image`."""
+    """The prompt of a row and its images. Raises BadSample `missing_image`."""
     names = task.images(row.fields, profile)
     images = [row.images.get(name) for name in names]
     if task.text_only:
@@ -76,7 +76,7 @@ def ask(task: Benchmark, row: Row, profile: str) -> tuple[str, list[ImageRef]]:
 
 
 def checked(task: Benchmark, row: Row) -> Fields:
-    """The fields of a row, of the right types, and with an answer to compare with."""
+    """The fields of a row, checked for their types and for a reference answer."""
     fields = {name: row.fields.get(name) for name in (*task.fields, *task.optional, *task.id) if name in row.fields}
     try:
         for name, kind in task.fields.items():
@@ -103,7 +103,7 @@ def _of_kind(name: str, value: Any, kind: type) -> Any:
 
 
 def _check_ids(task: Benchmark, rows: Sequence[Row]) -> None:
-    """No record twice, and what is scored together is there together."""
+    """Check that no record is repeated, and that records scored together are all there."""
     seen: dict[tuple[Any, ...], Row] = {}
     for row in rows:
         names = [name for name in task.id if row.fields.get(name) is not None]

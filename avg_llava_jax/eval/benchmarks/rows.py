@@ -1,4 +1,4 @@
-"""A record of a benchmark, whichever layout it comes from."""
+"""A record of a benchmark, independent of its layout."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Answers from anywhere against a benchmark's rows.
+"""Scoring any answers against a benchmark's rows.
 
-A row without an answer scores 0 and stays in every denominator; where a metric looks at the words of an answer
-(POPE's recall) it counts as an empty one.
+A row without an answer scores 0 and counts in every denominator; a metric that depends on the words of an answer
+(POPE's recall) takes it as empty.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Answers = Sequence[str | None]
 
 
 def grade(task: Benchmark, rows: Sequence[Row], answers: Answers) -> list[float]:
-    """How right each answer is, in [0, 1].
+    """The grade of each answer, in [0, 1].
 
     Rows are graded in order: where MMMU draws an option for an answer that names none, its draws are those
     of `random.seed(0)`.
@@ -35,7 +35,7 @@ def grade(task: Benchmark, rows: Sequence[Row], answers: Answers) -> list[float]
 
 
 def tally(task: Benchmark, rows: Sequence[Row], answers: Answers, grades: Sequence[float]) -> dict[str, np.ndarray]:
-    """Sums of each unit, see `metrics`."""
+    """Sums per unit, see `metrics`."""
     said = ["" if answer is None else without_reasoning(answer) for answer in answers]
     return task.summary.tally([row.fields for row in rows], said, grades)
 

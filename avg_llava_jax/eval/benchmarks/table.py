@@ -1,4 +1,4 @@
-"""Reports of benchmarks beside the paper's numbers: one table, as Markdown and as CSV."""
+"""The table of benchmark reports beside the paper's numbers, as Markdown and as CSV."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Table = list[list[str]]
 
 
 class Column(NamedTuple):
-    """What a column shows of a report, how, and what of it stands in the last line: its `sum`, its mean or nothing."""
+    """A column: its value of a report, its format, and its entry in the last line: `sum`, mean or nothing."""
 
     title: str
     value: Callable[[Report], Any]
@@ -61,7 +61,7 @@ def columns(ladder: Sequence[str]) -> list[Column]:
 
 
 def table(reports: Sequence[Report]) -> Table:
-    """A header, a line a benchmark, and of several their mean, in which MME counts by its share of 2000."""
+    """A header, a line per benchmark, and for several the mean, in which MME counts as its share of 2000."""
     shown = columns(list(reports[0]["score"]["fixed"]))
     lines = [[column.title for column in shown]]
     lines += [[_text(column.value(report), column.form) for column in shown] for report in reports]

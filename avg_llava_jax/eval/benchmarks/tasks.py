@@ -1,7 +1,7 @@
-"""The eleven benchmarks, one declaration each: what a record holds, what is asked, what counts as right.
+"""The eleven benchmarks, one declaration each: fields of a record, prompt, and grader.
 
 Names, prompts, generation limits and metrics are those of lmms-eval 0.7.3 (profile `lmms_eval`). Profile `paper` is
-the version that AVG-LLaVA was evaluated with, which the released code carries: only its MMMU prompt differs.
+the version inside the released code, with which AVG-LLaVA was evaluated: only its MMMU prompt differs.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ _LETTER = "Answer with the option's letter from the given choices directly."
 
 
 class Paper(NamedTuple):
-    """What the paper's tables say of a benchmark.
+    """The paper's numbers of a benchmark.
 
     llava_next, avg_llava: scores of LLaVA-NeXT-7B and AVG-LLaVA-7B. cut, speedup: the share of visual tokens that
-    AVG-LLaVA saves, and its speed against LLaVA-NeXT; None where the paper does not give them.
+    AVG-LLaVA saves, and its speed against LLaVA-NeXT; None where the paper gives none.
     """
 
     llava_next: float
@@ -36,9 +36,9 @@ class Paper(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Benchmark:
-    """What is to be known of a benchmark.
+    """The declaration of a benchmark.
 
-    name, title: as lmms-eval and as the paper's table call it. hub, config, split: as the hub does.
+    name, title: in lmms-eval and in the paper's table. hub, config, split: on the hub.
     fields: what every record must hold: `str`, `int`, `list` (of texts), or `object` for anything but nothing.
     optional: fields that are read where they are there. image_fields: columns of images.
     id: the fields that together tell records apart, as far as they are there.
@@ -94,7 +94,7 @@ def _yes_or_no(fields: Fields) -> str:
 
 
 def _numbered(options: str) -> Callable[[Fields], Pick]:
-    """The gold letter where `answer` is the place of the right one among `options`."""
+    """The gold letter where `answer` is the index of the right one of `options`."""
 
     def gold(fields: Fields) -> Pick:
         by_letter = lettered(fields[options])
@@ -383,7 +383,7 @@ _SHORT = {
 
 
 def find(name: str) -> Benchmark:
-    """A benchmark by lmms-eval's name for it, or that name less its split (`textvqa`)."""
+    """A benchmark by lmms-eval's name, with or without its split (`textvqa`)."""
     task = BENCHMARKS.get(name) or _SHORT.get(name)
     if task is None:
         raise ValueError(f"--task={name}: choose from {', '.join(BENCHMARKS)}")

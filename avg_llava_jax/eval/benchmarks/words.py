@@ -1,4 +1,4 @@
-"""Graders of answers in words: how right an answer is, in [0, 1], as lmms-eval's scorers say.
+"""Graders of answers in words, with grades in [0, 1], equal to lmms-eval's.
 
 A grader takes (answer, gold, draw); `draw` is a seeded generator for the one that guesses (`mmmu`).
 """
@@ -56,12 +56,12 @@ def relaxed(answer: str, gold: str, draw: random.Random | None = None) -> float:
 
 
 def pope_verdict(answer: str) -> str:
-    """POPE takes the whole answer: `Yes.` is neither "yes" nor "no"."""
+    """POPE compares the whole answer: `Yes.` is neither "yes" nor "no"."""
     return answer.lower().strip()
 
 
 def mme_verdict(answer: str) -> str:
-    """MME looks at the first four characters: "yes", "no" or "other".
+    """MME compares the first four characters: "yes", "no" or "other".
 
     >>> [mme_verdict(text) for text in ("Yes, it is.", "N", "I know")]
     ['yes', 'no', 'other']
@@ -73,12 +73,12 @@ def mme_verdict(answer: str) -> str:
 
 
 def pope(answer: str, gold: str, draw: random.Random | None = None) -> float:
-    """1 for the very word."""
+    """POPE: 1 for exactly the gold word."""
     return float(pope_verdict(answer) == gold)
 
 
 def mme(answer: str, gold: str, draw: random.Random | None = None) -> float:
-    """1 for the right verdict."""
+    """MME: 1 for the right verdict."""
     return float(mme_verdict(answer) == gold)
 
 
@@ -90,7 +90,7 @@ def _number(text: str) -> float | None:
 
 
 def _distance(gold: str, answer: str) -> float:
-    """Edit distance over the longer length; 0 for two empty texts."""
+    """Edit distance divided by the longer length; 0 for two empty texts."""
     one, other = (" ".join(text.lower().split()) for text in (gold, answer))
     before = list(range(len(other) + 1))
     for at, letter in enumerate(one, 1):
