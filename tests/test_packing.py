@@ -17,6 +17,7 @@ from avg_llava_jax.data.packing import (
     Sample,
     Shape,
     check_labels,
+    close_shape,
     collate,
     labels_left,
     load_tiles,
@@ -294,3 +295,17 @@ def test_packed_lengths_match_the_measured_ones():
         for g in config.granularities:
             assert packed_length(s, config, g) == case["seq_len"][str(g)]
             assert prompt_index(s, shape_of(s, config), config, [g])[1] == case["seq_len"][str(g)]
+
+
+def test_close_shapes_hold_their_sample_with_little_room():
+    """Never wider than `shape_of`, and the batch is the same but for its padding."""
+    for s in SAMPLES:
+        close, wide = close_shape(s, CONFIG), shape_of(s, CONFIG)
+        assert merge([close, wide]) == wide
+        text = len(s.tokens.ids) - len(s.sizes)
+        assert text <= close.text <= max(16, text * 9 / 8 + 1)
+        narrow, broad = collate([s], close, CONFIG), collate([s], wide, CONFIG)
+        for g in CONFIG.granularities:
+            assert narrow["length"][g] == broad["length"][g] <= close.length(CONFIG, g) <= wide.length(CONFIG, g)
+            kept = narrow["target_at"][g].shape[1]
+            np.testing.assert_array_equal(narrow["target_at"][g], broad["target_at"][g][:, :kept])

@@ -261,3 +261,13 @@ def test_a_sample_that_truncation_leaves_no_label_is_bad(llava_folder, tokenizer
     read_sample(part.source, 2, tokenizer, short, (4,))
     with pytest.raises(BadSample, match="no_label_left"):
         read_sample(part.source, 2, tokenizer, short, (4, 16))
+
+
+def test_records_larger_than_all_of_the_survey_share_wide_shapes(llava_folder, tokenizer, tiny, monkeypatch):
+    """The survey sees no record with two images: those come in powers of two, not each in a shape of its own."""
+    batches = planned(llava_folder, tokenizer, tiny, batch_size=2, shapes=2)
+    first = [member for member in batches.first(24) if len(member.sample.sizes) < 2]
+    monkeypatch.setattr(PlannedBatches, "first", lambda self, count: iter(first))
+    found = {(batch["tile_image"].shape[1], batch["text"].shape[1]) for batch in map(batches.__getitem__, range(24))}
+    known = {(rung.tiles, rung.text) for rung in batches.ladder}
+    assert batches.ladder[-1].tiles == 3 and found - known and found - known <= {(8, 32), (8, 64)}

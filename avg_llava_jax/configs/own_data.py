@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
     config.steps = 500
     config.batch_size = 16
     config.checkpoint_every = 100
-    config.data.shapes = 4
+    config.data.shapes = 3
     config.data.workers = 1
     config.optimizer.learning_rate = 5e-4
     config.rglf.tie_nats = 0.1

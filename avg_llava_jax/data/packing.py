@@ -127,6 +127,22 @@ def shape_of(sample: Sample, config: ModelConfig, granularities: Sequence[int] |
     raise AssertionError("fill 1 holds every image")  # its bound counts every cell and newline
 
 
+def close_shape(sample: Sample, config: ModelConfig, granularities: Sequence[int] | None = None) -> Shape:
+    """What a sample needs at all these granularities (default: all), rounded up a little.
+
+    There are many of these, for `pipeline.choose_shapes` to make few of; `shape_of` has few by itself, which are wider.
+    T and I as there; L (from 16) and A (from 4) by an eighth at most, as 17 -> 18, 100 -> 104, 200 -> 208; fill in
+    twentieths.
+    """
+    granularities = config.granularities if granularities is None else granularities
+    layout, limit = _layout(sample), config.language.max_length
+    text = min(_eighth(max(16, min(len(layout.text), limit))), limit)
+    answer = min(_eighth(max(4, int(np.count_nonzero(layout.labels[:limit] != IGNORE)))), text)
+    tiles = _step(max(1, sum(tile_count(size, config) for size in sample.sizes)))
+    shares = [math.ceil(20 * _visual(sample, config, g) / (tiles * _tile_bound(config, g))) for g in granularities]
+    return Shape(tiles, _power(max(1, len(sample.sizes))), text, answer, max(shares, default=0) / 20)
+
+
 def merge(shapes: Iterable[Shape]) -> Shape:
     """The smallest shape that is at least as large as each of `shapes`."""
     rows = [dataclasses.astuple(shape) for shape in shapes]
@@ -370,6 +386,12 @@ def _tile_bound(config: ModelConfig, granularity: int) -> int:
 def _power(count: int) -> int:
     """The next power of two."""
     return 1 << (count - 1).bit_length() if count > 1 else 1
+
+
+def _eighth(count: int) -> int:
+    """The next multiple of an eighth of the power of two below: 1..16, 18, 20, ..., 32, 36, ..., 64, 72, ..."""
+    unit = max(1, _power(count) // 16)
+    return -(-count // unit) * unit
 
 
 def _step(count: int) -> int:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import heapq
 import itertools
 import math
 import random
@@ -33,7 +34,7 @@ from avg_llava_jax.data.conversation import Tokens
 from avg_llava_jax.data.errors import BadSample
 from avg_llava_jax.data.feedback import Stored, asked
 from avg_llava_jax.data.geometry import visual_count
-from avg_llava_jax.data.packing import Sample, Shape, collate, collate_words, load_tiles, merge, shape_of
+from avg_llava_jax.data.packing import Sample, Shape, close_shape, collate, collate_words, load_tiles, merge, shape_of
 from avg_llava_jax.data.sources import Part, read_sample
 from avg_llava_jax.data.tokenizer import Tokenizer
 
@@ -125,7 +126,7 @@ class PlannedBatches:
         rows = range(self.batch_size) if self.rows is None else self.rows
         left_out = window.skipped[number % WINDOW :: len(window.batches)]
         skipped = [one for at, one in enumerate(left_out) if at % self.batch_size in rows]
-        shape = self._fit(merge([self._shape(member.sample) for member in members] or [self._shape(EMPTY)]))
+        shape = self._fit([member.sample for member in members] or [EMPTY])
 
         records, samples, stored = [""] * len(rows), [EMPTY] * len(rows), [self._nothing] * len(rows)
         tiles = [self._tiles(EMPTY, self._nothing)] * len(rows)
@@ -178,20 +179,32 @@ class PlannedBatches:
         nll = np.full(len(self.config.granularities), np.nan, np.float32)
         return Stored(nll, None if features is None else features[:0], "")
 
-    @functools.cached_property
+    @property
     def ladder(self) -> tuple[Shape, ...]:
         """Batch shapes of this run, cheapest first, chosen by the first SURVEY records; the last one holds them all."""
+        return self._survey[0]
+
+    @functools.cached_property
+    def _survey(self) -> tuple[tuple[Shape, ...], Shape]:
+        """The ladder, and a wide shape for a batch that does not fit it."""
         if self.shapes_of is not None:
-            return self.shapes_of.ladder
-        found = collections.Counter(self._shape(member.sample) for member in self.first(SURVEY))
-        return choose_shapes(found, self.shapes, self.config, self.granularities)
+            return self.shapes_of._survey
+        samples = [member.sample for member in self.first(SURVEY)] or [EMPTY]
+        found = collections.Counter(close_shape(sample, self.config, self.granularities) for sample in samples)
+        wide = merge(shape_of(sample, self.config, self.granularities) for sample in samples)
+        return choose_shapes(found, self.shapes, self.config, self.granularities), wide
 
-    def _fit(self, shape: Shape) -> Shape:
-        """The cheapest shape of the ladder that holds `shape`; `shape` itself where none does."""
-        return next((rung for rung in self.ladder if merge([rung, shape]) == rung), shape)
+    def _fit(self, samples: Sequence[Sample]) -> Shape:
+        """The cheapest shape of the ladder that holds these samples; where none does, a wide shape.
 
-    def _shape(self, sample: Sample) -> Shape:
-        return shape_of(sample, self.config, self.granularities)
+        Few of the records that the survey did not see are larger than all that it saw, and those share one more shape.
+        """
+        close = merge(close_shape(sample, self.config, self.granularities) for sample in samples)
+        ladder, wide = self._survey
+        for rung in ladder:
+            if merge([rung, close]) == rung:
+                return rung
+        return merge([wide, *(shape_of(sample, self.config, self.granularities) for sample in samples)])
 
     @functools.cached_property
     def _order(self) -> grain.MapDataset:
@@ -236,7 +249,7 @@ class PlannedBatches:
         read = [self._read(at) for at in range(start, min(end, sum(self.sizes)) if self.once else end)]
         members = [one for one in read if isinstance(one, Member)]
         # A stable sort: samples of the same shape stay in Grain's order.
-        members.sort(key=lambda member: _cost(self._fit(self._shape(member.sample)), self.config, self.granularities))
+        members.sort(key=lambda member: _cost(self._fit([member.sample]), self.config, self.granularities))
         # Skipped records shorten every batch a little, instead of emptying one.
         ends = [len(members) * number // count for number in range(count + 1)]
         batches = [members[start:end] for start, end in itertools.pairwise(ends)]
@@ -314,18 +327,24 @@ def choose_shapes(
     cost = functools.cache(lambda shape: _cost(shape, config, granularities)[0])
     rungs = dict(found) or {Shape(1, 1, 16, 16, 0.0): 1}
     rungs.setdefault(merge(rungs), 0)
+    number, queue = itertools.count(), []  # pairs, those first whose merge costs the least more
+
+    def offer(one: Shape, other: Shape) -> None:
+        both = merge((one, other))
+        more = rungs[one] * (cost(both) - cost(one)) + rungs[other] * (cost(both) - cost(other))
+        heapq.heappush(queue, (more, next(number), one, other, rungs[one], rungs[other], both))
+
+    for one, other in itertools.combinations(list(rungs), 2):
+        offer(one, other)
     while len(rungs) > limit:
-        best = (math.inf, None)
-        known = list(rungs)
-        for at, one in enumerate(known):
-            for other in known[at + 1 :]:
-                both = merge((one, other))
-                more = rungs[one] * (cost(both) - cost(one)) + rungs[other] * (cost(both) - cost(other))
-                if more < best[0]:
-                    best = (more, (one, other, both))
-        one, other, both = best[1]
-        count = rungs.pop(one) + rungs.pop(other)
-        rungs[both] = rungs.get(both, 0) + count
+        _, _, one, other, *counts, both = heapq.heappop(queue)
+        if [rungs.get(one), rungs.get(other)] != counts:
+            continue  # one of them was merged since
+        del rungs[one], rungs[other]
+        rungs[both] = rungs.get(both, 0) + sum(counts)
+        for each in list(rungs):
+            if each != both:
+                offer(both, each)
     return tuple(sorted(rungs, key=lambda shape: _cost(shape, config, granularities)))
 
 
