@@ -77,7 +77,7 @@ def in_turn(model: AvgLlava, ways: Mapping[str, Sequence[Prepared]], rounds: int
         for name, requests in ways.items():
             begin = time.perf_counter()
             for request in requests:
-                model.engine_for([request], 1).forget()
+                model.forget()
                 model.answer_prepared([request], 1)
             if turn:
                 took[name].append((time.perf_counter() - begin) / len(requests))

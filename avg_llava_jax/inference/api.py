@@ -145,6 +145,12 @@ class AvgLlava(Model):
         """Start a conversation; `options` are the fields of `Request`, the same for all of its turns."""
         return Chat(self, options)
 
+    def forget(self) -> None:
+        """Forget the encoded images and the prefixes of earlier questions, as before a time is measured."""
+        with self._lock:
+            if self._engine is not None:
+                self._engine.forget()
+
     def engine_for(self, prepared: Sequence[Prepared], batch_size: int) -> Engine:
         """The engine kept from earlier calls, or a larger one where it is too small for these requests.
 

@@ -118,6 +118,7 @@ def one_answer(answer: Callable[[int], dict[str, Any]]) -> dict[str, Any]:
 
 
 def our_answer(model: AvgLlava, image: Image.Image, way: int | str, new_tokens: int) -> dict[str, Any]:
+    model.forget()
     answer = model.answer(image, PROMPT, granularity=way, max_new_tokens=new_tokens)
     about = {"granularity": answer.granularity, "visual_tokens": answer.visual_tokens}
     return about | {"token_ids": list(answer.token_ids)}
@@ -197,7 +198,8 @@ def roofline(model: AvgLlava, measured: dict[str, Any], routed: bool, peaks: dic
     from avg_llava_jax import parameters
     from avg_llava_jax.inference.requests import Request
     from avg_llava_jax.models import avg_llava
-    from avg_llava_jax.models.language import read
+    from avg_llava_jax.models import language as decoders
+    from avg_llava_jax.models.cache import Span
     from avg_llava_jax.parallel import costs
 
     config, params, language = model.config, model.params, model.config.language
@@ -217,12 +219,18 @@ def roofline(model: AvgLlava, measured: dict[str, Any], routed: bool, peaks: dic
         "tile_image": jnp.zeros((1, 5), jnp.int32),
         "first_tile": jnp.zeros((1, 1), jnp.int32),
     }
+    cache = decoders.empty_cache(language, 1, length, dtype)
+
+    def prefill(params: Any, packed: jax.Array) -> Any:
+        start = jnp.zeros(1, jnp.int32)
+        return decoders.decoder(language, params["language"], packed, cache, Span(start, window=0), start)
+
     parts = {
         "see": flops(lambda params, pixels: avg_llava.pyramid_of(config, params, pixels), pixels),
         "route": flops(lambda params, *rows: avg_llava.route(config, params, *rows, batch), pyramid, text)
         if routed
         else 0.0,
-        "prefill": flops(lambda params, packed: read(language, params["language"], packed, jnp.zeros(1, int)), packed),
+        "prefill": flops(prefill, packed),
     }
     leaves = parameters.flat(params["language"])
     unread = () if language.tied_embeddings else ("embed", "embed_scale")
