@@ -163,3 +163,10 @@ def test_an_accelerator_holds_layers_once(tiny, tokenizer, tmp_path, monkeypatch
     assert isinstance(model.params["language"]["layers"], tuple)
     assert model.unstacked["language"]["layers"] is model.params["language"]["layers"]
     assert model.answer((), "Who?", max_new_tokens=4).token_ids == wanted.token_ids
+
+
+def test_more_streams_than_the_queue_holds(model, photos):
+    """Streams that nobody has begun to read are worked off when the next one wants a place."""
+    streams = [model.stream(photos[0], "Who?", max_new_tokens=3) for _ in range(7)]
+    texts = ["".join(stream) for stream in streams]
+    assert len(set(texts)) == 1 and texts[0] == streams[-1].answer.text

@@ -19,17 +19,19 @@ import numpy as np
 from jax.sharding import Mesh
 
 from avg_llava_jax import SHIPPED, checkpoint
+from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.convert.quantize import quantized
 from avg_llava_jax.data.conversation import PLACEHOLDER, Turn
 from avg_llava_jax.data.tiles import tile_count
-from avg_llava_jax.data.tokenizer import load_tokenizer
-from avg_llava_jax.inference.buckets import bucket, length_buckets
+from avg_llava_jax.data.tokenizer import Tokenizer, load_tokenizer
+from avg_llava_jax.inference.buckets import STEPS, bucket
 from avg_llava_jax.inference.device import page_bytes
 from avg_llava_jax.inference.engine import Engine
 from avg_llava_jax.inference.model import Model
 from avg_llava_jax.inference.requests import Answer, ImageLike, Prepared, Request
 from avg_llava_jax.inference.tickets import Ticket
 from avg_llava_jax.models import language, one_cpu
+from avg_llava_jax.models.avg_llava import Params
 
 
 class Stream:
@@ -62,6 +64,11 @@ class Stream:
 
 class AvgLlava(Model):
     """A model with its tokenizer. Made by `load`; public attributes are `config`, `params`, `tokenizer` and `step`."""
+
+    def __init__(self, config: ModelConfig, params: Params, tokenizer: Tokenizer, step: int = 0):
+        super().__init__(config, params, tokenizer, step)
+        self._lock = threading.RLock()
+        self._engine: Engine | None = None
 
     @classmethod
     def load(
@@ -121,9 +128,7 @@ class AvgLlava(Model):
             engine = self.engine_for(prepared, batch_size)
             try:
                 for each in prepared:
-                    while engine.full:
-                        engine.step()
-                    tickets.append(engine.submit_prepared(each, keep_logits=keep_logits))
+                    tickets.append(self._submitted(engine, each, keep_logits=keep_logits))
                 while not all(ticket.ended for ticket in tickets):
                     engine.step()
             finally:
@@ -139,7 +144,7 @@ class AvgLlava(Model):
         """`stream` of a request that `prepare` has checked."""
         with self._lock:
             engine = self.engine_for([prepared], 1)
-            return Stream(engine, engine.submit_prepared(prepared, each_token=True), self._lock)
+            return Stream(engine, self._submitted(engine, prepared, each_token=True), self._lock)
 
     def chat(self, **options: Any) -> Chat:
         """Start a conversation; `options` are the fields of `Request`, the same for all of its turns."""
@@ -157,26 +162,25 @@ class AvgLlava(Model):
         It has a slot for each request, at most `batch_size`, with capacity for the longest of them.
         """
         slots = bucket(tuple(2**n for n in range(12)), min(len(prepared), batch_size))
-        length = length_buckets(max(map(self.longest, prepared)))[-1]
-        length = min(length, self.config.language.max_length)
+        length = max(map(self.longest, prepared))
         tiles = max(sum(tile_count(size, self.config) for size in each.sample.sizes) for each in prepared)
         if self._engine is not None:
             have = self._engine.buckets
             if have.slots >= slots and have.capacity >= length and have.pages >= tiles:
                 return self._engine
-            slots, length = max(slots, have.slots), max(length, self._engine_length)
+            before = min(have.capacity - STEPS, self.config.language.max_length)
+            slots, length = max(slots, have.slots), max(length, before)
         pages = max(tiles, 1) * min(2 * slots, 16)
         self._engine = None  # frees its memory before the next one is made
-        self._engine_length = length
         self._engine = Engine(self, slots, length, None, pages * page_bytes(self), queue=4 * slots)
         return self._engine
 
-    @property
-    def _lock(self) -> threading.RLock:
-        return self.__dict__.setdefault("_own_lock", threading.RLock())
-
-    _engine: Engine | None = None
-    _engine_length = 0
+    @staticmethod
+    def _submitted(engine: Engine, prepared: Prepared, **options: bool) -> Ticket:
+        """`Engine.submit_prepared` once the queue has a place."""
+        while engine.full:
+            engine.step()
+        return engine.submit_prepared(prepared, **options)
 
 
 class Chat:
