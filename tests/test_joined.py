@@ -15,7 +15,8 @@ from avg_llava_jax import checkpoint
 from avg_llava_jax.configs import connector_7b
 from avg_llava_jax.convert import convert, foreign
 from avg_llava_jax.models import avg_llava
-from avg_llava_jax.models.encoder import Encoder, normalise
+from avg_llava_jax.models.encoder import encoder
+from avg_llava_jax.models.vit import normalise
 from avg_llava_jax.training.loop import train
 from tests.conftest import TOKENIZER
 from tests.test_convert import SOURCE
@@ -82,7 +83,7 @@ def test_both_halves_compute_what_they_did(clip, tmp_path, family):
     with jax.default_matmul_precision("highest"):
         hidden = avg_llava.decoder(config, params, avg_llava.embed(config, params, ids))
         ours = avg_llava.unembed(config, params, hidden)
-        seen = Encoder(config.vision).apply({"params": params["encoder"]}, pixels)
+        seen = encoder(config.vision).apply({"params": params["encoder"]}, pixels)
     np.testing.assert_allclose(ours, logits, atol=1e-4, rtol=1e-4)
     np.testing.assert_allclose(seen, patches, atol=1e-4, rtol=1e-4)
 

@@ -24,7 +24,7 @@ from avg_llava_jax.data.geometry import kept_cells, visual_index
 from avg_llava_jax.data.tiles import grid_of, make_tiles
 from avg_llava_jax.data.tokenizer import load_tokenizer, train_byte_bpe
 from avg_llava_jax.models import avg_llava
-from avg_llava_jax.models.encoder import normalise
+from avg_llava_jax.models.vit import normalise
 from tests.conftest import TOKENIZER
 from tests.differences import agree
 from tests.test_convert import SOURCE, TOWER

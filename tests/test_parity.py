@@ -13,8 +13,9 @@ from avg_llava_jax import parameters
 from avg_llava_jax.config import LanguageConfig, ModelConfig, RouterConfig, ScalerConfig, VisionConfig
 from avg_llava_jax.convert import layouts
 from avg_llava_jax.models import language
-from avg_llava_jax.models.encoder import Encoder, normalise
+from avg_llava_jax.models.encoder import encoder
 from avg_llava_jax.models.router import Router
+from avg_llava_jax.models.vit import normalise
 from tests.differences import agree
 
 
@@ -59,9 +60,9 @@ def test_clip_layer_by_layer(activation):
     with torch.no_grad():
         states = model(inputs, output_hidden_states=True).hidden_states
     for select in (1, -3, -2, -1):
-        encoder = Encoder(dataclasses.replace(config, select_layer=select))
-        shapes = jax.eval_shape(encoder.init, jax.random.key(0), pixels)["params"]
-        features = jax.jit(encoder.apply)({"params": ours("encoder", shapes, tensors)}, pixels)
+        tower = encoder(dataclasses.replace(config, select_layer=select))
+        shapes = jax.eval_shape(tower.init, jax.random.key(0), pixels)["params"]
+        features = jax.jit(tower.apply)({"params": ours("encoder", shapes, tensors)}, pixels)
         agree("CLIP: hidden states", features, states[select][:, 1:])
 
 

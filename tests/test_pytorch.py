@@ -32,7 +32,7 @@ from avg_llava_jax.inference import choosing
 from avg_llava_jax.inference.api import AvgLlava
 from avg_llava_jax.inference.requests import Request
 from avg_llava_jax.models import avg_llava
-from avg_llava_jax.models.encoder import normalise
+from avg_llava_jax.models.vit import normalise
 from tests.differences import agree
 from tests.measured_pixels import TALL, measured_tiles
 from tests.random_model import random_model, save_random_model

@@ -25,12 +25,11 @@ from typing import Any, TextIO
 import numpy as np
 from tqdm import tqdm
 
-from avg_llava_jax.config import ModelConfig
+from avg_llava_jax.config import ModelConfig, named
 from avg_llava_jax.data.conversation import PLACEHOLDER, encode_conversation, encode_prompt
 from avg_llava_jax.data.errors import BadSample
-from avg_llava_jax.data.packing import Sample, make_sample
+from avg_llava_jax.data.packing import Sample, make_sample, tiles_of
 from avg_llava_jax.data.sources import Source
-from avg_llava_jax.data.tiles import tile_count
 from avg_llava_jax.data.tokenizer import Tokenizer
 from avg_llava_jax.eval.policies import Choice, Record, by_key, choices
 from avg_llava_jax.files import whole_lines
@@ -144,7 +143,7 @@ def answer_all(
 def _answer(model: Model, log: Log, max_new_tokens: int, slots: int) -> None:
     config, request = model.config, Request("", max_new_tokens=max_new_tokens)
     samples = [question.sample for question in log.todo]
-    tiles = max(sum(tile_count(size, config) for size in sample.sizes) for sample in samples)
+    tiles = max(tiles_of(sample, config) for sample in samples)
     longest = max(model.longest(Prepared(request, sample, (None,) * len(sample.sizes))) for sample in samples)
     engine = Engine(
         model,
@@ -287,12 +286,12 @@ def read_records(file: str | os.PathLike[str]) -> dict[str, Record]:
         records = [json.loads(line) for line in whole_lines(file)]
     except ValueError as error:
         raise ValueError(f"{file} is not a file of answers ({error}); use another folder") from None
-    return {record["id"]: _with_int_keys(record) for record in records}
+    return {record["id"]: _with_names(record) for record in records}
 
 
-def _with_int_keys(record: Record) -> Record:
+def _with_names(record: Record) -> Record:
     by_granularity = ("answers", "right", "visual_tokens")
-    return record | {key: {int(g): value for g, value in record[key].items()} for key in by_granularity}
+    return record | {key: {named(g): value for g, value in record[key].items()} for key in by_granularity}
 
 
 def make_record(

@@ -210,7 +210,8 @@ def length_buckets(longest: int) -> tuple[int, ...]:
 def tile_counts(config: ModelConfig) -> set[int]:
     """The numbers of tiles that an image may have, tile 0 included."""
     side = config.vision.image_size
-    return {1 + (width // side) * (height // side) for width, height in config.pinpoints} or {1}
+    alone = {1} if config.several == "square" or not config.pinpoints else set()
+    return alone | {1 + (width // side) * (height // side) for width, height in config.pinpoints}
 
 
 def _powers(first: int, factor: int, last: int) -> tuple[int, ...]:

@@ -308,8 +308,9 @@ class Engine:
             return
         parts = []
         for job, start, length in zip(prefill.works, prefill.starts, prefill.lengths, strict=True):
-            ids, places = job.ids[start : start + length], job.places[start : start + length]
-            parts.append(Part(job.slot, start, ids, places, job.prepared.request))
+            now = slice(start, start + length)
+            weights = None if job.weights is None else job.weights[now]
+            parts.append(Part(job.slot, start, job.ids[now], job.places[now], weights, job.prepared.request))
         logits, tokens, rows = self._device.prefill(parts, prefill.prompts, prefill.chunk, prefill.window)
         ended = self._scheduler.prefilled(prefill)
         if not ended:

@@ -14,7 +14,7 @@ from avg_llava_jax.data.images import ImageRef, image_ref
 from avg_llava_jax.data.packing import Sample
 
 ImageLike = str | os.PathLike[str] | bytes | Image.Image | ImageRef
-Granularity = Literal["auto"] | int
+Granularity = Literal["auto"] | int | str
 
 
 @dataclasses.dataclass(frozen=True)

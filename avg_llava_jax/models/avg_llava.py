@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.models import language, one_cpu
 from avg_llava_jax.models.connector import Connector
-from avg_llava_jax.models.encoder import Encoder
+from avg_llava_jax.models.encoder import encoder
 from avg_llava_jax.models.router import Router, Routing
 from avg_llava_jax.models.scaler import scale
 from avg_llava_jax.models.stack import Remat
@@ -27,9 +27,9 @@ def init(config: ModelConfig, rng: jax.Array) -> Params:
     """Fresh fp32 parameters. Under `jax.eval_shape` only shapes are traced, nothing is computed."""
     rngs = jax.random.split(rng, 5)
     side, width = config.vision.image_size, config.language.width
-    finest = config.granularities[-1]
+    finest = config.tokens[-1]
     return {
-        "encoder": Encoder(config.vision).init(rngs[0], jnp.zeros((1, side, side, 3), jnp.uint8))["params"],
+        "encoder": encoder(config.vision).init(rngs[0], jnp.zeros((1, side, side, 3), jnp.uint8))["params"],
         "connector": Connector(width).init(rngs[1], jnp.zeros((1, finest, config.vision.width)))["params"],
         "image_newline": jax.random.normal(rngs[2], (width,)) * width**-0.5,
         "router": Router(config).init(
@@ -49,7 +49,7 @@ def encode_images(config: ModelConfig, params: Params, pixels: jax.Array, remat:
     batch, tiles = pixels.shape[:2]
 
     def encode(pixels: jax.Array) -> jax.Array:
-        return Encoder(config.vision, remat).apply({"params": params["encoder"]}, pixels)
+        return encoder(config.vision, remat).apply({"params": params["encoder"]}, pixels)
 
     patches = one_cpu.encode(encode, pixels.reshape(-1, *pixels.shape[2:]), config.vision.grid**2)
     features = Connector(config.language.width).apply({"params": params["connector"]}, patches)
@@ -91,7 +91,9 @@ def route(
     )
 
 
-def assemble(params: Params, pyramid: jax.Array, text: jax.Array, index: jax.Array) -> jax.Array:
+def assemble(
+    params: Params, pyramid: jax.Array, text: jax.Array, index: jax.Array, weight: jax.Array | None = None
+) -> jax.Array:
     """Pack text, visual tokens and newlines into one sequence: a single gather.
 
     pyramid (B, T, R, D), text (B, L, D), index int (B, S) -> (B, S, D). An entry of `index` is a row of
@@ -102,11 +104,20 @@ def assemble(params: Params, pyramid: jax.Array, text: jax.Array, index: jax.Arr
         L+T*R                   the learned newline
 
     With L=3, T=1, R=7, index [0, 3, 10, 1, 2] packs: text 0, the coarsest visual token, the newline, text 1, text 2.
+    With weight (B, S, 4), index is (B, S, 4), and each position the weighted sum of its four rows.
     """
     newline = jnp.broadcast_to(params["image_newline"].astype(text.dtype), (len(text), 1, text.shape[-1]))
     visual = pyramid.reshape(len(text), -1, text.shape[-1])
     rows = jnp.concatenate([text, visual.astype(text.dtype), newline], axis=1)
-    return jnp.take_along_axis(rows, index[..., None], axis=1)
+    if weight is None:
+        return jnp.take_along_axis(rows, index[..., None], axis=1)
+    corners = jnp.take_along_axis(rows, index.reshape(len(index), -1)[..., None], axis=1)
+    return blend(corners.reshape(*index.shape, -1), weight)
+
+
+def blend(corners: jax.Array, weight: jax.Array) -> jax.Array:
+    """The weighted sums, in fp32, of four rows each: (B, S, 4, D), weight fp32 (B, S, 4) -> (B, S, D)."""
+    return jnp.sum(corners.astype(jnp.float32) * weight[..., None], axis=2).astype(corners.dtype)
 
 
 def decoder(

@@ -235,7 +235,7 @@ def _granularity(value: Any, details: Sequence[str], config: ModelConfig) -> Gra
         known = {"auto": "auto", "low": config.granularities[0], "high": config.granularities[-1]}
         return [known[detail] for detail in details] if set(details) - {"auto"} else "auto"
     for one in value if isinstance(value, list) else [value]:
-        if one != "auto" and (isinstance(one, bool) or not isinstance(one, int)):
+        if one not in ("auto", *config.granularities) and (isinstance(one, bool) or not isinstance(one, int)):
             raise Refusal(
                 400, f'granularity={_short(value)} must be "auto", a number or a list of these', "granularity"
             )
