@@ -174,7 +174,12 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class LanguageConfig:
-    """A decoder of the Llama family (Llama 2/3, Vicuna, Mistral without window, SmolLM2)."""
+    """A decoder of the Llama family: Llama 2 and 3, Vicuna, Mistral without window, SmolLM2, Qwen2, Qwen2.5, Qwen3.
+
+    head_dim: features of a head; heads * head_dim may differ from width (Qwen3).
+    attention_bias: bias on q, k, v and out. qkv_bias: on q, k and v alone (Qwen2).
+    qk_norm: RMS norm over the features of each head of q and k, before the rotary embedding (Qwen3).
+    """
 
     vocab_size: int = 32000
     width: int = 4096
@@ -187,6 +192,8 @@ class LanguageConfig:
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
     attention_bias: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
     tied_embeddings: bool = False
     max_length: int = 4096
 

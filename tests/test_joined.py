@@ -1,4 +1,4 @@
-"""A Llama-family folder and a CLIP folder, joined: both compute what they computed in PyTorch, the rest is fresh."""
+"""A decoder folder and a CLIP folder, joined: both compute what they computed in PyTorch, the rest is fresh."""
 
 import json
 import shutil
@@ -28,6 +28,8 @@ FAMILIES = {
     "Llama 3": ("Llama", {"num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 4096,
                           "rope_scaling": LLAMA3 | {"rope_theta": 5e5, "original_max_position_embeddings": 64}}),
     "Mistral": ("Mistral", {"num_key_value_heads": 2, "sliding_window": 300, "rope_theta": 1e6}),
+    "Qwen2": ("Qwen2", {"num_key_value_heads": 2, "rope_theta": 1e6, "max_position_embeddings": 4096}),
+    "Qwen3": ("Qwen3", {"num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": True}),
 }  # fmt: skip
 
 
@@ -71,8 +73,9 @@ def test_both_halves_compute_what_they_did(clip, tmp_path, family):
     assert config.vision.mean == (0.5, 0.5, 0.5) and config.pinpoints[0] == (32, 64)
     assert config.granularities == (4, 8, 16, 32, 64)
     assert loaded.meta["granularities_trained"] is None  # nothing here has seen an image
-    assert config.language.max_length == {"SmolLM2": 2048, "Llama 3": 4096, "Mistral": 300}[family]
-    assert config.template == ("mistral_instruct" if family == "Mistral" else "vicuna_v1")
+    assert config.language.max_length == {"Mistral": 300, "SmolLM2": 2048, "Qwen3": 32768}.get(family, 4096)
+    spoken = {"Mistral": "mistral_instruct", "Qwen2": "tokenizer", "Qwen3": "tokenizer"}
+    assert config.template == spoken.get(family, "vicuna_v1")
 
     ids = np.random.default_rng(0).integers(0, 600, (2, 40))
     pixels = np.random.default_rng(1).integers(0, 255, (2, 32, 32, 3), np.uint8)

@@ -11,7 +11,7 @@ import transformers
 
 from avg_llava_jax import parameters
 from avg_llava_jax.config import LanguageConfig, ModelConfig, RouterConfig, ScalerConfig, VisionConfig
-from avg_llava_jax.convert import layouts
+from avg_llava_jax.convert import decoders, layouts
 from avg_llava_jax.models import language
 from avg_llava_jax.models.encoder import encoder
 from avg_llava_jax.models.router import Router
@@ -85,8 +85,15 @@ LLAMA3 = {
         ("Llama", {"rope_parameters": LLAMA3, "head_dim": 16}, 300),
         ("Llama", {"num_hidden_layers": 1}, 3100),
         ("Mistral", {"num_key_value_heads": 2, "sliding_window": None}, 40),
+        ("Qwen2", {"num_key_value_heads": 2}, 40),
+        ("Qwen2", {"num_key_value_heads": 2, "tie_word_embeddings": True, "rope_parameters": {"rope_theta": 1e6}}, 40),
+        ("Qwen3", {"num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": True}, 40),
+        ("Qwen3", {"num_key_value_heads": 2, "head_dim": 12, "attention_bias": True}, 40),
     ],
-    ids=["MHA", "GQA, tied, biased", "rope linear", "rope llama3", "3100 tokens", "Mistral"],
+    ids=[
+        *("MHA", "GQA, tied, biased", "rope linear", "rope llama3", "3100 tokens", "Mistral"),
+        *("Qwen2", "Qwen2 tied", "Qwen3", "Qwen3 biased"),
+    ],
 )
 def test_decoder(family, changes, length):
     values = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -95,8 +102,8 @@ def test_decoder(family, changes, length):
     model = randomise(getattr(transformers, f"{family}ForCausalLM")(torch_config))
     if torch_config.tie_word_embeddings:
         model.tie_weights()
-    config = layouts.llama("here", torch_config.to_dict())
-    ids = np.random.default_rng(1).integers(0, 96, (1, length))
+    config = decoders.read("here", torch_config.to_dict(), torch_config.model_type)
+    ids = np.random.default_rng(1).integers(0, 96, (2, length))
 
     def whole(params, ids):
         return language.unembed(config, params, language.decoder(config, params, language.embed(params, ids))[0])
@@ -114,7 +121,7 @@ def test_decoder(family, changes, length):
 
 
 def test_sizes_of_a_decoder_come_from_its_config():
-    config = layouts.llama("here", transformers.LlamaConfig(rope_parameters=LLAMA3, head_dim=64).to_dict())
+    config = decoders.read("here", transformers.LlamaConfig(rope_parameters=LLAMA3, head_dim=64).to_dict(), "llama")
     assert (config.head_dim, config.rope_theta, config.rope_scaling.kind) == (64, 5e5, "llama3")
     assert isinstance(config, LanguageConfig) and config.rope_scaling.original_max_length == 64
 

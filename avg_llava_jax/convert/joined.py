@@ -1,4 +1,6 @@
-"""Joins a Llama-family folder and a CLIP folder into one AVG-LLaVA with untrained connector, newline and router.
+"""Joins a decoder folder (Llama, Mistral, Qwen2, Qwen3) and a CLIP folder into one AVG-LLaVA.
+
+Connector, newline and router are untrained.
 
 This module chooses what the two folders do not determine: LLaVA's select layer, its pinpoints in tiles of this tower,
 the paper's ladder as far as the grid can be halved, and the template that matches the tokenizer.
@@ -7,10 +9,10 @@ the paper's ladder as far as the grid can be halved, and the template that match
 import pathlib
 
 from avg_llava_jax.config import ModelConfig, ScalerConfig
-from avg_llava_jax.convert import layouts
+from avg_llava_jax.convert import decoders, layouts
 from avg_llava_jax.convert.tensors import read_json
 
-MODEL_TYPES = ("llama", "mistral")
+MODEL_TYPES = tuple(decoders.FAMILIES)
 FRESH = ("model.mm_projector.", "model.image_newline", "model.router.")
 """Prefixes, in the released layout, of the tensors that neither folder holds."""
 
@@ -20,16 +22,16 @@ PINPOINTS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
 
 
 def read_config(folder: layouts.Folder, vision_tower: layouts.Folder) -> ModelConfig:
-    """Build the model config from a Llama-family folder's config.json and tokenizer, and a CLIP folder's config.json.
+    """Build the model config from a decoder folder's config.json and tokenizer, and a CLIP folder's config.json.
 
     Raises:
       FileNotFoundError, ValueError: one line that names the folder or field.
     """
     path = pathlib.Path(folder) / "config.json"
     values = read_json(path)
-    layouts.check_fixed(path, values, layouts.LANGUAGE_FIXED)
-    vision, language = layouts.read_tower(vision_tower, SELECT_LAYER), layouts.llama(folder, values)
-    template = layouts.template(folder, values["model_type"])
+    family = values["model_type"]
+    vision, language = layouts.read_tower(vision_tower, SELECT_LAYER), decoders.read(path, values, family)
+    template = layouts.template(folder, family)
     most = ScalerConfig().halvings
     halvings = max(n for n in range(most + 1) if vision.grid % ScalerConfig(n).divisor == 0)
     if halvings == 0:

@@ -7,16 +7,11 @@ import ast
 import math
 import os
 import pathlib
-from typing import Any, Literal
+from typing import Any
 
-from avg_llava_jax.config import (
-    LanguageConfig,
-    ModelConfig,
-    RopeScaling,
-    RouterConfig,
-    ScalerConfig,
-    VisionConfig,
-)
+from avg_llava_jax.config import ModelConfig, RouterConfig, ScalerConfig, VisionConfig
+from avg_llava_jax.convert import decoders
+from avg_llava_jax.convert.decoders import check_counts, check_fixed
 from avg_llava_jax.convert.tensors import read_json
 from avg_llava_jax.data.tokenizer import load_tokenizer
 
@@ -25,9 +20,6 @@ Folder = str | os.PathLike[str]
 KNOWN_TOWERS = {"openai/clip-vit-large-patch14-336": VisionConfig()}
 """Towers whose config is known without a folder; their weights need one unless the checkpoint holds them."""
 
-LANGUAGE_FIXED = {"hidden_act": "silu", "mlp_bias": False}
-"""Config fields of a decoder for which this model supports only one value."""
-
 FIXED = {
     "mm_projector_type": "mlp2x_gelu",
     "mm_patch_merge_type": "spatial_unpad",
@@ -35,7 +27,6 @@ FIXED = {
     "mm_vision_select_feature": "patch",
     "mm_use_im_start_end": False,
     "mm_use_im_patch_token": False,
-    **LANGUAGE_FIXED,
 }
 """Fields of a released config.json with only one supported value."""
 
@@ -44,17 +35,9 @@ PREPROCESSOR_FIXED = {"do_rescale": True, "do_normalize": True, "resample": 3}
 
 COUNTS = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *("num_key_value_heads", "head_dim", "vocab_size", "image_size", "patch_size"),
+    *("image_size", "patch_size"),
 )
-"""Config fields of encoder and decoder that are positive integers."""
-
-# Fields that a MistralConfig may omit and whose defaults differ from LlamaConfig's.
-MISTRAL = {
-    "intermediate_size": 14336,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131072,
-    "sliding_window": 4096,
-}
+"""Config fields of an encoder that are positive integers."""
 
 
 def read_config(folder: Folder, vision_tower: Folder | None, has_router: bool) -> ModelConfig:
@@ -77,8 +60,8 @@ def read_config(folder: Folder, vision_tower: Folder | None, has_router: bool) -
         )
     ladder = values.get("vis_token_granularity")
     scaler = ScalerConfig() if ladder is None else ScalerConfig(halvings=len(ladder) - 1)
-    language = llama(folder, values)
-    spoken = template(folder, "mistral" if values["model_type"] == "llava_mistral" else "llama")
+    family = values["model_type"].removeprefix("llava_")
+    language, spoken = decoders.read(folder / "config.json", values, family), template(folder, family)
     try:
         config = ModelConfig(
             vision=vision,
@@ -99,26 +82,6 @@ def read_config(folder: Folder, vision_tower: Folder | None, has_router: bool) -
             f" {vision.grid} x {vision.grid} grid give {list(config.granularities)}"
         )
     return config
-
-
-def check_fixed(path: pathlib.Path, values: dict[str, Any], fixed: dict[str, Any], inside: str = "") -> None:
-    """Check that each field in `fixed` is absent or has its only supported value.
-
-    path, inside: file and prefix of the fields, for errors.
-
-    Raises:
-      ValueError: names the first field with another value.
-    """
-    for key, only in fixed.items():
-        if values.get(key, only) != only:
-            raise ValueError(f"{path}: {inside}{key}={values[key]!r} is not supported, only {only!r}")
-
-
-def _check_counts(path: pathlib.Path, values: dict[str, Any]) -> None:
-    for key in COUNTS:
-        value = values.get(key)
-        if value is not None and (type(value) is not int or value < 1):
-            raise ValueError(f"{path}: {key}={value!r} is not a positive integer")
 
 
 def _pinpoints(folder: pathlib.Path, values: dict[str, Any]) -> tuple[tuple[int, int], ...]:
@@ -229,7 +192,7 @@ def check_tokenizer(folder: Folder, rows: int) -> None:
         )
 
 
-def template(folder: Folder, family: Literal["llama", "mistral"]) -> str:
+def template(folder: Folder, family: str) -> str:
     """Conversation template of a model: the one that matches its tokenizer, else LLaVA's for its family.
 
     The tokenizer's own chat template decides: Llama 3's gives `llama_3`, one with USER and ASSISTANT `vicuna_v1`, one
@@ -240,7 +203,7 @@ def template(folder: Folder, family: Literal["llama", "mistral"]) -> str:
       ValueError: a ChatML tokenizer without a chat template.
     """
     folder = pathlib.Path(folder)
-    default = {"llama": "vicuna_v1", "mistral": "mistral_instruct"}[family]
+    default = {"llama": "vicuna_v1", "mistral": "mistral_instruct"}.get(family, "tokenizer")
     if not has_tokenizer(folder):
         return default
     tokenizer = load_tokenizer(folder)
@@ -262,7 +225,7 @@ def clip_vision(path: pathlib.Path, clip: dict[str, Any], colours: dict[str, Any
     Raises:
       ValueError: names the field that this model does not support.
     """
-    _check_counts(path, clip)
+    check_counts(path, clip, COUNTS)
     # The defaults are those of CLIPVisionConfig, whose config.json may omit them.
     vision = VisionConfig(
         image_size=clip.get("image_size", 224),
@@ -280,56 +243,6 @@ def clip_vision(path: pathlib.Path, clip: dict[str, Any], colours: dict[str, Any
     if vision.activation not in ("quick_gelu", "gelu"):
         raise ValueError(f"{path}: hidden_act={vision.activation!r} is not supported, only 'quick_gelu' and 'gelu'")
     return vision
-
-
-def llama(folder: pathlib.Path, values: dict[str, Any]) -> LanguageConfig:
-    """Build the decoder config from a LlamaConfig or MistralConfig; `folder` is for errors.
-
-    A Mistral's sliding window limits `max_length`: up to that length the window does not change attention.
-    """
-    _check_counts(pathlib.Path(folder) / "config.json", values)
-    if values.get("model_type", "").endswith("mistral"):
-        values = MISTRAL | values
-    limit = values.get("tokenizer_model_max_length") or values.get("max_position_embeddings", 2048)
-    # The defaults are those of LlamaConfig, whose config.json may omit them.
-    heads, width = values.get("num_attention_heads", 32), values.get("hidden_size", 4096)
-    rope = values.get("rope_parameters") or values.get("rope_scaling")
-    return LanguageConfig(
-        vocab_size=values.get("vocab_size", 32000),
-        width=width,
-        layers=values.get("num_hidden_layers", 32),
-        heads=heads,
-        kv_heads=values.get("num_key_value_heads") or heads,
-        head_dim=values.get("head_dim") or width // heads,
-        mlp_width=values.get("intermediate_size", 11008),
-        norm_eps=values.get("rms_norm_eps", 1e-6),
-        rope_theta=float((rope or {}).get("rope_theta", values.get("rope_theta", 10000.0))),
-        rope_scaling=_rope_scaling(folder, rope),
-        attention_bias=values.get("attention_bias", False),
-        tied_embeddings=values.get("tie_word_embeddings", False),
-        max_length=min(limit, values.get("sliding_window") or limit),
-    )
-
-
-def _rope_scaling(folder: pathlib.Path, rope: dict[str, Any] | None) -> RopeScaling | None:
-    kind = (rope or {}).get("rope_type", (rope or {}).get("type", "default"))
-    try:
-        match kind:
-            case "default":
-                return None
-            case "linear":
-                return RopeScaling("linear", float(rope["factor"]))
-            case "llama3":
-                return RopeScaling(
-                    "llama3",
-                    float(rope["factor"]),
-                    float(rope["low_freq_factor"]),
-                    float(rope["high_freq_factor"]),
-                    int(rope["original_max_position_embeddings"]),
-                )
-    except KeyError as error:
-        raise ValueError(f"{folder}/config.json: rope scaling {kind!r} lacks {error}") from None
-    raise ValueError(f"{folder}/config.json: rope scaling {kind!r} is not supported, only 'linear' and 'llama3'")
 
 
 def tower_folder(folder: Folder, vision_tower: Folder | None) -> Folder | None:
@@ -350,7 +263,8 @@ def released_config(config: ModelConfig, original: dict[str, Any], router: bool,
       ValueError: the released code cannot run this model; names the field.
     """
     language, vision = config.language, config.vision
-    only = {"head_dim": (language.head_dim, language.width // language.heads)}
+    only: dict[str, tuple[Any, Any]] = {"head_dim": (language.head_dim, language.width // language.heads)}
+    only |= {"qkv_bias": (language.qkv_bias, False), "qk_norm": (language.qk_norm, False)}
     if language.rope_scaling is not None:
         only["rope_scaling.kind"] = (language.rope_scaling.kind, "linear")
     if router:

@@ -19,8 +19,8 @@ from typing import Any
 
 import tokenizers
 
-from avg_llava_jax.config import LanguageConfig, ModelConfig, RouterConfig, ScalerConfig, to_dict
-from avg_llava_jax.convert import layouts
+from avg_llava_jax.config import ModelConfig, RouterConfig, ScalerConfig, to_dict
+from avg_llava_jax.convert import decoders, layouts
 from avg_llava_jax.convert.chat_templates import chat_template, with_images
 from avg_llava_jax.convert.tensors import read_json
 from avg_llava_jax.data.sentencepiece_json import write_tokenizer_json
@@ -61,7 +61,6 @@ FIXED = {
     "projector_hidden_act": "gelu",
     "multimodal_projector_bias": True,
 }
-FAMILIES = ("llama", "mistral")
 
 
 def released_name(name: str) -> str:
@@ -90,11 +89,11 @@ def read_config(folder: str | os.PathLike[str]) -> ModelConfig:
     path = folder / "config.json"
     values = read_json(path)
     text, clip = values.get("text_config") or {}, values.get("vision_config") or {}
-    layouts.check_fixed(path, values, FIXED)
-    layouts.check_fixed(path, text, layouts.LANGUAGE_FIXED, "text_config.")
+    decoders.check_fixed(path, values, FIXED)
     kind, tower = text.get("model_type", "llama"), clip.get("model_type", "clip_vision_model")
-    if kind not in FAMILIES:
-        raise ValueError(f"{path}: text_config.model_type={kind!r} is not supported, only {', '.join(FAMILIES)}")
+    if kind not in decoders.FAMILIES:
+        known = ", ".join(decoders.FAMILIES)
+        raise ValueError(f"{path}: text_config.model_type={kind!r} is not supported, only {known}")
     if tower != "clip_vision_model":
         raise ValueError(f"{path}: vision_config.model_type={tower!r} is not supported, only clip_vision_model")
     select = values.get("vision_feature_layer", -2)
@@ -112,7 +111,7 @@ def read_config(folder: str | os.PathLike[str]) -> ModelConfig:
             vision=layouts.clip_vision(path, clip, colours, select),
             scaler=ScalerConfig(**adaptive.get("scaler", {})),
             router=RouterConfig(**adaptive.get("router", {})),
-            language=layouts.llama(folder, text | {"tie_word_embeddings": tied}),
+            language=decoders.read(path, text | {"tie_word_embeddings": tied}, kind, "text_config."),
             pinpoints=tuple((int(width), int(height)) for height, width in pinpoints),
             unpad=adaptive.get("unpad", "exact"),
             template=template,
@@ -145,24 +144,7 @@ def to_config(
         raise ValueError("model.pinpoints=() cannot be exported: the transformers library needs pinpoints")
     if original.get("model_type") != MODEL_TYPE:
         original = {}
-    language = config.language
-    text = {"model_type": "llama", "bos_token_id": 1, "eos_token_id": 2} | original.get("text_config", {})
-    text |= {
-        "attention_bias": language.attention_bias,
-        "head_dim": language.head_dim,
-        "hidden_size": language.width,
-        "intermediate_size": language.mlp_width,
-        "max_position_embeddings": max(text.get("max_position_embeddings", 0), language.max_length),
-        "num_attention_heads": language.heads,
-        "num_hidden_layers": language.layers,
-        "num_key_value_heads": language.kv_heads,
-        "rms_norm_eps": language.norm_eps,
-        "rope_parameters": _rope(language),
-        "rope_scaling": _rope(language) if language.rope_scaling else None,  # with the next, for versions before 5
-        "rope_theta": language.rope_theta,
-        "tie_word_embeddings": language.tied_embeddings,
-        "vocab_size": vocabulary,
-    }
+    text = decoders.write(config.language, original.get("text_config", {}), vocabulary)
     values = {
         "architectures": ["LlavaNextForConditionalGeneration"],
         "model_type": MODEL_TYPE,
@@ -170,7 +152,7 @@ def to_config(
         "image_seq_length": config.granularities[-1],
         "image_token_index": image_token,
         "text_config": text,
-        "tie_word_embeddings": language.tied_embeddings,
+        "tie_word_embeddings": config.language.tied_embeddings,
         "vision_config": original.get("vision_config", {}) | layouts.clip_config(config.vision),
         "vision_feature_layer": config.vision.select_layer,
     }
@@ -179,20 +161,6 @@ def to_config(
         values["auto_map"] = {"AutoModelForImageTextToText": f"{MODELING.stem}.{MODEL_CLASS}"}
         values[ADAPTIVE] = {key: to_dict(config)[key] for key in ("scaler", "router", "unpad", "template")}
     return original | values | FIXED
-
-
-def _rope(language: LanguageConfig) -> dict[str, Any]:
-    scaling = language.rope_scaling
-    values: dict[str, Any] = {"rope_type": "default", "rope_theta": language.rope_theta}
-    if scaling is not None:
-        values |= {"rope_type": scaling.kind, "factor": scaling.factor}
-    if scaling is not None and scaling.kind == "llama3":
-        values |= {
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_max_length,
-        }
-    return values
 
 
 def preprocessor(config: ModelConfig) -> dict[str, Any]:
