@@ -151,6 +151,7 @@ def _scales(row: Row) -> Row:
 def _table() -> dict[str, Row]:
     rows: list[Row] = [
         Row("encoder/patch_embed/kernel", (None, "width"), "encoder", f"{EMBED}.patch_embedding.weight", "patches"),
+        Row("encoder/patch_embed/bias", (None,), "encoder", f"{EMBED}.patch_embedding.bias", "same"),
         Row("encoder/class_token", (None,), "encoder", f"{EMBED}.class_embedding", "same"),
         Row("encoder/position", (None, None), "encoder", f"{EMBED}.position_embedding.weight", "same"),
         *_norm("encoder/pre_norm", f"{CLIP}.pre_layrnorm"),

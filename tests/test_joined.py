@@ -152,7 +152,7 @@ def test_what_does_not_join(clip, tmp_path):
             checkpoint.load(folder, tower)
         assert "\n" not in str(error.value)
 
-    fails("is only a language model: give the CLIP folder", tower=None)
+    fails("is only a language model: give the CLIP or SigLIP folder", tower=None)
     fails("model_type='llava_llama' is not a CLIP", tower=SOURCE)
     fails("mlp_bias=True is not supported", mlp_bias=True)
     fails("rope scaling 'yarn' is not supported", rope_parameters={"rope_type": "yarn", "factor": 2.0})
@@ -161,10 +161,10 @@ def test_what_does_not_join(clip, tmp_path):
     fails("tensor 'model.layers.1..*' is unknown", num_hidden_layers=1)
     save_file(weights | {"lm_head.weight": weights["model.embed_tokens.weight"] + 1}, folder / "model.safetensors")
     fails("'lm_head.weight' differs from 'model.embed_tokens.weight', but its config says tie_word_embeddings")
-    odd = shutil.copytree(tower, tmp_path / "odd")
-    clip_values = json.loads((odd / "config.json").read_text())
-    clip_values["vision_config"]["image_size"] = 28
-    (odd / "config.json").write_text(json.dumps(clip_values))
-    fails("7 x 7 patches cannot be halved", tower=odd)
+    single = shutil.copytree(tower, tmp_path / "single")
+    clip_values = json.loads((single / "config.json").read_text())
+    clip_values["vision_config"]["image_size"] = 4
+    (single / "config.json").write_text(json.dumps(clip_values))
+    fails("1 x 1 patches cannot be halved", tower=single)
     with pytest.raises(ValueError, match="model_type='clip' is not supported, only llava_llama"):
         convert.import_folder(tower, tmp_path / "out")

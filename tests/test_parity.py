@@ -11,7 +11,7 @@ import transformers
 
 from avg_llava_jax import parameters
 from avg_llava_jax.config import LanguageConfig, ModelConfig, RouterConfig, ScalerConfig, VisionConfig
-from avg_llava_jax.convert import decoders, layouts
+from avg_llava_jax.convert import decoders, towers
 from avg_llava_jax.models import language
 from avg_llava_jax.models.encoder import encoder
 from avg_llava_jax.models.router import Router
@@ -49,7 +49,7 @@ def ours(component, shapes, tensors):
 def test_clip_layer_by_layer(activation):
     """Every hidden state that can be selected, from the end and from the start."""
     config = VisionConfig(28, 7, 32, layers=3, heads=4, mlp_width=48, activation=activation)
-    torch_config = transformers.CLIPVisionConfig(**layouts.clip_config(config))
+    torch_config = transformers.CLIPVisionConfig(**towers.write(config))
     model = randomise(transformers.CLIPVisionModel(torch_config))
     tensors = {
         "model.vision_tower.vision_tower.vision_model." + name.removeprefix("vision_model."): tensor

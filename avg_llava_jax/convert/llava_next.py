@@ -1,38 +1,40 @@
-"""The `llava_next` layout of the transformers library: tensor names, config.json, and the processor's files.
+"""The transformers library's `llava_next` and `llava_onevision`: tensor names, config.json, the processor's files.
 
 The reader accepts old names (as in the hub's files), new names, and mixtures:
 
     language_model.model.layers.0...     model.language_model.layers.0...      model.layers.0...
     language_model.lm_head.weight        lm_head.weight                        lm_head.weight
-    vision_tower.vision_model.X          model.vision_tower.X                  (CLIP).vision_model.X
+    vision_tower.vision_model.X          model.vision_tower.X                  (tower).vision_model.X
     multi_modal_projector.linear_1.bias  model.multi_modal_projector...        model.mm_projector.0.bias
     image_newline                        model.image_newline                   model.image_newline
 
-The right column is the released layout, which the parameter table uses; (CLIP) stands for
+The right column is the released layout, which the parameter table uses; (tower) stands for
 model.vision_tower.vision_tower. Export writes the left column, which every version reads.
 """
 
+import math
 import os
 import pathlib
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import tokenizers
 
-from avg_llava_jax.config import ModelConfig, RouterConfig, ScalerConfig, to_dict
-from avg_llava_jax.convert import decoders, layouts
+from avg_llava_jax.config import ModelConfig, RouterConfig, ScalerConfig, build, to_dict
+from avg_llava_jax.convert import decoders, layouts, towers
 from avg_llava_jax.convert.chat_templates import chat_template, with_images
 from avg_llava_jax.convert.tensors import read_json
+from avg_llava_jax.data.geometry import ALLOWED
 from avg_llava_jax.data.sentencepiece_json import write_tokenizer_json
 from avg_llava_jax.data.tokenizer import Tokenizer
 from avg_llava_jax.files import write_json
 
-MODEL_TYPE = "llava_next"
+ONEVISION = "llava_onevision"
 IMAGE = "<image>"
+PROCESSOR = "LlavaNextProcessor"
 
 MODELING = pathlib.Path(__file__).parents[1] / "assets" / "pytorch" / "modeling_avg_llava.py"
 """The PyTorch model that is exported with the weights; this package never imports it."""
-MODEL_CLASS = "AvgLlavaForConditionalGeneration"
 ROUTER = "router"
 """Folder of the router's weights, inside the exported folder."""
 ADAPTIVE = "avg_llava"
@@ -56,11 +58,66 @@ OUTWARD = (
     (r"^model\.(?=layers\.|norm\.|embed_tokens\.)", "language_model.model."),
 )
 
-FIXED = {
-    "vision_feature_select_strategy": "default",
-    "projector_hidden_act": "gelu",
-    "multimodal_projector_bias": True,
+FIXED = {"projector_hidden_act": "gelu", "multimodal_projector_bias": True}
+
+
+class Style(NamedTuple):
+    """A model class of the library.
+
+    name: of its classes, as in `LlavaNextProcessor`. text, tower: the library's default model types of its parts.
+    vision: its default vision config. strategy, layer: the default visual features. pinpoints: (height, width).
+    """
+
+    name: str
+    text: str
+    tower: str
+    vision: dict[str, int]
+    strategy: str
+    layer: int
+    pinpoints: list[list[int]]
+
+    @property
+    def adaptive(self) -> str:
+        """The class in modeling_avg_llava.py that adds scaler and router to this one."""
+        return "AvgLlava" + self.name.removeprefix("Llava").removeprefix("Next") + "ForConditionalGeneration"
+
+
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
+STYLES = {
+    "llava_next": Style(
+        *("LlavaNext", "llama", "clip_vision_model"),
+        dict(zip(SIZES, (1024, 4096, 24, 16, 336, 14), strict=True)),
+        *("default", -2),
+        [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
+    ),
+    ONEVISION: Style(
+        *("LlavaOnevision", "qwen2", "siglip_vision_model"),
+        dict(zip(SIZES, (1152, 4304, 26, 16, 384, 14), strict=True)),
+        *("full", -1),
+        [[384 * rows, 384 * columns] for rows in range(1, 7) for columns in range(1, 7)],
+    ),
 }
+"""By `model_type`. Pinpoints are (height, width), as in the library; the released layout and ModelConfig have (width,
+height)."""
+
+
+def style_of(config: ModelConfig) -> str:
+    """The `model_type` of the library's class that runs a model: of SigLIP's features all are used, of CLIP's not the
+    class token.
+
+    Raises:
+      ValueError: that class cuts or packs images in another way; names the field.
+    """
+    if not config.pinpoints:
+        raise ValueError("model.pinpoints=() cannot be exported: the transformers library needs pinpoints")
+    kind = ONEVISION if config.vision.encoder == "siglip" else "llava_next"
+    largest = max(width * height for width, height in config.pinpoints) / config.vision.image_size**2
+    most = config.most_tiles or (9 if kind == ONEVISION else 0)
+    if (most and kind != ONEVISION) or (most != config.most_tiles and math.sqrt(largest / most) > ALLOWED):
+        raise ValueError(f"model.most_tiles={config.most_tiles} cannot be exported as {kind}")
+    if (config.several == "square") != (kind == ONEVISION):
+        raise ValueError(f"model.several={config.several!r} cannot be exported as {kind}")
+    return kind
 
 
 def released_name(name: str) -> str:
@@ -80,7 +137,7 @@ def stored_name(name: str) -> str:
 
 
 def read_config(folder: str | os.PathLike[str]) -> ModelConfig:
-    """Build the model config from a llava_next config.json; without the key `ADAPTIVE`, with this project's defaults.
+    """Build the model config from a config.json of one of `STYLES`; without `ADAPTIVE`, with this project's defaults.
 
     Raises:
       ValueError: one line that names the field.
@@ -88,44 +145,52 @@ def read_config(folder: str | os.PathLike[str]) -> ModelConfig:
     folder = pathlib.Path(folder)
     path = folder / "config.json"
     values = read_json(path)
-    text, clip = values.get("text_config") or {}, values.get("vision_config") or {}
-    decoders.check_fixed(path, values, FIXED)
-    kind, tower = text.get("model_type", "llama"), clip.get("model_type", "clip_vision_model")
+    style = STYLES[values["model_type"]]
+    decoders.check_fixed(path, values, FIXED | {"vision_feature_select_strategy": style.strategy})
+    text, vision = values.get("text_config") or {}, values.get("vision_config") or {}
+    kind, tower = text.get("model_type", style.text), vision.get("model_type", style.tower)
     if kind not in decoders.FAMILIES:
         known = ", ".join(decoders.FAMILIES)
         raise ValueError(f"{path}: text_config.model_type={kind!r} is not supported, only {known}")
-    if tower != "clip_vision_model":
-        raise ValueError(f"{path}: vision_config.model_type={tower!r} is not supported, only clip_vision_model")
-    select = values.get("vision_feature_layer", -2)
+    if tower != style.tower:
+        raise ValueError(f"{path}: vision_config.model_type={tower!r} is not supported, only {style.tower}")
+    select = values.get("vision_feature_layer", style.layer)
     if not isinstance(select, int):
         raise ValueError(f"{path}: vision_feature_layer={select!r} is not supported, only one layer")
     tied = text.get("tie_word_embeddings", False) or values.get("tie_word_embeddings", False)
-    colours = layouts.read_preprocessor(folder)
-    known = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
-    clip = known | {"image_size": 336, "patch_size": 14} | clip
-    pinpoints = values.get("image_grid_pinpoints") or DEFAULT_PINPOINTS
+    colours = towers.read_preprocessor(folder)
+    pinpoints = values.get("image_grid_pinpoints") or style.pinpoints
     adaptive = values.get(ADAPTIVE, {})
-    template = adaptive.get("template") or layouts.template(folder, kind)
+    mosaic = {}
+    if values["model_type"] == ONEVISION:
+        key = "vision_aspect_ratio"
+        mosaic = layouts.onevision_mosaic(path, key, values.get(key, "anyres_max_9"))
     try:
         config = ModelConfig(
-            vision=layouts.clip_vision(path, clip, colours, select),
-            scaler=ScalerConfig(**adaptive.get("scaler", {})),
-            router=RouterConfig(**adaptive.get("router", {})),
+            vision=towers.read(path, style.vision | vision, tower, colours, select),
+            scaler=build(ScalerConfig, adaptive.get("scaler", {}), f"{ADAPTIVE}.scaler"),
+            router=build(RouterConfig, adaptive.get("router", {}), f"{ADAPTIVE}.router"),
             language=decoders.read(path, text | {"tie_word_embeddings": tied}, kind, "text_config."),
             pinpoints=tuple((int(width), int(height)) for height, width in pinpoints),
-            unpad=adaptive.get("unpad", "exact"),
-            template=template,
+            template=adaptive.get("template") or layouts.template(folder, kind),
+            **mosaic | ({"unpad": adaptive["unpad"]} if "unpad" in adaptive else {}),
         )
     except (TypeError, ValueError) as error:
         raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
-    cut = colours.get("image_grid_pinpoints", pinpoints)
-    if cut != pinpoints:
-        raise ValueError(f"{path}: image_grid_pinpoints={pinpoints}, but its processor cuts images by {cut}")
+    _check_processor(path, values, colours, config, pinpoints)
     return config
 
 
-DEFAULT_PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
-"""Pinpoints as (height, width), as in LlavaNextConfig; the released layout and ModelConfig have (width, height)."""
+def _check_processor(
+    path: pathlib.Path, values: dict[str, Any], colours: dict[str, Any], config: ModelConfig, pinpoints: list[list[int]]
+) -> None:
+    """Check that the folder's processor cuts images into the tiles that its config.json packs."""
+    cut = colours.get("image_grid_pinpoints", pinpoints)
+    if cut != pinpoints:
+        raise ValueError(f"{path}: image_grid_pinpoints={pinpoints}, but its processor cuts images by {cut}")
+    side, size = config.vision.image_size, colours.get("size")
+    if values["model_type"] == ONEVISION and size and set(size.values()) != {side}:
+        raise ValueError(f"{path}: vision_config.image_size={side}, but its processor makes tiles of {size}")
 
 
 def to_config(
@@ -140,51 +205,70 @@ def to_config(
     Raises:
       ValueError: the library cannot cut images into this model's tiles; names the field.
     """
-    if not config.pinpoints:
-        raise ValueError("model.pinpoints=() cannot be exported: the transformers library needs pinpoints")
-    if original.get("model_type") != MODEL_TYPE:
+    kind = style_of(config)
+    style = STYLES[kind]
+    if original.get("model_type") != kind:
         original = {}
     text = decoders.write(config.language, original.get("text_config", {}), vocabulary)
     values = {
-        "architectures": ["LlavaNextForConditionalGeneration"],
-        "model_type": MODEL_TYPE,
+        "architectures": [f"{style.name}ForConditionalGeneration"],
+        "model_type": kind,
         "image_grid_pinpoints": [[height, width] for width, height in config.pinpoints],
-        "image_seq_length": config.granularities[-1],
+        "image_seq_length": config.tokens[-1],
         "image_token_index": image_token,
         "text_config": text,
         "tie_word_embeddings": config.language.tied_embeddings,
-        "vision_config": original.get("vision_config", {}) | layouts.clip_config(config.vision),
+        "vision_config": original.get("vision_config", {}) | towers.write(config.vision),
         "vision_feature_layer": config.vision.select_layer,
+        "vision_feature_select_strategy": style.strategy,
     }
+    if kind == ONEVISION:
+        values["vision_aspect_ratio"] = _aspect(config)
+        # The library compares every token with it: an id that no text has.
+        values["video_token_index"] = original.get("video_token_index", vocabulary)
     original = {key: value for key, value in original.items() if key not in ("auto_map", ADAPTIVE)}
     if router:
-        values["auto_map"] = {"AutoModelForImageTextToText": f"{MODELING.stem}.{MODEL_CLASS}"}
+        values["auto_map"] = {"AutoModelForImageTextToText": f"{MODELING.stem}.{style.adaptive}"}
         values[ADAPTIVE] = {key: to_dict(config)[key] for key in ("scaler", "router", "unpad", "template")}
     return original | values | FIXED
 
 
+def _aspect(config: ModelConfig) -> str:
+    return f"anyres_max_{config.most_tiles or 9}"
+
+
 def preprocessor(config: ModelConfig) -> dict[str, Any]:
-    """Build preprocessor_config.json of a LlavaNextImageProcessor."""
-    return layouts.clip_preprocessor(config.vision) | {
-        "image_processor_type": "LlavaNextImageProcessor",
-        "processor_class": "LlavaNextProcessor",
+    """Build preprocessor_config.json of the library's image processor."""
+    name, side = STYLES[style_of(config)].name, config.vision.image_size
+    values = towers.preprocessor(config.vision) | {
+        "image_processor_type": f"{name}ImageProcessor",
+        "processor_class": f"{name}Processor",
         "do_pad": True,
         "image_grid_pinpoints": [[height, width] for width, height in config.pinpoints],
     }
+    return values if name == "LlavaNext" else values | {"size": {"height": side, "width": side}}
 
 
 def processor(config: ModelConfig) -> dict[str, Any]:
-    """Build processor_config.json of a LlavaNextProcessor."""
-    return {
-        "processor_class": "LlavaNextProcessor",
+    """Build processor_config.json of the library's processor."""
+    style = STYLES[style_of(config)]
+    values = {
+        "processor_class": f"{style.name}Processor",
         "image_token": IMAGE,
-        "num_additional_image_tokens": 1,
-        "patch_size": config.vision.patch_size,
-        "vision_feature_select_strategy": "default",
+        "vision_feature_select_strategy": style.strategy,
+    }
+    if style.name == "LlavaNext":
+        return values | {"num_additional_image_tokens": 1, "patch_size": config.vision.patch_size}
+    return values | {
+        "num_image_tokens": config.tokens[-1],
+        "video_token": "<video>",
+        "vision_aspect_ratio": _aspect(config),
     }
 
 
-def save_tokenizer(folder: pathlib.Path, tokenizer: Tokenizer, image_token: int, template: str) -> None:
+def save_tokenizer(
+    folder: pathlib.Path, tokenizer: Tokenizer, image_token: int, template: str, processor_class: str = PROCESSOR
+) -> None:
     """Write the chat template and tokenizer files with which the library produces the same ids as `conversation`.
 
     The library must read tokenizer.json unchanged (it rebuilds Llama tokenizers), so tokenizer_config.json names
@@ -199,7 +283,7 @@ def save_tokenizer(folder: pathlib.Path, tokenizer: Tokenizer, image_token: int,
     _begin_with_bos(folder / "tokenizer.json", tokenizer)
     values |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"]}
     write_json(path, values)
-    name_image_token(folder, image_token)
+    name_image_token(folder, image_token, processor_class)
     after_image = " " if tokenizer.encode("\na") != tokenizer.encode("\na", after_special=True) else ""
     chat = chat_template(template, after_image)
     if template == "tokenizer" and not tokenizer.writes_images:
@@ -227,7 +311,7 @@ def _begin_with_bos(path: pathlib.Path, tokenizer: Tokenizer) -> None:
     write_json(path, spec)
 
 
-def name_image_token(folder: pathlib.Path, token: int) -> None:
+def name_image_token(folder: pathlib.Path, token: int, processor_class: str = PROCESSOR) -> None:
     """Add the special token `<image>` with id `token` to the tokenizer files in `folder`, if they lack it."""
     entry = {
         "content": IMAGE,
@@ -240,7 +324,7 @@ def name_image_token(folder: pathlib.Path, token: int) -> None:
     path = folder / "tokenizer_config.json"
     values = read_json(path) if path.is_file() else {}
     values["added_tokens_decoder"] = values.get("added_tokens_decoder", {}) | {str(token): entry}
-    values |= {"extra_special_tokens": {"image_token": IMAGE}, "processor_class": "LlavaNextProcessor"}
+    values |= {"extra_special_tokens": {"image_token": IMAGE}, "processor_class": processor_class}
     write_json(path, values)
     path = folder / "tokenizer.json"
     if path.is_file():
