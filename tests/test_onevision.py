@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
 
-from avg_llava_jax import parameters
+from avg_llava_jax import checkpoint, parameters
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.convert import convert, foreign, layouts, llava_next
 from avg_llava_jax.data.conversation import IGNORE, IMAGE, Tokens
@@ -26,6 +26,7 @@ from avg_llava_jax.inference.model import Model
 from avg_llava_jax.models import avg_llava
 from avg_llava_jax.models.vit import normalise
 from tests.differences import agree
+from tests.random_model import random_model
 from tests.test_convert import SOURCE
 
 IMAGE_TOKEN = 1000
@@ -115,9 +116,9 @@ def torch_inputs(cut, config, samples):
     return {"input_ids": ids, "attention_mask": torch.tensor(mask)} | dict(pixels)
 
 
-def our_logits(config, params, samples):
-    """Logits (length, V) of each sample at the finest granularity, from one batch."""
-    finest = config.granularities[-1]
+def our_logits(config, params, samples, granularity=None):
+    """Logits (length, V) of each sample at a granularity, the finest by default, from one batch."""
+    finest = granularity or config.granularities[-1]
     shape = dataclasses.replace(merge(shape_of(s, config, [finest]) for s in samples), answer=1)
     batch = collate(samples, shape, config, [finest])
 
@@ -254,6 +255,45 @@ def test_the_authors_layout(theirs, tmp_path):
     with pytest.raises(ValueError, match="image_aspect_ratio='anyres' is not supported, only anyres_max_N") as error:
         foreign.load(old, tower)
     assert "\n" not in str(error.value)
+
+
+def test_adaptive_in_pytorch(theirs, tokenizer, tmp_path):
+    """Our model with a router, exported: the folder's own class computes our logits at every granularity, and chooses
+    as ours does; the library's class reads the same folder."""
+    config, cut = theirs[2], theirs[4]
+    params = random_model(dataclasses.replace(config, template="vicuna_v1"), tokenizer).params
+    meta = {"step": 1, "training": None, "granularities_trained": None}
+    (tmp_path / "ours").mkdir()
+    convert.write_checkpoint(checkpoint.Loaded(config, params, theirs[1], meta), tmp_path / "ours")
+    convert.export_transformers(tmp_path / "ours", tmp_path / "out")
+    model = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
+    assert type(model).__name__ == "AvgLlavaOnevisionForConditionalGeneration"
+    samples = [sample_of(images) for images in MIXED[:3]]
+    inputs = torch_inputs(cut, config, samples)
+    with torch.no_grad():
+        for granularity in (4, 28, 49):
+            output = model(**inputs, granularity=granularity)
+            logits = our_logits(config, params, samples, granularity)
+            for ours, row, mask in zip(logits, output.logits, output.attention_mask, strict=True):
+                agree("adaptive LLaVA-OneVision in PyTorch: logits", ours, row[mask].numpy())
+        output = model(**inputs)
+        agree("adaptive LLaVA-OneVision in PyTorch: router", our_scores(config, params, samples), output.router_logits)
+        finest = transformers.LlavaOnevisionForConditionalGeneration.from_pretrained(tmp_path / "out").eval()(**inputs)
+    with torch.no_grad(), pytest.raises(ValueError, match="reads images, not videos"):
+        model(**inputs, pixel_values_videos=inputs["pixel_values"])
+    logits = our_logits(config, params, samples)
+    for ours, row, mask in zip(logits, finest.logits, inputs["attention_mask"], strict=True):
+        agree("LLaVA-OneVision in the library: logits", ours, row[mask.bool()].numpy())
+
+
+def our_scores(config, params, samples):
+    """Router logits of every image, (images, G)."""
+    shape = dataclasses.replace(merge(shape_of(s, config) for s in samples), answer=1)
+    batch = collate(samples, shape, config, granularities=())
+    with jax.default_matmul_precision("highest"):
+        pyramid = avg_llava.pyramid_of(config, params, batch["pixels"])
+        routed = avg_llava.route(config, params, pyramid, avg_llava.embed(config, params, batch["text"]), batch)
+    return np.concatenate([row[: len(s.sizes)] for row, s in zip(np.asarray(routed.logits), samples, strict=True)])
 
 
 def test_what_is_not_supported(theirs, tmp_path):

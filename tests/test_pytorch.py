@@ -51,7 +51,7 @@ def load(folder):
     model, report = AutoModelForImageTextToText.from_pretrained(
         folder, trust_remote_code=True, output_loading_info=True
     )
-    assert type(model).__name__ == llava_next.MODEL_CLASS and complete(report)
+    assert type(model).__name__ == llava_next.STYLES["llava_next"].adaptive and complete(report)
     return model
 
 
