@@ -24,10 +24,12 @@ from avg_llava_jax.data.images import MemoryImage
 from avg_llava_jax.data.packing import Sample, collate, load_tiles, merge, shape_of
 from avg_llava_jax.inference.model import Model
 from avg_llava_jax.models import avg_llava
+from avg_llava_jax.models.encoder import encoder
 from avg_llava_jax.models.vit import normalise
 from tests.differences import agree
 from tests.random_model import random_model
 from tests.test_convert import SOURCE
+from tests.test_joined import language, save
 
 IMAGE_TOKEN = 1000
 SIDE = 30  # 7 x 7 patches of 4 pixels: an odd grid, and a margin of 2 that no patch shows
@@ -99,7 +101,7 @@ def sample_of(images, text=(1, 17, 300, 45, 499, 2)):
     return Sample("s", Tokens(ids, [IGNORE] * len(ids)), sizes, tuple(MemoryImage("i", image) for image in images))
 
 
-def torch_inputs(cut, config, samples):
+def torch_inputs(cut, config, samples, image_token=IMAGE_TOKEN):
     """The library's inputs of prompts of ids, padded on the left, with as many image tokens as ours."""
     finest = config.granularities[-1]
     rows = []
@@ -107,7 +109,7 @@ def torch_inputs(cut, config, samples):
         own, sizes = config.of(len(sample.sizes)), iter(sample.sizes)
         rows.append([
             each for token in sample.tokens.ids
-            for each in ([IMAGE_TOKEN] * visual_count(next(sizes), own, finest) if token == IMAGE else [token])
+            for each in ([image_token] * visual_count(next(sizes), own, finest) if token == IMAGE else [token])
         ])  # fmt: skip
     longest = max(map(len, rows))
     mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
@@ -294,6 +296,49 @@ def our_scores(config, params, samples):
         pyramid = avg_llava.pyramid_of(config, params, batch["pixels"])
         routed = avg_llava.route(config, params, pyramid, avg_llava.embed(config, params, batch["text"]), batch)
     return np.concatenate([row[: len(s.sizes)] for row, s in zip(np.asarray(routed.logits), samples, strict=True)])
+
+
+@pytest.fixture(scope="module")
+def siglip(tmp_path_factory):
+    """(torch's vision model, its folder): a SigLIP's vision side, with the pooling head that is not run."""
+    folder = tmp_path_factory.mktemp("siglip")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+    model = transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**sizes, image_size=SIDE, patch_size=4))
+    save(model, folder)
+    about = {"image_mean": MEAN, "image_std": STD, "resample": 2, "do_normalize": True}
+    (folder / "preprocessor_config.json").write_text(json.dumps(about))
+    return model, folder
+
+
+@pytest.mark.parametrize("family", ["SmolLM2", "Mistral", "Qwen2", "Qwen3"])
+def test_a_decoder_joined_with_a_siglip(siglip, tmp_path, family):
+    """Tower, connector, decoder and packing, as one: ours, exported, gives the library's class our logits."""
+    source = language(tmp_path / "decoder", family)[1]
+    convert.import_folder(source, tmp_path / "ours", siglip[1], seed=3)
+    loaded = checkpoint.load(tmp_path / "ours")
+    config, params = loaded.config, loaded.params
+    assert (config.vision.encoder, config.vision.resample, config.vision.used_layers) == ("siglip", "bilinear", 2)
+    assert config.granularities == (4, 8, 16, 28, 49) and config.several == "square"
+    pixels = np.random.default_rng(1).integers(0, 255, (2, SIDE, SIDE, 3), np.uint8)
+    inputs = torch.tensor(np.moveaxis(np.asarray(normalise(config.vision, pixels)), -1, 1))
+    with torch.no_grad():
+        patches = siglip[0](inputs, output_hidden_states=True).hidden_states[-2].numpy()
+    with jax.default_matmul_precision("highest"):
+        agree("SigLIP: hidden state", encoder(config.vision).apply({"params": params["encoder"]}, pixels), patches)
+
+    convert.export_transformers(tmp_path / "ours", tmp_path / "out", router=False)
+    model, report = transformers.LlavaOnevisionForConditionalGeneration.from_pretrained(
+        tmp_path / "out", output_loading_info=True
+    )
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    cut = LlavaOnevisionImageProcessorPil.from_pretrained(tmp_path / "out")
+    samples = [sample_of(images) for images in MIXED[1:3]]
+    inputs = torch_inputs(cut, config, samples, model.config.image_token_index)
+    with torch.no_grad():
+        logits = model.eval()(**inputs).logits.numpy()
+    for ours, row, mask in zip(our_logits(config, params, samples), logits, inputs["attention_mask"], strict=True):
+        agree("SigLIP + Llama, Mistral, Qwen2, Qwen3, joined, in the library: logits", ours,
+              row[mask.bool().numpy()][:, : ours.shape[1]])  # fmt: skip
 
 
 def test_what_is_not_supported(theirs, tmp_path):

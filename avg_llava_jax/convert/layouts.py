@@ -224,7 +224,7 @@ def released_config(config: ModelConfig, original: dict[str, Any], router: bool,
             "router.norm_eps": (config.router.norm_eps, 1e-5),
             "scaler.first_axis": (config.scaler.first_axis, "width"),
             "scaler.grids": (config.scaler.grids, ()),
-            "tokens of a pair per token": (max(b / a for a, b in itertools.pairwise(config.tokens)), 2),
+            "scaler, tokens per token of the coarser granularity": (max(b / a for a, b in itertools.pairwise(config.tokens)), 2),
             "unpad": (config.unpad, "released"),
         }
     for field, (ours, theirs) in only.items():

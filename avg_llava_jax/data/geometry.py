@@ -35,7 +35,7 @@ ALLOWED = 1.1
 """A mosaic is reduced where its sides exceed those of `most_tiles` by this factor, their geometric mean."""
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=256)
 def visual_index(size: Size, config: ModelConfig, granularity: Granularity) -> np.ndarray:
     """Pyramid row of each visual token of one image, -1 for a newline: int32 (N,), or (N, 4) with `most_tiles`.
 
@@ -57,7 +57,7 @@ def visual_index(size: Size, config: ModelConfig, granularity: Granularity) -> n
     return index
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=256)
 def visual_weight(size: Size, config: ModelConfig, granularity: Granularity) -> np.ndarray:
     """Weights of the four rows of each visual token, float32 (N, 4), with `most_tiles`; read-only."""
     weight = np.zeros((visual_count(size, config, granularity), 4), np.float32)
