@@ -7,6 +7,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from avg_llava_jax.convert import llava_next
 from avg_llava_jax.convert.chat_templates import chat_template
+from avg_llava_jax.data.conversation import CHATML as CHATML_FORMS
 from avg_llava_jax.data.conversation import IMAGE as IMAGE_ID
 from avg_llava_jax.data.conversation import _checked, _render, encode_prompt
 from avg_llava_jax.data.tokenizer import load_tokenizer, train_byte_bpe
@@ -53,6 +54,23 @@ def test_what_the_system_says_stands_before_the_first_question(template):
     assert rendered(template, [*messages[:1]]) == ours(template, turns[:1], 0)
 
 
+@pytest.mark.parametrize("template", CHATML_FORMS)
+def test_chatml_has_a_system_turn(template):
+    turns = [("human", "<image>\n<image>\nWho? "), ("gpt", "Ann "), ("human", "And\n <image>?"), ("gpt", "Bo")]
+    messages = [
+        {"role": "user", "content": [IMAGE, IMAGE, {"type": "text", "text": "Who? "}]},
+        {"role": "assistant", "content": "Ann "},
+        {"role": "user", "content": [{"type": "text", "text": "And\n <image>?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "Bo"}]},
+    ]
+    for count, images in ((1, 2), (3, 3), (4, 3)):
+        assert rendered(template, messages[:count]) == ours(template, turns[:count], images)
+    said = [{"role": role, "content": "Be brief."} for role in ("system", "developer")]
+    assert rendered(template, [*said, *messages]) == (
+        ours(template, [("system", "Be brief.\nBe brief."), *turns], 3)
+    )
+
+
 def test_a_tokenizers_own_template_takes_images_too(tmp_path):
     """ChatML as the hub has it takes texts; exported, it takes parts, and makes the ids that we make."""
     tokenizer = train_byte_bpe(TEXTS, 340, tmp_path, ("<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"))
@@ -80,7 +98,7 @@ def test_a_tokenizers_own_template_takes_images_too(tmp_path):
     assert written[0] == written[1]
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("template", [*TEMPLATES, "chatml"])
 @pytest.mark.parametrize(
     ("messages", "given", "message"),
     [

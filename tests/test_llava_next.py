@@ -27,6 +27,7 @@ from avg_llava_jax.models import avg_llava
 from avg_llava_jax.models.vit import normalise
 from tests.conftest import TOKENIZER
 from tests.differences import agree
+from tests.test_conversation import QWEN3
 from tests.test_convert import SOURCE, TOWER
 
 IMAGE_TOKEN = 1000
@@ -292,6 +293,16 @@ SPOKEN = {
         "tokenizer",
         "tokenizer",
     ),
+    "onevision": (  # as the library's processor writes it
+        "{% for m in messages %}<|im_start|>{{ m.role }} {% for part in m.content | selectattr('type', 'equalto',"
+        " 'image') %}<image>{% endfor %}{% for part in m.content | selectattr('type', 'equalto', 'text') %}"
+        "{{ '\n' + part.text }}{% endfor %}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+        ("<|im_start|>", "<|im_end|>"),
+        "llava_onevision",
+        "llava_onevision",
+    ),
+    "thoughts": (QWEN3, ("<|im_start|>", "<|im_end|>"), "chatml", "chatml"),
     "vicuna, parts": (
         PARTS.replace("ROLE", "{{ m.role | upper }}: ").replace("END", " ").replace("OPEN", "ASSISTANT:"),
         (),

@@ -14,6 +14,7 @@ from avg_llava_jax.config import ModelConfig, RouterConfig, ScalerConfig, Vision
 from avg_llava_jax.convert import decoders, towers
 from avg_llava_jax.convert.decoders import check_fixed
 from avg_llava_jax.convert.tensors import read_json
+from avg_llava_jax.data.conversation import END, START, keeps_turns
 from avg_llava_jax.data.tokenizer import load_tokenizer
 
 Folder = str | os.PathLike[str]
@@ -170,26 +171,34 @@ def template(folder: Folder, family: str) -> str:
     """Conversation template of a model: the one that matches its tokenizer, else LLaVA's for its family.
 
     The tokenizer's own chat template decides: Llama 3's gives `llama_3`, one with USER and ASSISTANT `vicuna_v1`, one
-    with [INST] of a Mistral `mistral_instruct`, any other, such as ChatML, `tokenizer`. A tokenizer without chat
-    template is matched by its special tokens.
+    with [INST] of a Mistral `mistral_instruct`, that of LLaVA-OneVision in the transformers library `llava_onevision`,
+    a ChatML that rewrites earlier turns (Qwen3 drops their thoughts) `chatml`, any other `tokenizer`. A tokenizer
+    without chat template is matched by its special tokens.
 
     Raises:
-      ValueError: a ChatML tokenizer without a chat template.
+      ValueError: a ChatML tokenizer without a chat template, not of a Qwen.
     """
     folder = pathlib.Path(folder)
-    default = {"llama": "vicuna_v1", "mistral": "mistral_instruct"}.get(family, "tokenizer")
+    default = {"mistral": "mistral_instruct"}.get(family, "vicuna_v1")
     if not has_tokenizer(folder):
         return default
     tokenizer = load_tokenizer(folder)
     if "<|start_header_id|>" in tokenizer.special_tokens:
         return "llama_3"
+    is_chatml = START in tokenizer.special_tokens
     if tokenizer.chat_template is None:
-        if "<|im_start|>" in tokenizer.special_tokens:
-            raise ValueError(f"{folder}: its tokenizer has <|im_start|> of ChatML and no chat template: add one")
-        return default
+        if not is_chatml:
+            return default
+        if family in ("qwen2", "qwen3"):
+            return {"qwen2": "qwen_1_5", "qwen3": "chatml"}[family]
+        raise ValueError(f"{folder}: its tokenizer has {START} of ChatML and no chat template: add one")
     said = tokenizer.apply_chat_template([{"role": "user", "content": "Who?"}], add_generation_prompt=True)
     if "USER:" in said and "ASSISTANT:" in said:
         return "vicuna_v1"
+    if f"{START}user \nWho?{END}{START}" in said:
+        return "llava_onevision"
+    if is_chatml and not keeps_turns(tokenizer):
+        return "chatml"
     return "mistral_instruct" if family == "mistral" and "[INST]" in said else "tokenizer"
 
 

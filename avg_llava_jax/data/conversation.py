@@ -1,22 +1,32 @@
 """Conversations in the LLaVA format become token ids: IMAGE marks an image, labels mark the answers.
 
-A conversation is a list of turns `{"from": "human" | "gpt", "value": text}`. `<image>` in a human
-turn marks the position of an image; in the ids it is IMAGE. Labels equal the ids of the answers and
-of the token that ends each answer; every other label is IGNORE.
+A conversation is a list of turns `{"from": "human" | "gpt", "value": text}`; the first may be from "system".
+`<image>` in a human turn marks the position of an image; in the ids it is IMAGE. Labels equal the ids of the
+answers and of the token that ends each answer; every other label is IGNORE.
 
     vicuna_v1, "<image>\\nWho?" -> "Ann":
 
     <s> system USER: <image> \\n Who? ASSISTANT: Ann </s>
                                                ~~~~~~~~~~  labelled
 
-Templates: `vicuna_v1`, `llama_3` (alias `llava_llama_3`), `mistral_instruct`, `plain` (image and
-caption, for connector pre-training) and `tokenizer` (the tokenizer's own chat template).
+    qwen_1_5, the same turns:
+
+    <|im_start|> system \n You are ... <|im_end|> \n <|im_start|> user \n <image> \n Who? <|im_end|> \n
+    <|im_start|> assistant \n Ann <|im_end|> \n
+                               ~~~~~~~~~~~~~~ labelled
+
+Templates: `vicuna_v1`, `llama_3` (alias `llava_llama_3`), `mistral_instruct`, ChatML in three forms (`chatml`,
+`qwen_1_5`, `llava_onevision`; see `CHATML`), `plain` (image and caption, for connector pre-training) and `tokenizer`
+(the tokenizer's own chat template). A system turn replaces that of ChatML and goes to the tokenizer's own template,
+if it has one; in the other templates its text stands before the first question.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from avg_llava_jax.data.errors import BadSample, half_character
 from avg_llava_jax.data.tokenizer import Tokenizer
@@ -36,6 +46,27 @@ LLAMA_3_SYSTEM = (
     "You are able to understand the visual content that the user provides, "
     "and assist the user with a variety of tasks using natural language."
 )
+
+
+class ChatML(NamedTuple):
+    """A form of ChatML: the system turn where a conversation has none, the text after `user` and after a turn."""
+
+    system: str | None
+    user: str
+    end: str
+
+
+CHATML = {
+    "chatml": ChatML(None, "", "\n"),
+    "qwen_1_5": ChatML("You are a helpful assistant.", "", "\n"),
+    "llava_onevision": ChatML(None, " ", ""),
+}
+"""`chatml` is Qwen3's, `qwen_1_5` Qwen2's and that of LLaVA-OneVision in LLaVA's own code, `llava_onevision` the
+transformers library's: `<|im_start|>user <image>\\nWho?<|im_end|><|im_start|>assistant\\n`, images first.
+"""
+START, END = "<|im_start|>", "<|im_end|>"
+END_OF_TEXT = "<|endoftext|>"
+"""Stop token of GPT-2's and Qwen's tokenizers, beside the template's own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +100,7 @@ def encode_conversation(
         contain none, all images precede the first question, each on its own line.
 
     Raises BadSample: `no_turns`, `malformed_turn`, `unknown_role`, `not_human_first`, `bad_order`,
-    `ends_on_human`, `empty_question`, `empty_answer`, `image_in_answer`, `image_count`; `not_plain`
+    `ends_on_human`, `empty_question`, `empty_answer`, `image_in_answer`, `image_in_system`, `image_count`; `not_plain`
     where template `plain` gets more than one question and one answer. Raises ValueError for an
     unknown template, and for a special token of the template that the tokenizer lacks.
     """
@@ -102,9 +133,9 @@ def encode_raw(text: str, tokenizer: Tokenizer) -> Tokens:
 
 
 def stop_ids(tokenizer: Tokenizer, template: str) -> tuple[int, ...]:
-    """Stop ids, ascending: the token that the template writes after an answer, and the tokenizer's EOS."""
+    """Stop ids, ascending: the token that the template writes after an answer, the tokenizer's EOS, `END_OF_TEXT`."""
     turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
-    stops = {tokenizer.eos_id}
+    stops = {tokenizer.eos_id, tokenizer.special_tokens.get(END_OF_TEXT, tokenizer.eos_id)}
     labelled = [piece for piece in _render(turns, tokenizer, template) if piece.labelled]
     stops.update(_special_id(piece.text, tokenizer) for piece in labelled if piece.special)
     if template == "plain":
@@ -113,7 +144,7 @@ def stop_ids(tokenizer: Tokenizer, template: str) -> tuple[int, ...]:
 
 
 def _checked(conversations: Sequence[Turn], images: int, template: str) -> list[Turn]:
-    """Validated turns: human and gpt alternate, no text is empty, each image has one placeholder."""
+    """Validated turns: human and gpt alternate after the system, no text is empty, each image has one placeholder."""
     if not isinstance(conversations, Sequence) or isinstance(conversations, str) or not conversations:
         raise BadSample("no_turns", "`conversations` must be a list of turns that is not empty")
     turns = []
@@ -122,30 +153,43 @@ def _checked(conversations: Sequence[Turn], images: int, template: str) -> list[
         if not isinstance(role, str) or not isinstance(text, str):
             raise BadSample("malformed_turn", f"turn {number} needs the strings `from` and `value`")
         _whole(text, f"turn {number}")
-        if role not in ("human", "gpt"):
-            raise BadSample("unknown_role", f"turn {number} is from {role!r}; known are human and gpt")
-        if number == 0 and role != "human":
+        if role not in ("human", "gpt") and (role, number) != ("system", 0):
+            raise BadSample("unknown_role", f"turn {number} is from {role!r}; known are human, gpt, and system first")
+        if role == "gpt" and (not turns or turns[-1]["from"] == "system"):
             raise BadSample("not_human_first", "the first turn is an answer")
         if number and role == turns[-1]["from"]:
             raise BadSample("bad_order", f"turns {number - 1} and {number} are both from {role}")
+        if role == "system" and PLACEHOLDER in text:
+            raise BadSample("image_in_system", f"turn {number} is from the system with {PLACEHOLDER} in it")
         if role == "gpt" and PLACEHOLDER in text:
             raise BadSample("image_in_answer", f"turn {number} is an answer with {PLACEHOLDER} in it")
         if role == "gpt" and not text.strip():
             raise BadSample("empty_answer", f"turn {number} is an answer without text")
         turns.append({"from": role, "value": text})
+    first = int(turns[0]["from"] == "system")
+    if first == len(turns):
+        raise BadSample("no_turns", "the only turn is from the system")
     found = sum(turn["value"].count(PLACEHOLDER) for turn in turns)
     if not found and images:
-        turns[0]["value"] = f"{PLACEHOLDER}\n" * images + turns[0]["value"]
+        turns[first]["value"] = f"{PLACEHOLDER}\n" * images + turns[first]["value"]
     elif found != images:
         raise BadSample("image_count", f"{images} images for {found} {PLACEHOLDER}")
     for number, turn in enumerate(turns):
         if PLACEHOLDER in turn["value"]:
             turn["value"] = turn["value"].strip()  # as the released code does where an image stands
-        if not turn["value"].strip() and template != "plain":
+        if turn["from"] == "human" and not turn["value"].strip() and template != "plain":
             raise BadSample("empty_question", f"turn {number} is a question without text")
-    if template == "plain" and len(turns) > 2:
+    if template == "plain" and len(turns) > first + 2:
         raise BadSample("not_plain", f"template plain takes one question and one answer, not {len(turns)} turns")
     return turns
+
+
+def _without_system(turns: list[Turn]) -> list[Turn]:
+    """The turns with the system's text, if any, before the first question."""
+    if turns[0]["from"] != "system":
+        return turns
+    system, question, *others = turns
+    return [{"from": "human", "value": f"{system['value']}\n\n{question['value']}"}, *others]
 
 
 def _whole(text: str, what: str) -> None:
@@ -156,6 +200,11 @@ def _whole(text: str, what: str) -> None:
 
 def _render(turns: list[Turn], tokenizer: Tokenizer, template: str) -> list[_Piece]:
     """Renders turns as pieces of text. After a final human turn comes the header of the answer."""
+    if template in CHATML:
+        return list(_chatml(turns, CHATML[template]))
+    if template == "tokenizer":
+        return list(_own_template(turns, tokenizer))
+    turns = _without_system(turns)
     if template == "vicuna_v1":
         return list(_vicuna_v1(turns, tokenizer))
     if template in ("llama_3", "llava_llama_3"):
@@ -164,9 +213,7 @@ def _render(turns: list[Turn], tokenizer: Tokenizer, template: str) -> list[_Pie
         return list(_mistral_instruct(turns, tokenizer))
     if template == "plain":
         return list(_plain(turns))
-    if template == "tokenizer":
-        return list(_own_template(turns, tokenizer))
-    known = "vicuna_v1, llama_3 (llava_llama_3), mistral_instruct, plain, tokenizer"
+    known = f"vicuna_v1, llama_3 (llava_llama_3), mistral_instruct, {', '.join(CHATML)}, plain, tokenizer"
     raise ValueError(f"template {template!r} is not known; choose from {known}")
 
 
@@ -212,6 +259,28 @@ def _llama_3(turns: list[Turn]) -> Iterable[_Piece]:
         yield from header("assistant")
 
 
+def _chatml(turns: list[Turn], form: ChatML) -> Iterable[_Piece]:
+    if form.system is not None and turns[0]["from"] != "system":
+        turns = [{"from": "system", "value": form.system}, *turns]
+    for turn in turns:
+        yield _Piece(START, special=True)
+        match turn["from"]:
+            case "system":
+                yield _Piece(f"system{form.user}\n{turn['value']}")
+            case "human":
+                first = re.match(f"({PLACEHOLDER}\n?)*" if form.user else "", turn["value"])[0]
+                images, text = first.replace("\n", ""), turn["value"][len(first) :]
+                yield _Piece(f"user{form.user}{images}\n{text}")
+            case "gpt":
+                yield _Piece("assistant\n")
+                yield _Piece(turn["value"], labelled=True)
+        yield _Piece(END, labelled=turn["from"] == "gpt", special=True)
+        yield _Piece(form.end)
+    if turns[-1]["from"] == "human":
+        yield _Piece(START, special=True)
+        yield _Piece("assistant\n")
+
+
 def _plain(turns: list[Turn]) -> Iterable[_Piece]:
     """The images and the caption; the text of the question is dropped, as in LLaVA."""
     yield _Piece(PLACEHOLDER * turns[0]["value"].count(PLACEHOLDER))
@@ -221,13 +290,15 @@ def _plain(turns: list[Turn]) -> Iterable[_Piece]:
 
 def _own_template(turns: list[Turn], tokenizer: Tokenizer) -> Iterable[_Piece]:
     """An answer is the difference of two renderings: the turns up to and including it, less the turns before it."""
-    names = {"human": "user", "gpt": "assistant"}
+    names = {"system": "system", "human": "user", "gpt": "assistant"}
+    if not tokenizer.takes_system:
+        turns = _without_system(turns)
     messages = [{"role": names[turn["from"]], "content": turn["value"]} for turn in turns]
     ends_open = turns[-1]["from"] == "human"
     whole = tokenizer.apply_chat_template(messages, add_generation_prompt=ends_open)
     at = 0
     for number, turn in enumerate(turns):
-        if turn["from"] == "human":
+        if turn["from"] != "gpt" or ends_open:  # a prompt has no labels
             continue
         before = tokenizer.apply_chat_template(messages[:number], add_generation_prompt=True)
         upto = tokenizer.apply_chat_template(messages[: number + 1])
@@ -246,6 +317,15 @@ def _own_template(turns: list[Turn], tokenizer: Tokenizer) -> Iterable[_Piece]:
         yield from answer
         at = len(upto)
     yield from _split_special(whole[at:], tokenizer)
+
+
+def keeps_turns(tokenizer: Tokenizer) -> bool:
+    """Whether the tokenizer's own template renders earlier turns as before when later ones are added."""
+    turns = [{"from": role, "value": "a"} for role in ("human", "gpt") * 2]
+    try:
+        return bool(list(_own_template(turns, tokenizer)))
+    except ValueError:
+        return False
 
 
 def _split_special(text: str, tokenizer: Tokenizer) -> list[_Piece]:

@@ -112,7 +112,7 @@ class Tokenizer:
         return {byte: i for i, byte in self._backend.bytes.items()}
 
     def apply_chat_template(self, messages: list[dict[str, str]], *, add_generation_prompt: bool = False) -> str:
-        """Renders `[{"role": "user" | "assistant", "content": text}]` with the tokenizer's own template.
+        """Renders `[{"role": "system" | "user" | "assistant", "content": text}]` with the tokenizer's own template.
 
         A template that expects parts gets `[{"type": "text", "text": text}]`.
 
@@ -130,6 +130,15 @@ class Tokenizer:
         content = [{"type": "image"}, {"type": "text", "text": "probe"}]
         try:
             return "<image>" in self._render([{"role": "user", "content": content}])
+        except ValueError:
+            return False
+
+    @functools.cached_property
+    def takes_system(self) -> bool:
+        """Whether its chat template writes the text of a system turn."""
+        messages = [{"role": "system", "content": "probe"}, {"role": "user", "content": "a"}]
+        try:
+            return "probe" in self.apply_chat_template(messages)
         except ValueError:
             return False
 

@@ -188,7 +188,7 @@ def _conversation(messages: Sequence[Any], limits: Limits) -> tuple[list[Turn], 
     if turns[0]["from"] != "human":
         raise Refusal(400, "the first message after the system's must be from the user", "messages")
     if system:
-        turns[0]["value"] = "\n".join([*system, "", turns[0]["value"]])
+        turns.insert(0, {"from": "system", "value": "\n".join(system)})
     return turns, images, details
 
 
