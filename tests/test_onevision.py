@@ -17,6 +17,7 @@ from transformers.models.llava_onevision.processing_llava_onevision import Llava
 
 from avg_llava_jax import checkpoint, parameters
 from avg_llava_jax.config import ModelConfig
+from avg_llava_jax.configs import onevision_05b, onevision_05b_router
 from avg_llava_jax.convert import convert, foreign, layouts, llava_next
 from avg_llava_jax.data.conversation import IGNORE, IMAGE, Tokens
 from avg_llava_jax.data.geometry import visual_count, visual_index, visual_weight
@@ -26,6 +27,7 @@ from avg_llava_jax.inference.model import Model
 from avg_llava_jax.models import avg_llava
 from avg_llava_jax.models.encoder import encoder
 from avg_llava_jax.models.vit import normalise
+from avg_llava_jax.training.loop import train
 from tests.differences import agree
 from tests.random_model import random_model
 from tests.test_convert import SOURCE
@@ -339,6 +341,27 @@ def test_a_decoder_joined_with_a_siglip(siglip, tmp_path, family):
     for ours, row, mask in zip(our_logits(config, params, samples), logits, inputs["attention_mask"], strict=True):
         agree("SigLIP + Llama, Mistral, Qwen2, Qwen3, joined, in the library: logits", ours,
               row[mask.bool().numpy()][:, : ours.shape[1]])  # fmt: skip
+
+
+def test_to_a_trained_router_and_back(theirs, llava_folder, tmp_path):
+    """Two steps of tuning, two of the router, by the shipped configs; the export holds the router that was trained."""
+    for name, phase in (("tuned", onevision_05b), ("routed", onevision_05b_router)):
+        config = phase.get_config()
+        config.init_from = str(theirs[1]) if name == "tuned" else str(tmp_path / "tuned")
+        config.data.path, config.data.images = str(llava_folder / "train.json"), str(llava_folder / "images")
+        config.data.workers, config.data.shapes, config.compute_dtype = 0, 1, "float32"
+        config.steps, config.batch_size, config.optimizer.accumulate = 2, 2, 1
+        config.model.language.max_length = 1024
+        if name == "tuned":
+            config.model.template = "vicuna_v1"
+        train(config, tmp_path / name)
+    tuned, routed = (checkpoint.load(tmp_path / name) for name in ("tuned", "routed"))
+    assert tuned.meta["granularities_trained"] == [4, 8, 16, 28, 49]
+    assert not np.array_equal(tuned.params["router"]["voter"], routed.params["router"]["voter"])
+    convert.export_transformers(tmp_path / "routed", tmp_path / "out")
+    again = foreign.load(tmp_path / "out")
+    assert again.config == routed.config
+    jax.tree.map(np.testing.assert_array_equal, again.params, routed.params)
 
 
 def test_what_is_not_supported(theirs, tmp_path):
