@@ -179,9 +179,14 @@ def test_counts_are_the_processors():
     processor = object.__new__(LlavaOnevisionProcessor)
     processor.num_image_tokens, processor.vision_aspect_ratio = 729, "anyres_max_9"
     processor.image_processor = type("P", (), {"image_grid_pinpoints": [[y, x] for x, y in REAL.pinpoints]})
-    for width, height in np.random.default_rng(0).integers(1, 3000, (2000, 2)).tolist():
-        count = processor._get_number_of_features(height, width, 384, 384)
-        assert visual_count((width, height), REAL, 729) == count, (width, height)
+    sizes = np.random.default_rng(0).integers(1, 3000, (2000, 2)).tolist()
+    for size in [(1, 3000), (3000, 1), (1, 1), *map(tuple, sizes)]:
+        assert visual_count(size, REAL, 729) == processor._get_number_of_features(*size[::-1], 384, 384), size
+    for size in ((1, 3000), (3000, 1), (1, 1)):  # exact un-padding leaves a mosaic between two tiles without cells
+        for config in (REAL, dataclasses.replace(REAL, unpad="exact")):
+            for g in config.granularities:
+                counts = len(visual_index(size, config, g)), len(visual_weight(size, config, g))
+                assert counts == (visual_count(size, config, g),) * 2
 
 
 def test_greedy_tokens(theirs, tokenizer):

@@ -64,7 +64,7 @@ def visual_weight(size: Size, config: ModelConfig, granularity: Granularity) -> 
     weight[:, 0] = 1
     if config.pinpoints:
         shares = _blend(size, config, granularity)[1]
-        mosaic = weight[config.tokens_at(granularity) :].reshape(len(shares), -1, 4)
+        mosaic = weight[config.tokens_at(granularity) :].reshape(len(shares), shares.shape[1] + 1, 4)
         mosaic[:, :-1] = shares
     weight.flags.writeable = False
     return weight
@@ -127,7 +127,7 @@ def _between(old: int, new: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
     Half-pixel centres, no antialiasing: `torch.nn.functional.interpolate`. 4 to 2: (0, 1, .5), (2, 3, .5).
     """
-    at = np.maximum((np.arange(new) + 0.5) * (old / new) - 0.5, 0)
+    at = np.maximum((np.arange(new) + 0.5) * (old / max(new, 1)) - 0.5, 0)
     first = np.floor(at).astype(np.int64)
     return first, np.minimum(first + 1, old - 1), at - first
 
