@@ -47,6 +47,10 @@ FIXED = {
 ONEVISION = "llava_qwen"
 """`model_type` of a LLaVA-OneVision in the layout of its authors."""
 
+FAMILIES = {"llava_llama": "llama", "llava_mistral": "mistral", ONEVISION: "qwen2"}
+"""`model_type` of a folder in this layout -> family of its decoder."""
+
+
 def read_config(folder: Folder, vision_tower: Folder | None, has_router: bool) -> ModelConfig:
     """Build the model config from a released config.json and the config of its tower's folder.
 
@@ -68,7 +72,7 @@ def read_config(folder: Folder, vision_tower: Folder | None, has_router: bool) -
     mosaic = _mosaic(folder, values) | ({"unpad": "released"} if has_router else {})
     ladder = values.get("vis_token_granularity")
     scaler = ScalerConfig() if ladder is None else ScalerConfig(halvings=len(ladder) - 1)
-    family = values["model_type"].removeprefix("llava_")
+    family = FAMILIES[values["model_type"]]
     language, spoken = decoders.read(folder / "config.json", values, family), template(folder, family)
     try:
         config = ModelConfig(
@@ -233,7 +237,9 @@ def released_config(config: ModelConfig, original: dict[str, Any], router: bool,
             "router.norm_eps": (config.router.norm_eps, 1e-5),
             "scaler.first_axis": (config.scaler.first_axis, "width"),
             "scaler.grids": (config.scaler.grids, ()),
-            "scaler, tokens per token of the coarser granularity": (max(b / a for a, b in itertools.pairwise(config.tokens)), 2),
+            "scaler, tokens per token of the coarser granularity": (
+                *(max(b / a for a, b in itertools.pairwise(config.tokens)), 2),
+            ),
             "unpad": (config.unpad, "released"),
         }
     for field, (ours, theirs) in only.items():
