@@ -41,8 +41,8 @@ class Tokenizer:
     vocab_size: number of embedding rows that the ids need, added tokens included.
     bos_id: None where the model's texts do not begin with BOS. eos_id, pad_id: never None.
     special_tokens: text of each special token -> its id.
-    chat_template: the tokenizer's own Jinja template, or None: from chat_template.jinja, chat_template.json, which older
-        versions of the transformers library write for a processor, or tokenizer_config.json.
+    chat_template: the tokenizer's own Jinja template, or None: from chat_template.jinja, chat_template.json, which
+        older versions of the transformers library write for a processor, or tokenizer_config.json.
     """
 
     def __init__(self, folder: Path, config: dict[str, Any], backend: _JsonBackend | _SentencePieceBackend):
