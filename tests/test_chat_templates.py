@@ -1,5 +1,7 @@
 """The chat templates that exports write, against the texts that our own templates make."""
 
+import json
+
 import jinja2
 import pytest
 from transformers import AutoTokenizer
@@ -74,7 +76,7 @@ def test_chatml_has_a_system_turn(template):
 def test_a_tokenizers_own_template_takes_images_too(tmp_path):
     """ChatML as the hub has it takes texts; exported, it takes parts, and makes the ids that we make."""
     tokenizer = train_byte_bpe(TEXTS, 340, tmp_path, ("<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"))
-    (tmp_path / "chat_template.jinja").write_text(CHATML)
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": CHATML}))
     tokenizer = load_tokenizer(tmp_path)
     messages = [
         {"role": "user", "content": [IMAGE, IMAGE, {"type": "text", "text": "Who? "}]},
@@ -94,6 +96,7 @@ def test_a_tokenizers_own_template_takes_images_too(tmp_path):
         with pytest.raises(jinja2.exceptions.TemplateError, match="no parts of type 'video'"):
             theirs.apply_chat_template([{"role": "user", "content": [{"type": "video"}]}])
         written.append((folder / "chat_template.jinja").read_text())
+        assert not (folder / "chat_template.json").exists()
         tokenizer = load_tokenizer(folder)
     assert written[0] == written[1]
 

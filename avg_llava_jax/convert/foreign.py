@@ -36,7 +36,7 @@ ROUTER = "model.router."
 Layout = Literal["released", "transformers", "language"]
 
 MODEL_TYPES: dict[str, Layout] = {
-    **dict.fromkeys(layouts.FAMILY, "released"),
+    **dict.fromkeys(layouts.FAMILIES, "released"),
     **dict.fromkeys(llava_next.STYLES, "transformers"),
     **dict.fromkeys(joined.MODEL_TYPES, "language"),
 }

@@ -47,8 +47,9 @@ FIXED = {
 ONEVISION = "llava_qwen"
 """`model_type` of a LLaVA-OneVision in the layout of its authors."""
 
-FAMILY = {"llava_llama": "llama", "llava_mistral": "mistral", ONEVISION: "qwen2"}
-"""`model_type` of a config.json in the released layout -> family of its decoder."""
+FAMILIES = {"llava_llama": "llama", "llava_mistral": "mistral", ONEVISION: "qwen2"}
+"""`model_type` of a folder in this layout -> family of its decoder."""
+
 
 def read_config(folder: Folder, vision_tower: Folder | None, has_router: bool) -> ModelConfig:
     """Build the model config from a released config.json and the config of its tower's folder.
@@ -71,7 +72,7 @@ def read_config(folder: Folder, vision_tower: Folder | None, has_router: bool) -
     mosaic = _mosaic(folder, values) | ({"unpad": "released"} if has_router else {})
     ladder = values.get("vis_token_granularity")
     scaler = ScalerConfig() if ladder is None else ScalerConfig(halvings=len(ladder) - 1)
-    family = FAMILY[values["model_type"]]
+    family = FAMILIES[values["model_type"]]
     language, spoken = decoders.read(folder / "config.json", values, family), template(folder, family)
     try:
         config = ModelConfig(

@@ -292,6 +292,7 @@ def save_tokenizer(
         chat = with_images(tokenizer.chat_template, after_image)
     if chat is not None:
         (folder / "chat_template.jinja").write_text(chat, encoding="utf-8")
+        (folder / "chat_template.json").unlink(missing_ok=True)  # the library's processors prefer it
 
 
 def _begin_with_bos(path: pathlib.Path, tokenizer: Tokenizer) -> None:

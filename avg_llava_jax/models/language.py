@@ -1,4 +1,6 @@
-"""The language model: a Llama-family decoder. `decoder` walks its layers for training, scoring, prefill and decode.
+"""The language model: a decoder of the Llama family, Qwen's included.
+
+`decoder` walks its layers for training, scoring, prefill and decode.
 
     ids (B, S) --embed--> x (B, S, D) --decoder--> hidden (B, S, D) --unembed--> logits (B, S, V)
 
