@@ -30,7 +30,7 @@ MALFORMED = {
     "answer last": ({"messages": [*ONE, {"role": "assistant", "content": "x"}]}, "must end with"),
     "answer first": ({"messages": [{"role": "assistant", "content": "x"}, *ONE]}, "must be from the user"),
     "answer empty": ({"messages": [*ONE, {"role": "assistant", "content": ""}, *ONE]}, "answer without text"),
-    "tool calls": ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [1]}, *ONE]}, "tool_calls=[1] is not"),
+    "tool calls": ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [1]}, *ONE]}, "tool_calls=[1]"),
     "content": ({"messages": [user(5)]}, "messages[0].content must be a string or a list of parts, not 5"),
     "content null": ({"messages": [user(None)]}, "must be a string or a list of parts"),
     "question empty": ({"messages": [user("  ")]}, "a question without text"),
