@@ -341,6 +341,7 @@ class Engine:
     def _show(self, job: Job) -> None:
         """Stream new text, and end the answer at a stop string, a stop id or its limit."""
         last = job.tokens[-1] in self.model.stop_ids or len(job.tokens) >= job.limit
+        job.ticket.progress = len(job.ids) - len(job.text), len(job.tokens)
         job.ticket.show(job.stream.feed(without_end(job.tokens, self.model.stop_ids), last))
         if not last and not job.stream.stopped:
             return

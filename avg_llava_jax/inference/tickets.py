@@ -22,6 +22,7 @@ class QueueFull(Exception):
 class Ticket:
     """A thread-safe handle of one request. Made by `Engine.submit`.
 
+    progress: visual tokens of the prompt, and tokens generated so far.
     scores: router scores fp32 (G,) of each routed image; None before the request is routed.
     logits: fp32 (V,) of the first token, with `keep_logits`.
     """
@@ -35,6 +36,7 @@ class Ticket:
         self._answer: Answer | None = None
         self._error: Exception | None = None
         self.cancelled = False
+        self.progress = (0, 0)
         self.scores: list[np.ndarray] | None = None
         self.logits: np.ndarray | None = None
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from avg_llava_jax.config import ModelConfig
@@ -66,8 +66,13 @@ def _levels(value: Any, path: str) -> Granularity | list[Granularity]:
 
 STREAM_OPTIONS = (
     Field("include_usage", FLAG, about="one more event with `usage` after the last piece"),
-    Field("continuous_usage_stats", nothing=(False,)),
+    Field("continuous_usage_stats", FLAG, about="`usage` so far in every event"),
     Field("include_obfuscation", nothing=ANYTHING),
+)
+
+STREAMING = (
+    Field("stream", FLAG, about="server-sent events"),
+    Field("stream_options", Parsed("an object", lambda value, path: read_fields(value, STREAM_OPTIONS, path))),
 )
 
 SAMPLING = (
@@ -127,8 +132,7 @@ LOOKING = (
 CHAT = (
     Field("model", TEXT, about="may be absent"),
     Field("messages", LIST, about="roles `system`, `developer`, `user`, `assistant`; parts `text`, `image_url`"),
-    Field("stream", FLAG, about="server-sent events"),
-    Field("stream_options", Parsed("an object", lambda value, path: read_fields(value, STREAM_OPTIONS, path))),
+    *STREAMING,
     Field("max_tokens", Number(1, MANY, whole=True), nothing=(-1,), about=f"{DEFAULT_NEW_TOKENS} if absent"),
     Field("max_completion_tokens", Number(1, MANY, whole=True), nothing=(-1,), about="the newer name of `max_tokens`"),
     *SAMPLING,
@@ -188,60 +192,83 @@ IMAGES = ("image_url", "input_image")
 
 @dataclasses.dataclass(frozen=True)
 class Ask:
-    """A request and how to send its answer. sizes: (width, height) of each of its images."""
+    """A request and how to send its answer. given: the honoured fields as they were asked for, without the prompt."""
 
     request: Request
-    stream: bool
-    include_usage: bool
-    sizes: tuple[tuple[int, int], ...]
+    given: dict[str, Any]
+    stream: bool = False
+    include_usage: bool = False
+    continuous_usage: bool = False
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """(width, height) of each image."""
+        return tuple(image.size for image in self.request.images)
 
 
-def read(body: bytes, config: ModelConfig, limits: Limits, served: str) -> Ask:
-    """Check a body and convert it to a request. served: the name of the model here.
+def read(values: Any, config: ModelConfig, limits: Limits, served: str) -> Ask:
+    """Check the JSON of /v1/chat/completions and convert it to a request. served: the name of the model here.
 
     Raises:
       Refusal: 400, or 404 for another model; names the field.
     """
-    given = read_fields(_parsed(body), CHAT, extras=limits.unknown_fields)
+    given = read_fields(values, CHAT, extras=limits.unknown_fields)
+    check_model(given, served)
+    turns, images, details = conversation(required(given, CHAT, "messages"), "messages", config, limits)
+    return ask_of(given, CHAT, turns, images, details, config, limits)
+
+
+def check_model(given: dict[str, Any], served: str) -> None:
+    """Raise Refusal 404 for another model than the one served here."""
     model = given.get("model", served)
     if model != served:
         raise Refusal(404, f"model {short(model)} does not exist here, only {served!r}", "model", "model_not_found")
-    turns, images, details = _conversation(required(given, CHAT, "messages"), limits)
-    if sum(len(text) for turn in turns for text in turn["value"]) > CHARACTERS_A_TOKEN * config.language.max_length:
-        raise too_long(config.language.max_length, "the text is longer than any that fits", "messages")
-    request = _request(given, CHAT, turns, images, details, config, limits)
-    return Ask(
-        request,
-        given.get("stream", False),
-        given.get("stream_options", {}).get("include_usage", False),
-        tuple(image.size for image in images),
-    )
 
 
-def _request(
+def ask_of(
     given: dict[str, Any],
     table: Sequence[Field],
-    turns: list[Turn],
+    prompt: list[Turn] | list[str],
     images: list[SentImage],
     details: Sequence[str],
     config: ModelConfig,
     limits: Limits,
-) -> Request:
+    default_new_tokens: int = DEFAULT_NEW_TOKENS,
+    raw: bool = False,
+) -> Ask:
+    """The request of given fields. details: `detail` of each image. default_new_tokens: if none are asked for."""
     options = {field.sets: given[field.name] for field in table if field.sets and field.name in given}
     if "top_k" in options:
         options["top_k"] = min(options["top_k"], config.language.vocab_size)
     seed = given.get("seed")
-    return Request(
-        prompt=turns,
+    request = Request(
+        prompt=prompt,
         images=images,
         granularity=_granularity(given.get("granularity"), details, config),
-        max_new_tokens=_new_tokens(given, limits),
+        max_new_tokens=min(_new_tokens(given) or default_new_tokens, limits.new_tokens),
         seed=secrets.randbits(32) if seed is None else seed % 2**32,
+        raw=raw,
         **options,
+    )
+    stream = given.get("stream_options", {})
+    return Ask(
+        request,
+        {name: value for name, value in given.items() if name not in ("messages", "prompt", "input")},
+        given.get("stream", False),
+        stream.get("include_usage", False),
+        stream.get("continuous_usage_stats", False),
     )
 
 
-def _parsed(body: bytes) -> Any:
+def check_characters(texts: Iterable[str], config: ModelConfig, param: str) -> None:
+    """Refuse a text that cannot fit before it is tokenized."""
+    if sum(map(len, texts)) > CHARACTERS_A_TOKEN * config.language.max_length:
+        raise too_long(config.language.max_length, "the text is longer than any that fits", param)
+
+
+def parsed(body: bytes) -> Any:
+    """The JSON of a body. Raises Refusal 400 where it is not valid."""
+
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is not a JSON number")
 
@@ -272,15 +299,18 @@ class _Message:
         return _Message(self.role, texts, self.images + later.images, self.details + later.details)
 
 
-def _conversation(messages: Sequence[Any], limits: Limits) -> tuple[list[Turn], list[SentImage], list[str]]:
+def conversation(
+    messages: Sequence[Any], where: str, config: ModelConfig, limits: Limits, instructions: str = ""
+) -> tuple[list[Turn], list[SentImage], list[str]]:
     """Turns for the model's template, all images, and the `detail` of each image.
 
-    Consecutive messages of one role become one turn.
+    where: the field that holds the messages. instructions: a system message before them. Consecutive messages of one
+    role become one turn.
     """
-    system: list[str] = []
+    system = [instructions] if instructions.strip() else []
     said: list[_Message] = []
     for number, each in enumerate(messages):
-        message = _message(each, f"messages[{number}]", sum(len(one.images) for one in said), limits)
+        message = _message(each, f"{where}[{number}]", sum(len(one.images) for one in said), limits)
         if message.role == "system":
             system += message.texts if not message.blank else []
         elif said and said[-1].role == message.role:
@@ -288,12 +318,13 @@ def _conversation(messages: Sequence[Any], limits: Limits) -> tuple[list[Turn], 
         else:
             said.append(message)
     if not said or said[-1].role != "human":
-        raise Refusal(400, "messages must end with a message from the user", "messages")
+        raise Refusal(400, f"{where} must end with a message from the user", where)
     if said[0].role != "human":
-        raise Refusal(400, "the first message after the system's must be from the user", "messages")
+        raise Refusal(400, "the first message after the system's must be from the user", where)
     if system:
         said[0].texts[0] = "\n".join([*system, "", said[0].texts[0]])
     turns = [{"from": one.role, "value": [""] if one.role == "gpt" and one.blank else one.texts} for one in said]
+    check_characters((text for turn in turns for text in turn["value"]), config, where)
     return turns, [image for one in said for image in one.images], [detail for one in said for detail in one.details]
 
 
@@ -318,8 +349,8 @@ def _message(message: Any, where: str, before: int, limits: Limits) -> _Message:
             parts.append(required(fields, PART, TEXTS[kind], path))
         elif kind in IMAGES and role == "human":
             if before + len(details) >= limits.images:
-                raise Refusal(400, f"{path}: over {limits.images} images", "messages", "too_many_images")
-            image, detail = _image(fields.get("image_url"), part.get("detail"), f"{path}.image_url", limits)
+                raise Refusal(400, f"{path}: over {limits.images} images", path, "too_many_images")
+            image, detail = read_link(fields.get("image_url"), part.get("detail"), f"{path}.image_url", limits)
             parts.append(image)
             details.append(detail)
         else:
@@ -332,7 +363,7 @@ def _message(message: Any, where: str, before: int, limits: Limits) -> _Message:
     return _Message(role, _around(parts), [part for part in parts if not isinstance(part, str)], details)
 
 
-def _image(link: Any, detail: Any, where: str, limits: Limits) -> tuple[SentImage, str]:
+def read_link(link: Any, detail: Any, where: str, limits: Limits) -> tuple[SentImage, str]:
     """An image and its `detail`. link: an object with both, or the URL alone."""
     if isinstance(link, str):
         link = {"url": link, "detail": detail}
@@ -363,9 +394,9 @@ def _granularity(value: Any, details: Sequence[str], config: ModelConfig) -> Gra
     return value
 
 
-def _new_tokens(given: dict[str, Any], limits: Limits) -> int:
-    """The tokens asked for, cut to the limit of this server; the engine cuts them to the model's length."""
+def _new_tokens(given: dict[str, Any]) -> int | None:
+    """The tokens asked for; cut to the limit of this server, and by the engine to the model's length."""
     old, new = given.get("max_tokens"), given.get("max_completion_tokens")
     if None not in (old, new) and old != new:
         raise Refusal(400, f"max_tokens={old} and max_completion_tokens={new} differ: give one", "max_tokens")
-    return min(new or old or DEFAULT_NEW_TOKENS, limits.new_tokens)
+    return given.get("max_output_tokens") or new or old

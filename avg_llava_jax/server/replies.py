@@ -1,5 +1,8 @@
 """From an `Answer` to OpenAI's JSON: a completion, or the chunks of one.
 
+    whole(answer)                                     the complete answer
+    begin() piece(text, progress) ... end(answer)     server-sent events; `failed(refusal)` ends them early
+
 Our extensions of OpenAI's fields are `usage.visual_tokens` and `usage.granularity`, and `avg_llava` on the completion
 and on the last chunk with a choice:
 
@@ -16,55 +19,75 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.data.geometry import kept_cells, visual_count
 from avg_llava_jax.data.tiles import Size, grid_of, mosaic_box
 from avg_llava_jax.inference.requests import Answer
+from avg_llava_jax.server.reading import Ask
+from avg_llava_jax.server.refusal import Refusal
 
 DONE = "data: [DONE]\n\n"
 
 
 class Reply:
-    """The reply to one request. text_tokens: of the prompt, without images. sizes: of its images."""
+    """The reply to one chat completion. text_tokens: of the prompt, without images."""
 
-    def __init__(self, model: str, config: ModelConfig, sizes: Sequence[Size], text_tokens: int):
-        self._config, self._sizes, self._text_tokens = config, sizes, text_tokens
-        self._head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
+    kind, chunk_kind, begins = "chat.completion", "chat.completion.chunk", "chatcmpl"
 
-    def completion(self, answer: Answer) -> dict[str, Any]:
+    def __init__(self, model: str, config: ModelConfig, ask: Ask, text_tokens: int):
+        self._config, self._ask, self._text_tokens = config, ask, text_tokens
+        self._head = {"id": f"{self.begins}-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
+
+    def whole(self, answer: Answer) -> dict[str, Any]:
         """The complete answer."""
         message = {"role": "assistant", "content": answer.text, "refusal": None}
         choice = {"index": 0, "message": message, "finish_reason": answer.finish, "logprobs": None}
         return {
             **self._head,
-            "object": "chat.completion",
+            "object": self.kind,
             "choices": [choice],
             "usage": self.usage(answer),
             "avg_llava": self._seen(answer),
         }
 
+    def begin(self) -> Iterator[str]:
+        """The events before the first piece."""
+        yield event(self.chunk({"role": "assistant", "content": ""}))
+
+    def piece(self, text: str, progress: tuple[int, int]) -> Iterator[str]:
+        """The events of a piece of text. progress: visual tokens of the prompt, tokens generated so far."""
+        chunk = self.chunk({"content": text})
+        if self._ask.continuous_usage:
+            chunk["usage"] = self._counts(*progress)
+        yield event(chunk)
+
+    def end(self, answer: Answer) -> Iterator[str]:
+        """The events after the last piece."""
+        yield event(self.chunk({}, answer))
+        if self._ask.include_usage:
+            yield event({**self._head, "object": self.chunk_kind, "choices": [], "usage": self.usage(answer)})
+        yield DONE
+
+    def failed(self, refusal: Refusal) -> Iterator[str]:
+        """The last event of an answer that breaks off."""
+        yield event(refusal.body())
+
     def chunk(self, delta: dict[str, str], answer: Answer | None = None) -> dict[str, Any]:
         """A chunk of a stream; with `answer`, the last one."""
         choice = {"index": 0, "delta": delta, "finish_reason": answer and answer.finish, "logprobs": None}
         extension = {} if answer is None else {"avg_llava": self._seen(answer)}
-        return {**self._head, "object": "chat.completion.chunk", "choices": [choice], **extension}
-
-    def usage_chunk(self, answer: Answer) -> dict[str, Any]:
-        """The chunk that `stream_options.include_usage` adds after the last piece."""
-        return {**self._head, "object": "chat.completion.chunk", "choices": [], "usage": self.usage(answer)}
+        return {**self._head, "object": self.chunk_kind, "choices": [choice], **extension}
 
     def usage(self, answer: Answer) -> dict[str, Any]:
-        prompt, new = self._text_tokens + answer.visual_tokens, len(answer.token_ids)
-        return {
-            "prompt_tokens": prompt,
-            "completion_tokens": new,
-            "total_tokens": prompt + new,
-            "visual_tokens": answer.visual_tokens,
-            "granularity": answer.granularity,
-        }
+        counts = self._counts(answer.visual_tokens, len(answer.token_ids))
+        return {**counts, "visual_tokens": answer.visual_tokens, "granularity": answer.granularity}
+
+    def _counts(self, visual: int, new: int) -> dict[str, int]:
+        prompt = self._text_tokens + visual
+        return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
 
     def _seen(self, answer: Answer) -> dict[str, Any]:
         config, shares = self._config, _each(answer.probabilities)
@@ -77,7 +100,7 @@ class Reply:
                 "size": list(size),
                 **lattices(size, config, granularity),
             }
-            for number, (size, granularity) in enumerate(zip(self._sizes, _each(answer.granularity), strict=True))
+            for number, (size, granularity) in enumerate(zip(self._ask.sizes, _each(answer.granularity), strict=True))
         ]
         return {
             "granularity": answer.granularity,
@@ -115,9 +138,9 @@ def lattices(size: Size, config: ModelConfig, granularity: int) -> dict[str, dic
     return {"tiles": tiles, "cells": cells}
 
 
-def event(values: dict[str, Any]) -> str:
-    """One server-sent event."""
-    return f"data: {json.dumps(values)}\n\n"
+def event(values: dict[str, Any], name: str | None = None) -> str:
+    """One server-sent event. name: its type, where the client reads one."""
+    return (f"event: {name}\n" if name else "") + f"data: {json.dumps(values)}\n\n"
 
 
 def _each(values: Any) -> tuple[Any, ...]:
