@@ -12,6 +12,7 @@ class Limits:
     body_bytes: of the HTTP body, images included. pixels: width x height of one image, from its header.
     images: in all turns together. new_tokens: of an answer. seconds: from the first byte to the last.
     image_bytes: of one remote image. image_hosts: hosts of remote images ("host" or "host:port").
+    unknown_fields: whether fields that the server does not know are ignored, not refused.
     """
 
     body_bytes: int = 32 << 20
@@ -21,3 +22,4 @@ class Limits:
     seconds: float = 120.0
     image_bytes: int = 16 << 20
     image_hosts: tuple[str, ...] = ()
+    unknown_fields: bool = False
