@@ -259,6 +259,7 @@ class Engine:
                 job.ticket.scores = list(job.scores)
                 try:
                     pack(self.config, job, self.buckets.pages)
+                    job.ticket.visual_tokens = len(job.ids) - len(job.text)
                 except ValueError as error:
                     self._end(job, error)
 
@@ -349,7 +350,8 @@ class Engine:
                 return
             complete = job.matcher.complete
         last = complete or len(job.tokens) >= job.limit
-        job.ticket.show(job.stream.feed(without_end(job.tokens, self.model.stop_ids), last))
+        text = job.stream.feed(without_end(job.tokens, self.model.stop_ids), last)
+        job.ticket.show(text, len(job.stream.ids), job.token_scores)
         if not last and not job.stream.stopped:
             return
         job.reached("ended")

@@ -15,7 +15,7 @@ import hmac
 import logging
 import pathlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 from starlette.applications import Starlette
@@ -27,7 +27,7 @@ from starlette.types import Receive, Scope, Send
 
 from avg_llava_jax.inference.engine import Engine
 from avg_llava_jax.inference.requests import Answer
-from avg_llava_jax.inference.tickets import Cancelled, QueueFull, Ticket
+from avg_llava_jax.inference.tickets import Cancelled, Piece, QueueFull, Ticket
 from avg_llava_jax.server import reading
 from avg_llava_jax.server.limits import Limits
 from avg_llava_jax.server.metrics import CONTENT_TYPE, Metrics
@@ -152,15 +152,18 @@ class Service:
         if problem:
             raise problem
         ask, text_tokens = await asyncio.to_thread(self._prepare, body)
-        ticket = await asyncio.to_thread(self.engine.submit, ask.request)
-        stack.callback(ticket.cancel)
-        reply = Reply(self.name, self.model.config, ask.sizes, text_tokens)
-        pieces = self._follow(ticket, begin)
+        tickets = []
+        for each in ask.requests:
+            tickets.append(await asyncio.to_thread(self.engine.submit, each))
+            stack.callback(tickets[-1].cancel)
+        reply = Reply(self.name, self.model, ask.sizes, text_tokens, ask.tools)
+        pieces = [self._follow(ticket, begin) for ticket in tickets]
         if not ask.stream:
-            answer = await _unless_left(request, _last(pieces))
-            return json_response(reply.completion(answer))
-        first = await _unless_left(request, anext(pieces))
-        events = self._events(reply, ask.include_usage, first, pieces)
+            answers = await _unless_left(request, asyncio.gather(*map(_last, pieces)))
+            return json_response(reply.completion(answers))
+        items = _merged(pieces)
+        first = await _unless_left(request, anext(items))
+        events = self._events(reply, ask, tickets, first, items)
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         return StreamingResponse(events, 200, headers, media_type="text/event-stream")
 
@@ -170,7 +173,7 @@ class Service:
         sample = self.model.prepare(ask.request).sample
         return ask, len(sample.tokens.ids) - len(sample.sizes)
 
-    async def _follow(self, ticket: Ticket, begin: float) -> AsyncIterator[str | Answer]:
+    async def _follow(self, ticket: Ticket, begin: float) -> AsyncIterator[Piece | Answer]:
         """Yield an answer's pieces, then the answer. Raises TimeoutError, or the error of the ticket."""
         loop, deadline = asyncio.get_running_loop(), begin + self.limits.seconds
 
@@ -192,21 +195,45 @@ class Service:
         yield answer
 
     async def _events(
-        self, reply: Reply, include_usage: bool, first: str | Answer, rest: AsyncIterator[str | Answer]
+        self,
+        reply: Reply,
+        ask: reading.Ask,
+        tickets: Sequence[Ticket],
+        first: tuple[int, Piece | Answer],
+        rest: AsyncIterator[tuple[int, Piece | Answer]],
     ) -> AsyncIterator[str]:
-        """Server-sent events: the role, the pieces, the end with `avg_llava`, and the usage if requested."""
-        yield event(reply.chunk({"role": "assistant", "content": ""}))
+        """Server-sent events: for each answer the role, the pieces, the end with `avg_llava`; at last the usage."""
+        made, answers = [0] * ask.count, {}
+
+        def chunk(number: int, delta: dict[str, Any], item: Piece | Answer | None = None) -> str:
+            values = reply.chunk(delta, item, number, made[number])
+            if isinstance(item, Piece):
+                made[number] = item.tokens
+            elif item is not None:
+                made[number] = len(item.token_ids)
+            if ask.usage_with_each:
+                values["usage"] = reply.usage(made[number], tickets[number].visual_tokens or 0)
+            return event(values)
+
+        for number in range(ask.count):
+            yield chunk(number, {"role": "assistant", "content": ""})
         try:
-            item = first
-            while not isinstance(item, Answer):
-                yield event(reply.chunk({"content": item}))
-                item = await anext(rest)
+            number, item = first
+            while True:
+                if isinstance(item, Answer):
+                    answers[number] = item
+                    yield chunk(number, {}, item)
+                    if len(answers) == ask.count:
+                        break
+                else:
+                    for at, delta in enumerate(reply.deltas(item, number)):
+                        yield chunk(number, delta, None if at else item)
+                number, item = await anext(rest)
         except EXPECTED as error:
             yield event(self._refused(error).body())
             return
-        yield event(reply.chunk({}, item))
-        if include_usage:
-            yield event(reply.usage_chunk(item))
+        if ask.include_usage:
+            yield event(reply.usage_chunk([answers[number] for number in range(ask.count)]))
         yield DONE
 
     def _unacceptable(self, request: Request) -> Refusal | None:
@@ -282,6 +309,22 @@ async def _unless_left(request: Request, work: Awaitable[T]) -> T:
 async def _left(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+async def _merged(streams: Sequence[AsyncIterator[T]]) -> AsyncIterator[tuple[int, T]]:
+    """The items of several iterators as they come, each with the number of its iterator."""
+    waiting = {asyncio.ensure_future(anext(stream)): number for number, stream in enumerate(streams)}
+    try:
+        while waiting:
+            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                number = waiting.pop(task)
+                with contextlib.suppress(StopAsyncIteration):
+                    yield number, task.result()
+                    waiting[asyncio.ensure_future(anext(streams[number]))] = number
+    finally:
+        for task in waiting:
+            task.cancel()
 
 
 async def _last(items: AsyncIterator[T]) -> T:

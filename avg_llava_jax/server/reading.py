@@ -21,6 +21,7 @@ from typing import Any
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.data.conversation import PLACEHOLDER, Turn
 from avg_llava_jax.inference.requests import Granularity, Request
+from avg_llava_jax.server import shaping
 from avg_llava_jax.server.fields import (
     ANYTHING,
     FLAG,
@@ -38,6 +39,8 @@ from avg_llava_jax.server.fields import (
 from avg_llava_jax.server.images import SentImage, read_image
 from avg_llava_jax.server.limits import Limits
 from avg_llava_jax.server.refusal import Refusal
+from avg_llava_jax.server.shaping import CHAT_SCORES, SHAPING
+from avg_llava_jax.server.tools import TOOLS, Tools, as_text, tools_of
 
 DEFAULT_NEW_TOKENS = 256
 CHARACTERS_A_TOKEN = 32  # times max_length: a longer text is refused before it is tokenized
@@ -66,7 +69,7 @@ def _levels(value: Any, path: str) -> Granularity | list[Granularity]:
 
 STREAM_OPTIONS = (
     Field("include_usage", FLAG, about="one more event with `usage` after the last piece"),
-    Field("continuous_usage_stats", nothing=(False,)),
+    Field("continuous_usage_stats", FLAG, about="`usage` so far with every piece"),
     Field("include_obfuscation", nothing=ANYTHING),
 )
 
@@ -76,27 +79,14 @@ SAMPLING = (
     Field("top_k", Number(0, MANY, whole=True), nothing=(-1,), sets="top_k"),
     Field("seed", Number(-(2**63), 2**63 - 1, whole=True), about="without one, another sample each time"),
     Field("stop", Parsed(f"a string, or up to {STOPS} of them", _stops), nothing=([], ""), sets="stop"),
-    Field("min_p", nothing=(0,)),
-    Field("frequency_penalty", nothing=(0,)),
-    Field("presence_penalty", nothing=(0,)),
-    Field("repetition_penalty", nothing=(1,)),
+    *SHAPING,
     Field("length_penalty", nothing=(1,)),
-    Field("logit_bias", nothing=({},)),
-    Field("ignore_eos", nothing=(False,)),
-    Field("min_tokens", nothing=(0,)),
-    Field("n", nothing=(1,)),
     Field("best_of", nothing=(1,)),
     Field("use_beam_search", nothing=(False,)),
     Field("stop_token_ids", nothing=([],)),
     Field("bad_words", nothing=([],)),
     Field("allowed_token_ids"),
     Field("logits_processors", nothing=([],)),
-    Field("response_format", nothing=({"type": "text"}, {})),
-    Field("structured_outputs", nothing=({},)),
-    Field("guided_json"),
-    Field("guided_regex"),
-    Field("guided_choice", nothing=([],)),
-    Field("guided_grammar"),
     Field("echo", nothing=(False,)),
     Field("prompt_logprobs", nothing=(0, False)),
     Field("skip_special_tokens", nothing=(True,)),
@@ -133,11 +123,8 @@ CHAT = (
     Field("max_completion_tokens", Number(1, MANY, whole=True), nothing=(-1,), about="the newer name of `max_tokens`"),
     *SAMPLING,
     *LOOKING,
-    Field("logprobs", nothing=(False,)),
-    Field("top_logprobs", nothing=(0,)),
-    Field("tools", nothing=([],)),
-    Field("tool_choice", nothing=("none", "auto")),
-    Field("parallel_tool_calls", nothing=(True, False), about="without tools there is nothing to call"),
+    *CHAT_SCORES,
+    *TOOLS,
     Field("functions", nothing=([],)),
     Field("function_call", nothing=("none", "auto")),
     Field("modalities", nothing=(["text"],)),
@@ -181,12 +168,25 @@ IMAGE_URL = (
 
 @dataclasses.dataclass(frozen=True)
 class Ask:
-    """A request and how to send its answer. sizes: (width, height) of each of its images."""
+    """A request and how to send its answer.
+
+    sizes: (width, height) of each of its images. count: answers, each by a seed of its own.
+    usage_with_each: send the usage so far with every piece. tools: the functions that the answer may call.
+    """
 
     request: Request
     stream: bool
     include_usage: bool
     sizes: tuple[tuple[int, int], ...]
+    count: int = 1
+    usage_with_each: bool = False
+    tools: Tools | None = None
+
+    @property
+    def requests(self) -> list[Request]:
+        """A request for each answer, which differ in their seeds."""
+        seed = self.request.seed
+        return [dataclasses.replace(self.request, seed=(seed + n) % 2**32) for n in range(self.count)]
 
 
 def read(body: bytes, config: ModelConfig, limits: Limits, served: str) -> Ask:
@@ -199,15 +199,25 @@ def read(body: bytes, config: ModelConfig, limits: Limits, served: str) -> Ask:
     model = given.get("model", served)
     if model != served:
         raise Refusal(404, f"model {short(model)} does not exist here, only {served!r}", "model", "model_not_found")
-    turns, images, details = _conversation(required(given, CHAT, "messages"), limits)
+    tools = tools_of(given)
+    messages = as_text(required(given, CHAT, "messages"))
+    turns, images, details = _conversation(messages, limits, [tools.introduction] if tools else [])
     if sum(len(turn["value"]) for turn in turns) > CHARACTERS_A_TOKEN * config.language.max_length:
         raise Refusal(400, f"the text is too long for a model of {config.language.max_length} tokens", "messages")
     request = _request(given, CHAT, turns, images, details, config, limits)
+    if tools and request.guide:
+        raise Refusal(400, "tools and a format both say what the answer must be: give one", "tools")
+    if tools:
+        request = dataclasses.replace(request, guide=tools.guide)
+    streaming = given.get("stream_options", {})
     return Ask(
         request,
         given.get("stream", False),
-        given.get("stream_options", {}).get("include_usage", False),
+        streaming.get("include_usage", False),
         tuple(image.size for image in images),
+        given.get("n", 1),
+        streaming.get("continuous_usage_stats", False),
+        tools,
     )
 
 
@@ -223,12 +233,13 @@ def _request(
     options = {field.sets: given[field.name] for field in table if field.sets and field.name in given}
     if "top_k" in options:
         options["top_k"] = min(options["top_k"], config.language.vocab_size)
-    seed = given.get("seed")
+    seed, new_tokens = given.get("seed"), _new_tokens(given, limits)
+    options |= shaping.options(given, new_tokens)
     return Request(
         prompt=turns,
         images=images,
         granularity=_granularity(given.get("granularity"), details, config),
-        max_new_tokens=_new_tokens(given, limits),
+        max_new_tokens=new_tokens,
         seed=secrets.randbits(32) if seed is None else seed % 2**32,
         **options,
     )
@@ -244,8 +255,10 @@ def _parsed(body: bytes) -> Any:
         raise Refusal(400, f"the body is not valid JSON: {error}", code="invalid_json") from None
 
 
-def _conversation(messages: Sequence[Any], limits: Limits) -> tuple[list[Turn], list[SentImage], list[str]]:
-    """Turns for the model's template, all images, and the `detail` of each image.
+def _conversation(
+    messages: Sequence[Any], limits: Limits, preface: Sequence[str] = ()
+) -> tuple[list[Turn], list[SentImage], list[str]]:
+    """Turns for the model's template, all images, and the `detail` of each image. preface: texts before the system's.
 
     Consecutive messages of one role become one turn.
     """
@@ -262,7 +275,7 @@ def _conversation(messages: Sequence[Any], limits: Limits) -> tuple[list[Turn], 
         details += wanted
     if not said or said[-1][0] != "human":
         raise Refusal(400, "messages must end with a message from the user", "messages")
-    system = [text for role, text in said if role == "system"]
+    system = [*preface, *(text for role, text in said if role == "system")]
     turns = [
         {"from": role, "value": "\n".join(text for _, text in group)}
         for role, group in itertools.groupby((pair for pair in said if pair[0] != "system"), lambda pair: pair[0])

@@ -16,55 +16,105 @@ from __future__ import annotations
 import json
 import secrets
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.data.geometry import kept_cells, visual_count
 from avg_llava_jax.data.tiles import Size, grid_of, mosaic_box
-from avg_llava_jax.inference.requests import Answer
+from avg_llava_jax.inference.model import Model
+from avg_llava_jax.inference.requests import Answer, TokenScore
+from avg_llava_jax.inference.tickets import Piece
+from avg_llava_jax.server import scores
+from avg_llava_jax.server.tools import Calls, Tools, message_of
 
 DONE = "data: [DONE]\n\n"
 
 
 class Reply:
-    """The reply to one request. text_tokens: of the prompt, without images. sizes: of its images."""
+    """The reply to one request.
 
-    def __init__(self, model: str, config: ModelConfig, sizes: Sequence[Size], text_tokens: int):
-        self._config, self._sizes, self._text_tokens = config, sizes, text_tokens
-        self._head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
+    name: the model's. text_tokens: of the prompt, without images. sizes: of its images. tools: what answers may call.
+    """
 
-    def completion(self, answer: Answer) -> dict[str, Any]:
-        """The complete answer."""
-        message = {"role": "assistant", "content": answer.text, "refusal": None}
-        choice = {"index": 0, "message": message, "finish_reason": answer.finish, "logprobs": None}
+    def __init__(self, name: str, model: Model, sizes: Sequence[Size], text_tokens: int, tools: Tools | None = None):
+        self._tools = tools
+        self._calls: dict[int, Calls] = defaultdict(Calls)
+        self._config, self._tokenizer = model.config, model.tokenizer
+        self._sizes, self._text_tokens = sizes, text_tokens
+        self._head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": name}
+
+    def completion(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        """The complete answers."""
+        choices = [
+            {
+                "index": number,
+                "message": {"role": "assistant", **(message := self._message(answer)), "refusal": None},
+                "finish_reason": self._finish(answer, "tool_calls" in message),
+                "logprobs": self._logprobs(answer.logprobs),
+            }
+            for number, answer in enumerate(answers)
+        ]
         return {
             **self._head,
             "object": "chat.completion",
-            "choices": [choice],
-            "usage": self.usage(answer),
-            "avg_llava": self._seen(answer),
+            "choices": choices,
+            "usage": self._usage_of(answers),
+            "avg_llava": self._seen(answers[0]),
         }
 
-    def chunk(self, delta: dict[str, str], answer: Answer | None = None) -> dict[str, Any]:
-        """A chunk of a stream; with `answer`, the last one."""
-        choice = {"index": 0, "delta": delta, "finish_reason": answer and answer.finish, "logprobs": None}
+    def chunk(
+        self, delta: dict[str, Any], item: Piece | Answer | None = None, number: int = 0, before: int = 0
+    ) -> dict[str, Any]:
+        """A chunk of a stream.
+
+        item: the piece that it brings, or the answer that it ends. number: of the answer. before: tokens of earlier
+        chunks.
+        """
+        answer = item if isinstance(item, Answer) else None
+        new = answer.logprobs[before:] if answer else item.logprobs if item is not None else ()
+        choice = {
+            "index": number,
+            "delta": delta,
+            "finish_reason": answer and self._finish(answer, bool(self._calls[number].names)),
+            "logprobs": self._logprobs(new),
+        }
         extension = {} if answer is None else {"avg_llava": self._seen(answer)}
         return {**self._head, "object": "chat.completion.chunk", "choices": [choice], **extension}
 
-    def usage_chunk(self, answer: Answer) -> dict[str, Any]:
-        """The chunk that `stream_options.include_usage` adds after the last piece."""
-        return {**self._head, "object": "chat.completion.chunk", "choices": [], "usage": self.usage(answer)}
+    def deltas(self, piece: Piece, number: int) -> list[dict[str, Any]]:
+        """What a piece of text brings to a message; {} where that is not known yet."""
+        return self._calls[number].feed(piece) or [{}] if self._tools else [{"content": piece}]
 
-    def usage(self, answer: Answer) -> dict[str, Any]:
-        prompt, new = self._text_tokens + answer.visual_tokens, len(answer.token_ids)
+    def _message(self, answer: Answer) -> dict[str, Any]:
+        return message_of(answer.text) if self._tools else {"content": answer.text}
+
+    def _finish(self, answer: Answer, called: bool) -> str:
+        if called and answer.finish == "stop" and not self._tools.forced:
+            return "tool_calls"
+        return answer.finish
+
+    def usage_chunk(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        """The chunk that `stream_options.include_usage` adds after the last piece."""
+        return {**self._head, "object": "chat.completion.chunk", "choices": [], "usage": self._usage_of(answers)}
+
+    def usage(self, new: int, visual: int) -> dict[str, Any]:
+        """new: generated tokens. visual: visual tokens of the prompt."""
+        prompt = self._text_tokens + visual
         return {
             "prompt_tokens": prompt,
             "completion_tokens": new,
             "total_tokens": prompt + new,
-            "visual_tokens": answer.visual_tokens,
-            "granularity": answer.granularity,
+            "visual_tokens": visual,
         }
+
+    def _usage_of(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        new = sum(len(answer.token_ids) for answer in answers)
+        return self.usage(new, answers[0].visual_tokens) | {"granularity": answers[0].granularity}
+
+    def _logprobs(self, found: Sequence[TokenScore]) -> dict[str, Any] | None:
+        return scores.chat(found, self._tokenizer) if found else None
 
     def _seen(self, answer: Answer) -> dict[str, Any]:
         config, shares = self._config, _each(answer.probabilities)
