@@ -1,14 +1,16 @@
 """Tools and formats as OpenAI's client asks for them: what the engine is asked, and what comes back."""
 
+import dataclasses
 import json
 
 import numpy as np
 import openai
 import pytest
 
+from avg_llava_jax.inference.api import AvgLlava
 from avg_llava_jax.inference.guides import Matcher
 from avg_llava_jax.server.tools import Calls, message_of
-from tests.served import user
+from tests.served import Served, user
 
 pytest.importorskip("llguidance")
 
@@ -28,6 +30,15 @@ LOOK_UP = {
 NOTHING = {"type": "function", "function": {"name": "nothing"}}
 ONE_CALL = '<tool_call>{"name": "look_up", "arguments": {"shirt": 7, "team": "red"}}</tool_call>'
 TWO_CALLS = ONE_CALL + '\n<tool_call>{"name": "nothing", "arguments": {}}</tool_call>'
+
+
+@pytest.fixture(scope="module")
+def served(tiny, tokenizer):
+    """A server with room for the descriptions of tools."""
+    longer = dataclasses.replace(tiny, language=dataclasses.replace(tiny.language, max_length=1024))
+    served = Served(AvgLlava(longer, None, tokenizer))
+    yield served
+    served.close()
 
 
 @pytest.fixture
@@ -89,7 +100,7 @@ def test_formats_of_openai_and_vllm(served, allows):
         ({"tools": [NOTHING, NOTHING]}, "tools[1].function.name"),
         ({"tools": [{"type": "function"}]}, "tools[0].function"),
         (
-            {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {"type": 1}}}}}]},
+            {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"properties": 1}}}]},
             "tools[0].function.parameters",
         ),
         ({"tool_choice": "required"}, "tool_choice"),
@@ -148,8 +159,8 @@ def test_logprobs_and_the_usage_of_every_piece(served, tokenizer):
     options = {"continuous_usage_stats": True, "include_usage": True}
     chunks = list(served.ask("c b a", stream=True, logprobs=True, stream_options=options))
     assert [chunk.usage.completion_tokens for chunk in chunks] == [0, 1, 2, 3, 3, 3]
-    streamed = [entry for chunk in chunks[:-1] if chunk.choices[0].logprobs for entry in chunk.choices[0].logprobs.content]
-    assert [entry.logprob for entry in streamed] == [0, -0.125, -0.25]
+    brought = [chunk.choices[0].logprobs for chunk in chunks[:-1]]
+    assert [entry.logprob for each in brought if each for entry in each.content] == [0, -0.125, -0.25]
     assert served.ask("a").choices[0].logprobs is None
 
 
@@ -216,7 +227,8 @@ def test_calls_are_streamed_as_they_come(size):
 
 def test_messages_of_whole_answers():
     made = message_of(TWO_CALLS)
-    assert made["content"] is None and [call["function"]["name"] for call in made["tool_calls"]] == ["look_up", "nothing"]
+    names = [call["function"]["name"] for call in made["tool_calls"]]
+    assert made["content"] is None and names == ["look_up", "nothing"]
     assert message_of("No call") == {"content": "No call"} and message_of("") == {"content": ""}
     (cut,) = message_of(ONE_CALL[:60])["tool_calls"]
     assert cut["function"]["arguments"] == ONE_CALL[47:60]

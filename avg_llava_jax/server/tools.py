@@ -35,6 +35,7 @@ from avg_llava_jax.server.shaping import OBJECT, guided
 CALL, CALL_END = "<tool_call>", "</tool_call>"
 RESULT, RESULT_END = "<tool_response>", "</tool_response>"
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+NO_PARAMETERS = {"additionalProperties": False}
 MOST_TOOLS = 128
 HEAD = re.compile(r'\{"name": "([^"]*)", "arguments": ')
 INTRODUCTION = f"""You can call these functions, one JSON object a line:
@@ -63,7 +64,7 @@ RESULT_MESSAGE = (
 
 
 def _functions(value: Any, path: str) -> list[dict[str, Any]]:
-    """The functions of `tools`: [{"name", "description", "parameters"}]."""
+    """The functions of `tools`: [{"name", and "description", "parameters" where they are there}]."""
     functions: list[dict[str, Any]] = []
     for number, tool in enumerate(LIST(value, path)):
         where = f"{path}[{number}]"
@@ -76,7 +77,7 @@ def _functions(value: Any, path: str) -> list[dict[str, Any]]:
                 f"{where}.function.name={short(name)} must be letters, digits, _ and -, up to 64, and another for each",
                 f"{where}.function.name",
             )
-        functions.append({"description": "", "parameters": {"type": "object", "properties": {}}} | function)
+        functions.append(function)
     if len(functions) > MOST_TOOLS:
         raise Refusal(400, f"{path} has {len(functions)} functions, at most {MOST_TOOLS}", path)
     return functions
@@ -138,7 +139,7 @@ def _guide(functions: Sequence[dict[str, Any]], may_talk: bool, several: bool) -
     for number, function in enumerate(functions):
         head = json.dumps(f'{CALL}{{"name": "{function["name"]}", "arguments": ')
         lines.append(f"call_{number}: {head} @arguments_{number} {json.dumps('}' + CALL_END)}")
-        schema = {"type": "object"} | function["parameters"] | {"x-guidance": COMPACT}
+        schema = {"type": "object"} | function.get("parameters", NO_PARAMETERS) | {"x-guidance": COMPACT}
         guided(lambda schema: Guide.json(schema), schema, f"tools[{number}].function.parameters")
         grammars.append({"name": f"arguments_{number}", "json_schema": schema})
     return guided(Guide, json.dumps({"grammars": [{"lark_grammar": "\n".join(lines)}, *grammars]}), "tools")
