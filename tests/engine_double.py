@@ -32,7 +32,7 @@ class EngineDouble:
         return ticket
 
     def _answer(self, request, ticket):
-        words = [word for word in request.prompt[-1]["value"].split() if word != "<image>"][::-1]
+        words = _words(request.prompt)[::-1]
         outcome = None
         for number, word in enumerate(words[: request.max_new_tokens]):
             while self.held.is_set() and number and self.open and not ticket.cancelled:
@@ -74,3 +74,9 @@ class EngineDouble:
 
     def close(self, drain=True):
         self.open = drain
+
+
+def _words(prompt):
+    """The words of the last question, or of a raw prompt: either is the list of texts around its images."""
+    texts = prompt[-1]["value"] if isinstance(prompt[-1], dict) else prompt
+    return " ".join(texts).split()

@@ -21,6 +21,14 @@ from avg_llava_jax.models import language
 from avg_llava_jax.models.avg_llava import Params
 
 
+class PromptTooLong(ValueError):
+    """A prompt over `max_length`. limit: max_length, in tokens."""
+
+    def __init__(self, message: str, limit: int):
+        super().__init__(message)
+        self.limit = limit
+
+
 class Model:
     """A model to answer with: `config`, `params`, `tokenizer` and `step`, the training steps of the parameters.
 
@@ -137,14 +145,14 @@ def visual_tokens(config: ModelConfig, sample: Sample, choice: Sequence[int]) ->
 
 
 def check_length(config: ModelConfig, sample: Sample, choice: Sequence[int]) -> None:
-    """Raise ValueError where a prompt exceeds `max_length`; it says which granularity would fit."""
+    """Raise PromptTooLong where a prompt exceeds `max_length`; it says which granularity would fit."""
     need, limit = length_at(config, sample, choice), config.language.max_length
     if need <= limit:
         return
     fitting = [g for g in config.granularities if packed_length(sample, config, g) <= limit]
     advice = f"granularity={fitting[-1]} would fit" if fitting else "no granularity would fit: shorten the prompt"
     at = f" at granularity {', '.join(map(str, choice))}" if choice else ""
-    raise ValueError(f"the prompt takes {need} tokens{at}, the model's limit is {limit}; {advice}")
+    raise PromptTooLong(f"the prompt takes {need} tokens{at}, the model's limit is {limit}; {advice}", limit)
 
 
 def without_end(ids: list[int], stop_ids: Sequence[int]) -> list[int]:

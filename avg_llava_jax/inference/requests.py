@@ -25,7 +25,8 @@ class Request:
     """One question about images.
 
     prompt: a question, or a conversation of turns `{"from": "human" | "gpt", "value": text}` that ends
-        with a question. `<image>` marks the place of an image; without it the images come first.
+        with a question. `<image>` marks the place of an image; without it the images come first. A value that is the
+        list of texts around the images has no markers, see `data.conversation`.
     images: one image or several: paths, encoded bytes, or Pillow images.
     granularity: "auto" (the router chooses for each image), tokens per tile, or a list with one of these
         for each image.
@@ -45,13 +46,13 @@ class Request:
     guide: what the answer must be, see `guides.Guide`; it decides over `min_tokens`.
     seed: the same request with the same seed gets the same answer, alone or in any batch.
     stop: strings that end the answer; they are not part of it.
-    raw: use `prompt` as it is, without a conversation template.
+    raw: use `prompt`, one text or the list of texts around the images, as it is, without a conversation template.
 
     Raises:
       ValueError: a field is out of range; the message names it and its range.
     """
 
-    prompt: str | Sequence[Turn]
+    prompt: str | Sequence[Turn] | Sequence[str]
     images: ImageLike | Sequence[ImageLike] = ()
     granularity: Granularity | Sequence[Granularity] = "auto"
     cost_weight: float = 0.0
@@ -76,7 +77,7 @@ class Request:
         stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         if not all(isinstance(text, str) and text for text in stops):
             raise ValueError(f"stop={self.stop!r}: stop strings must be non-empty texts")
-        if self.raw and not isinstance(self.prompt, str):
+        if self.raw and not all(isinstance(text, str) for text in self.prompt):
             raise ValueError("raw=True takes the prompt as one text, not as turns")
         single = isinstance(self.images, (str, os.PathLike, bytes, Image.Image)) or hasattr(self.images, "load")
         object.__setattr__(self, "stop", stops)

@@ -4,22 +4,22 @@
         {"type": "text", "text": ...} and {"type": "image_url", "image_url": {"url": ..., "detail": ...}}
     every other field: a row of CHAT
 
-A message's images precede its text, as in training, unless `<image>` in the text places each of them. The system
-message is prepended to the first question. `detail` of an image sets its granularity: `low` the coarsest, `high` the
-finest, `auto` the router's choice.
+The parts say where images are; `<image>` in a text is text. A message's images precede its text, as in training, unless
+one stands between two texts: then all parts keep their order. System messages are prepended to the first question.
+`detail` of an image sets its granularity: `low` the coarsest, `high` and `original` the finest, `auto` the router's
+choice. An earlier answer may be empty, as the model's own may be.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import secrets
 from collections.abc import Sequence
 from typing import Any
 
 from avg_llava_jax.config import ModelConfig
-from avg_llava_jax.data.conversation import PLACEHOLDER, Turn
+from avg_llava_jax.data.conversation import Turn
 from avg_llava_jax.inference.requests import Granularity, Request
 from avg_llava_jax.server import shaping
 from avg_llava_jax.server.fields import (
@@ -38,7 +38,7 @@ from avg_llava_jax.server.fields import (
 )
 from avg_llava_jax.server.images import SentImage, read_image
 from avg_llava_jax.server.limits import Limits
-from avg_llava_jax.server.refusal import Refusal
+from avg_llava_jax.server.refusal import Refusal, too_long
 from avg_llava_jax.server.shaping import CHAT_SCORES, SHAPING
 from avg_llava_jax.server.tools import TOOLS, Tools, as_text, tools_of
 
@@ -143,13 +143,14 @@ CHAT = (
 )
 """Fields of /v1/chat/completions."""
 
+ANY = Parsed("a string or a list of parts", lambda value, path: value)
+
 MESSAGE = (
     Field("role", OneOf(tuple(ROLES))),
-    Field("content", Parsed("a string or a list of parts", lambda value, path: value)),
+    Field("content", ANY),
     Field("type", nothing=("text", "message"), about="lm-eval sends it"),
-    Field("name", nothing=ANYTHING),
-    Field("id", nothing=ANYTHING),
-    *(Field(name, nothing=([], "", {})) for name in ("tool_calls", "function_call", "refusal", "annotations", "audio")),
+    *(Field(name, nothing=([], "", {})) for name in ("tool_calls", "function_call", "annotations", "audio")),
+    *(Field(name, nothing=ANYTHING) for name in ("name", "id", "status", "refusal")),
     *(Field(name, nothing=ANYTHING, about="of an earlier answer") for name in ("reasoning", "reasoning_content")),
 )
 """Fields of one message."""
@@ -157,13 +158,19 @@ MESSAGE = (
 PART = (
     Field("type", TEXT),
     Field("text", TEXT),
-    Field("image_url", Parsed("an object with `url`", lambda value, path: value)),
-    Field("cache_control", nothing=ANYTHING),
+    Field("refusal", TEXT, about="the text of an earlier answer"),
+    Field("image_url", Parsed("an object with `url`, or the URL", lambda value, path: value)),
+    Field("detail", nothing=ANYTHING, about="beside `image_url`, read with it"),
+    *(Field(name, nothing=ANYTHING) for name in ("cache_control", "uuid", "annotations", "logprobs")),
 )
 IMAGE_URL = (
     Field("url", TEXT),
-    Field("detail", OneOf(("auto", "low", "high")), about="`low` the coarsest, `high` the finest granularity"),
+    Field("detail", OneOf(("auto", "low", "high", "original")), about="the granularity of this image"),
+    Field("format", nothing=ANYTHING, about="the image itself says it"),
 )
+TEXTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+"""Types of parts that are text, and the field that holds it."""
+IMAGES = ("image_url", "input_image")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,8 +209,8 @@ def read(body: bytes, config: ModelConfig, limits: Limits, served: str) -> Ask:
     tools = tools_of(given)
     messages = as_text(required(given, CHAT, "messages"))
     turns, images, details = _conversation(messages, limits, [tools.introduction] if tools else [])
-    if sum(len(turn["value"]) for turn in turns) > CHARACTERS_A_TOKEN * config.language.max_length:
-        raise Refusal(400, f"the text is too long for a model of {config.language.max_length} tokens", "messages")
+    if sum(len(text) for turn in turns for text in turn["value"]) > CHARACTERS_A_TOKEN * config.language.max_length:
+        raise too_long(config.language.max_length, "the text is longer than any that fits", "messages")
     request = _request(given, CHAT, turns, images, details, config, limits)
     if tools and request.guide:
         raise Refusal(400, "tools and a format both say what the answer must be: give one", "tools")
@@ -255,6 +262,27 @@ def _parsed(body: bytes) -> Any:
         raise Refusal(400, f"the body is not valid JSON: {error}", code="invalid_json") from None
 
 
+@dataclasses.dataclass
+class _Message:
+    """A message. texts: the texts around its images, one more than it has images. details: `detail` of each image."""
+
+    role: str
+    texts: list[str]
+    images: list[SentImage]
+    details: list[str]
+
+    @property
+    def blank(self) -> bool:
+        return not self.images and not self.texts[0].strip()
+
+    def followed_by(self, later: _Message) -> _Message:
+        """Both as one; a blank one adds nothing."""
+        if self.blank or later.blank:
+            return later if self.blank else self
+        texts = [*self.texts[:-1], f"{self.texts[-1]}\n{later.texts[0]}", *later.texts[1:]]
+        return _Message(self.role, texts, self.images + later.images, self.details + later.details)
+
+
 def _conversation(
     messages: Sequence[Any], limits: Limits, preface: Sequence[str] = ()
 ) -> tuple[list[Turn], list[SentImage], list[str]]:
@@ -262,69 +290,88 @@ def _conversation(
 
     Consecutive messages of one role become one turn.
     """
-    said: list[tuple[str, str]] = []
-    images: list[SentImage] = []
-    details: list[str] = []
-    for number, message in enumerate(messages):
-        where = f"messages[{number}]"
-        fields = read_fields(message, MESSAGE, where, limits.unknown_fields)
-        role = required(fields, MESSAGE, "role", where)
-        text, new, wanted = _content(fields.get("content"), f"{where}.content", role, len(images), limits)
-        said.append((ROLES[role], text))
-        images += new
-        details += wanted
-    if not said or said[-1][0] != "human":
+    system = list(preface)
+    said: list[_Message] = []
+    for number, each in enumerate(messages):
+        message = _message(each, f"messages[{number}]", sum(len(one.images) for one in said), limits)
+        if message.role == "system":
+            system += message.texts if not message.blank else []
+        elif said and said[-1].role == message.role:
+            said[-1] = said[-1].followed_by(message)
+        else:
+            said.append(message)
+    if not said or said[-1].role != "human":
         raise Refusal(400, "messages must end with a message from the user", "messages")
-    system = [*preface, *(text for role, text in said if role == "system")]
-    turns = [
-        {"from": role, "value": "\n".join(text for _, text in group)}
-        for role, group in itertools.groupby((pair for pair in said if pair[0] != "system"), lambda pair: pair[0])
-    ]
-    if turns[0]["from"] != "human":
+    if said[0].role != "human":
         raise Refusal(400, "the first message after the system's must be from the user", "messages")
     if system:
-        turns[0]["value"] = "\n".join([*system, "", turns[0]["value"]])
-    return turns, images, details
+        said[0].texts[0] = "\n".join([*system, "", said[0].texts[0]])
+    turns = [{"from": one.role, "value": [""] if one.role == "gpt" and one.blank else one.texts} for one in said]
+    return turns, [image for one in said for image in one.images], [detail for one in said for detail in one.details]
 
 
-def _content(
-    content: Any, where: str, role: str, before: int, limits: Limits
-) -> tuple[str, list[SentImage], list[str]]:
-    """Text with placeholders, images and details of one message. before: number of images in earlier messages."""
+def _message(message: Any, where: str, before: int, limits: Limits) -> _Message:
+    """One message. before: number of images in earlier messages."""
+    fields = read_fields(message, MESSAGE, where, limits.unknown_fields)
+    role = ROLES[required(fields, MESSAGE, "role", where)]
+    where, content = f"{where}.content", fields.get("content")
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
+    elif not content and role != "human" and not isinstance(content, (bool, int, float)):
+        content = [{"type": "text", "text": ""}]
     if not isinstance(content, list) or not content:
         raise Refusal(400, f"{where} must be a string or a list of parts, not {short(content)}", where)
-    texts, images, details = [], [], []
+    parts: list[str | SentImage] = []
+    details: list[str] = []
     for number, part in enumerate(content):
         path = f"{where}[{number}]"
         fields = read_fields(part, PART, path, limits.unknown_fields)
         kind = required(fields, PART, "type", path)
-        if kind == "text":
-            texts.append(required(fields, PART, "text", path))
-        elif kind == "image_url" and role == "user":
-            if before + len(images) >= limits.images:
+        if kind in TEXTS:
+            parts.append(required(fields, PART, TEXTS[kind], path))
+        elif kind in IMAGES and role == "human":
+            if before + len(details) >= limits.images:
                 raise Refusal(400, f"{path}: over {limits.images} images", "messages", "too_many_images")
-            path += ".image_url"
-            link = read_fields(fields.get("image_url"), IMAGE_URL, path, limits.unknown_fields)
-            images.append(read_image(required(link, IMAGE_URL, "url", path), path, limits))
-            details.append(link.get("detail", "auto"))
+            image, detail = _image(fields.get("image_url"), part.get("detail"), f"{path}.image_url", limits)
+            parts.append(image)
+            details.append(detail)
         else:
-            known = "text or image_url" if role == "user" else f"text in a message from {role}"
+            known = "text or image_url" if role == "human" else "text: only messages from the user have images"
             raise Refusal(400, f"{path}.type={short(kind)} must be {known}", f"{path}.type")
-    text = "\n".join(texts)
-    if PLACEHOLDER not in text:
-        text = f"{PLACEHOLDER}\n" * len(images) + text
-    elif text.count(PLACEHOLDER) != len(images):
-        found = text.count(PLACEHOLDER)
-        raise Refusal(400, f"{where}: {len(images)} images for {found} {PLACEHOLDER} in the text", where)
-    return text, images, details
+    texts = [at for at, part in enumerate(parts) if isinstance(part, str)]
+    between = texts and any(not isinstance(part, str) for part in parts[texts[0] : texts[-1]])
+    if not between:
+        parts.sort(key=lambda part: isinstance(part, str))
+    return _Message(role, _around(parts), [part for part in parts if not isinstance(part, str)], details)
+
+
+def _image(link: Any, detail: Any, where: str, limits: Limits) -> tuple[SentImage, str]:
+    """An image and its `detail`. link: an object with both, or the URL alone."""
+    if isinstance(link, str):
+        link = {"url": link, "detail": detail}
+    given = read_fields(link, IMAGE_URL, where, limits.unknown_fields)
+    return read_image(required(given, IMAGE_URL, "url", where), where, limits), given.get("detail", "auto")
+
+
+def _around(parts: Sequence[str | SentImage]) -> list[str]:
+    """The texts around the images of parts, each on lines of its own: [image, "a", "b"] becomes ["", "\\na\\nb"]."""
+    texts = [""]
+    for number, part in enumerate(parts):
+        texts[-1] += "\n" if number else ""
+        if isinstance(part, str):
+            texts[-1] += part
+        else:
+            texts.append("")
+    if len(parts) and not isinstance(parts[-1], str):
+        texts[-1] += "\n"
+    return texts
 
 
 def _granularity(value: Any, details: Sequence[str], config: ModelConfig) -> Granularity | list[Granularity]:
     """The field `granularity`, or else each image's `detail`."""
     if value is None:
-        known = {"auto": "auto", "low": config.granularities[0], "high": config.granularities[-1]}
+        finest = config.granularities[-1]
+        known = {"auto": "auto", "low": config.granularities[0], "high": finest, "original": finest}
         return [known[detail] for detail in details] if set(details) - {"auto"} else "auto"
     return value
 

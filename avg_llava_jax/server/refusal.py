@@ -9,6 +9,7 @@ from typing import Any
 from starlette.responses import Response
 
 from avg_llava_jax.data.errors import BadSample
+from avg_llava_jax.inference.model import PromptTooLong
 from avg_llava_jax.inference.requests import Request
 from avg_llava_jax.inference.tickets import Cancelled, QueueFull
 
@@ -50,6 +51,12 @@ class Refusal(Exception):
         return json_response(self.body(), self.status, headers)
 
 
+def too_long(limit: int, message: str, param: str) -> Refusal:
+    """The refusal of a prompt over the model's length; clients switch models by its code or by its first words."""
+    opening = f"This model's maximum context length is {limit} tokens"
+    return Refusal(400, f"{opening}: {message}", param, "context_length_exceeded")
+
+
 def json_response(values: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     """JSON in ASCII, since a message may quote invalid Unicode."""
     return Response(json.dumps(values), status, headers, media_type="application/json")
@@ -65,6 +72,8 @@ def refusal_of(error: Exception, retry_after: int) -> Refusal:
         return Refusal(503, "the server is shutting down", code="draining", retry_after=retry_after)
     if isinstance(error, TimeoutError):
         return Refusal(504, "the answer took longer than this server allows; ask for fewer tokens", code="timeout")
+    if isinstance(error, PromptTooLong):
+        return too_long(error.limit, str(error), "messages")
     if isinstance(error, BadSample):
         return Refusal(400, error.detail, code=error.reason)
     if isinstance(error, ValueError):
