@@ -166,7 +166,7 @@ def test_logprobs_and_the_usage_of_every_piece(served, tokenizer):
 
 def test_tools_are_described_and_calls_follow_their_schemas(served, allows):
     served.ask([{"role": "system", "content": "Be brief."}, user("b a")], tools=[LOOK_UP, NOTHING])
-    prompt = served.engine.requests[-1].prompt[0]["value"]
+    (prompt,) = served.engine.requests[-1].prompt[0]["value"]
     assert '"look_up"' in prompt and "Who wears a shirt" in prompt and prompt.endswith("Be brief.\n\nb a")
     wrong = ONE_CALL.replace("red", "green")
     for text, auto, required, single in (
@@ -186,7 +186,7 @@ def test_tools_are_described_and_calls_follow_their_schemas(served, allows):
     served.ask("b a", tools=[LOOK_UP, NOTHING], tool_choice={"type": "function", "function": {"name": "nothing"}})
     assert allows('<tool_call>{"name": "nothing", "arguments": {}}</tool_call>') and not allows(ONE_CALL)
     served.ask("b a", tools=[LOOK_UP], tool_choice="none")
-    assert served.engine.requests[-1].guide is None and "look_up" not in served.engine.requests[-1].prompt[0]["value"]
+    assert served.engine.requests[-1].guide is None and "look_up" not in str(served.engine.requests[-1].prompt)
 
 
 def test_calls_and_results_in_earlier_messages(served):
@@ -198,8 +198,8 @@ def test_calls_and_results_in_earlier_messages(served):
     ]
     served.ask(messages, tools=[LOOK_UP])
     _, answer, result = served.engine.requests[-1].prompt
-    assert answer["value"] == '<tool_call>{"name": "look_up", "arguments": {"shirt": 7}}</tool_call>'
-    assert result == {"from": "human", "value": "<tool_response>\nAnn\n</tool_response>"}
+    assert answer["value"] == ['<tool_call>{"name": "look_up", "arguments": {"shirt": 7}}</tool_call>']
+    assert result == {"from": "human", "value": ["<tool_response>\nAnn\n</tool_response>"]}
     with pytest.raises(openai.BadRequestError) as caught:
         served.ask([messages[0], {"role": "assistant", "tool_calls": [{"id": "1"}]}, messages[2]])
     assert caught.value.param == "messages[1].tool_calls[0].function"
@@ -220,9 +220,10 @@ def test_calls_are_streamed_as_they_come(size):
                 calls[part["index"]][1] += part["function"]["arguments"]
     assert calls == [["look_up", r'{"shirt": 7, "team": "}</tool_call>{\"\\"}'], ["nothing", "{}"]]
     assert json.loads(calls[0][1])["team"] == '}</tool_call>{"\\'
-    for at in range(0, 40, size):
-        content += "".join(delta["content"] for delta in Calls().feed("<tool_cat> is text"[at : at + size]))
-    assert content == "<tool_cat> is text" or size < 7
+    reader, text = Calls(), "<tool_cat> is text"
+    for at in range(0, len(text), size):
+        content += "".join(delta["content"] for delta in reader.feed(text[at : at + size]))
+    assert content == text
 
 
 def test_messages_of_whole_answers():
