@@ -6,7 +6,7 @@ from collections import Counter
 
 from avg_llava_jax.data.errors import BadSample
 from avg_llava_jax.data.geometry import visual_count
-from avg_llava_jax.inference.requests import Answer
+from avg_llava_jax.inference.requests import Answer, TokenScore
 from avg_llava_jax.inference.stats import Stats
 from avg_llava_jax.inference.tickets import Cancelled, QueueFull, Ticket
 
@@ -45,8 +45,8 @@ class EngineDouble:
                 outcome = RuntimeError("boom") if word == "crash" else BadSample("corrupt_image", "image: damaged")
             if outcome:
                 break
-            ticket.progress = 0, number + 1
-            ticket.show(" " * bool(number) + word)
+            scores = [TokenScore(n, -n / 8, {n: -n / 8, 7: -2.0}) for n in range(number + 1)]
+            ticket.show(" " * bool(number) + word, number + 1, [] if request.logprobs is None else scores)
         self.running -= 1
         self.ends[type(outcome).__name__] += 1
         ticket.end(outcome or self._answered(request, words))
@@ -68,6 +68,7 @@ class EngineDouble:
             {"total": 0.25},
             tuple(range(len(kept))),
             "length" if len(kept) < len(words) else "stop",
+            () if request.logprobs is None else tuple(TokenScore(n, -n / 8, {7: -2.0}) for n in range(len(kept))),
         )
 
     def stats(self):

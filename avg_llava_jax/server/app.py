@@ -29,7 +29,7 @@ from starlette.types import Receive, Scope, Send
 
 from avg_llava_jax.inference.engine import Engine
 from avg_llava_jax.inference.requests import Answer, Prepared
-from avg_llava_jax.inference.tickets import Cancelled, QueueFull, Ticket
+from avg_llava_jax.inference.tickets import Cancelled, Piece, QueueFull, Ticket
 from avg_llava_jax.server import VERSION, bodies, completions, reading, responses, tokenizing
 from avg_llava_jax.server.clients import Clients, Key, key_of
 from avg_llava_jax.server.images import tiles_of
@@ -212,23 +212,26 @@ class Service:
         stack.enter_context(self._place())
         ask, prepared = await self._in_thread(self._prepare, endpoint, body, request.headers)
         del body
-        sample, tiles = prepared.sample, []
-        if sample.images:
-            prepared, tiles = await asyncio.get_running_loop().run_in_executor(
-                self._decoders, tiles_of, self.model.config, prepared
-            )
+        text_tokens, tiles = len(prepared.sample.tokens.ids) - len(prepared.sample.sizes), []
+        if prepared.sample.images:
+            decoding = asyncio.get_running_loop().run_in_executor(self._decoders, tiles_of, self.model.config, prepared)
+            prepared, tiles = await _unless_left(request, decoding)
             ask = dataclasses.replace(ask, request=prepared.request)  # the files themselves are no longer needed
-        ticket = self.engine.submit_prepared(prepared, tiles)
-        stack.callback(ticket.cancel)
-        text_tokens = len(sample.tokens.ids) - len(sample.sizes)
-        reply = endpoint.reply(self.name, self.model.config, ask, text_tokens)
-        pieces = self._follow(ticket, begin)
-        stack.push_async_callback(pieces.aclose)
+        tickets, pieces = [], []
+        for seed in ask.seeds:
+            one = dataclasses.replace(prepared, request=dataclasses.replace(prepared.request, seed=seed))
+            tickets.append(self.engine.submit_prepared(one, tiles))
+            pieces.append(self._follow(tickets[-1], begin))
+            stack.push_async_callback(pieces[-1].aclose)
+            stack.callback(tickets[-1].cancel)
+        reply = endpoint.reply(self.name, self.model, ask, text_tokens)
         if not ask.stream:
-            answer = await _unless_left(request, _last(pieces))
-            return json_response(reply.whole(answer))
-        first = await _unless_left(request, anext(pieces))
-        events = self._events(reply, ticket, first, pieces)
+            answers = await _unless_left(request, _last_of_each(pieces))
+            return json_response(reply.whole(answers))
+        items = _merged(pieces)
+        stack.push_async_callback(items.aclose)
+        first = await _unless_left(request, anext(items))
+        events = self._events(reply, tickets, first, items)
         stack.push_async_callback(events.aclose)
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         return StreamingResponse(events, 200, headers, media_type="text/event-stream")
@@ -253,7 +256,7 @@ class Service:
         finally:
             self.running -= 1
 
-    async def _follow(self, ticket: Ticket, begin: float) -> AsyncIterator[str | Answer]:
+    async def _follow(self, ticket: Ticket, begin: float) -> AsyncIterator[Piece | Answer]:
         """Yield an answer's pieces, then the answer. Raises TimeoutError, or the error of the ticket."""
         deadline = begin + self.limits.seconds
 
@@ -274,21 +277,32 @@ class Service:
         yield answer
 
     async def _events(
-        self, reply: Reply, ticket: Ticket, first: str | Answer, rest: AsyncIterator[str | Answer]
+        self,
+        reply: Reply,
+        tickets: Sequence[Ticket],
+        first: tuple[int, Piece | Answer],
+        rest: AsyncIterator[tuple[int, Piece | Answer]],
     ) -> AsyncIterator[str]:
-        """Server-sent events of an answer."""
+        """Server-sent events of all answers. first, rest: their items, each with the number of its answer."""
+        answers: dict[int, Answer] = {}
         for event in reply.begin():
             yield event
         try:
-            item = first
-            while not isinstance(item, Answer):
-                for event in reply.piece(item, ticket.progress):
+            number, item = first
+            while True:
+                if isinstance(item, Answer):
+                    answers[number], made = item, reply.ended(item, number)
+                else:
+                    made = reply.piece(item, number, tickets[number].visual_tokens or 0)
+                for event in made:
                     yield event
-                item = await anext(rest)
+                if len(answers) == len(tickets):
+                    break
+                number, item = await anext(rest)
         except EXPECTED as error:
             ending = reply.failed(self._refused(error))
         else:
-            ending = reply.end(item)
+            ending = reply.end([answers[number] for number in range(len(tickets))])
         for event in ending:
             yield event
 
@@ -349,6 +363,34 @@ async def _unless_left(request: Request, work: Awaitable[T]) -> T:
 async def _left(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+async def _merged(streams: Sequence[AsyncIterator[T]]) -> AsyncIterator[tuple[int, T]]:
+    """The items of several iterators as they come, each with the number of its iterator."""
+    waiting = {asyncio.ensure_future(anext(stream)): number for number, stream in enumerate(streams)}
+    try:
+        while waiting:
+            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                number = waiting.pop(task)
+                with contextlib.suppress(StopAsyncIteration):
+                    yield number, task.result()
+                    waiting[asyncio.ensure_future(anext(streams[number]))] = number
+    finally:
+        for task in waiting:
+            task.cancel()
+        if waiting:
+            await asyncio.wait(waiting)
+
+
+async def _last_of_each(streams: Sequence[AsyncIterator[T]]) -> list[T]:
+    tasks = [asyncio.ensure_future(_last(stream)) for stream in streams]
+    try:
+        return [await task for task in tasks]
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
 
 
 async def _last(items: AsyncIterator[T]) -> T:

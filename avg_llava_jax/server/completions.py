@@ -6,11 +6,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from avg_llava_jax.config import ModelConfig
-from avg_llava_jax.inference.requests import Answer
+from avg_llava_jax.inference.requests import TOP, Answer, TokenScore
+from avg_llava_jax.server import scores
 from avg_llava_jax.server.fields import TEXT, Field, Number, Parsed, read_fields, required, short
 from avg_llava_jax.server.limits import Limits
 from avg_llava_jax.server.reading import (
@@ -38,7 +39,7 @@ COMPLETION = (
     Field("max_tokens", Number(1, MANY, whole=True), nothing=(-1,), about=f"{DEFAULT_NEW_TOKENS} if absent"),
     *SAMPLING,
     *LOOKING,
-    Field("logprobs", nothing=(False,)),
+    Field("logprobs", Number(0, TOP, whole=True), nothing=(False,), about="of each token, with so many likely ones"),
     Field("suffix", nothing=("",)),
 )
 """Fields of /v1/completions."""
@@ -48,6 +49,8 @@ def read(values: Any, config: ModelConfig, limits: Limits, served: str) -> Ask:
     """Check the JSON of /v1/completions and convert it to a request; see `reading.read`."""
     given = read_fields(values, COMPLETION, extras=limits.unknown_fields)
     check_model(given, served)
+    if "logprobs" in given:
+        given |= {"logprobs": True, "top_logprobs": given["logprobs"]}  # as chat completions name them
     prompt = required(given, COMPLETION, "prompt")
     if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str):
         (prompt,) = prompt
@@ -79,16 +82,15 @@ class CompletionReply(Reply):
 
     kind, chunk_kind, begins = "text_completion", "text_completion", "cmpl"
 
-    def whole(self, answer: Answer) -> dict[str, Any]:
-        reply = super().whole(answer)
-        choice = {"index": 0, "text": answer.text, "finish_reason": answer.finish, "logprobs": None}
-        return {**reply, "choices": [choice]}
+    def _choice(self, number: int, answer: Answer) -> dict[str, Any]:
+        logprobs = self._logprobs(answer.logprobs)
+        return {"index": number, "text": answer.text, "finish_reason": answer.finish, "logprobs": logprobs}
 
     def begin(self) -> Iterator[str]:
         yield from ()
 
-    def chunk(self, delta: dict[str, str], answer: Answer | None = None) -> dict[str, Any]:
-        chunk = super().chunk(delta, answer)
-        (choice,) = chunk["choices"]
-        choice["text"] = choice.pop("delta").get("content", "")
-        return chunk
+    def _said(self, delta: dict[str, Any]) -> dict[str, Any]:
+        return {"text": delta.get("content", "")}
+
+    def _logprobs(self, found: Sequence[TokenScore]) -> dict[str, Any] | None:
+        return scores.completion(found, self._tokenizer) if found else None

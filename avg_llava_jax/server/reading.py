@@ -21,6 +21,7 @@ from typing import Any
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.data.conversation import Turn
 from avg_llava_jax.inference.requests import Granularity, Request
+from avg_llava_jax.server import shaping
 from avg_llava_jax.server.fields import (
     ANYTHING,
     FLAG,
@@ -38,6 +39,8 @@ from avg_llava_jax.server.fields import (
 from avg_llava_jax.server.images import SentImage, read_image
 from avg_llava_jax.server.limits import Limits
 from avg_llava_jax.server.refusal import Refusal, too_long
+from avg_llava_jax.server.shaping import CHAT_SCORES, SHAPING
+from avg_llava_jax.server.tools import TOOLS, Tools, as_text, tools_of
 
 DEFAULT_NEW_TOKENS = 256
 CHARACTERS_A_TOKEN = 32  # times max_length: a longer text is refused before it is tokenized
@@ -81,27 +84,14 @@ SAMPLING = (
     Field("top_k", Number(0, MANY, whole=True), nothing=(-1,), sets="top_k"),
     Field("seed", Number(-(2**63), 2**63 - 1, whole=True), about="without one, another sample each time"),
     Field("stop", Parsed(f"a string, or up to {STOPS} of them", _stops), nothing=([], ""), sets="stop"),
-    Field("min_p", nothing=(0,)),
-    Field("frequency_penalty", nothing=(0,)),
-    Field("presence_penalty", nothing=(0,)),
-    Field("repetition_penalty", nothing=(1,)),
+    *SHAPING,
     Field("length_penalty", nothing=(1,)),
-    Field("logit_bias", nothing=({},)),
-    Field("ignore_eos", nothing=(False,)),
-    Field("min_tokens", nothing=(0,)),
-    Field("n", nothing=(1,)),
     Field("best_of", nothing=(1,)),
     Field("use_beam_search", nothing=(False,)),
     Field("stop_token_ids", nothing=([],)),
     Field("bad_words", nothing=([],)),
     Field("allowed_token_ids"),
     Field("logits_processors", nothing=([],)),
-    Field("response_format", nothing=({"type": "text"}, {})),
-    Field("structured_outputs", nothing=({},)),
-    Field("guided_json"),
-    Field("guided_regex"),
-    Field("guided_choice", nothing=([],)),
-    Field("guided_grammar"),
     Field("echo", nothing=(False,)),
     Field("prompt_logprobs", nothing=(0, False)),
     Field("skip_special_tokens", nothing=(True,)),
@@ -137,11 +127,8 @@ CHAT = (
     Field("max_completion_tokens", Number(1, MANY, whole=True), nothing=(-1,), about="the newer name of `max_tokens`"),
     *SAMPLING,
     *LOOKING,
-    Field("logprobs", nothing=(False, 0)),
-    Field("top_logprobs", nothing=(0,)),
-    Field("tools", nothing=([],)),
-    Field("tool_choice", nothing=("none", "auto")),
-    Field("parallel_tool_calls", nothing=(True, False), about="without tools there is nothing to call"),
+    *CHAT_SCORES,
+    *TOOLS,
     Field("functions", nothing=([],)),
     Field("function_call", nothing=("none", "auto")),
     Field("modalities", nothing=(["text"],)),
@@ -192,18 +179,29 @@ IMAGES = ("image_url", "input_image")
 
 @dataclasses.dataclass(frozen=True)
 class Ask:
-    """A request and how to send its answer. given: the honoured fields as they were asked for, without the prompt."""
+    """A request and how to send its answer.
+
+    given: the honoured fields as they were asked for, without the prompt. count: answers, each by a seed of its own.
+    usage_with_each: send the usage so far with every piece. tools: the functions that the answer may call.
+    """
 
     request: Request
     given: dict[str, Any]
     stream: bool = False
     include_usage: bool = False
-    continuous_usage: bool = False
+    usage_with_each: bool = False
+    count: int = 1
+    tools: Tools | None = None
 
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
         """(width, height) of each image."""
         return tuple(image.size for image in self.request.images)
+
+    @property
+    def seeds(self) -> list[int]:
+        """A seed for each answer."""
+        return [(self.request.seed + number) % 2**32 for number in range(self.count)]
 
 
 def read(values: Any, config: ModelConfig, limits: Limits, served: str) -> Ask:
@@ -214,8 +212,16 @@ def read(values: Any, config: ModelConfig, limits: Limits, served: str) -> Ask:
     """
     given = read_fields(values, CHAT, extras=limits.unknown_fields)
     check_model(given, served)
-    turns, images, details = conversation(required(given, CHAT, "messages"), "messages", config, limits)
-    return ask_of(given, CHAT, turns, images, details, config, limits)
+    tools = tools_of(given)
+    messages = as_text(required(given, CHAT, "messages"))
+    introduction = tools.introduction if tools else None
+    turns, images, details = conversation(messages, "messages", config, limits, introduction)
+    ask = ask_of(given, CHAT, turns, images, details, config, limits)
+    if tools is None:
+        return ask
+    if ask.request.guide:
+        raise Refusal(400, "tools and a format both say what the answer must be: give one", "tools")
+    return dataclasses.replace(ask, request=dataclasses.replace(ask.request, guide=tools.guide), tools=tools)
 
 
 def check_model(given: dict[str, Any], served: str) -> None:
@@ -240,12 +246,14 @@ def ask_of(
     options = {field.sets: given[field.name] for field in table if field.sets and field.name in given}
     if "top_k" in options:
         options["top_k"] = min(options["top_k"], config.language.vocab_size)
+    new_tokens = min(_new_tokens(given) or default_new_tokens, limits.new_tokens)
+    options |= shaping.options(given, new_tokens)
     seed = given.get("seed")
     request = Request(
         prompt=prompt,
         images=images,
         granularity=_granularity(given.get("granularity"), details, config),
-        max_new_tokens=min(_new_tokens(given) or default_new_tokens, limits.new_tokens),
+        max_new_tokens=new_tokens,
         seed=secrets.randbits(32) if seed is None else seed % 2**32,
         raw=raw,
         **options,
@@ -257,6 +265,7 @@ def ask_of(
         given.get("stream", False),
         stream.get("include_usage", False),
         stream.get("continuous_usage_stats", False),
+        given.get("n", 1),
     )
 
 
@@ -300,14 +309,14 @@ class _Message:
 
 
 def conversation(
-    messages: Sequence[Any], where: str, config: ModelConfig, limits: Limits, instructions: str = ""
+    messages: Sequence[Any], where: str, config: ModelConfig, limits: Limits, preface: str | None = None
 ) -> tuple[list[Turn], list[SentImage], list[str]]:
     """Turns for the model's template, all images, and the `detail` of each image.
 
-    where: the field that holds the messages. instructions: a system message before them. Consecutive messages of one
-    role become one turn.
+    where: the field that holds the messages. preface: a system message before them. Consecutive messages of one role
+    become one turn.
     """
-    system = [instructions] if instructions.strip() else []
+    system = [preface] if preface and preface.strip() else []
     said: list[_Message] = []
     for number, each in enumerate(messages):
         message = _message(each, f"{where}[{number}]", sum(len(one.images) for one in said), limits)

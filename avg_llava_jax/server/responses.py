@@ -15,11 +15,13 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from avg_llava_jax.config import ModelConfig
+from avg_llava_jax.inference.model import Model
 from avg_llava_jax.inference.requests import Answer
+from avg_llava_jax.inference.tickets import Piece
 from avg_llava_jax.server.fields import ANYTHING, TEXT, Field, Number, Parsed, read_fields, required, short
 from avg_llava_jax.server.limits import Limits
 from avg_llava_jax.server.reading import (
@@ -35,6 +37,23 @@ from avg_llava_jax.server.reading import (
 )
 from avg_llava_jax.server.refusal import Refusal
 from avg_llava_jax.server.replies import Reply, event
+from avg_llava_jax.server.shaping import response_format
+
+
+def _format(value: Any, path: str) -> Any:
+    """`text.format` is `response_format` of chat completions, but for the fields of `json_schema`, which lie in it."""
+    path = f"{path}.format"
+    given = read_fields(value, TEXT_FORMAT, path.rpartition(".")[0]).get("format", {"type": "text"})
+    if isinstance(given, dict) and given.get("type") == "json_schema":
+        rest = {name: one for name, one in given.items() if name != "type"}
+        given = {"type": "json_schema", "json_schema": rest}
+    return response_format(given, path)
+
+
+TEXT_FORMAT = (
+    Field("format", Parsed("as `response_format`", lambda value, path: value)),
+    Field("verbosity", nothing=("medium",)),
+)
 
 RESPONSE = (
     Field("model", TEXT, about="may be absent"),
@@ -44,7 +63,7 @@ RESPONSE = (
     Field("max_output_tokens", Number(1, MANY, whole=True), about=f"{DEFAULT_NEW_TOKENS} if absent"),
     *SAMPLING,
     *LOOKING,
-    Field("text", nothing=({}, {"format": {"type": "text"}}, {"format": {"type": "text"}, "verbosity": "medium"})),
+    Field("text", Parsed("`format`: `text`, `json_object` or `json_schema`", _format)),
     Field("tools", nothing=([],)),
     Field("tool_choice", nothing=("none", "auto")),
     Field("parallel_tool_calls", nothing=(True, False), about="without tools there is nothing to call"),
@@ -65,35 +84,40 @@ def read(values: Any, config: ModelConfig, limits: Limits, served: str) -> Ask:
     """Check the JSON of /v1/responses and convert it to a request; see `reading.read`."""
     given = read_fields(values, RESPONSE, extras=limits.unknown_fields)
     check_model(given, served)
+    if given.get("n", 1) > 1:
+        raise Refusal(400, "n is not supported here, only 1", "n", "unsupported_value")
+    if given.get("text") is not None:
+        given["response_format"] = given.pop("text")
     said = required(given, RESPONSE, "input")
     messages = [{"role": "user", "content": said}] if isinstance(said, str) else said
     if not isinstance(messages, list):
         raise Refusal(400, f"input must be a text or a list of messages, not {short(said)}", "input")
     messages = [each for each in messages if not (isinstance(each, dict) and each.get("type") == "reasoning")]
-    turns, images, details = conversation(messages, "input", config, limits, given.get("instructions", ""))
+    turns, images, details = conversation(messages, "input", config, limits, given.get("instructions"))
     return ask_of(given, RESPONSE, turns, images, details, config, limits)
 
 
 class ResponseReply(Reply):
     """The reply to one response."""
 
-    def __init__(self, model: str, config: ModelConfig, ask: Ask, text_tokens: int):
-        super().__init__(model, config, ask, text_tokens)
-        self._model, self._id, self._item = model, f"resp_{secrets.token_hex(12)}", f"msg_{secrets.token_hex(12)}"
-        self._created, self._number, self._text = int(time.time()), -1, ""
+    def __init__(self, name: str, model: Model, ask: Ask, text_tokens: int):
+        super().__init__(name, model, ask, text_tokens)
+        self._name, self._id, self._item = model, f"resp_{secrets.token_hex(12)}", f"msg_{secrets.token_hex(12)}"
+        self._created, self._number = int(time.time()), -1
 
-    def whole(self, answer: Answer) -> dict[str, Any]:
+    def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        (answer,) = answers
         cut = answer.finish == "length"
         return {
             **self._response("incomplete" if cut else "completed"),
             "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
             "output": [self._message("incomplete" if cut else "completed", [self._part(answer.text)])],
-            "usage": self.usage(answer),
+            "usage": self._usage_of(answers),
             "avg_llava": self._seen(answer),
         }
 
-    def usage(self, answer: Answer) -> dict[str, Any]:
-        usage = super().usage(answer)
+    def _usage_of(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        usage = super()._usage_of(answers)
         return {
             "input_tokens": usage.pop("prompt_tokens"),
             "input_tokens_details": {"cached_tokens": 0},
@@ -109,11 +133,14 @@ class ResponseReply(Reply):
         yield self._event("response.output_item.added", output_index=0, item=self._message("in_progress", []))
         yield self._part_event("response.content_part.added", part=self._part(""))
 
-    def piece(self, text: str, progress: tuple[int, int]) -> Iterator[str]:
-        yield self._part_event("response.output_text.delta", delta=text, logprobs=[])
+    def piece(self, piece: Piece, number: int, visual: int) -> Iterator[str]:
+        yield self._part_event("response.output_text.delta", delta=piece, logprobs=[])
 
-    def end(self, answer: Answer) -> Iterator[str]:
-        whole = self.whole(answer)
+    def ended(self, answer: Answer, number: int) -> Iterator[str]:
+        yield from ()
+
+    def end(self, answers: Sequence[Answer]) -> Iterator[str]:
+        (answer,), whole = answers, self.whole(answers)
         (item,) = whole["output"]
         yield self._part_event("response.output_text.done", text=answer.text, logprobs=[])
         yield self._part_event("response.content_part.done", part=item["content"][0])
@@ -150,7 +177,7 @@ class ResponseReply(Reply):
             "incomplete_details": None,
             "instructions": given.get("instructions"),
             "max_output_tokens": given.get("max_output_tokens"),
-            "model": self._model,
+            "model": self._name,
             "output": [],
             "parallel_tool_calls": False,
             "previous_response_id": None,
