@@ -232,7 +232,7 @@ def test_messages_of_whole_answers():
     assert made["content"] is None and names == ["look_up", "nothing"]
     assert message_of("No call") == {"content": "No call"} and message_of("") == {"content": ""}
     (cut,) = message_of(ONE_CALL[:60])["tool_calls"]
-    assert cut["function"]["arguments"] == ONE_CALL[47:60]
+    assert cut["function"]["arguments"] == ONE_CALL[44:60]
 
 
 def test_calls_come_back_from_openai_client(served, monkeypatch):
