@@ -22,6 +22,7 @@ from avg_llava_jax.inference.image_pages import ImagePages
 from avg_llava_jax.inference.job import Images, Job, make_job, pack
 from avg_llava_jax.inference.model import Model, without_end
 from avg_llava_jax.inference.requests import Answer, Prepared, Request
+from avg_llava_jax.inference.sampling import scored
 from avg_llava_jax.inference.scheduler import Scheduler
 from avg_llava_jax.inference.stats import Counters, Stats
 from avg_llava_jax.inference.tickets import Cancelled, QueueFull, Ticket
@@ -127,7 +128,7 @@ class Engine:
         try:
             self._check_open()
             job = make_job(self.model, prepare(), images, ticket, submitted, self.buckets.pages)
-            job.each_token = each_token
+            job.each_token = job.each_token or each_token
             with self._news:
                 self._check_open()
                 self._inbox.append(job)
@@ -264,6 +265,7 @@ class Engine:
                 job.ticket.scores = list(job.scores)
                 try:
                     pack(self.config, job, self.buckets.pages)
+                    job.ticket.visual_tokens = len(job.ids) - len(job.text)
                 except ValueError as error:
                     self._end(job, error)
         return encode or route
@@ -333,22 +335,24 @@ class Engine:
         while (prefill := self._scheduler.next_prefill(fullest=self._patient)) is not None:
             parts = []
             for job, start, length in zip(prefill.works, prefill.starts, prefill.lengths, strict=True):
+                then = job.next() if start + length == len(job.keys) else None
                 ids, places = job.ids[start : start + length], job.places[start : start + length]
-                parts.append(Part(job.slot, start, ids, places, job.prepared.request))
-            result = self._device.prefill(parts, prefill.prompts, prefill.chunk, prefill.window)
-            calls.append((prefill.works, self._scheduler.prefilled(prefill), *result))
+                parts.append(Part(job.slot, start, ids, places, then))
+            after = self._device.prefill(parts, prefill.prompts, prefill.chunk, prefill.window)
+            calls.append((prefill.works, self._scheduler.prefilled(prefill), parts, after))
             if not self._patient:
                 break
-        for works, ended, logits, tokens, rows in calls:
+        for works, ended, parts, after in calls:
             if not ended:
                 continue  # without waiting for the device
-            tokens = np.asarray(tokens)
-            for job, row in zip(works, rows, strict=True):
+            tokens = np.asarray(after.tokens)
+            for job, part, row in zip(works, parts, after.rows, strict=True):
                 if job in ended:
                     job.tokens.append(int(tokens[row]))
+                    job.token_scores += scored(part.then, after.scores, row, job.tokens)
                     job.reached("first")
                     if job.ticket.keep_logits:
-                        job.ticket.logits = np.asarray(logits)[row]
+                        job.ticket.logits = np.asarray(after.logits)[row]
                     self._let_go(job)
                     self._show(job)
 
@@ -357,24 +361,31 @@ class Engine:
         decode = self._scheduler.next_decode()
         if decode is None:
             return
-        answers = [
-            Answering(job.slot, job.tokens[-1], job.cached, len(job.tokens), job.limit, job.prepared.request)
-            for job in decode.works
-        ]
-        made = self._device.decode(answers, decode.rows, decode.window, decode.steps)
-        for job, tokens in zip(decode.works, made, strict=True):
+        answers = [Answering(job.slot, job.cached, job.next()) for job in decode.works]
+        made, scores = self._device.decode(answers, decode.rows, decode.window, decode.steps)
+        for job, tokens, of_tokens in zip(decode.works, made, scores, strict=True):
             self._scheduler.decoded(job, tokens)
+            job.token_scores += of_tokens
             self._show(job)
 
     def _show(self, job: Job) -> None:
-        """Stream new text, and end the answer at a stop string, a stop id or its limit."""
-        last = job.tokens[-1] in self.model.stop_ids or len(job.tokens) >= job.limit
+        """Stream new text, and end the answer at a stop string, a stop id, the end of its guide or its limit."""
+        complete = job.tokens[-1] in self.model.stop_ids
+        if job.matcher is not None and not complete:
+            try:
+                job.matcher.read(job.tokens)
+            except ValueError as error:
+                self._end(job, error)
+                return
+            complete = job.matcher.complete
+        last = complete or len(job.tokens) >= job.limit
         if last or job.each_token or job.prepared.request.stop or not self._patient:
-            job.ticket.show(job.stream.feed(without_end(job.tokens, self.model.stop_ids), last))
+            text = job.stream.feed(without_end(job.tokens, self.model.stop_ids), last)
+            job.ticket.show(text, len(job.stream.ids), job.token_scores)
         if not last and not job.stream.stopped:
             return
         job.reached("ended")
-        stopped = job.stream.stopped or len(job.stream.ids) < len(job.tokens)
+        stopped = job.stream.stopped or complete
         answer = self.model.answer_of(
             job.stream.text,
             job.stream.ids,
@@ -383,6 +394,7 @@ class Engine:
             job.choice,
             job.scores,
             job.timings(),
+            job.token_scores,
         )
         self._counters.add(
             ttft_seconds=job.times["first"] - job.times["submitted"],
