@@ -7,7 +7,7 @@
 
 from absl import flags
 
-from avg_llava_jax.commands import cli
+from avg_llava_jax.commands import cli, pictures
 
 IMAGE = flags.DEFINE_multi_string("image", [], "An image file; repeat the flag for several images.")
 PROMPT = flags.DEFINE_string("prompt", None, "The question; <image> in it places an image.")
@@ -26,6 +26,7 @@ SEED = flags.DEFINE_integer("seed", 0, "Seed of the sampling.", lower_bound=0)
 STOP = flags.DEFINE_multi_string("stop", [], "A text that ends the answer; may be given several times.")
 RAW = flags.DEFINE_bool("raw", False, "Use the prompt verbatim, without a conversation template.")
 STREAM = flags.DEFINE_bool("stream", False, "Print the answer while it is generated.")
+flags.adopt_module_key_flags(pictures)
 
 
 def granularity_of(text: str) -> str | int | list[str | int]:
@@ -37,7 +38,7 @@ def granularity_of(text: str) -> str | int | list[str | int]:
 def main() -> None:
     model = cli.load_model()
     stream = model.stream(
-        IMAGE.value,
+        pictures.refs(IMAGE.value),
         PROMPT.value,
         granularity=granularity_of(GRANULARITY.value),
         cost_weight=COST_WEIGHT.value,

@@ -27,6 +27,7 @@ import os
 import posixpath
 import stat
 import tarfile
+import warnings
 import zipfile
 import zlib
 from collections.abc import Container, Mapping
@@ -38,8 +39,10 @@ from PIL import Image, UnidentifiedImageError
 
 from avg_llava_jax.data.errors import BadSample
 
-# Pillow warns above this number of pixels and refuses twice as many; the default of max_pixels.
+# Pillow warns above this number of pixels and refuses more than twice as many; the default of max_pixels, which takes
+# the place of the warning.
 MAX_PIXELS = 89_478_485
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _ORIENTATION = 0x0112
@@ -244,6 +247,14 @@ class ImageStore:
         else:
             self.kind = "tar"
             self._members, self._links = _tar_members(self.path)
+
+    def members_digest(self) -> bytes:
+        """SHA-256 of an archive's members: names, sizes and places, in a zip checksums too; of a folder, of nothing."""
+        members = self._members
+        if self.kind == "zip":
+            with zipfile.ZipFile(self.path) as archive:
+                members = {info.filename: (info.CRC, info.file_size) for info in archive.infolist()}
+        return hashlib.sha256(repr(sorted(members.items())).encode()).digest()
 
     def ref(self, name: str) -> ImageRef:
         """A reference to the image of that name; raises BadSample `missing_image` where an archive lacks it.
