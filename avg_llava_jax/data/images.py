@@ -44,6 +44,9 @@ from avg_llava_jax.data.errors import BadSample
 MAX_PIXELS = 89_478_485
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
+SPARSE = (-1, -1)
+"""In place of the first byte and length of a member of a tar."""
+
 _PNG = b"\x89PNG\r\n\x1a\n"
 _ORIENTATION = 0x0112
 _TURNS = {
@@ -227,7 +230,7 @@ class ImageStore:
     reads only the names. References are independent of the store: each opens its file in the process that uses it.
 
     Raises FileNotFoundError where the path does not exist, ValueError where it is neither a folder, a zip nor an
-    uncompressed tar.
+    uncompressed tar, or its directory is damaged.
 
     >>> ImageStore("photos.zip").ref("coco/1.jpg").load()   # doctest: +SKIP
     """
@@ -243,7 +246,10 @@ class ImageStore:
             raise FileNotFoundError(f"{self.path}: no such folder, zip or tar of images")
         elif zipfile.is_zipfile(self.path):
             self.kind = "zip"
-            self._members, self._links = _zip_members(self.path)
+            try:
+                self._members, self._links = _zip_members(self.path)
+            except zipfile.BadZipFile as error:
+                raise ValueError(f"{self.path}: its directory is damaged ({error}): copy or pack it again") from None
         else:
             self.kind = "tar"
             self._members, self._links = _tar_members(self.path)
@@ -270,6 +276,8 @@ class ImageStore:
         if member is None:
             link = f": it is a link to {self._links[path]}" if path in self._links else ""
             raise BadSample("missing_image", f"{self.path} has no member {name}{link}")
+        if member is SPARSE:
+            raise BadSample("missing_image", f"{self.path}: {name} is stored with holes: pack it without --sparse")
         label = f"{self.path}:{path}"
         if self.kind == "zip":
             return ZipImage(label, self.path, member, max_pixels=self.max_pixels)
@@ -407,7 +415,9 @@ def _tar_members(path: str) -> tuple[dict[str, tuple[int, int]], dict[str, str]]
             for info in archive:
                 name = posixpath.normpath(info.name)
                 members.pop(name, None), links.pop(name, None)  # of duplicate names, the last one wins
-                if info.isreg():
+                if info.issparse():  # its bytes do not lie there in one piece
+                    members[name] = SPARSE
+                elif info.isreg():
                     members[name] = info.offset_data, info.size
                 elif info.islnk():  # a hard link's target is a path in the archive, a symbolic link's is relative to it
                     links[name] = posixpath.normpath(info.linkname)
