@@ -4,6 +4,7 @@ import concurrent.futures
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -86,6 +87,8 @@ def test_answer(tiny, tokenizer, folder, tmp_path):
     text, choice, times = out.rsplit("\n", 3)[:3]
     assert text == random_model(tiny, tokenizer).answer(tmp_path / "a.png", "Who?", max_new_tokens=6).text
     assert choice.startswith("image 0: ") and "visual tokens, 6 new tokens" in times
+    total, compiling = map(float, re.search(r"total ([\d.]+) s, of which ([\d.]+) s compiling$", times).groups())
+    assert 0 < compiling <= total + 0.01
 
 
 def test_images_over_max_pixels(folder, tmp_path):

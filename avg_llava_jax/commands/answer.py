@@ -36,6 +36,8 @@ def granularity_of(text: str) -> str | int | list[str | int]:
 
 
 def main() -> None:
+    from avg_llava_jax.inference.compiling import Compiling
+
     model = cli.load_model()
     stream = model.stream(
         pictures.refs(IMAGE.value),
@@ -51,9 +53,10 @@ def main() -> None:
         stop=STOP.value,
         raw=RAW.value,
     )
-    for piece in stream:
-        if STREAM.value:
-            print(piece, end="", flush=True)
+    with Compiling() as compiling:
+        for piece in stream:
+            if STREAM.value:
+                print(piece, end="", flush=True)
     answer = stream.answer
     print("" if STREAM.value else answer.text)
     if answer.granularity is not None:
@@ -65,7 +68,8 @@ def main() -> None:
             chances = "" if share is None else " (" + ", ".join(f"{k}: {p:.2f}" for k, p in share.items()) + ")"
             print(f"image {number}: {g} tokens a tile{chances}")
     times = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in answer.timings.items())
-    print(f"{answer.visual_tokens} visual tokens, {len(answer.token_ids)} new tokens, {times}")
+    print(f"{answer.visual_tokens} visual tokens, {len(answer.token_ids)} new tokens, {times}, ", end="")
+    print(f"of which {compiling.seconds:.2f} s compiling")
 
 
 def command() -> None:
