@@ -21,8 +21,10 @@ class EngineDouble:
         self.model, self.places, self.held = model, places, threading.Event()
         self.requests, self.ends, self.running, self.open = [], Counter(), 0, True
 
-    def submit(self, request):
-        self.model.prepare(request)
+    def submit_prepared(self, prepared, images):
+        request = prepared.request
+        if not self.open:
+            raise RuntimeError("the engine is closed")
         if self.running >= self.places:
             raise QueueFull("full")
         self.requests.append(request)

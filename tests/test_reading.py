@@ -17,7 +17,7 @@ def ask(tiny):
     """Reads the fields of a body."""
 
     def ask(limits=LIMITS, **fields):
-        return reading.read(json.dumps({"messages": ONE, **fields}).encode(), tiny, limits, "tiny")
+        return reading.read(json.loads(json.dumps({"messages": ONE, **fields})), tiny, limits, "tiny")
 
     return ask
 

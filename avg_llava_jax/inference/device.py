@@ -71,7 +71,8 @@ class Device:
         self.model, self.buckets = model, buckets
         self._model = model.config, model.unstacked
         self._stops = np.array(model.stop_ids, np.int32)
-        self._neutral: dict[int, Shaping] = {}
+        sizes = {*buckets.prompts, *buckets.rows}
+        self._neutral: dict[int, Shaping] = {size: jax.device_put(self._shaped(size).shaping) for size in sizes}
         self.reset()
 
     def reset(self) -> None:
@@ -168,12 +169,13 @@ class Device:
         return found, [scored(answer, scores, row, ids) for answer, row, ids in zip(then, at, found, strict=True)]
 
     def _sampling(self, count: int, rows: Sequence[int], answers: Sequence[Next]) -> Sampling:
-        vocabulary = self.model.config.language.vocab_size
-        sampling = sampling_of(count, rows, answers, vocabulary, self.buckets.capacity)
+        sampling = self._shaped(count, rows, answers)
         if any(answer.shaped for answer in answers):
             return sampling
-        # Neutral shaping stays on the device.
-        return sampling._replace(shaping=self._neutral.setdefault(count, jax.device_put(sampling.shaping)))
+        return sampling._replace(shaping=self._neutral[count])  # is on the device already
+
+    def _shaped(self, count: int, rows: Sequence[int] = (), answers: Sequence[Next] = ()) -> Sampling:
+        return sampling_of(count, rows, answers, self.model.config.language.vocab_size, self.buckets.capacity)
 
     def copy(self, places: Sequence[tuple[int, int]], window: int) -> None:
         """Copy the first `window` positions of slots to other slots, (source, target) each.

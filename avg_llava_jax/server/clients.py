@@ -100,7 +100,8 @@ class Clients:
             if len(client.bodies) >= self._limits.bodies:
                 stalest = min(client.bodies, key=lambda body: body.touched)
                 client.bodies.remove(stalest)
-                stalest.deadline.reschedule(asyncio.get_running_loop().time())
+                if not stalest.deadline.expired():
+                    stalest.deadline.reschedule(asyncio.get_running_loop().time())
             async with asyncio.timeout(min(self._limits.seconds, self._limits.body_seconds)) as deadline:
                 body = Body(deadline, time.monotonic())
                 client.bodies.append(body)

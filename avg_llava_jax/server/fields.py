@@ -59,9 +59,11 @@ class Field:
         return "honoured" if self.parse else "ignored" if self.nothing is ANYTHING else "refused"
 
     def asks_for_nothing(self, value: Any) -> bool:
-        """Whether the value is one of `nothing`; true and 1 differ, 1 and 1.0 do not."""
+        """Whether the value is one of `nothing`; true and 1 differ, 1 and 1.0 do not, null in an object is absent."""
         if self.nothing is ANYTHING:
             return True
+        if isinstance(value, dict):
+            value = {name: one for name, one in value.items() if one is not None}
         return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in self.nothing)
 
 

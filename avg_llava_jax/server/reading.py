@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from avg_llava_jax.config import ModelConfig
@@ -69,8 +69,13 @@ def _levels(value: Any, path: str) -> Granularity | list[Granularity]:
 
 STREAM_OPTIONS = (
     Field("include_usage", FLAG, about="one more event with `usage` after the last piece"),
-    Field("continuous_usage_stats", FLAG, about="`usage` so far with every piece"),
+    Field("continuous_usage_stats", FLAG, about="`usage` so far in every event"),
     Field("include_obfuscation", nothing=ANYTHING),
+)
+
+STREAMING = (
+    Field("stream", FLAG, about="server-sent events"),
+    Field("stream_options", Parsed("an object", lambda value, path: read_fields(value, STREAM_OPTIONS, path))),
 )
 
 SAMPLING = (
@@ -117,8 +122,7 @@ LOOKING = (
 CHAT = (
     Field("model", TEXT, about="may be absent"),
     Field("messages", LIST, about="roles `system`, `developer`, `user`, `assistant`; parts `text`, `image_url`"),
-    Field("stream", FLAG, about="server-sent events"),
-    Field("stream_options", Parsed("an object", lambda value, path: read_fields(value, STREAM_OPTIONS, path))),
+    *STREAMING,
     Field("max_tokens", Number(1, MANY, whole=True), nothing=(-1,), about=f"{DEFAULT_NEW_TOKENS} if absent"),
     Field("max_completion_tokens", Number(1, MANY, whole=True), nothing=(-1,), about="the newer name of `max_tokens`"),
     *SAMPLING,
@@ -177,82 +181,103 @@ IMAGES = ("image_url", "input_image")
 class Ask:
     """A request and how to send its answer.
 
-    sizes: (width, height) of each of its images. count: answers, each by a seed of its own.
+    given: the honoured fields as they were asked for, without the prompt. count: answers, each by a seed of its own.
     usage_with_each: send the usage so far with every piece. tools: the functions that the answer may call.
     """
 
     request: Request
-    stream: bool
-    include_usage: bool
-    sizes: tuple[tuple[int, int], ...]
-    count: int = 1
+    given: dict[str, Any]
+    stream: bool = False
+    include_usage: bool = False
     usage_with_each: bool = False
+    count: int = 1
     tools: Tools | None = None
 
     @property
-    def requests(self) -> list[Request]:
-        """A request for each answer, which differ in their seeds."""
-        seed = self.request.seed
-        return [dataclasses.replace(self.request, seed=(seed + n) % 2**32) for n in range(self.count)]
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """(width, height) of each image."""
+        return tuple(image.size for image in self.request.images)
+
+    @property
+    def seeds(self) -> list[int]:
+        """A seed for each answer."""
+        return [(self.request.seed + number) % 2**32 for number in range(self.count)]
 
 
-def read(body: bytes, config: ModelConfig, limits: Limits, served: str) -> Ask:
-    """Check a body and convert it to a request. served: the name of the model here.
+def read(values: Any, config: ModelConfig, limits: Limits, served: str) -> Ask:
+    """Check the JSON of /v1/chat/completions and convert it to a request. served: the name of the model here.
 
     Raises:
       Refusal: 400, or 404 for another model; names the field.
     """
-    given = read_fields(_parsed(body), CHAT, extras=limits.unknown_fields)
+    given = read_fields(values, CHAT, extras=limits.unknown_fields)
+    check_model(given, served)
+    tools = tools_of(given)
+    messages = as_text(required(given, CHAT, "messages"))
+    introduction = tools.introduction if tools else None
+    turns, images, details = conversation(messages, "messages", config, limits, introduction)
+    ask = ask_of(given, CHAT, turns, images, details, config, limits)
+    if tools is None:
+        return ask
+    if ask.request.guide:
+        raise Refusal(400, "tools and a format both say what the answer must be: give one", "tools")
+    return dataclasses.replace(ask, request=dataclasses.replace(ask.request, guide=tools.guide), tools=tools)
+
+
+def check_model(given: dict[str, Any], served: str) -> None:
+    """Raise Refusal 404 for another model than the one served here."""
     model = given.get("model", served)
     if model != served:
         raise Refusal(404, f"model {short(model)} does not exist here, only {served!r}", "model", "model_not_found")
-    tools = tools_of(given)
-    messages = as_text(required(given, CHAT, "messages"))
-    turns, images, details = _conversation(messages, limits, [tools.introduction] if tools else [])
-    if sum(len(text) for turn in turns for text in turn["value"]) > CHARACTERS_A_TOKEN * config.language.max_length:
-        raise too_long(config.language.max_length, "the text is longer than any that fits", "messages")
-    request = _request(given, CHAT, turns, images, details, config, limits)
-    if tools and request.guide:
-        raise Refusal(400, "tools and a format both say what the answer must be: give one", "tools")
-    if tools:
-        request = dataclasses.replace(request, guide=tools.guide)
-    streaming = given.get("stream_options", {})
-    return Ask(
-        request,
-        given.get("stream", False),
-        streaming.get("include_usage", False),
-        tuple(image.size for image in images),
-        given.get("n", 1),
-        streaming.get("continuous_usage_stats", False),
-        tools,
-    )
 
 
-def _request(
+def ask_of(
     given: dict[str, Any],
     table: Sequence[Field],
-    turns: list[Turn],
+    prompt: list[Turn] | list[str],
     images: list[SentImage],
     details: Sequence[str],
     config: ModelConfig,
     limits: Limits,
-) -> Request:
+    default_new_tokens: int = DEFAULT_NEW_TOKENS,
+    raw: bool = False,
+) -> Ask:
+    """The request of given fields. details: `detail` of each image. default_new_tokens: if none are asked for."""
     options = {field.sets: given[field.name] for field in table if field.sets and field.name in given}
     if "top_k" in options:
         options["top_k"] = min(options["top_k"], config.language.vocab_size)
-    seed, new_tokens = given.get("seed"), _new_tokens(given, limits)
+    new_tokens = min(_new_tokens(given) or default_new_tokens, limits.new_tokens)
     options |= shaping.options(given, new_tokens)
-    return Request(
-        prompt=turns,
+    seed = given.get("seed")
+    request = Request(
+        prompt=prompt,
         images=images,
         granularity=_granularity(given.get("granularity"), details, config),
         max_new_tokens=new_tokens,
         seed=secrets.randbits(32) if seed is None else seed % 2**32,
+        raw=raw,
         **options,
+    )
+    stream = given.get("stream_options", {})
+    return Ask(
+        request,
+        {name: value for name, value in given.items() if name not in ("messages", "prompt", "input")},
+        given.get("stream", False),
+        stream.get("include_usage", False),
+        stream.get("continuous_usage_stats", False),
+        given.get("n", 1),
     )
 
 
-def _parsed(body: bytes) -> Any:
+def check_characters(texts: Iterable[str], config: ModelConfig, param: str) -> None:
+    """Refuse a text that cannot fit before it is tokenized."""
+    if sum(map(len, texts)) > CHARACTERS_A_TOKEN * config.language.max_length:
+        raise too_long(config.language.max_length, "the text is longer than any that fits", param)
+
+
+def parsed(body: bytes) -> Any:
+    """The JSON of a body. Raises Refusal 400 where it is not valid."""
+
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is not a JSON number")
 
@@ -283,17 +308,18 @@ class _Message:
         return _Message(self.role, texts, self.images + later.images, self.details + later.details)
 
 
-def _conversation(
-    messages: Sequence[Any], limits: Limits, preface: Sequence[str] = ()
+def conversation(
+    messages: Sequence[Any], where: str, config: ModelConfig, limits: Limits, preface: str | None = None
 ) -> tuple[list[Turn], list[SentImage], list[str]]:
-    """Turns for the model's template, all images, and the `detail` of each image. preface: texts before the system's.
+    """Turns for the model's template, all images, and the `detail` of each image.
 
-    Consecutive messages of one role become one turn.
+    where: the field that holds the messages. preface: a system message before them. Consecutive messages of one role
+    become one turn.
     """
-    system = list(preface)
+    system = [preface] if preface and preface.strip() else []
     said: list[_Message] = []
     for number, each in enumerate(messages):
-        message = _message(each, f"messages[{number}]", sum(len(one.images) for one in said), limits)
+        message = _message(each, f"{where}[{number}]", sum(len(one.images) for one in said), limits)
         if message.role == "system":
             system += message.texts if not message.blank else []
         elif said and said[-1].role == message.role:
@@ -301,12 +327,13 @@ def _conversation(
         else:
             said.append(message)
     if not said or said[-1].role != "human":
-        raise Refusal(400, "messages must end with a message from the user", "messages")
+        raise Refusal(400, f"{where} must end with a message from the user", where)
     if said[0].role != "human":
-        raise Refusal(400, "the first message after the system's must be from the user", "messages")
+        raise Refusal(400, "the first message after the system's must be from the user", where)
     if system:
         said[0].texts[0] = "\n".join([*system, "", said[0].texts[0]])
     turns = [{"from": one.role, "value": [""] if one.role == "gpt" and one.blank else one.texts} for one in said]
+    check_characters((text for turn in turns for text in turn["value"]), config, where)
     return turns, [image for one in said for image in one.images], [detail for one in said for detail in one.details]
 
 
@@ -331,8 +358,8 @@ def _message(message: Any, where: str, before: int, limits: Limits) -> _Message:
             parts.append(required(fields, PART, TEXTS[kind], path))
         elif kind in IMAGES and role == "human":
             if before + len(details) >= limits.images:
-                raise Refusal(400, f"{path}: over {limits.images} images", "messages", "too_many_images")
-            image, detail = _image(fields.get("image_url"), part.get("detail"), f"{path}.image_url", limits)
+                raise Refusal(400, f"{path}: over {limits.images} images", path, "too_many_images")
+            image, detail = read_link(fields.get("image_url"), part.get("detail"), f"{path}.image_url", limits)
             parts.append(image)
             details.append(detail)
         else:
@@ -345,7 +372,7 @@ def _message(message: Any, where: str, before: int, limits: Limits) -> _Message:
     return _Message(role, _around(parts), [part for part in parts if not isinstance(part, str)], details)
 
 
-def _image(link: Any, detail: Any, where: str, limits: Limits) -> tuple[SentImage, str]:
+def read_link(link: Any, detail: Any, where: str, limits: Limits) -> tuple[SentImage, str]:
     """An image and its `detail`. link: an object with both, or the URL alone."""
     if isinstance(link, str):
         link = {"url": link, "detail": detail}
@@ -376,9 +403,9 @@ def _granularity(value: Any, details: Sequence[str], config: ModelConfig) -> Gra
     return value
 
 
-def _new_tokens(given: dict[str, Any], limits: Limits) -> int:
-    """The tokens asked for, cut to the limit of this server; the engine cuts them to the model's length."""
+def _new_tokens(given: dict[str, Any]) -> int | None:
+    """The tokens asked for; cut to the limit of this server, and by the engine to the model's length."""
     old, new = given.get("max_tokens"), given.get("max_completion_tokens")
     if None not in (old, new) and old != new:
         raise Refusal(400, f"max_tokens={old} and max_completion_tokens={new} differ: give one", "max_tokens")
-    return min(new or old or DEFAULT_NEW_TOKENS, limits.new_tokens)
+    return given.get("max_output_tokens") or new or old

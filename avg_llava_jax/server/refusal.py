@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from starlette.responses import Response
@@ -19,7 +20,7 @@ class Refusal(Exception):
 
     param: the field at fault, as a path (`messages[0].content[1].image_url`), where there is one.
     code: short and machine-readable, where clients act on it.
-    retry_after: seconds until the same request may succeed.
+    retry_after: seconds until the same request may succeed. headers: further ones of the response.
     """
 
     def __init__(
@@ -29,8 +30,10 @@ class Refusal(Exception):
         param: str | None = None,
         code: str | None = None,
         retry_after: int | None = None,
+        headers: Mapping[str, str] | None = None,
     ):
         super().__init__(message)
+        self.headers = dict(headers or {})
         self.status, self.message, self.param, self.code, self.retry_after = status, message, param, code, retry_after
 
     def body(self) -> dict[str, Any]:
@@ -41,11 +44,9 @@ class Refusal(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> Response:
-        headers = {}
+        headers = dict(self.headers)
         if self.retry_after is not None:
             headers["Retry-After"] = str(self.retry_after)
-        if self.status == 401:
-            headers["WWW-Authenticate"] = "Bearer"
         if self.status == 504:
             headers["x-should-retry"] = "false"  # else OpenAI's client would repeat a slow request twice
         return json_response(self.body(), self.status, headers)

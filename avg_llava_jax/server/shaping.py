@@ -94,7 +94,8 @@ STRUCTURED = (
 )
 
 
-def _response_format(value: Any, path: str) -> Guide | None:
+def response_format(value: Any, path: str) -> Guide | None:
+    """The guide of `response_format`, None for text."""
     given = read_fields(value, RESPONSE_FORMAT, path)
     kind = required(given, RESPONSE_FORMAT, "type", path)
     if kind == "json_schema":
@@ -112,7 +113,7 @@ def _structured(value: Any, path: str) -> Guide | None:
 
 
 GUIDES = (
-    Field("response_format", Parsed("`text`, `json_object` or `json_schema`", _response_format), nothing=({},)),
+    Field("response_format", Parsed("`text`, `json_object` or `json_schema`", response_format), nothing=({},)),
     Field("structured_outputs", Parsed("one of choice, regex, grammar, json", _structured), about="as in vLLM"),
     Field("guided_choice", CHOICE, nothing=([],)),
     Field("guided_regex", REGEX),
