@@ -1,6 +1,7 @@
 """LLaVA-OneVision in the library, with the same weights as ours: tiles, token counts, logits, answers, in and out."""
 
 import dataclasses
+import functools
 import json
 import shutil
 
@@ -17,6 +18,7 @@ from transformers.models.llava_onevision.processing_llava_onevision import Llava
 
 from avg_llava_jax import checkpoint, parameters
 from avg_llava_jax.config import ModelConfig
+from avg_llava_jax.configs import onevision_05b, onevision_05b_router
 from avg_llava_jax.convert import convert, foreign, layouts, llava_next
 from avg_llava_jax.data.conversation import IGNORE, IMAGE, Tokens
 from avg_llava_jax.data.geometry import visual_count, visual_index, visual_weight
@@ -26,8 +28,8 @@ from avg_llava_jax.inference.model import Model
 from avg_llava_jax.models import avg_llava
 from avg_llava_jax.models.encoder import encoder
 from avg_llava_jax.models.vit import normalise
+from avg_llava_jax.training.loop import train
 from tests.differences import agree
-from tests.random_model import random_model
 from tests.test_convert import SOURCE
 from tests.test_joined import language, save
 
@@ -120,20 +122,20 @@ def torch_inputs(cut, config, samples, image_token=IMAGE_TOKEN):
 
 def our_logits(config, params, samples, granularity=None):
     """Logits (length, V) of each sample at a granularity, the finest by default, from one batch."""
-    finest = granularity or config.granularities[-1]
-    shape = dataclasses.replace(merge(shape_of(s, config, [finest]) for s in samples), answer=1)
-    batch = collate(samples, shape, config, [finest])
-
-    @jax.jit
-    def run(params, batch):
-        pyramid = avg_llava.pyramid_of(config, params, batch["pixels"])
-        text = avg_llava.embed(config, params, batch["text"])
-        packed = avg_llava.assemble(params, pyramid, text, batch["index"][finest], batch["weight"][finest])
-        return avg_llava.unembed(config, params, avg_llava.decoder(config, params, packed))
-
+    granularity = granularity or config.granularities[-1]
+    shape = dataclasses.replace(merge(shape_of(s, config, [granularity]) for s in samples), answer=1)
+    batch = collate(samples, shape, config, [granularity])
+    packed = batch["index"][granularity], batch["weight"][granularity]
     with jax.default_matmul_precision("highest"):
-        logits = np.asarray(run(params, {key: batch[key] for key in ("pixels", "text", "index", "weight")}))
-    return [row[:length] for row, length in zip(logits, batch["length"][finest], strict=True)]
+        logits = np.asarray(run(config, params, batch["pixels"], batch["text"], *packed))
+    return [row[:length] for row, length in zip(logits, batch["length"][granularity], strict=True)]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run(config, params, pixels, text, index, weight):
+    pyramid = avg_llava.pyramid_of(config, params, pixels)
+    packed = avg_llava.assemble(params, pyramid, avg_llava.embed(config, params, text), index, weight)
+    return avg_llava.unembed(config, params, avg_llava.decoder(config, params, packed))
 
 
 MIXED = [[noise(SIZES[0])], [noise(SIZES[1])], [noise((35, 80), 1), noise((50, 20), 2)], [noise(SIZES[2])]]
@@ -177,9 +179,14 @@ def test_counts_are_the_processors():
     processor = object.__new__(LlavaOnevisionProcessor)
     processor.num_image_tokens, processor.vision_aspect_ratio = 729, "anyres_max_9"
     processor.image_processor = type("P", (), {"image_grid_pinpoints": [[y, x] for x, y in REAL.pinpoints]})
-    for width, height in np.random.default_rng(0).integers(1, 3000, (2000, 2)).tolist():
-        count = processor._get_number_of_features(height, width, 384, 384)
-        assert visual_count((width, height), REAL, 729) == count, (width, height)
+    sizes = np.random.default_rng(0).integers(1, 3000, (2000, 2)).tolist()
+    for size in [(1, 3000), (3000, 1), (1, 1), *map(tuple, sizes)]:
+        assert visual_count(size, REAL, 729) == processor._get_number_of_features(*size[::-1], 384, 384), size
+    for size in ((1, 3000), (3000, 1), (1, 1)):  # exact un-padding leaves a mosaic between two tiles without cells
+        for config in (REAL, dataclasses.replace(REAL, unpad="exact")):
+            for g in config.granularities:
+                counts = len(visual_index(size, config, g)), len(visual_weight(size, config, g))
+                assert counts == (visual_count(size, config, g),) * 2
 
 
 def test_greedy_tokens(theirs, tokenizer):
@@ -202,7 +209,7 @@ def test_greedy_tokens(theirs, tokenizer):
             engine.submit_prepared(Prepared(Request("", max_new_tokens=6), s, (finest,) * len(s.sizes)))
             for s in samples
         ]
-        while not all(ticket.done() for ticket in tickets):
+        while not all(ticket.ended for ticket in tickets):
             engine.step()
     assert [list(ticket.result().token_ids) for ticket in tickets] == expected
 
@@ -262,18 +269,19 @@ def test_the_authors_layout(theirs, tmp_path):
 def test_adaptive_in_pytorch(theirs, tokenizer, tmp_path):
     """Our model with a router, exported: the folder's own class computes our logits at every granularity, and chooses
     as ours does; the library's class reads the same folder."""
-    config, cut = theirs[2], theirs[4]
-    params = random_model(dataclasses.replace(config, template="vicuna_v1"), tokenizer).params
+    _, source, config, params, cut = theirs
+    router = params["router"] | {"voter": jax.random.normal(jax.random.key(1), params["router"]["voter"].shape)}
+    params = params | {"router": router}
     meta = {"step": 1, "training": None, "granularities_trained": None}
     (tmp_path / "ours").mkdir()
-    convert.write_checkpoint(checkpoint.Loaded(config, params, theirs[1], meta), tmp_path / "ours")
+    convert.write_checkpoint(checkpoint.Loaded(config, params, source, meta), tmp_path / "ours")
     convert.export_transformers(tmp_path / "ours", tmp_path / "out")
     model = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
     assert type(model).__name__ == "AvgLlavaOnevisionForConditionalGeneration"
     samples = [sample_of(images) for images in MIXED[:3]]
     inputs = torch_inputs(cut, config, samples)
     with torch.no_grad():
-        for granularity in (4, 28, 49):
+        for granularity in (4, 28):
             output = model(**inputs, granularity=granularity)
             logits = our_logits(config, params, samples, granularity)
             for ours, row, mask in zip(logits, output.logits, output.attention_mask, strict=True):
@@ -339,6 +347,27 @@ def test_a_decoder_joined_with_a_siglip(siglip, tmp_path, family):
     for ours, row, mask in zip(our_logits(config, params, samples), logits, inputs["attention_mask"], strict=True):
         agree("SigLIP + Llama, Mistral, Qwen2, Qwen3, joined, in the library: logits", ours,
               row[mask.bool().numpy()][:, : ours.shape[1]])  # fmt: skip
+
+
+def test_to_a_trained_router_and_back(theirs, llava_folder, tmp_path):
+    """Two steps of tuning, two of the router, by the shipped configs; the export holds the router that was trained."""
+    for name, phase in (("tuned", onevision_05b), ("routed", onevision_05b_router)):
+        config = phase.get_config()
+        config.init_from = str(theirs[1]) if name == "tuned" else str(tmp_path / "tuned")
+        config.data.path, config.data.images = str(llava_folder / "train.json"), str(llava_folder / "images")
+        config.data.workers, config.data.shapes, config.compute_dtype = 0, 1, "float32"
+        config.steps, config.batch_size, config.optimizer.accumulate = 2, 2, 1
+        config.model.language.max_length = 1024
+        if name == "tuned":
+            config.model.template = "vicuna_v1"
+        train(config, tmp_path / name)
+    tuned, routed = (checkpoint.load(tmp_path / name) for name in ("tuned", "routed"))
+    assert tuned.meta["granularities_trained"] == [4, 8, 16, 28, 49]
+    assert not np.array_equal(tuned.params["router"]["voter"], routed.params["router"]["voter"])
+    convert.export_transformers(tmp_path / "routed", tmp_path / "out")
+    again = foreign.load(tmp_path / "out")
+    assert again.config == routed.config
+    jax.tree.map(np.testing.assert_array_equal, again.params, routed.params)
 
 
 def test_what_is_not_supported(theirs, tmp_path):

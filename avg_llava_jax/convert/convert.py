@@ -222,6 +222,8 @@ def export_transformers(
     rows = max(config.language.vocab_size, image_token + 1)
     exported = Exported(config, loaded.params, source / foreign.UNUSED, dtype, router, rows, llava_next.stored_name)
     values = llava_next.to_config(config, origin.get("config", {}), image_token, rows, router)
+    if "vision_use_head" in values["vision_config"]:
+        values["vision_config"]["vision_use_head"] = exported.holds(foreign.HEAD)
     processor = llava_next.processor(config)
     card = model_card.card(loaded, output, "transformers", router, model_card.read_report(source, report))
     with whole(output) as folder:
@@ -303,6 +305,10 @@ class Exported:
         self._found = found
         self.tensors = {rename(name): announced for name, announced in found.items()}
         self._released = {rename(name): name for name in found}
+
+    def holds(self, prefix: str) -> bool:
+        """Whether a tensor has a name, in the released layout, that begins with `prefix`."""
+        return any(name.startswith(prefix) for name in self._found)
 
     def save(self, folder: pathlib.Path, shard_size: int, prefix: str = "", leave: Sequence[str] = ()) -> None:
         """Write the tensors whose names begin with `prefix`, which is removed, and with none of `leave`."""

@@ -29,14 +29,14 @@ Folder = str | os.PathLike[str]
 
 TOWER = "model.vision_tower.vision_tower."
 TOWER_LAYERS = TOWER + "vision_model.encoder.layers."
+HEAD = TOWER + "vision_model.head."
+"""Prefix of the pooling of a SigLIP, which is not run."""
 ROUTER = "model.router."
 
 Layout = Literal["released", "transformers", "language"]
 
 MODEL_TYPES: dict[str, Layout] = {
-    "llava_llama": "released",
-    "llava_mistral": "released",
-    layouts.ONEVISION: "released",
+    **dict.fromkeys(layouts.FAMILIES, "released"),
     **dict.fromkeys(llava_next.STYLES, "transformers"),
     **dict.fromkeys(joined.MODEL_TYPES, "language"),
 }
@@ -337,7 +337,7 @@ def _ignored(config: ModelConfig) -> Iterator[str]:
     yield f"{TOWER}vision_model.post_layernorm."
     yield f"{TOWER}vision_model.embeddings.position_ids"
     if config.vision.encoder == "siglip":
-        yield f"{TOWER}vision_model.head."  # its pooling
+        yield HEAD
     for layer in range(config.language.layers):
         yield f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"
     if config.language.tied_embeddings:

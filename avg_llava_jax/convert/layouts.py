@@ -237,9 +237,7 @@ def released_config(config: ModelConfig, original: dict[str, Any], router: bool,
             "router.norm_eps": (config.router.norm_eps, 1e-5),
             "scaler.first_axis": (config.scaler.first_axis, "width"),
             "scaler.grids": (config.scaler.grids, ()),
-            "scaler, tokens per token of the coarser granularity": (
-                *(max(b / a for a, b in itertools.pairwise(config.tokens)), 2),
-            ),
+            "scaler.halvings of odd sides": (sum(b != 2 * a for a, b in itertools.pairwise(config.tokens)), 0),
             "unpad": (config.unpad, "released"),
         }
     for field, (ours, theirs) in only.items():

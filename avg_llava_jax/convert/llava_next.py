@@ -32,6 +32,7 @@ from avg_llava_jax.files import write_json
 ONEVISION = "llava_onevision"
 IMAGE = "<image>"
 PROCESSOR = "LlavaNextProcessor"
+CLIP = "clip_vision_model"
 
 MODELING = pathlib.Path(__file__).parents[1] / "assets" / "pytorch" / "modeling_avg_llava.py"
 """The PyTorch model that is exported with the weights; this package never imports it."""
@@ -85,7 +86,7 @@ class Style(NamedTuple):
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
 STYLES = {
     "llava_next": Style(
-        *("LlavaNext", "llama", "clip_vision_model"),
+        *("LlavaNext", "llama", CLIP),
         dict(zip(SIZES, (1024, 4096, 24, 16, 336, 14), strict=True)),
         *("default", -2),
         [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
@@ -147,7 +148,7 @@ def read_config(folder: str | os.PathLike[str]) -> ModelConfig:
     values = read_json(path)
     style = STYLES[values["model_type"]]
     decoders.check_fixed(path, values, FIXED | {"vision_feature_select_strategy": style.strategy})
-    text, vision = values.get("text_config") or {}, values.get("vision_config") or {}
+    text, vision = values.get("text_config") or {}, values.get("vision_config") or style.vision
     kind, tower = text.get("model_type", style.text), vision.get("model_type", style.tower)
     if kind not in decoders.FAMILIES:
         known = ", ".join(decoders.FAMILIES)
@@ -167,7 +168,8 @@ def read_config(folder: str | os.PathLike[str]) -> ModelConfig:
         mosaic = layouts.onevision_mosaic(path, key, values.get(key, "anyres_max_9"))
     try:
         config = ModelConfig(
-            vision=towers.read(path, style.vision | vision, tower, colours, select),
+            # The vision config of a LLaVA-NeXT may lack fields: early versions of the library saved differences alone.
+            vision=towers.read(path, vision if style.tower != CLIP else style.vision | vision, tower, colours, select),
             scaler=build(ScalerConfig, adaptive.get("scaler", {}), f"{ADAPTIVE}.scaler"),
             router=build(RouterConfig, adaptive.get("router", {}), f"{ADAPTIVE}.router"),
             language=decoders.read(path, text | {"tie_word_embeddings": tied}, kind, "text_config."),

@@ -1,8 +1,13 @@
 """Conversations in the LLaVA format become token ids: IMAGE marks an image, labels mark the answers.
 
 A conversation is a list of turns `{"from": "human" | "gpt", "value": text}`; the first may be from "system".
-`<image>` in a human turn marks the position of an image; in the ids it is IMAGE. Labels equal the ids of the
-answers and of the token that ends each answer; every other label is IGNORE.
+`<image>` in a human turn marks the position of an image; in the ids it is IMAGE. Where a text may hold that word
+itself, the value is the list of texts around the images, in which nothing is a marker:
+
+    "Is <image> larger than <image>?"   the same as   ["Is ", " larger than ", "?"]
+    ["What does <image> mean?"]         a text without an image
+
+Labels equal the ids of the answers and of the token that ends each answer; every other label is IGNORE.
 
     vicuna_v1, "<image>\\nWho?" -> "Ann":
 
@@ -24,9 +29,8 @@ if it has one; in the other templates its text stands before the first question.
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from avg_llava_jax.data.errors import BadSample, half_character
 from avg_llava_jax.data.tokenizer import Tokenizer
@@ -35,7 +39,8 @@ IMAGE = -200  # id of the placeholder that an image's visual tokens replace
 IGNORE = -100  # label of a token that adds nothing to the loss
 PLACEHOLDER = "<image>"
 
-Turn = dict[str, str]
+Turn = dict[str, Any]
+"""`from`: human, gpt, or system first. `value`: a text in which `<image>` marks images, or a list, see above."""
 
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -84,11 +89,47 @@ class Tokens:
 
 @dataclasses.dataclass(frozen=True)
 class _Piece:
-    """A run of rendered text; the text of a `special` piece is the name of one special token."""
+    """A run of rendered text; the text of a `special` piece is the name of one special token, an `image` has none."""
 
     text: str
     labelled: bool = False
     special: bool = False
+    image: bool = False
+
+
+_IMAGE = _Piece("", image=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Said:
+    """A checked turn. role: system, human or gpt. texts: those around its images, one more than it has images."""
+
+    role: str
+    texts: tuple[str, ...]
+
+    @property
+    def human(self) -> bool:
+        return self.role == "human"
+
+    @property
+    def images(self) -> int:
+        return len(self.texts) - 1
+
+    def pieces(self, before: str = "", after: str = "") -> Iterable[_Piece]:
+        """Its texts and images in order; those of an answer are labelled."""
+        texts = list(self.texts)
+        texts[0] = before + texts[0]
+        texts[-1] += after
+        for number, text in enumerate(texts):
+            if number:
+                yield _IMAGE
+            yield _Piece(text, labelled=self.role == "gpt")
+
+    def stripped(self) -> _Said:
+        first, *rest = self.texts
+        texts = [first.lstrip(), *rest]
+        texts[-1] = texts[-1].rstrip()
+        return dataclasses.replace(self, texts=tuple(texts))
 
 
 def encode_conversation(
@@ -105,7 +146,10 @@ def encode_conversation(
     unknown template, and for a special token of the template that the tokenizer lacks.
     """
     turns = _checked(conversations, images, template)
-    if turns[-1]["from"] == "human":
+    for number, turn in enumerate(turns):
+        if turn.role == "gpt" and not turn.texts[0].strip():
+            raise BadSample("empty_answer", f"turn {number} is an answer without text")
+    if turns[-1].human:
         raise BadSample("ends_on_human", "the last turn is a question without an answer")
     return _encode(_render(turns, tokenizer, template), tokenizer, bos=_puts_bos(template))
 
@@ -113,28 +157,34 @@ def encode_conversation(
 def encode_prompt(turns: Sequence[Turn], tokenizer: Tokenizer, template: str = "vicuna_v1", images: int = 0) -> Tokens:
     """Encodes a prompt: a conversation that ends with a question, up to the start of its answer; no token has a label.
 
-    Raises as `encode_conversation`, but BadSample `ends_on_answer` in place of `ends_on_human`.
+    An earlier answer may be empty, as a model's own answer may be. Raises as `encode_conversation` otherwise, but
+    BadSample `ends_on_answer` in place of `ends_on_human`.
     """
     checked = _checked(turns, images, template)
-    if checked[-1]["from"] != "human":
+    if not checked[-1].human:
         raise BadSample("ends_on_answer", "a prompt must end with a human turn")
     tokens = _encode(_render(checked, tokenizer, template), tokenizer, bos=_puts_bos(template))
     return Tokens(tokens.ids, [IGNORE] * len(tokens.ids))
 
 
-def encode_raw(text: str, tokenizer: Tokenizer) -> Tokens:
-    """Encodes text without a template: `<image>` marks images, special tokens are parsed, BOS precedes the text.
+def encode_raw(prompt: str | Sequence[str], tokenizer: Tokenizer) -> Tokens:
+    """Encodes text without a template: special tokens are parsed, BOS precedes the text.
+
+    prompt: a text in which `<image>` marks images, or the list of texts around the images.
 
     Raises BadSample `malformed_turn` where the text has half of a surrogate pair.
     """
-    _whole(text, "the prompt")
-    tokens = _encode(_split_special(text, tokenizer), tokenizer, bos=True)
+    pieces: list[_Piece] = []
+    for number, text in enumerate(_texts(prompt)):
+        _whole(text, "the prompt")
+        pieces += [_IMAGE] * bool(number) + _split_special(text, tokenizer)
+    tokens = _encode(pieces, tokenizer, bos=True)
     return Tokens(tokens.ids, [IGNORE] * len(tokens.ids))
 
 
 def stop_ids(tokenizer: Tokenizer, template: str) -> tuple[int, ...]:
     """Stop ids, ascending: the token that the template writes after an answer, the tokenizer's EOS, `END_OF_TEXT`."""
-    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    turns = [_Said("human", ("a",)), _Said("gpt", ("b",))]
     stops = {tokenizer.eos_id, tokenizer.special_tokens.get(END_OF_TEXT, tokenizer.eos_id)}
     labelled = [piece for piece in _render(turns, tokenizer, template) if piece.labelled]
     stops.update(_special_id(piece.text, tokenizer) for piece in labelled if piece.special)
@@ -143,53 +193,65 @@ def stop_ids(tokenizer: Tokenizer, template: str) -> tuple[int, ...]:
     return tuple(sorted(stops))
 
 
-def _checked(conversations: Sequence[Turn], images: int, template: str) -> list[Turn]:
-    """Validated turns: human and gpt alternate after the system, no text is empty, each image has one placeholder."""
+def _texts(value: Any) -> tuple[str, ...] | None:
+    """The texts around the images of a turn's value; None where it is neither a text nor a list of texts."""
+    if isinstance(value, str):
+        return tuple(value.split(PLACEHOLDER))
+    if isinstance(value, (list, tuple)) and value and all(isinstance(text, str) for text in value):
+        return tuple(value)
+    return None
+
+
+def _checked(conversations: Sequence[Turn], images: int, template: str) -> list[_Said]:
+    """Validated turns: human and gpt alternate after the system, no question is empty, each image has one place."""
     if not isinstance(conversations, Sequence) or isinstance(conversations, str) or not conversations:
         raise BadSample("no_turns", "`conversations` must be a list of turns that is not empty")
-    turns = []
+    turns: list[_Said] = []
     for number, turn in enumerate(conversations):
-        role, text = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None)
-        if not isinstance(role, str) or not isinstance(text, str):
+        role, value = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None)
+        texts = _texts(value)
+        if not isinstance(role, str) or texts is None:
             raise BadSample("malformed_turn", f"turn {number} needs the strings `from` and `value`")
-        _whole(text, f"turn {number}")
+        for text in texts:
+            _whole(text, f"turn {number}")
         if role not in ("human", "gpt") and (role, number) != ("system", 0):
             raise BadSample("unknown_role", f"turn {number} is from {role!r}; known are human, gpt, and system first")
-        if role == "gpt" and (not turns or turns[-1]["from"] == "system"):
+        if role == "gpt" and (not turns or turns[-1].role == "system"):
             raise BadSample("not_human_first", "the first turn is an answer")
-        if number and role == turns[-1]["from"]:
+        said = _Said(role, texts)
+        if number and role == turns[-1].role:
             raise BadSample("bad_order", f"turns {number - 1} and {number} are both from {role}")
-        if role == "system" and PLACEHOLDER in text:
+        if role == "system" and said.images:
             raise BadSample("image_in_system", f"turn {number} is from the system with {PLACEHOLDER} in it")
-        if role == "gpt" and PLACEHOLDER in text:
+        if role == "gpt" and said.images:
             raise BadSample("image_in_answer", f"turn {number} is an answer with {PLACEHOLDER} in it")
-        if role == "gpt" and not text.strip():
-            raise BadSample("empty_answer", f"turn {number} is an answer without text")
-        turns.append({"from": role, "value": text})
-    first = int(turns[0]["from"] == "system")
-    if first == len(turns):
+        turns.append(said)
+    question = int(turns[0].role == "system")
+    if question == len(turns):
         raise BadSample("no_turns", "the only turn is from the system")
-    found = sum(turn["value"].count(PLACEHOLDER) for turn in turns)
+    found = sum(turn.images for turn in turns)
     if not found and images:
-        turns[first]["value"] = f"{PLACEHOLDER}\n" * images + turns[first]["value"]
+        first, *rest = turns[question].texts
+        turns[question] = _Said("human", ("", *["\n"] * (images - 1), "\n" + first, *rest))
     elif found != images:
         raise BadSample("image_count", f"{images} images for {found} {PLACEHOLDER}")
     for number, turn in enumerate(turns):
-        if PLACEHOLDER in turn["value"]:
-            turn["value"] = turn["value"].strip()  # as the released code does where an image stands
-        if turn["from"] == "human" and not turn["value"].strip() and template != "plain":
+        if turn.images:
+            turns[number] = turn.stripped()  # as the released code does where an image stands
+        elif turn.human and not turn.texts[0].strip() and template != "plain":
             raise BadSample("empty_question", f"turn {number} is a question without text")
-    if template == "plain" and len(turns) > first + 2:
+    if template == "plain" and len(turns) > question + 2:
         raise BadSample("not_plain", f"template plain takes one question and one answer, not {len(turns)} turns")
     return turns
 
 
-def _without_system(turns: list[Turn]) -> list[Turn]:
+def _without_system(turns: list[_Said]) -> list[_Said]:
     """The turns with the system's text, if any, before the first question."""
-    if turns[0]["from"] != "system":
+    if turns[0].role != "system":
         return turns
     system, question, *others = turns
-    return [{"from": "human", "value": f"{system['value']}\n\n{question['value']}"}, *others]
+    first, *rest = question.texts
+    return [_Said("human", (f"{system.texts[0]}\n\n{first}", *rest)), *others]
 
 
 def _whole(text: str, what: str) -> None:
@@ -198,7 +260,7 @@ def _whole(text: str, what: str) -> None:
         raise BadSample("malformed_turn", f"{what} has {half}, half of a surrogate pair: write it as valid UTF-8")
 
 
-def _render(turns: list[Turn], tokenizer: Tokenizer, template: str) -> list[_Piece]:
+def _render(turns: list[_Said], tokenizer: Tokenizer, template: str) -> list[_Piece]:
     """Renders turns as pieces of text. After a final human turn comes the header of the answer."""
     if template in CHATML:
         return list(_chatml(turns, CHATML[template]))
@@ -221,26 +283,32 @@ def _puts_bos(template: str) -> bool:
     return template != "tokenizer"  # the tokenizer's own template writes BOS itself
 
 
-def _vicuna_v1(turns: list[Turn], tokenizer: Tokenizer) -> Iterable[_Piece]:
+def _vicuna_v1(turns: list[_Said], tokenizer: Tokenizer) -> Iterable[_Piece]:
     yield _Piece(VICUNA_SYSTEM + " ")
     for turn in turns:
-        if turn["from"] == "human":
-            yield _Piece(f"USER: {turn['value']} ASSISTANT:")
+        if turn.human:
+            yield from turn.pieces("USER: ", " ASSISTANT:")
         else:
-            yield _Piece(f" {turn['value']}", labelled=True)
+            yield from _after_space(turn)
             yield _eos(tokenizer)
 
 
-def _mistral_instruct(turns: list[Turn], tokenizer: Tokenizer) -> Iterable[_Piece]:
+def _mistral_instruct(turns: list[_Said], tokenizer: Tokenizer) -> Iterable[_Piece]:
     for turn in turns:
-        if turn["from"] == "human":
-            yield _Piece(f"[INST] {turn['value']} [/INST]")
+        if turn.human:
+            yield from turn.pieces("[INST] ", " [/INST]")
         else:
-            yield _Piece(f" {turn['value']}", labelled=True)
+            yield from _after_space(turn)
             yield _eos(tokenizer)
 
 
-def _llama_3(turns: list[Turn]) -> Iterable[_Piece]:
+def _after_space(answer: _Said) -> Iterable[_Piece]:
+    """An answer after a space; an empty one is nothing at all, as the model wrote it."""
+    if answer.texts[0].strip():
+        yield from answer.pieces(" ")
+
+
+def _llama_3(turns: list[_Said]) -> Iterable[_Piece]:
     def header(role: str) -> Iterable[_Piece]:
         yield _Piece("<|start_header_id|>", special=True)
         yield _Piece(role)
@@ -251,77 +319,96 @@ def _llama_3(turns: list[Turn]) -> Iterable[_Piece]:
     yield _Piece(LLAMA_3_SYSTEM)
     yield _Piece("<|eot_id|>", special=True)
     for turn in turns:
-        answer = turn["from"] == "gpt"
-        yield from header("assistant" if answer else "user")
-        yield _Piece(turn["value"].strip(), labelled=answer)
-        yield _Piece("<|eot_id|>", labelled=answer, special=True)
-    if turns[-1]["from"] == "human":
+        yield from header("user" if turn.human else "assistant")
+        yield from turn.stripped().pieces()
+        yield _Piece("<|eot_id|>", labelled=turn.role == "gpt", special=True)
+    if turns[-1].human:
         yield from header("assistant")
 
 
-def _chatml(turns: list[Turn], form: ChatML) -> Iterable[_Piece]:
-    if form.system is not None and turns[0]["from"] != "system":
-        turns = [{"from": "system", "value": form.system}, *turns]
+def _chatml(turns: list[_Said], form: ChatML) -> Iterable[_Piece]:
+    if form.system is not None and turns[0].role != "system":
+        turns = [_Said("system", (form.system,)), *turns]
     for turn in turns:
         yield _Piece(START, special=True)
-        match turn["from"]:
+        match turn.role:
             case "system":
-                yield _Piece(f"system{form.user}\n{turn['value']}")
+                yield _Piece(f"system{form.user}\n{turn.texts[0]}")
             case "human":
-                first = re.match(f"({PLACEHOLDER}\n?)*" if form.user else "", turn["value"])[0]
-                images, text = first.replace("\n", ""), turn["value"][len(first) :]
-                yield _Piece(f"user{form.user}{images}\n{text}")
+                first, rest = _images_first(turn) if form.user else (0, turn)
+                yield _Piece(f"user{form.user}")
+                yield from [_IMAGE] * first
+                yield from rest.pieces("\n")
             case "gpt":
                 yield _Piece("assistant\n")
-                yield _Piece(turn["value"], labelled=True)
-        yield _Piece(END, labelled=turn["from"] == "gpt", special=True)
+                yield from turn.pieces()
+        yield _Piece(END, labelled=turn.role == "gpt", special=True)
         yield _Piece(form.end)
-    if turns[-1]["from"] == "human":
+    if turns[-1].human:
         yield _Piece(START, special=True)
         yield _Piece("assistant\n")
 
 
-def _plain(turns: list[Turn]) -> Iterable[_Piece]:
+def _images_first(turn: _Said) -> tuple[int, _Said]:
+    """The number of images that a turn begins with, each on its own line or not, and the rest of it."""
+    count, texts = 0, list(turn.texts)
+    while len(texts) > 1 and not texts[0]:
+        count, texts = count + 1, [texts[1].removeprefix("\n"), *texts[2:]]
+    return count, dataclasses.replace(turn, texts=tuple(texts))
+
+
+def _plain(turns: list[_Said]) -> Iterable[_Piece]:
     """The images and the caption; the text of the question is dropped, as in LLaVA."""
-    yield _Piece(PLACEHOLDER * turns[0]["value"].count(PLACEHOLDER))
+    yield from [_IMAGE] * turns[0].images
     if len(turns) > 1:
-        yield _Piece(turns[1]["value"] + "\n", labelled=True)
+        yield from turns[1].pieces(after="\n")
 
 
-def _own_template(turns: list[Turn], tokenizer: Tokenizer) -> Iterable[_Piece]:
+def _own_template(turns: list[_Said], tokenizer: Tokenizer) -> Iterable[_Piece]:
     """An answer is the difference of two renderings: the turns up to and including it, less the turns before it."""
     names = {"system": "system", "human": "user", "gpt": "assistant"}
     if not tokenizer.takes_system:
         turns = _without_system(turns)
-    messages = [{"role": names[turn["from"]], "content": turn["value"]} for turn in turns]
-    ends_open = turns[-1]["from"] == "human"
+    mark = _unused("".join(text for turn in turns for text in turn.texts))
+    messages = [{"role": names[turn.role], "content": mark.join(turn.texts)} for turn in turns]
+
+    def pieces(text: str, labelled: bool = False) -> list[_Piece]:
+        found: list[_Piece] = []
+        for number, part in enumerate(text.split(mark)):
+            found += [_IMAGE] * bool(number) + _split_special(part, tokenizer)
+        return [dataclasses.replace(piece, labelled=True) for piece in found] if labelled else found
+
+    ends_open = turns[-1].human
     whole = tokenizer.apply_chat_template(messages, add_generation_prompt=ends_open)
     at = 0
     for number, turn in enumerate(turns):
-        if turn["from"] != "gpt" or ends_open:  # a prompt has no labels
+        if turn.role != "gpt" or ends_open:  # a prompt has no labels
             continue
         before = tokenizer.apply_chat_template(messages[:number], add_generation_prompt=True)
         upto = tokenizer.apply_chat_template(messages[: number + 1])
-        if not whole.startswith(before) or not whole.startswith(upto) or len(upto) <= len(before):
+        empty = not turn.texts[0].strip()
+        if not whole.startswith(before) or not whole.startswith(upto) or len(upto) < len(before) + (not empty):
             raise ValueError(
                 "the tokenizer's chat template changes earlier turns when later ones are added, "
                 "so its answers cannot be found; choose another `template`"
             )
-        yield from _split_special(whole[at : len(before)], tokenizer)
-        answer = [
-            dataclasses.replace(piece, labelled=True)
-            for piece in _split_special(whole[len(before) : len(upto)], tokenizer)
-        ]
+        yield from pieces(whole[at : len(before)])
+        answer = pieces(whole[len(before) : len(upto)], labelled=True)
         if len(answer) > 1 and answer[-2].special and not answer[-1].text.strip():
             answer[-1] = dataclasses.replace(answer[-1], labelled=False)  # white space after the end-of-turn token
         yield from answer
         at = len(upto)
-    yield from _split_special(whole[at:], tokenizer)
+    yield from pieces(whole[at:])
+
+
+def _unused(text: str) -> str:
+    """A character that `text` does not contain: it marks images in a template, which takes and gives text alone."""
+    return next(mark for mark in map(chr, range(0xF0000, 0xFFFFE)) if mark not in text)  # a plane of private use
 
 
 def keeps_turns(tokenizer: Tokenizer) -> bool:
     """Whether the tokenizer's own template renders earlier turns as before when later ones are added."""
-    turns = [{"from": role, "value": "a"} for role in ("human", "gpt") * 2]
+    turns = [_Said(role, ("a",)) for role in ("human", "gpt") * 2]
     try:
         return bool(list(_own_template(turns, tokenizer)))
     except ValueError:
@@ -329,7 +416,10 @@ def keeps_turns(tokenizer: Tokenizer) -> bool:
 
 
 def _split_special(text: str, tokenizer: Tokenizer) -> list[_Piece]:
-    return [_Piece(part, special=token is not None) for part, token in tokenizer.split_special(text)]
+    """Text and special tokens; `<image>`, a special token of some tokenizers, is text: images have their places."""
+    return [
+        _Piece(part, special=token is not None and part != PLACEHOLDER) for part, token in tokenizer.split_special(text)
+    ]
 
 
 def _eos(tokenizer: Tokenizer) -> _Piece:
@@ -367,13 +457,13 @@ def _encode(pieces: Iterable[_Piece], tokenizer: Tokenizer, bos: bool) -> Tokens
             labels.append(token if piece.labelled else IGNORE)
             after_special = True
             continue
-        for number, text in enumerate(piece.text.split(PLACEHOLDER)):
-            if number:
-                flush()
-                ids.append(IMAGE)
-                labels.append(IGNORE)
-                after_special = False
-            run.append((text, piece.labelled))
+        if piece.image:
+            flush()
+            ids.append(IMAGE)
+            labels.append(IGNORE)
+            after_special = False
+            continue
+        run.append((piece.text, piece.labelled))
     flush()
     return Tokens(ids, labels)
 

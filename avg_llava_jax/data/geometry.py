@@ -64,7 +64,7 @@ def visual_weight(size: Size, config: ModelConfig, granularity: Granularity) -> 
     weight[:, 0] = 1
     if config.pinpoints:
         shares = _blend(size, config, granularity)[1]
-        mosaic = weight[config.tokens_at(granularity) :].reshape(len(shares), -1, 4)
+        mosaic = weight[config.tokens_at(granularity) :].reshape(len(shares), shares.shape[1] + 1, 4)
         mosaic[:, :-1] = shares
     weight.flags.writeable = False
     return weight
@@ -125,11 +125,12 @@ def _blend(size: Size, config: ModelConfig, granularity: Granularity) -> tuple[l
 def _between(old: int, new: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Where `new` bilinear samples of `old` values lie: each between (first, next), by (share of the next).
 
-    Half-pixel centres, no antialiasing: `torch.nn.functional.interpolate`. 4 to 2: (0, 1, .5), (2, 3, .5).
+    Half-pixel centres, no antialiasing, in float32: `torch.nn.functional.interpolate`. 4 to 2: (0, 1, .5), (2, 3, .5).
     """
-    at = np.maximum((np.arange(new) + 0.5) * (old / new) - 0.5, 0)
+    step = np.float32(old) / np.float32(max(new, 1))
+    at = np.maximum(step * (np.arange(new, dtype=np.float32) + np.float32(0.5)) - np.float32(0.5), 0)
     first = np.floor(at).astype(np.int64)
-    return first, np.minimum(first + 1, old - 1), at - first
+    return first, np.minimum(first + 1, old - 1), at - first.astype(np.float32)
 
 
 def kept_cells(size: Size, config: ModelConfig, granularity: Granularity) -> tuple[int, int, int, int]:
