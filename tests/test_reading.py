@@ -9,6 +9,7 @@ from avg_llava_jax.server import reading
 from avg_llava_jax.server.fields import ANYTHING
 from avg_llava_jax.server.limits import Limits
 from avg_llava_jax.server.refusal import Refusal
+from launch import serve_fields
 from tests.served import LIMITS, ONE, link, text, user
 
 
@@ -103,3 +104,8 @@ def test_shapes_of_messages(ask):
     assert [turn["value"] for turn in request.prompt] == [["Be polite.\n\n", "\n"], ["No."], ["Please."]]
     detail = {"type": "image_url", "image_url": {"url": url, "detail": "original"}}
     assert ask(messages=[user([detail])]).request.granularity == [16]
+
+
+def test_the_tables_of_the_page_are_those_of_the_code():
+    page = serve_fields.DOCUMENT.read_text(encoding="utf-8")
+    assert serve_fields.tables() in page, "python -m launch.serve_fields"

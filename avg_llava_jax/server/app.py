@@ -188,7 +188,9 @@ class Service:
             async with contextlib.AsyncExitStack() as stack:
                 try:
                     response = await self._reply(request, stack)
-                except (Refusal, *EXPECTED) as error:
+                except (_Left, ClientDisconnect):
+                    raise
+                except Exception as error:
                     response = self._refused(error).response()
                 self.metrics.replies[response.status_code] += 1
                 async with asyncio.timeout(self.limits.seconds + GRACE):

@@ -197,5 +197,5 @@ def markdown(table: Sequence[Field]) -> str:
                 takes = [field.parse.says] if field.parse else []
                 if field.nothing and field.nothing is not ANYTHING:
                     takes.append("nothing: " + ", ".join(f"`{json.dumps(one)}`" for one in field.nothing))
-                lines.append(f"| `{field.name}` | {status} | {'; '.join(takes)} | {field.about} |")
+                lines.append(f"| `{field.name}` | {status} | {'; '.join(takes).replace('|', '/')} | {field.about} |")
     return "\n".join(lines)

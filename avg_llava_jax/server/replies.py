@@ -143,13 +143,6 @@ class Reply:
     def _logprobs(self, found: Sequence[TokenScore]) -> dict[str, Any] | None:
         return scores.chat(found, self._tokenizer) if found else None
 
-    def _usage_of(self, answers: Sequence[Answer]) -> dict[str, Any]:
-        new = sum(len(answer.token_ids) for answer in answers)
-        return self.usage(new, answers[0].visual_tokens) | {"granularity": answers[0].granularity}
-
-    def _logprobs(self, found: Sequence[TokenScore]) -> dict[str, Any] | None:
-        return scores.chat(found, self._tokenizer) if found else None
-
     def _seen(self, answer: Answer) -> dict[str, Any]:
         config, shares = self._config, _each(answer.probabilities)
         images = [

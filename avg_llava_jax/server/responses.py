@@ -102,7 +102,7 @@ class ResponseReply(Reply):
 
     def __init__(self, name: str, model: Model, ask: Ask, text_tokens: int):
         super().__init__(name, model, ask, text_tokens)
-        self._name, self._id, self._item = model, f"resp_{secrets.token_hex(12)}", f"msg_{secrets.token_hex(12)}"
+        self._name, self._id, self._item = name, f"resp_{secrets.token_hex(12)}", f"msg_{secrets.token_hex(12)}"
         self._created, self._number = int(time.time()), -1
 
     def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:

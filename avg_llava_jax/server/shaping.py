@@ -137,7 +137,7 @@ SHAPING = (
 """Fields of every endpoint that generates."""
 
 CHAT_SCORES = (
-    Field("logprobs", FLAG, about="of each token, by the model's own logits"),
+    Field("logprobs", FLAG, nothing=(0,), about="of each token, by the model's own logits"),
     Field("top_logprobs", Number(0, TOP, whole=True), about="the most likely tokens; needs `logprobs`"),
 )
 """Log-probabilities as /v1/chat/completions names them."""
