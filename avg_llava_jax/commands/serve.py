@@ -15,7 +15,7 @@ import threading
 
 from absl import flags
 
-from avg_llava_jax.commands import cli
+from avg_llava_jax.commands import cli, pictures
 
 HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen at; 0.0.0.0 = all addresses of the machine.")
 PORT = flags.DEFINE_integer("port", 8000, "Port to listen at; 0 = any free port.", 0, 65535)
@@ -29,7 +29,6 @@ MAX_LENGTH = flags.DEFINE_integer(
 IMAGE_CACHE_MB = flags.DEFINE_integer("image_cache_mb", 256, "Device memory for encoded images.", lower_bound=1)
 IMAGE_HOSTS = flags.DEFINE_list("image_hosts", [], "Hosts of image URLs to fetch: a.com,b.org:8080.")
 MAX_BODY_MB = flags.DEFINE_integer("max_body_mb", 32, "Size of the largest request, images included.", lower_bound=1)
-MAX_MEGAPIXELS = flags.DEFINE_float("max_megapixels", 24, "Size of the largest image.", lower_bound=0)
 MAX_IMAGES = flags.DEFINE_integer("max_images", 8, "Most images in one conversation.", lower_bound=0)
 MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 1024, "A request's max_tokens are cut to it.", lower_bound=1)
 MAX_SECONDS = flags.DEFINE_float("max_seconds", 120, "Time limit of a request, in seconds.", lower_bound=0.001)
@@ -39,6 +38,8 @@ CLIENT_REQUESTS = flags.DEFINE_integer(
 ALLOWED_ORIGINS = flags.DEFINE_list("allowed_origins", [], "Origins of web pages that may use the server, or *.")
 UNKNOWN_FIELDS = flags.DEFINE_bool("unknown_fields", False, "Ignore fields that the server does not know.")
 DRAIN_SECONDS = flags.DEFINE_float("drain_seconds", 30, "Seconds for running requests after SIGTERM.", lower_bound=0)
+flags.adopt_module_key_flags(pictures)
+flags.set_default(pictures.MAX_PIXELS, 24_000_000)
 API_KEY = "AVG_LLAVA_API_KEY"
 
 
@@ -62,7 +63,7 @@ def main() -> None:
 
     limits = Limits(
         body_bytes=MAX_BODY_MB.value << 20,
-        pixels=int(MAX_MEGAPIXELS.value * 1e6),
+        pixels=pictures.MAX_PIXELS.value,
         images=MAX_IMAGES.value,
         new_tokens=MAX_NEW_TOKENS.value,
         seconds=MAX_SECONDS.value,

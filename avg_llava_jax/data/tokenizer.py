@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import hashlib
 import itertools
 import json
 import re
@@ -180,6 +181,14 @@ class Tokenizer:
         for name in _FILES:
             if (self.folder / name).is_file() and Path(folder).resolve() != self.folder.resolve():
                 shutil.copyfile(self.folder / name, Path(folder) / name)
+
+    def digest(self) -> str:
+        """SHA-256 of the tokenizer's files, in hex."""
+        found = hashlib.sha256()
+        for name in _FILES:
+            if (self.folder / name).is_file():
+                found.update(name.encode() + hashlib.sha256((self.folder / name).read_bytes()).digest())
+        return found.hexdigest()
 
     @functools.cached_property
     def _special_ids(self) -> frozenset[int]:

@@ -17,7 +17,7 @@ from avg_llava_jax.inference.buckets import STEPS, Buckets, bucket
 from avg_llava_jax.inference.model import Model
 from avg_llava_jax.inference.programs import Sampling, Scores, Shaping
 from avg_llava_jax.inference.requests import TokenScore
-from avg_llava_jax.inference.sampling import Next, sampling_of, scored
+from avg_llava_jax.inference.sampling import Next, sampling_of, scored, shaping_of
 from avg_llava_jax.models.router import Routing
 
 
@@ -71,7 +71,8 @@ class Device:
         self.model, self.buckets = model, buckets
         self._model = model.config, model.unstacked
         self._stops = np.array(model.stop_ids, np.int32)
-        self._neutral: dict[int, Shaping] = {}
+        sizes = {*buckets.prompts, *buckets.rows}
+        self._neutral: dict[int, Shaping] = {size: jax.device_put(self._shaping(size)) for size in sizes}
         self.reset()
 
     def reset(self) -> None:
@@ -168,12 +169,12 @@ class Device:
         return found, [scored(answer, scores, row, ids) for answer, row, ids in zip(then, at, found, strict=True)]
 
     def _sampling(self, count: int, rows: Sequence[int], answers: Sequence[Next]) -> Sampling:
-        vocabulary = self.model.config.language.vocab_size
-        sampling = sampling_of(count, rows, answers, vocabulary, self.buckets.capacity)
-        if any(answer.shaped for answer in answers):
-            return sampling
-        # Neutral shaping stays on the device.
-        return sampling._replace(shaping=self._neutral.setdefault(count, jax.device_put(sampling.shaping)))
+        plain = not any(answer.shaped or answer.scored for answer in answers)
+        shaping = self._neutral[count] if plain else self._shaping(count, rows, answers)
+        return sampling_of(count, rows, answers, shaping)
+
+    def _shaping(self, count: int, rows: Sequence[int] = (), answers: Sequence[Next] = ()) -> Shaping:
+        return shaping_of(count, rows, answers, self.model.config.language.vocab_size, self.buckets.capacity)
 
     def copy(self, places: Sequence[tuple[int, int]], window: int) -> None:
         """Copy the first `window` positions of slots to other slots, (source, target) each.

@@ -9,6 +9,7 @@ from typing import Literal
 
 import numpy as np
 
+from avg_llava_jax import reuse
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.data.conversation import PLACEHOLDER, encode_prompt, encode_raw, stop_ids
 from avg_llava_jax.data.geometry import visual_count
@@ -52,6 +53,11 @@ class Model:
         """The parameters with the language model's layers as a tuple, as the engine's programs take them."""
         layers = language.unstack(self.params["language"]["layers"])
         return self.params | {"language": self.params["language"] | {"layers": layers}}
+
+    @functools.cached_property
+    def made_by(self) -> dict[str, str]:
+        """Digests of what determines the answers, see `reuse`."""
+        return reuse.made_by(self.config, self.params, self.tokenizer)
 
     def limited_to(self, max_length: int) -> Model:
         """The same model with `max_length`, in positions of prompt and answer together."""
