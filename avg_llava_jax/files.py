@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 Path = str | os.PathLike[str]
 
 
-_BUCKET = re.compile(r"(?:^|[,*])\s*(?!https?:)([a-z][a-z0-9+.-]+:/\S*)")
+_BUCKET = re.compile(r"(?:^|[,*])\s*(?!https?:)([a-z][a-z0-9+.-]+:/\S*)", re.IGNORECASE)
 
 
 def refuse_buckets(named: Mapping[str, Any]) -> None:
