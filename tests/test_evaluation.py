@@ -32,8 +32,8 @@ def questions(model):
 
 
 @pytest.fixture(scope="module")
-def records(model, questions):
-    return evaluation.answer_all(model, questions, **OPTIONS)
+def records(model, questions, tmp_path_factory):
+    return evaluation.answer_all(model, questions, tmp_path_factory.mktemp("records") / "answers.jsonl", **OPTIONS)
 
 
 def test_answers_are_the_models_own(model, questions, records):
@@ -267,7 +267,7 @@ def test_images_that_cost_differently(model, llava_folder, tmp_path):
     source = open_source(str(llava_folder / "train.json"), str(llava_folder / "images"))
     questions, _ = evaluation.read_questions(source, model.tokenizer, model.config)
     questions = [question for question in questions if len(question.sample.sizes) == 2][:3]
-    records = evaluation.answer_all(model, questions, **OPTIONS)
+    records = evaluation.answer_all(model, questions, tmp_path / "answers.jsonl", **OPTIONS)
     options = tmp_path / "mixed.jsonl", 4, 8
     wanted = [(4, 8), (8, 8), tuple(records[2]["chosen"])]
     with pytest.raises(ValueError, match="was never answered"):

@@ -1,5 +1,6 @@
 """Folders with earlier results: what still holds is reused, and everything else is set aside or refused."""
 
+import contextlib
 import dataclasses
 import json
 import zipfile
@@ -16,8 +17,9 @@ from avg_llava_jax.data.tokenizer import load_tokenizer
 from avg_llava_jax.eval import evaluation, quickstart
 from avg_llava_jax.files import same_run
 from avg_llava_jax.inference.api import AvgLlava
-from avg_llava_jax.training import feedback
-from avg_llava_jax.training.loop import train
+from avg_llava_jax.parallel import sharding
+from avg_llava_jax.training import feedback, setup
+from avg_llava_jax.training.config import read
 from tests.random_model import random_model, save_random_model
 from tests.test_training import settings
 
@@ -249,23 +251,26 @@ def test_the_contents_of_a_data_set(llava_folder):
 
 
 def test_a_run_resumes_on_its_own_data_alone(tiny, llava_folder, tmp_path, caplog, monkeypatch):
-    config = settings(tiny, llava_folder)
-    config.steps = 1
-    train(config, tmp_path)
-    images = llava_folder / "images"
-    config.data.images, config.steps = str(images.rename(llava_folder / "moved")), 2
-    train(config, tmp_path)
-    assert "resumes with other code" not in caplog.text
-    records, config.steps = llava_folder / "train.json", 3
+    config, records = settings(tiny, llava_folder), llava_folder / "train.json"
+    mesh = sharding.make_mesh(config.mesh)
+    checkpoint.copy_tokenizer(config.tokenizer, tmp_path)
+
+    def start():
+        with contextlib.closing(setup.open_batches(read(config), tmp_path, tiny, mesh)):
+            return (tmp_path / "data.json").read_text()
+
+    before = start()
+    (tmp_path / "checkpoints" / "1" / "params").mkdir(parents=True)  # as of a run that was interrupted
+    config.data.images = str((llava_folder / "images").rename(llava_folder / "moved"))
+    assert start() == before and "resumes with other code" not in caplog.text
     records.write_text(records.read_text().replace("red", "Red", 1))
     with pytest.raises(ValueError, match=r"was trained on other data: data.path .*json has changed since; .*delete"):
-        train(config, tmp_path)
-    assert checkpoint.steps(tmp_path)[-1] == 2
+        start()
     (tmp_path / "data.json").unlink()
-    train(config, tmp_path)
+    assert start() != before
     monkeypatch.setattr(reuse, "code", lambda *of: "new")
-    train(config, tmp_path)
-    assert checkpoint.steps(tmp_path)[-1] == 3 and "resumes with other code than it began with" in caplog.text
+    start()
+    assert "resumes with other code than it began with" in caplog.text
 
 
 def test_feedback_of_other_code_is_refused(tiny, tokenizer, tmp_path, monkeypatch):
