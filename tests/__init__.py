@@ -5,7 +5,16 @@ import pathlib
 
 from jaxtyping import install_import_hook
 
-CHECKED = ["avg_llava_jax.training.losses", "avg_llava_jax.training.rglf"]
+CHECKED = [
+    "avg_llava_jax.models.attention",
+    "avg_llava_jax.models.cache",
+    "avg_llava_jax.models.connector",
+    "avg_llava_jax.models.flash",
+    "avg_llava_jax.models.one_cpu",
+    "avg_llava_jax.models.router",
+    "avg_llava_jax.training.losses",
+    "avg_llava_jax.training.rglf",
+]
 install_import_hook(CHECKED, "beartype.beartype")
 
 # Programs are compiled once for all tests, their processes and the commands that they start.

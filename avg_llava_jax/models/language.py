@@ -195,7 +195,7 @@ def unstack(layers: Params | tuple[Params, ...], free: bool = False) -> tuple[Pa
 
 
 def empty_cache(config: LanguageConfig, slots: int, capacity: int, dtype: Any) -> Cache:
-    """A cache of zeros, `LayerCache` of (slots, KV, capacity, head_dim) per layer."""
+    """A cache of zeros, `LayerCache` of (slots, K, C, d) per layer."""
     shape = slots, config.kv_heads, capacity, config.head_dim
     return tuple(LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.layers))
 
