@@ -2,7 +2,7 @@
 
     avg-llava answer --image=photo.png --prompt="Who wears 7?"
 
---image may be given several times, or not at all. The other flags are the fields of `avg_llava_jax.Request`.
+--image may be given several times, or not at all. The other flags are fields of `avg_llava_jax.Request`.
 """
 
 from absl import flags

@@ -31,6 +31,9 @@ MAX_NEW_TOKENS = flags.DEFINE_integer(
     "max_new_tokens", None, "Length of the longest answer, in tokens; default: the benchmark's.", lower_bound=1
 )
 LIMIT = flags.DEFINE_integer("limit", None, "Rows of each split, for a quick run; default: all.", lower_bound=1)
+GUIDED = flags.DEFINE_bool(
+    "guided", False, "Make every answer to a question that asks for the letter of an option one of its letters."
+)
 TIMED = flags.DEFINE_integer("timed", 16, "Questions that are timed, one at a time; 0 = none.", lower_bound=0)
 COST_WEIGHTS = flags.DEFINE_list("cost_weights", "0.1,0.4,1.6", "Prices of visual tokens, each a row of the report.")
 SEED = flags.DEFINE_integer("seed", 0, "Seed of the random choice and of the bootstrap.")
@@ -55,11 +58,12 @@ def run_task(model: Any, task: Any, data: str, weights: list[float]) -> dict[str
         "data": str(pathlib.Path(data).resolve()) if pathlib.Path(data).is_dir() else data,
         "profile": PROFILE.value,
         "max_new_tokens": new_tokens,
+        "guided": GUIDED.value,
     }
     if hosts.first():
         same_run(folder, "benchmark.json", settings)
         print(f"{task.title}: {len(rows)} questions", flush=True)
-    questions, skipped = benchmarking.questions_of(task, rows, model, PROFILE.value)
+    questions, skipped = benchmarking.questions_of(task, rows, model, PROFILE.value, GUIDED.value)
     answered = sharing.answer_together(model, questions, folder, new_tokens, SLOTS.value, skipped)
     if not hosts.first():
         return None

@@ -40,6 +40,7 @@ from avg_llava_jax.files import differing, whole_lines
 from avg_llava_jax.inference.api import AvgLlava
 from avg_llava_jax.inference.device import page_bytes
 from avg_llava_jax.inference.engine import AHEAD, IMAGE_CACHE_BYTES, Engine
+from avg_llava_jax.inference.guides import Guide
 from avg_llava_jax.inference.job import Images, read_images
 from avg_llava_jax.inference.model import Model, length_at, softmax, visual_tokens
 from avg_llava_jax.inference.requests import Prepared, Request
@@ -56,7 +57,7 @@ class Question:
     """A prompt without its answer (`sample`, which has the id and the kind), and the reference answer.
 
     grade: the grade of an answer in [0, 1]; None = whether it equals `reference` after `normalise`.
-    extra: entries that are copied into the record.
+    extra: entries that are copied into the record. guide: what its answers must be; None = any text.
     """
 
     sample: Sample
@@ -64,6 +65,11 @@ class Question:
     reference: str
     grade: Callable[[str], float] | None = None
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    guide: Guide | None = None
+
+    def asked(self, request: Request, choice: tuple[int | None, ...]) -> Prepared:
+        """The question as a request with these options. choice: as in `Prepared`."""
+        return Prepared(dataclasses.replace(request, guide=self.guide), self.sample, choice)
 
 
 def make_question(record: dict[str, Any], tokenizer: Tokenizer, template: str) -> Question:
@@ -210,7 +216,7 @@ class _Asked:
         self._tickets: dict[Choice, Ticket | None] = {}  # None where the prompt does not fit
 
     def _ask(self, choice: tuple[int | None, ...]) -> Ticket:
-        return self._engine.submit_prepared(Prepared(self._request, self._question.sample, choice), self._images)
+        return self._engine.submit_prepared(self._question.asked(self._request, choice), self._images)
 
     def answered(self) -> bool:
         """Whether every answer is there. Once the router has scored the images, submits the other granularities."""
@@ -433,7 +439,7 @@ def answer_mixed(
         for at in range(0, len(todo), batch_size):
             part, config = todo[at : at + batch_size], model.config
             fitting = {
-                question.sample.id: Prepared(request, question.sample, choice)
+                question.sample.id: question.asked(request, choice)
                 for question, choice in part
                 if length_at(config, question.sample, choice) <= config.language.max_length
             }
