@@ -17,6 +17,7 @@ from avg_llava_jax.data.tokenizer import load_tokenizer
 from avg_llava_jax.eval import evaluation, quickstart
 from avg_llava_jax.files import same_run
 from avg_llava_jax.inference.api import AvgLlava
+from avg_llava_jax.inference.guides import Guide
 from avg_llava_jax.parallel import sharding
 from avg_llava_jax.training import feedback, setup
 from avg_llava_jax.training.config import read
@@ -113,7 +114,7 @@ def test_another_model_answers_for_itself(folder, model, tokenizer, data, capsys
     assert [record["answers"] for record in records] == [record["answers"] for record in fresh]
 
 
-@pytest.mark.parametrize("what", ["weights", "model config", "tokenizer", "code", "max_new_tokens"])
+@pytest.mark.parametrize("what", ["weights", "model config", "tokenizer", "code", "max_new_tokens", "guide"])
 def test_whatever_made_an_answer_counts(what, folder, model, tokenizer, data, monkeypatch, capsys, tmp_path):
     folder.evaluate(model, data)
     config, params, new_tokens = model.config, model.params, OPTIONS["max_new_tokens"]
@@ -132,7 +133,10 @@ def test_whatever_made_an_answer_counts(what, folder, model, tokenizer, data, mo
         case "max_new_tokens":
             new_tokens += 1
     other = AvgLlava(config, params, tokenizer)
-    evaluation.settle(other, _questions(folder, other), tmp_path / "answers.jsonl", new_tokens)
+    questions = _questions(folder, other)
+    if what == "guide":
+        questions = [dataclasses.replace(question, guide=Guide.choice(["a", "b"])) for question in questions]
+    evaluation.settle(other, questions, tmp_path / "answers.jsonl", new_tokens)
     assert f"0 of 6 answers kept, 6 of other {what}: set aside" in capsys.readouterr().err
     assert (tmp_path / "answers.jsonl").read_text() == "" and len(folder.stale(1)) == 6
 
