@@ -124,8 +124,8 @@ def sift(file: str | os.PathLike[str], judge: Callable[[Entry], Entry | str], de
       ValueError: the file holds other lines than JSON objects.
     """
     file, stale, kept, why = pathlib.Path(file), [], [], dict[str, int]()
-    lines = [line.decode() for line in whole_lines(file)]
     try:
+        lines = [line.decode() for line in whole_lines(file)]
         entries = [dict(json.loads(line)) for line in lines]
     except (ValueError, TypeError) as error:
         raise ValueError(f"{file} is not a file of answers ({error}); use another folder") from None

@@ -32,8 +32,8 @@ def questions(model):
 
 
 @pytest.fixture(scope="module")
-def records(model, questions):
-    return evaluation.answer_all(model, questions, **OPTIONS)
+def records(model, questions, tmp_path_factory):
+    return evaluation.answer_all(model, questions, tmp_path_factory.mktemp("records") / "answers.jsonl", **OPTIONS)
 
 
 def test_answers_are_the_models_own(model, questions, records):
