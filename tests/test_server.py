@@ -33,9 +33,12 @@ def test_openai_client_several_turns_and_images(served, tiny):
     assert (done.choices[0].finish_reason, done.model, done.object) == ("stop", "tiny", "chat.completion")
 
     request = served.engine.requests[-1]
-    assert [turn["from"] for turn in request.prompt] == ["human", "gpt", "human"]
-    assert request.prompt[0]["value"] == ["Be brief.\n\n", "\nfirst words"]
-    assert request.prompt[2]["value"] == ["", "\nand\n", "\nthen this"]  # an image between two texts stays there
+    assert [turn["from"] for turn in request.prompt] == ["system", "human", "gpt", "human"]
+    assert request.prompt[0]["value"] == ["Be brief."] and request.prompt[1]["value"] == ["", "\nfirst words"]
+    assert request.prompt[3]["value"] == ["", "\nand\n", "\nthen this"]  # an image between two texts stays there
+    assert served.engine.model.tokenizer.decode(
+        [token for token in served.engine.model.prepare(request).sample.tokens.ids if token >= 0]
+    ).startswith("[INST] Be brief.\n\n")
     assert [image.size for image in request.images] == [(16, 40), (30, 30), (32, 16)]
     assert (request.max_new_tokens, request.temperature, request.top_p, request.seed) == (5, 0.5, 0.9, 2**32 - 1)
     assert request.stop == ("x", "yz") and request.granularity == ["auto", "auto", 4]

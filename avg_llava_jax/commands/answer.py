@@ -8,6 +8,7 @@
 from absl import flags
 
 from avg_llava_jax.commands import cli, pictures
+from avg_llava_jax.config import named
 
 IMAGE = flags.DEFINE_multi_string("image", [], "An image file; repeat the flag for several images.")
 PROMPT = flags.DEFINE_string("prompt", None, "The question; <image> in it places an image.")
@@ -31,7 +32,7 @@ flags.adopt_module_key_flags(pictures)
 
 def granularity_of(text: str) -> str | int | list[str | int]:
     """The flag's value: "auto" -> "auto", "36" -> 36, "auto,36" -> ["auto", 36]."""
-    each = [int(part) if part.strip().isdecimal() else part.strip() for part in text.split(",")]
+    each = [named(part.strip()) for part in text.split(",")]
     return each[0] if len(each) == 1 else each
 
 

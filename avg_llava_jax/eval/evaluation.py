@@ -27,13 +27,12 @@ import numpy as np
 from tqdm import tqdm
 
 from avg_llava_jax import reuse
-from avg_llava_jax.config import ModelConfig
+from avg_llava_jax.config import ModelConfig, named
 from avg_llava_jax.data.conversation import PLACEHOLDER, encode_conversation, encode_prompt
 from avg_llava_jax.data.errors import BadSample
 from avg_llava_jax.data.feedback import asked
-from avg_llava_jax.data.packing import Sample, make_sample
+from avg_llava_jax.data.packing import Sample, make_sample, tiles_of
 from avg_llava_jax.data.sources import Source
-from avg_llava_jax.data.tiles import tile_count
 from avg_llava_jax.data.tokenizer import Tokenizer
 from avg_llava_jax.eval.policies import Choice, Record, by_key, choices
 from avg_llava_jax.files import differing, whole_lines
@@ -159,7 +158,7 @@ def answer_all(
 def _answer(model: Model, log: Log, max_new_tokens: int, slots: int) -> None:
     config, request = model.config, Request("", max_new_tokens=max_new_tokens)
     samples = [question.sample for question in log.todo]
-    tiles = max(sum(tile_count(size, config) for size in sample.sizes) for sample in samples)
+    tiles = max(tiles_of(sample, config) for sample in samples)
     longest = max(model.longest(Prepared(request, sample, (None,) * len(sample.sizes))) for sample in samples)
     engine = Engine(
         model,
@@ -280,7 +279,7 @@ def settle(model: Model, questions: Sequence[Question], file: str | os.PathLike[
 
 def _graded_again(config: ModelConfig, question: Question, record: Record) -> Record:
     """A stored record as `make_record` would make it for this question, whose prompt and images it answers."""
-    answers = {(int(g),) * len(record["chosen"]): text for g, text in record["answers"].items()}
+    answers = {(named(g),) * len(record["chosen"]): text for g, text in record["answers"].items()}
     answers[tuple(record["chosen"])] = record["answer"]
     scores = np.array(record["scores"], np.float32).reshape(-1, len(config.granularities))
     return make_record(config, question, scores, answers) | {"made_by": record["made_by"]}
@@ -361,12 +360,12 @@ def read_records(file: str | os.PathLike[str]) -> dict[str, Record]:
         records = [json.loads(line) for line in whole_lines(file)]
     except ValueError as error:
         raise ValueError(f"{file} is not a file of answers ({error}); use another folder") from None
-    return {record["id"]: _with_int_keys(record) for record in records}
+    return {record["id"]: _with_names(record) for record in records}
 
 
-def _with_int_keys(record: Record) -> Record:
+def _with_names(record: Record) -> Record:
     by_granularity = ("answers", "right", "visual_tokens")
-    return record | {key: {int(g): value for g, value in record[key].items()} for key in by_granularity}
+    return record | {key: {named(g): value for g, value in record[key].items()} for key in by_granularity}
 
 
 def make_record(

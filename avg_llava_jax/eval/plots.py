@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -121,7 +122,7 @@ def voter(config: ModelConfig, weights: np.ndarray, path: Path) -> Path:
     )
     for axis, granularity, grid in zip(axes, config.granularities, config.grids, strict=False):
         start = config.pyramid_offsets[granularity]
-        image = weights[start : start + granularity].reshape(grid)
+        image = weights[start : start + math.prod(grid)].reshape(grid)
         drawn = axis.imshow(image, cmap="RdBu_r", vmin=-limit, vmax=limit, extent=(0, 1, 1, 0))
         axis.set(title=f"{granularity} a tile", xticks=[], yticks=[])
     axes[-1].bar(np.arange(config.router.text_tokens), weights[config.pyramid_rows :])
@@ -166,7 +167,8 @@ def examples(
             said = textwrap.shorten(f"{text}   ({record['adaptive']['visual_tokens']} visual tokens)", 60)
             caption = f"{asked}\n{said}"
             if record["right"][granularity] < 0.5:
-                finer = next(g for g in config.granularities if g > granularity and record["right"][g] >= 0.5)
+                ladder = config.granularities
+                finer = next(g for g in ladder[ladder.index(granularity) + 1 :] if record["right"][g] >= 0.5)
                 answer = textwrap.shorten(record["answers"][finer], 40, placeholder=" ...")
                 caption += f"\nwith {record['visual_tokens'][finer]}: {answer}"
             axis.set_title(caption.replace("$", r"\$"), fontsize=8)

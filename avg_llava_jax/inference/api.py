@@ -22,7 +22,7 @@ from avg_llava_jax import SHIPPED, checkpoint
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.convert.quantize import quantized
 from avg_llava_jax.data.conversation import PLACEHOLDER, Turn
-from avg_llava_jax.data.tiles import tile_count
+from avg_llava_jax.data.packing import tiles_of
 from avg_llava_jax.data.tokenizer import Tokenizer, load_tokenizer
 from avg_llava_jax.inference.buckets import STEPS, bucket
 from avg_llava_jax.inference.device import page_bytes
@@ -163,7 +163,7 @@ class AvgLlava(Model):
         """
         slots = bucket(tuple(2**n for n in range(12)), min(len(prepared), batch_size))
         length = max(map(self.longest, prepared))
-        tiles = max(sum(tile_count(size, self.config) for size in each.sample.sizes) for each in prepared)
+        tiles = max(tiles_of(each.sample, self.config) for each in prepared)
         if self._engine is not None:
             have = self._engine.buckets
             if have.slots >= slots and have.capacity >= length and have.pages >= tiles:

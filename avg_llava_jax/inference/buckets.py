@@ -208,9 +208,14 @@ def length_buckets(longest: int) -> tuple[int, ...]:
 
 
 def tile_counts(config: ModelConfig) -> set[int]:
-    """The numbers of tiles that an image may have, tile 0 included."""
+    """The numbers of tiles to encode at once: those that an image may have, tile 0 included.
+
+    Where these are many, as the 18 of LLaVA-OneVision, powers of two and the largest: few programs to compile.
+    """
     side = config.vision.image_size
-    return {1 + (width // side) * (height // side) for width, height in config.pinpoints} or {1}
+    alone = {1} if config.several == "square" or not config.pinpoints else set()
+    counts = alone | {1 + (width // side) * (height // side) for width, height in config.pinpoints}
+    return counts if len(counts) <= 8 else set(_powers(1, 2, max(counts)))
 
 
 def _powers(first: int, factor: int, last: int) -> tuple[int, ...]:

@@ -15,13 +15,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from avg_llava_jax.config import ModelConfig
+from avg_llava_jax.config import Granularity, ModelConfig
 from avg_llava_jax.data.geometry import visual_count
 from avg_llava_jax.data.tiles import Size
 from avg_llava_jax.inference.requests import Prepared
 
 
-def choose(config: ModelConfig, prepared: Prepared, logits: np.ndarray) -> tuple[int, ...]:
+def choose(config: ModelConfig, prepared: Prepared, logits: np.ndarray) -> tuple[Granularity, ...]:
     """The granularity of each image: the requested one, or where that is "auto" the best by scores, price and budget.
 
     logits: router scores (images, G); may have no rows where every image's granularity was requested.
@@ -38,7 +38,9 @@ def choose(config: ModelConfig, prepared: Prepared, logits: np.ndarray) -> tuple
     return tuple(config.granularities[place] for place in places)
 
 
-def check_budget(config: ModelConfig, sizes: Sequence[Size], wanted: Sequence[int | None], budget: int | None) -> None:
+def check_budget(
+    config: ModelConfig, sizes: Sequence[Size], wanted: Sequence[Granularity | None], budget: int | None
+) -> None:
     """Raise ValueError where no choice is within `max_visual_tokens`; it says how many tokens the cheapest takes."""
     if budget is None:
         return
@@ -50,7 +52,8 @@ def check_budget(config: ModelConfig, sizes: Sequence[Size], wanted: Sequence[in
 
 def token_costs(config: ModelConfig, sizes: Sequence[Size]) -> np.ndarray:
     """Visual tokens, newlines included, of images of (width, height) pixels at each granularity: int (images, G)."""
-    counts = [[visual_count(size, config, g) for g in config.granularities] for size in sizes]
+    own = config.of(len(sizes))
+    counts = [[visual_count(size, own, g) for g in config.granularities] for size in sizes]
     return np.array(counts, np.int64).reshape(len(sizes), len(config.granularities))
 
 

@@ -24,6 +24,7 @@ from avg_llava_jax.models.router import Routing
 class Part(NamedTuple):
     """A chunk of one prompt to prefill: ids, places int32 (n,), for positions start .. start + n - 1 of a slot.
 
+    weights: None, or float32 (n, 4) with places (n, 4), see `programs.Chunk`.
     then: what its first token depends on; None where more of the prompt follows.
     """
 
@@ -31,6 +32,7 @@ class Part(NamedTuple):
     start: int
     ids: np.ndarray
     places: np.ndarray
+    weights: np.ndarray | None
     then: Next | None
 
 
@@ -136,11 +138,16 @@ class Device:
         rows = [part.slot for part in parts] if by_slot else list(range(len(parts)))
         slot, start = np.full(prompts, self.buckets.slots, np.int32), np.full(prompts, self.buckets.capacity, np.int32)
         length = np.zeros(prompts, np.int32)
-        ids, places = np.zeros((prompts, chunk), np.int32), np.full((prompts, chunk), programs.TEXT, np.int32)
+        corners = (4,) if self.model.config.most_tiles else ()
+        ids = np.zeros((prompts, chunk), np.int32)
+        places = np.full((prompts, chunk, *corners), programs.TEXT, np.int32)
+        weights = np.zeros(places.shape, np.float32) if corners else None
         for row, part in zip(rows, parts, strict=True):
             slot[row], start[row], length[row] = part.slot, part.start, len(part.ids)
             ids[row, : len(part.ids)], places[row, : len(part.ids)] = part.ids, part.places
-        arrays = programs.Chunk(None if by_slot else slot, start, length, ids, places)
+            if weights is not None:
+                weights[row, : len(part.ids)] = part.weights
+        arrays = programs.Chunk(None if by_slot else slot, start, length, ids, places, weights)
         self._cache, logits, tokens = programs.prefill(*self._model, self._cache, self._pool, arrays, window)
         at, ended = [row for row, part in zip(rows, parts, strict=True) if part.then], [p.then for p in parts if p.then]
         if all(answer.greedy for answer in ended):

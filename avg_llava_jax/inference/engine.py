@@ -336,8 +336,9 @@ class Engine:
             parts = []
             for job, start, length in zip(prefill.works, prefill.starts, prefill.lengths, strict=True):
                 then = job.next() if start + length == len(job.keys) else None
-                ids, places = job.ids[start : start + length], job.places[start : start + length]
-                parts.append(Part(job.slot, start, ids, places, then))
+                now = slice(start, start + length)
+                weights = None if job.weights is None else job.weights[now]
+                parts.append(Part(job.slot, start, job.ids[now], job.places[now], weights, then))
             after = self._device.prefill(parts, prefill.prompts, prefill.chunk, prefill.window)
             calls.append((prefill.works, self._scheduler.prefilled(prefill), parts, after))
             if not self._patient:

@@ -7,10 +7,9 @@ import time
 
 import numpy as np
 
-from avg_llava_jax.config import ModelConfig
+from avg_llava_jax.config import Granularity, ModelConfig
 from avg_llava_jax.data.conversation import IMAGE
-from avg_llava_jax.data.packing import Sample, Shape, load_tiles, prompt_index
-from avg_llava_jax.data.tiles import tile_count
+from avg_llava_jax.data.packing import Sample, Shape, load_tiles, prompt_index, prompt_weight, tile_counts, tiles_of
 from avg_llava_jax.inference import choosing
 from avg_llava_jax.inference.guides import Matcher
 from avg_llava_jax.inference.image_pages import Digest, digest_of
@@ -32,7 +31,8 @@ class Job(Work):
 
     images: digest and tiles of each image. pages: pages of each image's tiles, None while it holds none.
     text: int32 (L,), ids of the prompt without its images. scores: router scores (G,) of the images routed so far.
-    choice: granularity of each image. ids, places: int32 (S,), the packed prompt, see `programs.Chunk`.
+    choice: granularity of each image. ids, places: int32 (S,), the packed prompt, see `programs.Chunk`; with
+    `config.most_tiles` places is (S, 4), with weights float32 (S, 4).
     matcher: follows the request's guide. token_scores: the scores of the answer's tokens, where they are wanted.
     times: the clock in seconds when it reached each stage.
     """
@@ -46,9 +46,10 @@ class Job(Work):
     token_scores: list[TokenScore] = dataclasses.field(default_factory=list)
     pages: list[list[int]] | None = None
     scores: list[np.ndarray] = dataclasses.field(default_factory=list)
-    choice: tuple[int, ...] = ()
+    choice: tuple[Granularity, ...] = ()
     ids: np.ndarray | None = None
     places: np.ndarray | None = None
+    weights: np.ndarray | None = None
     times: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
@@ -78,7 +79,7 @@ class Job(Work):
 
 def read_images(config: ModelConfig, sample: Sample) -> Images:
     """Load a request's images and cut them into tiles. Raises BadSample where one cannot be read."""
-    counts = [tile_count(size, config) for size in sample.sizes]
+    counts = tile_counts(sample, config)
     tiles = np.split(load_tiles(sample, config), np.cumsum(counts)[:-1]) if counts else []
     return [(digest_of(part, size), part) for part, size in zip(tiles, sample.sizes, strict=True)]
 
@@ -91,7 +92,7 @@ def make_job(
     images: the result of `read_images`, None = load them here. submitted: the clock in seconds. most_tiles: pages.
     """
     sample = prepared.sample
-    count = sum(tile_count(size, model.config) for size in sample.sizes)
+    count = tiles_of(sample, model.config)
     if count > most_tiles:
         raise ValueError(f"the images have {count} tiles, the engine holds {most_tiles}: send fewer images")
     guide = prepared.request.guide
@@ -120,22 +121,23 @@ def pack(config: ModelConfig, job: Job, pages: int) -> None:
     shape = Shape(max(1, len(own)), max(1, len(sample.sizes)), len(job.text), 1, 1.0)
     index, length = prompt_index(sample, shape, config, job.choice)
     job.ids, job.places = places_of(config, index[:length], job.text, own, pages)
+    job.weights = prompt_weight(sample, config, job.choice) if config.most_tiles else None
     visual = visual_tokens(config, sample, job.choice)
     images = iter(zip(job.digests, job.choice, visual, strict=True))
     keys: list[int] = []
     for token in sample.tokens.ids:
         if token == IMAGE:
             digest, granularity, count = next(images)
-            keys += [image_key(digest, granularity)] * count
+            keys += [image_key(digest, config.pyramid_offsets[granularity])] * count
         else:
             keys.append(token)
     job.keys = np.array(keys, np.int64)
     job.limit = min(job.prepared.request.max_new_tokens, config.language.max_length - length + 1)
 
 
-def image_key(digest: Digest, granularity: int) -> int:
-    """The scheduler's key of an image at a granularity: negative, 63 bits of its digest."""
-    return -1 - ((int.from_bytes(digest[:8], "little") ^ granularity * 0x9E3779B97F4A7C15) % 2**63)
+def image_key(digest: Digest, offset: int) -> int:
+    """The scheduler's key of an image at a granularity, given by its first pyramid row: negative, 63 bits."""
+    return -1 - ((int.from_bytes(digest[:8], "little") ^ offset * 0x9E3779B97F4A7C15) % 2**63)
 
 
 def places_of(
@@ -143,8 +145,8 @@ def places_of(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Translate a sample's packed index into text ids and places in a pool of `pages` pages: int32 (n,) each.
 
-    index: int (n,) of `packing`, which counts the sample's own tables: text int (L,), one tile slot per page of `own`
-    (at least one), newline.
+    index: int (n,) or (n, 4) of `packing`, which counts the sample's own tables: text int (L,), one tile slot per page
+    of `own` (at least one), newline. Places have its shape.
 
     With R = 7, two tiles in pages 4 and 2 of 10, and text 7 8 9:
 
@@ -153,7 +155,8 @@ def places_of(
     """
     stride = config.pyramid_rows
     is_text = index < len(text)
-    ids = np.append(text, 0)[np.where(is_text, index, len(text))].astype(np.int32)
+    first = index if index.ndim == 1 else index[:, 0]
+    ids = np.append(text, 0)[np.minimum(first, len(text))].astype(np.int32)
     tile, row = np.divmod(index - len(text), stride)
     slots = own or [0]
     page = np.array([*slots, pages])[np.where(is_text, len(slots), tile)]

@@ -104,7 +104,7 @@ class Model:
             if one != "auto" and (isinstance(one, bool) or one not in self.config.granularities):
                 ladder = ", ".join(map(str, self.config.granularities))
                 raise ValueError(f"granularity={one!r}: choose auto, {ladder}")
-        return tuple(None if one == "auto" else int(one) for one in each)
+        return tuple(None if one == "auto" else one for one in each)
 
     def longest(self, prepared: Prepared) -> int:
         """The most positions of a request: its prompt at the finest granularities it may get, and its answer."""
@@ -140,17 +140,17 @@ class Model:
         )
 
 
-def length_at(config: ModelConfig, sample: Sample, choice: Sequence[int]) -> int:
+def length_at(config: ModelConfig, sample: Sample, choice: Sequence[Granularity]) -> int:
     """Packed length of a prompt at one granularity per image; may exceed `max_length`."""
     return len(sample.tokens.ids) - len(sample.sizes) + sum(visual_tokens(config, sample, choice))
 
 
-def visual_tokens(config: ModelConfig, sample: Sample, choice: Sequence[int]) -> list[int]:
+def visual_tokens(config: ModelConfig, sample: Sample, choice: Sequence[Granularity]) -> list[int]:
     """Visual tokens, newlines included, of each image."""
-    return [visual_count(size, config, g) for size, g in zip(sample.sizes, choice, strict=True)]
+    return [visual_count(size, config.of(len(sample.sizes)), g) for size, g in zip(sample.sizes, choice, strict=True)]
 
 
-def check_length(config: ModelConfig, sample: Sample, choice: Sequence[int]) -> None:
+def check_length(config: ModelConfig, sample: Sample, choice: Sequence[Granularity]) -> None:
     """Raise PromptTooLong where a prompt exceeds `max_length`; it says which granularity would fit."""
     need, limit = length_at(config, sample, choice), config.language.max_length
     if need <= limit:

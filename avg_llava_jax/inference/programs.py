@@ -103,6 +103,7 @@ class Chunk(NamedTuple):
     slot, start, length: int (B,): row i holds positions start .. start + length - 1 of the prompt in its slot. slot is
         None where row i is slot i. A padding row has a slot or a start outside of the cache.
     ids: int (B, S), token ids where `places` is TEXT. places: int (B, S), see `TEXT`.
+    weights: None, or fp32 (B, S, 4) with places int (B, S, 4), where `config.most_tiles` reduces mosaics.
     """
 
     slot: jax.Array | None
@@ -110,6 +111,7 @@ class Chunk(NamedTuple):
     length: jax.Array
     ids: jax.Array
     places: jax.Array
+    weights: jax.Array | None = None
 
 
 class Rows(NamedTuple):
@@ -173,7 +175,7 @@ def prefill(
 
     Returns the cache, and for each chunk's last position the logits (B, V) and the best token int (B,).
     """
-    x = assemble(config, params, pool, chunk.ids, chunk.places)
+    x = assemble(config, params, pool, chunk)
     span = Span(chunk.start, chunk.slot, window)
     last = jnp.maximum(chunk.length - 1, 0)
     hidden, cache = language.decoder(config.language, params["language"], x, cache, span, last)
@@ -191,12 +193,17 @@ def first(
     return token, jax.tree.map(lambda array: array[:, None], scores)
 
 
-def assemble(config: ModelConfig, params: Params, pool: jax.Array, ids: jax.Array, places: jax.Array) -> jax.Array:
-    """Packed embeddings (B, S, D): text by `ids`, visual tokens and newlines by `places`, int (B, S) each."""
-    rows = pool.reshape(-1, pool.shape[-1])
-    text = avg_llava.embed(config, params, ids)
+def assemble(config: ModelConfig, params: Params, pool: jax.Array, chunk: Chunk) -> jax.Array:
+    """Packed embeddings (B, S, D) of chunks: text by `ids`, visual tokens and newlines by `places`."""
+    rows, places = pool.reshape(-1, pool.shape[-1]), chunk.places
+    text = avg_llava.embed(config, params, chunk.ids)
     newline = params["image_newline"].astype(text.dtype)
-    visual = jnp.where((places == len(rows))[..., None], newline, _taken(rows, places).astype(text.dtype))
+    if chunk.weights is None:
+        taken = _taken(rows, places)
+    else:
+        taken = _taken(rows, places.reshape(len(places), -1)).reshape(*places.shape, -1)
+        taken, places = avg_llava.blend(taken, chunk.weights), places[..., 0]
+    visual = jnp.where((places == len(rows))[..., None], newline, taken.astype(text.dtype))
     return jnp.where((places == TEXT)[..., None], text, visual)
 
 

@@ -15,7 +15,7 @@ from avg_llava_jax.data.packing import Sample
 from avg_llava_jax.inference.guides import Guide
 
 ImageLike = str | os.PathLike[str] | bytes | Image.Image | ImageRef
-Granularity = Literal["auto"] | int
+Granularity = Literal["auto"] | int | str
 TOP, BIASES = 20, 300
 """The most log-probabilities and biases of a token that a request may ask for, as in OpenAI's API."""
 

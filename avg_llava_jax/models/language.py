@@ -1,4 +1,6 @@
-"""The language model: a Llama-family decoder. `decoder` walks its layers for training, scoring, prefill and decode.
+"""The language model: a decoder of the Llama family, Qwen's included.
+
+`decoder` walks its layers for training, scoring, prefill and decode.
 
     ids (B, S) --embed--> x (B, S, D) --decoder--> hidden (B, S, D) --unembed--> logits (B, S, V)
 
@@ -101,15 +103,20 @@ class DecoderLayer(nn.Module):
         y = nn.RMSNorm(config.norm_eps, name="norm1")(x)
 
         def heads(name: str, count: int) -> jax.Array:
-            y_out = Linear(count * config.head_dim, use_bias=config.attention_bias, name=name)(y)
+            bias = config.attention_bias or config.qkv_bias
+            y_out = Linear(count * config.head_dim, use_bias=bias, name=name)(y)
             return rearrange(y_out, "b s (h d) -> b s h d", h=count)
 
-        k, v = rotate(heads("k", config.kv_heads), *rope), heads("v", config.kv_heads)
+        def placed(name: str, count: int) -> jax.Array:
+            x = heads(name, count)
+            return rotate(nn.RMSNorm(config.norm_eps, name=name + "_norm")(x) if config.qk_norm else x, *rope)
+
+        k, v = placed("k", config.kv_heads), heads("v", config.kv_heads)
         if cache is not None:
             cache = cache.write(k, v, span)
         if last is not None:
             x, y, positions, *rope = (_at(part, last) for part in (x, y, positions, *rope))
-        q = rotate(heads("q", config.heads), *rope)
+        q = placed("q", config.heads)
         if cache is None or (span.window == 0 and last is None):
             y = self_attention(q, k, v, causal=True)
         else:

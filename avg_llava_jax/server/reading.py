@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import secrets
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -61,8 +62,13 @@ def _stops(value: Any, path: str) -> list[str]:
 
 def _levels(value: Any, path: str) -> Granularity | list[Granularity]:
     """`Model.prepare` checks that the model has them."""
-    levels = value if isinstance(value, list) else [value]
-    if not all(one == "auto" or (isinstance(one, (int, float)) and not isinstance(one, bool)) for one in levels):
+
+    def name(one: Any) -> bool:
+        if isinstance(one, str):
+            return one == "auto" or re.fullmatch(r"\d+x\d+", one) is not None
+        return isinstance(one, (int, float)) and not isinstance(one, bool)
+
+    if not all(map(name, value if isinstance(value, list) else [value])):
         raise Refusal(400, f'{path}={short(value)} must be "auto", a number or a list of these', path)
     return value
 
@@ -330,9 +336,9 @@ def conversation(
         raise Refusal(400, f"{where} must end with a message from the user", where)
     if said[0].role != "human":
         raise Refusal(400, "the first message after the system's must be from the user", where)
-    if system:
-        said[0].texts[0] = "\n".join([*system, "", said[0].texts[0]])
     turns = [{"from": one.role, "value": [""] if one.role == "gpt" and one.blank else one.texts} for one in said]
+    if system:
+        turns.insert(0, {"from": "system", "value": ["\n".join(system)]})
     check_characters((text for turn in turns for text in turn["value"]), config, where)
     return turns, [image for one in said for image in one.images], [detail for one in said for detail in one.details]
 
