@@ -7,7 +7,7 @@
     cache --decode--> cache, tokens                     the first slots, several steps
     cache --copy--> cache                               shared prefixes, from slots to slots
 
-The cache (a `LayerCache` of (slots, KV, capacity, d) per layer) and the pool (pages, R, D) are donated and updated in
+The cache (a `LayerCache` of (slots, K, C, d) per layer) and the pool (pages, R, D) are donated and updated in
 place. Writes of padding rows lie outside of both, and are dropped.
 
 Values of a request (length, temperature, penalties, allowed tokens) are arrays with one entry per row, so that requests
