@@ -51,7 +51,11 @@ def test_answers_are_the_models_own(model, questions, records):
 
 def test_an_interrupted_run_goes_on(model, questions, records, tmp_path, monkeypatch):
     file = tmp_path / "answers.jsonl"
-    lines = [json.dumps(record) for record in records[:20]]
+    limit = OPTIONS["max_new_tokens"]
+    lines = [
+        json.dumps(record | {"made_by": evaluation.made_by(model, question, limit)})
+        for record, question in zip(records[:20], questions[:20], strict=True)
+    ]
     file.write_text("\n".join(lines) + '\n{"id": "cut of')
     answered = []
     original = evaluation._Asked

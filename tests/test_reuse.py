@@ -298,3 +298,14 @@ def test_a_quickstart_of_another_model_is_refused(tiny, tokenizer, tmp_path):
     same_run(tmp_path / "run", "quickstart.json", given, made_by | {"training code": reuse.code(quickstart.TRAINING)})
     with pytest.raises(ValueError, match="run holds results of other weights: use another --workdir"):
         quickstart.run(tmp_path / "run", config, 6)
+
+
+def test_the_digest_of_weights_does_not_depend_on_their_form(model):
+    """Answers of one process, which stacks layers, serve two, which do not."""
+    layers = jax.tree.map(lambda leaf: np.concatenate([leaf, leaf + 1]), model.params["language"]["layers"])
+    parts = tuple(jax.tree.map(lambda leaf: leaf[at], layers) for at in range(2))  # noqa: B023
+
+    def digest(layers):
+        return reuse.weights(model.params | {"language": model.params["language"] | {"layers": layers}})
+
+    assert digest(parts) == digest(layers) != digest(parts[::-1])
