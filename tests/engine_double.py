@@ -6,7 +6,7 @@ from collections import Counter
 
 from avg_llava_jax.data.errors import BadSample
 from avg_llava_jax.data.geometry import visual_count
-from avg_llava_jax.inference.requests import Answer
+from avg_llava_jax.inference.requests import Answer, Read
 from avg_llava_jax.inference.stats import Stats
 from avg_llava_jax.inference.tickets import Cancelled, QueueFull, Ticket
 
@@ -65,6 +65,7 @@ class EngineDouble:
             {"total": 0.25},
             tuple(range(len(kept))),
             "length" if len(kept) < len(words) else "stop",
+            (Read((choice[0] if single else choice) if choice else None, sum(counts), 0.75),),
         )
 
     def stats(self):

@@ -85,13 +85,13 @@ def answered(params, batch, sizes):
     # The first half of each prompt from its start, row i in slot i; the rest behind it, in slots by number.
     half = LENGTH // 2
     first = programs.Chunk(None, 0 * ids, 0 * ids + half, words[:, :half], places[:, :half])
-    cache, *_ = programs.prefill(MODEL, params, cache, pool, first, 0)
+    cache, *_ = programs.prefill(MODEL, params, cache, pool, first, 0, 1)
     rest = programs.Chunk(ids, 0 * ids + half, length - half, words[:, half:], places[:, half:])
-    cache, logits, tokens = programs.prefill(MODEL, params, cache, pool, rest, LENGTH + ROOM)
+    cache, logits, tokens, _ = programs.prefill(MODEL, params, cache, pool, rest, LENGTH + ROOM, 1)
     zero, one = np.zeros(ROWS, np.float32), np.ones(ROWS, np.int32)
     sampling = programs.Sampling(zero, zero + 1, 0 * ids, ids.astype(np.uint32), one * ROOM)
-    rows, stops = programs.Rows(tokens, length, one), np.array([-1], np.int32)
-    cache, tokens, made = programs.decode(
+    rows, stops = programs.Rows(tokens[:, 0], length, one), np.array([-1], np.int32)
+    cache, tokens, _, made = programs.decode(
         MODEL, params, cache, rows, sampling, stops, np.int32(ROOM), ROOM, LENGTH + ROOM, True
     )
     assert np.all(made == ROOM - 1)

@@ -203,7 +203,7 @@ def answers(
         ):
             by_slot = None if mesh.shape["data"] * mesh.shape["fsdp"] > 1 else array(slots)
             chunk = programs.Chunk(by_slot, array(slots), array(slots), array(slots, size), array(slots, size))
-            program = programs.prefill.trace(model, params, cache, pool, chunk, window)
+            program = programs.prefill.trace(model, params, cache, pool, chunk, window, 1)
             yield Program(name, program, held, ("cache",))
 
         rows = programs.Rows(array(slots), array(slots), array(slots))

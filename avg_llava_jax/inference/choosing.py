@@ -38,6 +38,27 @@ def choose(config: ModelConfig, prepared: Prepared, logits: np.ndarray) -> tuple
     return tuple(config.granularities[place] for place in places)
 
 
+def finer(config: ModelConfig, prepared: Prepared, choice: Sequence[int]) -> tuple[int, ...]:
+    """The granularity of each image for the read that follows one at `choice`; empty where there is none.
+
+    It is the finest that fits into `max_length`, and into `max_visual_tokens` together with the first read. Images that
+    were finer already keep their granularity.
+    """
+    sample, budget = prepared.sample, prepared.request.max_visual_tokens
+    costs = token_costs(config, sample.sizes)
+    text = len(sample.tokens.ids) - len(sample.sizes)
+
+    def tokens(each: Sequence[int]) -> int:
+        return sum(int(row[config.granularities.index(g)]) for row, g in zip(costs, each, strict=True))
+
+    for granularity in reversed(config.granularities):
+        found = tuple(max(granularity, g) for g in choice)
+        fits = text + tokens(found) <= config.language.max_length
+        if fits and (budget is None or tokens(choice) + tokens(found) <= budget):
+            return () if found == tuple(choice) else found
+    return ()
+
+
 def check_budget(config: ModelConfig, sizes: Sequence[Size], wanted: Sequence[int | None], budget: int | None) -> None:
     """Raise ValueError where no choice is within `max_visual_tokens`; it says how many tokens the cheapest takes."""
     if budget is None:

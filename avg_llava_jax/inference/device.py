@@ -116,11 +116,13 @@ class Device:
         return programs.route(*self._model, self._pool, at, text, lengths)
 
     def prefill(
-        self, parts: Sequence[Part], prompts: int, chunk: int, window: int
-    ) -> tuple[jax.Array, jax.Array, list[int]]:
-        """Prefill chunks of prompts: logits (prompts, V), next tokens (prompts,), and the row of each part.
+        self, parts: Sequence[Part], prompts: int, chunk: int, window: int, ends: int
+    ) -> tuple[jax.Array, jax.Array, jax.Array, list[int]]:
+        """Prefill chunks of prompts: logits (prompts, V) of the last position of each, the tokens that its last `ends`
+        positions predict and their log-probabilities (prompts, ends), and the row of each part.
 
         prompts, chunk, window: buckets, at least the number of parts, their longest, and their last position + 1.
+        ends: 1, or VERIFIED where greedy prompts end in drafts.
         """
         # On several lanes row i is slot i, so that each device reads and writes its own slots.
         by_slot = self.buckets.lanes > 1
@@ -132,18 +134,24 @@ class Device:
             slot[row], start[row], length[row] = part.slot, part.start, len(part.ids)
             ids[row, : len(part.ids)], places[row, : len(part.ids)] = part.ids, part.places
         arrays = programs.Chunk(None if by_slot else slot, start, length, ids, places)
-        self._cache, logits, tokens = programs.prefill(*self._model, self._cache, self._pool, arrays, window)
+        self._cache, logits, tokens, chances = programs.prefill(
+            *self._model, self._cache, self._pool, arrays, window, ends
+        )
         requests = [part.request for part in parts]
-        if any(request.temperature > 0 for request in requests):
-            tokens = programs.first(*self._model, logits, _sampling(prompts, rows, requests, [1] * len(parts)))
-        return logits, tokens, rows
+        if ends == 1 and any(request.temperature > 0 for request in requests):
+            sampling = _sampling(prompts, rows, requests, [1] * len(parts))
+            tokens, chances = programs.first(*self._model, logits, sampling)
+        return logits, tokens, chances, rows
 
     def _first(self, prompts: int, chunk: int) -> None:
-        logits, _, _ = self.prefill([], prompts, chunk, 0)
+        logits, *_ = self.prefill([], prompts, chunk, 0, 1)
         programs.first(*self._model, logits, _sampling(prompts, [], [], []))
 
-    def decode(self, answers: Sequence[Answering], rows: int, window: int, steps: int) -> list[list[int]]:
-        """The next tokens of each answer, at most `steps`, by the program of the first `rows` slots."""
+    def decode(
+        self, answers: Sequence[Answering], rows: int, window: int, steps: int
+    ) -> list[tuple[list[int], list[float]]]:
+        """The next tokens of each answer, at most `steps`, and their log-probabilities, by the program of the first
+        `rows` slots."""
         at = [answer.slot for answer in answers]
         state = np.zeros((3, rows), np.int32)
         for answer in answers:
@@ -151,11 +159,11 @@ class Device:
         sampling = _sampling(rows, at, [a.request for a in answers], [a.limit for a in answers])
         greedy = self.buckets.greedy and not sampling.temperature.any()
         sizes = STEPS, window, greedy
-        self._cache, tokens, made = programs.decode(
+        self._cache, tokens, chances, made = programs.decode(
             *self._model, self._cache, programs.Rows(*state), sampling, self._stops, np.int32(steps), *sizes
         )
-        tokens, made = jax.device_get((tokens, made))
-        return [tokens[row, : made[row]].tolist() for row in at]
+        tokens, chances, made = jax.device_get((tokens, chances, made))
+        return [(tokens[row, : made[row]].tolist(), chances[row, : made[row]].tolist()) for row in at]
 
     def copy(self, places: Sequence[tuple[int, int]], window: int) -> None:
         """Copy the first `window` positions of slots to other slots, (source, target) each.

@@ -19,10 +19,10 @@ import numpy as np
 from avg_llava_jax.inference.buckets import bucket, offline_buckets, server_buckets
 from avg_llava_jax.inference.device import Answering, Device, Part, lanes_of, page_bytes
 from avg_llava_jax.inference.image_pages import ImagePages
-from avg_llava_jax.inference.job import Images, Job, make_job, pack
+from avg_llava_jax.inference.job import Images, Job, escalate, make_job, pack
 from avg_llava_jax.inference.model import Model, without_end
 from avg_llava_jax.inference.requests import Answer, Prepared, Request
-from avg_llava_jax.inference.scheduler import Scheduler
+from avg_llava_jax.inference.scheduler import Admission, Scheduler
 from avg_llava_jax.inference.stats import Counters, Stats
 from avg_llava_jax.inference.tickets import Cancelled, QueueFull, Ticket
 
@@ -280,17 +280,21 @@ class Engine:
             if place is None:
                 continue
             self._routed.remove(job)
+            self._count(job, place)
             if place.source is not None:
                 if place.source in copies:  # the source's own prefix is not copied yet
                     self._copy(copies, longest)
                     copies, longest = {}, 0
                 copies[place.slot] = place.source
                 longest = max(longest, place.shared)
-            visual = len(job.ids) - len(job.text)
-            self._counters.add(admitted=1, visual_tokens=visual)
-            self._counters.add(prefix_hits=int(place.shared > 1), prefix_tokens=place.shared)
-            self._counters.read_at(job.choice)
+            self._counters.add(admitted=1)
         self._copy(copies, longest)
+
+    def _count(self, job: Job, place: Admission) -> None:
+        """Count a prompt that got a slot, or one that is packed again in its slot."""
+        self._counters.add(visual_tokens=len(job.ids) - len(job.text) - job.draft)
+        self._counters.add(prefix_hits=int(place.shared > 1), prefix_tokens=place.shared)
+        self._counters.read_at(job.choice)
 
     def _copy(self, copies: dict[int, int], longest: int) -> None:
         """Copy prefixes of up to `longest` positions between slots, {target: source}."""
@@ -310,18 +314,24 @@ class Engine:
         for job, start, length in zip(prefill.works, prefill.starts, prefill.lengths, strict=True):
             ids, places = job.ids[start : start + length], job.places[start : start + length]
             parts.append(Part(job.slot, start, ids, places, job.prepared.request))
-        logits, tokens, rows = self._device.prefill(parts, prefill.prompts, prefill.chunk, prefill.window)
-        ended = self._scheduler.prefilled(prefill)
-        if not ended:
+        sizes = prefill.prompts, prefill.chunk, prefill.window, prefill.ends
+        logits, tokens, chances, rows = self._device.prefill(parts, *sizes)
+        self._scheduler.prefilled(prefill)
+        if not any(prefill.predicts):
             return  # without waiting for the device
-        tokens = np.asarray(tokens)
-        for job, row in zip(prefill.works, rows, strict=True):
-            if job in ended:
-                job.tokens.append(int(tokens[row]))
+        tokens, chances = jax.device_get((tokens, chances))
+        for job, row, count in zip(prefill.works, rows, prefill.predicts, strict=True):
+            if not count:
+                continue
+            held = self._scheduler.predicted(job, tokens[row, -count:].tolist())
+            job.chances += chances[row, -count:][:held].tolist()
+            if job in self._scheduler.decoding:
+                self._counters.add(verified_tokens=len(job.tokens) - 1)
                 job.reached("first")
                 if job.ticket.keep_logits:
                     job.ticket.logits = np.asarray(logits)[row]
-                self._let_go(job)
+                if not job.finer:
+                    self._let_go(job)
                 self._show(job)
 
     def _decode(self) -> None:
@@ -334,15 +344,30 @@ class Engine:
             for job in decode.works
         ]
         made = self._device.decode(answers, decode.rows, decode.window, decode.steps)
-        for job, tokens in zip(decode.works, made, strict=True):
+        for job, (tokens, chances) in zip(decode.works, made, strict=True):
             self._scheduler.decoded(job, tokens)
+            job.chances += chances
             self._show(job)
 
     def _show(self, job: Job) -> None:
-        """Stream new text, and end the answer at a stop string, a stop id or its limit."""
-        last = job.tokens[-1] in self.model.stop_ids or len(job.tokens) >= job.limit
-        job.ticket.show(job.stream.feed(without_end(job.tokens, self.model.stop_ids), last))
-        if not last and not job.stream.stopped:
+        """Stream new text, and end the answer at a stop string, a stop id or its limit; or escalate it.
+
+        While it may escalate, its text is held.
+        """
+        ended = job.tokens[-1] in self.model.stop_ids or len(job.tokens) >= job.limit
+        piece = job.stream.feed(without_end(job.tokens, self.model.stop_ids), ended)
+        ended = ended or job.stream.stopped
+        certainty = job.certainty(len(job.stream.ids) if job.stream.stopped else len(job.tokens))
+        read = self.model.read_of(job.prepared, job.choice, certainty)
+        if job.finer:
+            if certainty < job.prepared.request.escalate:
+                job.reads.append(read)
+                self._escalate(job, ended)
+                return
+            job.held += piece
+            piece = job.held if ended else ""
+        job.ticket.show(piece)
+        if not ended:
             return
         job.reached("ended")
         stopped = job.stream.stopped or len(job.stream.ids) < len(job.tokens)
@@ -350,8 +375,7 @@ class Engine:
             job.stream.text,
             job.stream.ids,
             "stop" if stopped else "length",
-            job.prepared,
-            job.choice,
+            [*job.reads, read],
             job.scores,
             job.timings(),
         )
@@ -362,6 +386,16 @@ class Engine:
             token_count=len(job.tokens) - 1,
         )
         self._end(job, answer)
+
+    def _escalate(self, job: Job, ended: bool) -> None:
+        """Prefill a job's prompt again at finer granularities, in its slot, from the pages that it holds."""
+        self._counters.add(tokens=len(job.tokens))
+        escalate(self.config, job, self.buckets.pages, ended)
+        self._counters.add(escalated=1, draft_tokens=job.draft)
+        place = self._scheduler.again(job)
+        self._count(job, place)
+        if place.source is not None:
+            self._copy({place.slot: place.source}, place.shared)
 
     def _end(self, job: Job, outcome: Answer | Exception) -> None:
         """Remove a request from whatever stage it is in, and end its ticket."""

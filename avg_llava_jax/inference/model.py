@@ -15,7 +15,7 @@ from avg_llava_jax.data.geometry import visual_count
 from avg_llava_jax.data.packing import Sample, make_sample, packed_length
 from avg_llava_jax.data.tokenizer import Tokenizer
 from avg_llava_jax.inference import choosing
-from avg_llava_jax.inference.requests import Answer, Granularity, Prepared, Request, as_ref
+from avg_llava_jax.inference.requests import Answer, Granularity, Prepared, Read, Request, as_ref
 from avg_llava_jax.models import language
 from avg_llava_jax.models.avg_llava import Params
 
@@ -87,7 +87,8 @@ class Model:
     def longest(self, prepared: Prepared) -> int:
         """The most positions of a request: its prompt at the finest granularities it may get, and its answer."""
         config, finest = self.config, self.config.granularities[-1]
-        prompt = length_at(config, prepared.sample, [g or finest for g in prepared.choice])
+        escalates = bool(prepared.request.escalate)
+        prompt = length_at(config, prepared.sample, [finest if escalates else g or finest for g in prepared.choice])
         if None in prepared.choice and prepared.request.max_visual_tokens is not None:
             text = len(prepared.sample.tokens.ids) - len(prepared.choice)
             prompt = min(prompt, text + prepared.request.max_visual_tokens)
@@ -98,22 +99,30 @@ class Model:
         text: str,
         ids: Sequence[int],
         finish: Literal["stop", "length"],
-        prepared: Prepared,
-        choice: tuple[int, ...],
+        reads: Sequence[Read],
         scores: Sequence[np.ndarray],
         timings: dict[str, float],
     ) -> Answer:
-        """The answer of a request that has ended; scores: router scores (G,) of each image, empty if not routed."""
+        """The answer of a request that has ended.
+
+        reads: all of them, the one that gave the answer last. scores: router scores (G,) of each image, empty if not
+        routed.
+        """
         shares = tuple(dict(zip(self.config.granularities, softmax(row), strict=True)) for row in scores)
         return Answer(
             text=text,
-            granularity=_single(choice),
-            visual_tokens=sum(visual_tokens(self.config, prepared.sample, choice)),
+            granularity=reads[-1].granularity,
+            visual_tokens=sum(read.visual_tokens for read in reads),
             probabilities=_single(shares),
             timings=timings,
             token_ids=tuple(ids),
             finish=finish,
+            reads=tuple(reads),
         )
+
+    def read_of(self, prepared: Prepared, choice: tuple[int, ...], certainty: float) -> Read:
+        """The read of a request at one granularity per image."""
+        return Read(_single(choice), sum(visual_tokens(self.config, prepared.sample, choice)), certainty)
 
 
 def length_at(config: ModelConfig, sample: Sample, choice: Sequence[int]) -> int:

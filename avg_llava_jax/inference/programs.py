@@ -2,7 +2,7 @@
 
     pixels --encode--> pool                             pyramids of tiles, one page each, kept for later requests
     pool, text --route--> routing                       one image per row
-    cache, pool, ids, places --prefill--> cache, logits a chunk of each row's prompt into its slot
+    cache, pool, ids, places --prefill--> cache, tokens a chunk of each row's prompt into its slot
     logits --first--> token                             the first token of sampled answers
     cache --decode--> cache, tokens                     the first slots, several steps
     cache --copy--> cache                               shared prefixes, from slots to slots
@@ -112,7 +112,7 @@ def route(
     return avg_llava.route(config, params, pyramid, avg_llava.embed(config, params, text), batch)
 
 
-@functools.partial(sharding.jit, static_argnums=(0, 5), donate_argnums=2)
+@functools.partial(sharding.jit, static_argnums=(0, 5, 6), donate_argnums=2)
 def prefill(
     config: ModelConfig,
     params: Params,
@@ -120,26 +120,41 @@ def prefill(
     pool: jax.Array,
     chunk: Chunk,
     window: int,
-) -> tuple[Cache, jax.Array, jax.Array]:
+    ends: int,
+) -> tuple[Cache, jax.Array, jax.Array, jax.Array]:
     """Prefill one chunk of each row's prompt into its slot.
 
     window: cache positions that are attended to, at least start + S of each row; 0 where every chunk starts its
-    prompt, and attends only to itself.
+    prompt, and attends only to itself. ends: E, how many of each chunk's last positions predict a token: 1, or more
+    where the chunk ends in a draft of the answer.
 
-    Returns the cache, and for each chunk's last position the logits (B, V) and the best token int (B,).
+    Returns the cache, the logits (B, V) at each chunk's last position, and for its last E positions the best token
+    int (B, E) and its log-probability fp32 (B, E). Where a chunk is shorter than E, only the last ones are real.
     """
     x = assemble(config, params, pool, chunk.ids, chunk.places)
     span = Span(chunk.start, chunk.slot, window)
-    last = jnp.maximum(chunk.length - 1, 0)
+    last = jnp.maximum(chunk.length[:, None] - ends + jnp.arange(ends), 0)
     hidden, cache = language.decoder(config.language, params["language"], x, cache, span, last)
-    logits = avg_llava.unembed(config, params, hidden[:, 0])
-    return spread(cache), logits, jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = avg_llava.unembed(config, params, hidden)
+    tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return spread(cache), logits[:, -1], tokens, log_probability(logits, tokens)
 
 
 @functools.partial(sharding.jit, static_argnums=0)
-def first(config: ModelConfig, params: Params, logits: jax.Array, sampling: Sampling) -> jax.Array:
-    """Sample the first token (B,) of answers from the logits (B, V) at the end of their prompts."""
-    return sample(logits, sampling, jnp.zeros_like(sampling.limit), False)
+def first(
+    config: ModelConfig, params: Params, logits: jax.Array, sampling: Sampling
+) -> tuple[jax.Array, jax.Array]:
+    """Sample the first token of answers from the logits (B, V) at the end of their prompts.
+
+    Returns the token and its log-probability, (B, 1) each.
+    """
+    token = sample(logits, sampling, jnp.zeros_like(sampling.limit), False)
+    return token[:, None], log_probability(logits, token)[:, None]
+
+
+def log_probability(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Log-probabilities fp32 (...) of tokens int (...) by logits (..., V) at temperature 1."""
+    return jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0] - jax.nn.logsumexp(logits, axis=-1)
 
 
 def assemble(config: ModelConfig, params: Params, pool: jax.Array, ids: jax.Array, places: jax.Array) -> jax.Array:
@@ -163,13 +178,14 @@ def decode(
     most: int,
     window: int,
     greedy: bool,
-) -> tuple[Cache, jax.Array, jax.Array]:
+) -> tuple[Cache, jax.Array, jax.Array, jax.Array]:
     """Decode tokens of the first B slots until every row is done, at most `steps` (a traced scalar, up to `most`).
 
     stops: int (n,), stop ids, which end a row and are kept. window: at least the cached positions and `most` more.
     greedy: every row is greedy, and the vocabulary is not sorted.
 
-    Returns the cache, tokens int (B, most), and the number of real ones in each row int (B,).
+    Returns the cache, tokens int (B, most), their log-probabilities fp32 (B, most), and the number of real ones in each
+    row int (B,).
     """
     capacity, row = cache[0].k.shape[2], jnp.arange(len(rows.last))
 
@@ -178,21 +194,24 @@ def decode(
         return (step < steps) & ~jnp.all(done)
 
     def one_token(carry: tuple) -> tuple:
-        step, cache, rows, done, tokens = carry
+        step, cache, rows, done, tokens, chances = carry
         x = avg_llava.embed(config, params, rows.last)[:, None]
         span = Span(jnp.where(done, capacity, rows.cached), None, window)
         hidden, cache = language.decoder(config.language, params["language"], x, cache, span)
-        token = sample(avg_llava.unembed(config, params, hidden[:, 0]), sampling, rows.count, greedy)
+        logits = avg_llava.unembed(config, params, hidden[:, 0])
+        token = sample(logits, sampling, rows.count, greedy)
         made = (~done).astype(jnp.int32)
         tokens = tokens.at[row, step].set(token)
+        chances = chances.at[row, step].set(log_probability(logits, token))
         rows = Rows(jnp.where(done, rows.last, token), rows.cached + made, rows.count + made)
         done = done | jnp.isin(token, stops) | (rows.count >= sampling.limit)
-        return step + 1, cache, rows, done, tokens
+        return step + 1, cache, rows, done, tokens, chances
 
     done = rows.count >= sampling.limit
-    start = jnp.zeros((), jnp.int32), cache, rows, done, jnp.zeros((len(row), most), jnp.int32)
-    _, cache, end, _, tokens = jax.lax.while_loop(unfinished, one_token, start)
-    return spread(cache), tokens, end.count - rows.count
+    shape = len(row), most
+    start = jnp.zeros((), jnp.int32), cache, rows, done, jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)
+    _, cache, end, _, tokens, chances = jax.lax.while_loop(unfinished, one_token, start)
+    return spread(cache), tokens, chances, end.count - rows.count
 
 
 @functools.partial(sharding.jit, static_argnums=(0, 5), donate_argnums=2)

@@ -30,6 +30,9 @@ class Request:
         (visual tokens of the image at g / those at the finest g). 0 is the paper's choice; a large one is the coarsest.
     max_visual_tokens: the most visual tokens of all images together, newlines included; None = no bound.
         See `choosing`.
+    escalate: a probability, 0 = off. An answer whose certainty (`Read.certainty`) is below it is dropped, and the
+        request is answered at the finest granularity at which the prompt fits and the tokens of both reads are within
+        `max_visual_tokens`. Only the last read streams.
     max_new_tokens: tokens to generate at most; fewer where prompt and answer reach the model's `max_length`.
     temperature: 0 = greedy. top_p: in (0, 1], 1 = off. top_k: 0 = off.
     seed: the same request with the same seed gets the same answer, alone or in any batch.
@@ -45,6 +48,7 @@ class Request:
     granularity: Granularity | Sequence[Granularity] = "auto"
     cost_weight: float = 0.0
     max_visual_tokens: int | None = None
+    escalate: float = 0.0
     max_new_tokens: int = 256
     temperature: float = 0.0
     top_p: float = 1.0
@@ -65,6 +69,7 @@ class Request:
         for name, valid, rule in (
             ("cost_weight", 0 <= self.cost_weight < float("inf"), "0 (off) or more, and finite"),
             ("max_visual_tokens", self.max_visual_tokens is None or self.max_visual_tokens >= 1, "at least 1, or None"),
+            ("escalate", 0 <= self.escalate <= 1, "0 (off) or a probability"),
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
             ("temperature", self.temperature >= 0, "0 (greedy) or more"),
             ("top_p", 0 < self.top_p <= 1, "over 0 and at most 1"),
@@ -76,17 +81,32 @@ class Request:
 
 
 @dataclasses.dataclass(frozen=True)
+class Read:
+    """One granularity at which a request was answered.
+
+    granularity, visual_tokens: as in `Answer`, of this read alone.
+    certainty: the lowest probability that the model gave to a token of the answer, its end included, before temperature
+        and the like. A read that was dropped ends at the first token below `Request.escalate`.
+    """
+
+    granularity: int | tuple[int, ...] | None
+    visual_tokens: int
+    certainty: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Answer:
     """The answer to a request.
 
     granularity: tokens per tile; a tuple with one entry per image where there are several, None without images.
-    visual_tokens: packed tokens of all images, newlines included.
+    visual_tokens: packed tokens of all images and all reads, newlines included.
     probabilities: {granularity: probability} by the router; a tuple of these for several images; None
         where the router did not run, because there is no image or every granularity was requested.
     timings: seconds of `queue`, `encode` (load, encode, route), `prefill` (the wait for a slot included), `decode` and
         `total`. The first use of a bucket includes its compilation.
     token_ids: generated ids, without the stop id that ended the answer.
     finish: "stop" (a stop id or a stop string) or "length".
+    reads: each read, coarse to fine; the last one gave the answer.
     """
 
     text: str
@@ -96,6 +116,12 @@ class Answer:
     timings: dict[str, float]
     token_ids: tuple[int, ...]
     finish: Literal["stop", "length"]
+    reads: tuple[Read, ...]
+
+    @property
+    def certainty(self) -> float:
+        """The certainty of the answer, see `Read`."""
+        return self.reads[-1].certainty
 
 
 @dataclasses.dataclass(frozen=True)

@@ -74,8 +74,8 @@ class DecoderLayer(nn.Module):
 
     Without a cache: (B, S, D) -> the same shape, causal, each row a whole sequence.
     With a cache: keys and values of x are written at `span`, then queries attend to the prefix written before as well.
-    With `last` int (B,): keys and values of all S tokens are written, but only the token at index `last` of each row
-    is computed further, (B, 1, D): the MLP, two projections and the attention of all others are skipped.
+    With `last` int (B, E): keys and values of all S tokens are written, but only the tokens at indices `last` of each
+    row are computed further, (B, E, D): the MLP, two projections and the attention of all others are skipped.
     """
 
     config: LanguageConfig
@@ -106,7 +106,7 @@ class DecoderLayer(nn.Module):
         if cache is None or (span.window == 0 and last is None):
             y = self_attention(q, k, v, causal=True)
         else:
-            # With `last`, the query of a prompt from position 0 attends to the keys just written to the cache.
+            # With `last`, the queries of a prompt from position 0 attend to the keys just written to the cache.
             window = span.window or (k.shape[1] if span.window == 0 else None)
             y = cached_attention(q, cache, dataclasses.replace(span, window=window), positions)
         y = Linear(config.width, use_bias=config.attention_bias, name="out")(rearrange(y, "b s h d -> b s (h d)"))
@@ -120,8 +120,8 @@ class DecoderLayer(nn.Module):
 
 
 def _at(x: jax.Array, place: jax.Array) -> jax.Array:
-    """x (B, S, ...) at one index per row, `place` (B,) -> (B, 1, ...)."""
-    return jnp.take_along_axis(x, place.reshape(-1, *[1] * (x.ndim - 1)), axis=1)
+    """x (B, S, ...) at indices `place` (B, E) of each row -> (B, E, ...)."""
+    return jnp.take_along_axis(x, place.reshape(*place.shape, *[1] * (x.ndim - 2)), axis=1)
 
 
 def decoder(
@@ -140,11 +140,11 @@ def decoder(
     Args:
       x: (B, S, D), packed embeddings.
       cache, span: where keys and values are written, and which positions are attended to; None for whole sequences.
-      last: int (B,), with a cache: the one index of each row whose hidden state is needed. The last layer computes
-        only that one, which saves an eighth of the work of 8 layers, 1/32 of 32.
+      last: int (B, E), with a cache: the indices of each row whose hidden states are needed. The last layer computes
+        only these, which saves an eighth of the work of 8 layers, 1/32 of 32.
       remat: what the backward pass recomputes, see `stack.Remat`; for stacked layers without a cache.
     Returns:
-      hidden (B, S, D), or (B, 1, D) with `last`, and the updated cache (None without one).
+      hidden (B, S, D), or (B, E, D) with `last`, and the updated cache (None without one).
     """
     positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
     if span is not None and span.window != 0:
