@@ -10,5 +10,6 @@ buckets.py     every static size, so every program
 programs.py    compiled programs: pure functions of (config, params, arrays)
 model.py       config, parameters, tokenizer; checks and tokenizes requests
 choosing.py    the granularity of each image: router scores, a price of tokens, a budget
+calibration.py the thresholds of certainty beside a checkpoint, for requests that escalate
 requests.py, tickets.py, text_stream.py, stats.py    requests and answers, handles, streamed text, counters
 """

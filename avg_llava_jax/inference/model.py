@@ -15,6 +15,7 @@ from avg_llava_jax.data.geometry import visual_count
 from avg_llava_jax.data.packing import Sample, make_sample, packed_length
 from avg_llava_jax.data.tokenizer import Tokenizer
 from avg_llava_jax.inference import choosing
+from avg_llava_jax.inference.calibration import Calibration
 from avg_llava_jax.inference.requests import Answer, Granularity, Prepared, Read, Request, as_ref
 from avg_llava_jax.models import language
 from avg_llava_jax.models.avg_llava import Params
@@ -23,7 +24,7 @@ from avg_llava_jax.models.avg_llava import Params
 class Model:
     """A model to answer with: `config`, `params`, `tokenizer` and `step`, the training steps of the parameters.
 
-    stop_ids: tokens that end an answer.
+    stop_ids: tokens that end an answer. calibration: thresholds for `Request.escalate`, or the error of reading them.
 
     Raises:
       ValueError: the tokenizer has more ids than the model's vocabulary.
@@ -37,6 +38,7 @@ class Model:
             )
         self.config, self.params, self.tokenizer, self.step = config, params, tokenizer, step
         self.stop_ids = stop_ids(tokenizer, config.template)
+        self.calibration: Calibration | ValueError | None = None
 
     @functools.cached_property
     def unstacked(self) -> Params:
@@ -50,7 +52,8 @@ class Model:
             return self
         shorter = dataclasses.replace(self.config.language, max_length=max_length)
         model = Model(dataclasses.replace(self.config, language=shorter), self.params, self.tokenizer, self.step)
-        model.stop_ids, model.__dict__["unstacked"] = self.stop_ids, self.unstacked
+        model.stop_ids, model.calibration = self.stop_ids, self.calibration
+        model.__dict__["unstacked"] = self.unstacked
         return model
 
     def prepare(self, request: Request) -> Prepared:
@@ -68,6 +71,8 @@ class Model:
             raise ValueError("the prompt is empty")
         sample = make_sample("request", tokens, refs)
         choice = self._wanted(request.granularity, len(refs))
+        if request.escalate == "calibrated":
+            request = dataclasses.replace(request, escalate=self._calibrated(request, choice))
         choosing.check_budget(self.config, sample.sizes, choice, request.max_visual_tokens)
         if len(tokens.ids) - len(refs) > self.config.language.max_length or None not in choice:
             check_length(self.config, sample, [g or self.config.granularities[0] for g in choice])
@@ -83,6 +88,21 @@ class Model:
                 ladder = ", ".join(map(str, self.config.granularities))
                 raise ValueError(f"granularity={one!r}: choose auto, {ladder}")
         return tuple(None if one == "auto" else int(one) for one in each)
+
+    def _calibrated(self, request: Request, choice: Sequence[int | None]) -> float:
+        """The calibrated threshold of a request that begins at `choice`."""
+        if isinstance(self.calibration, ValueError):
+            raise self.calibration
+        if self.calibration is None:
+            raise ValueError("escalate=calibrated: the checkpoint has no calibration; avg-llava calibrate makes one")
+        begins = {"auto" if granularity is None else str(granularity) for granularity in choice}
+        known = self.calibration.thresholds
+        if len(begins) > 1 or not begins <= known.keys() or ("auto" in begins and request.cost_weight):
+            raise ValueError(
+                f"escalate=calibrated is known for granularity={' or '.join(known)} of all images with cost_weight=0, "
+                f"not for granularity={request.granularity!r} with cost_weight={request.cost_weight:g}"
+            )
+        return known[begins.pop()] if begins else 0.0
 
     def longest(self, prepared: Prepared) -> int:
         """The most positions of a request: its prompt at the finest granularities it may get, and its answer."""

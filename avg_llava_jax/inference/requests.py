@@ -32,7 +32,7 @@ class Request:
         See `choosing`.
     escalate: a probability, 0 = off. An answer whose certainty (`Read.certainty`) is below it is dropped, and the
         request is answered at the finest granularity at which the prompt fits and the tokens of both reads are within
-        `max_visual_tokens`. Only the last read streams.
+        `max_visual_tokens`. Only the last read streams. "calibrated": what `avg-llava calibrate` fitted.
     max_new_tokens: tokens to generate at most; fewer where prompt and answer reach the model's `max_length`.
     temperature: 0 = greedy. top_p: in (0, 1], 1 = off. top_k: 0 = off.
     seed: the same request with the same seed gets the same answer, alone or in any batch.
@@ -48,7 +48,7 @@ class Request:
     granularity: Granularity | Sequence[Granularity] = "auto"
     cost_weight: float = 0.0
     max_visual_tokens: int | None = None
-    escalate: float = 0.0
+    escalate: float | Literal["calibrated"] = 0.0
     max_new_tokens: int = 256
     temperature: float = 0.0
     top_p: float = 1.0
@@ -69,7 +69,11 @@ class Request:
         for name, valid, rule in (
             ("cost_weight", 0 <= self.cost_weight < float("inf"), "0 (off) or more, and finite"),
             ("max_visual_tokens", self.max_visual_tokens is None or self.max_visual_tokens >= 1, "at least 1, or None"),
-            ("escalate", 0 <= self.escalate <= 1, "0 (off) or a probability"),
+            (
+                "escalate",
+                self.escalate == "calibrated" or (not isinstance(self.escalate, str) and 0 <= self.escalate <= 1),
+                "0 (off), a probability or calibrated",
+            ),
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
             ("temperature", self.temperature >= 0, "0 (greedy) or more"),
             ("top_p", 0 < self.top_p <= 1, "over 0 and at most 1"),
@@ -126,7 +130,10 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A checked, tokenized request. choice: the requested granularity of each image, None where the router chooses."""
+    """A checked, tokenized request, with `escalate` as a number.
+
+    choice: the requested granularity of each image, None where the router chooses.
+    """
 
     request: Request
     sample: Sample

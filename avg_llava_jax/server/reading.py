@@ -3,7 +3,7 @@
     messages: system, user and assistant, the last from the user; content is a text or a list of parts
         {"type": "text", "text": ...} and {"type": "image_url", "image_url": {"url": ..., "detail": ...}}
     model, stream, stream_options.include_usage, max_tokens or max_completion_tokens, temperature, top_p, stop, seed
-    our extensions (`extra_body`): granularity, cost_weight, max_visual_tokens, top_k
+    our extensions (`extra_body`): granularity, cost_weight, max_visual_tokens, escalate, top_k
 
 A message's images precede its text, as in training, unless `<image>` in the text places each of them. The system
 message is prepended to the first question. `detail` of an image sets its granularity: `low` the coarsest, `high` the
@@ -139,6 +139,7 @@ def read(body: bytes, config: ModelConfig, limits: Limits, served: str) -> Ask:
         stop=_stops(fields.raw("stop")),
         cost_weight=float(fields.number("cost_weight", float, 0.0, 0, 1000)),
         max_visual_tokens=fields.number("max_visual_tokens", int, None, 1, 2**31 - 1),
+        escalate=_escalate(fields),
     )
     fields.end()
     return Ask(request, stream, include_usage, tuple(image.size for image in images))
@@ -240,6 +241,16 @@ def _granularity(value: Any, details: Sequence[str], config: ModelConfig) -> Gra
                 400, f'granularity={_short(value)} must be "auto", a number or a list of these', "granularity"
             )
     return value
+
+
+def _escalate(fields: Fields) -> float | str:
+    """The field `escalate`: a probability, or "calibrated"."""
+    value = fields.raw("escalate")
+    if value is None or value == "calibrated":
+        return value or 0.0
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise Refusal(400, f'escalate={_short(value)} must be in 0 .. 1, or "calibrated"', "escalate")
+    return float(value)
 
 
 def _new_tokens(fields: Fields, limits: Limits) -> int:
