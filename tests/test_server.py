@@ -71,7 +71,8 @@ def test_openai_client_streams(served):
     assert (request.cost_weight, request.max_visual_tokens, request.escalate, request.top_k) == (0.5, 60, 0.9, 7)
     seen = chunks[-2].model_extra["avg_llava"]
     assert seen["certainty"] == 0.75
-    assert seen["reads"] == [{"granularity": 16, "visual_tokens": seen["visual_tokens"], "certainty": 0.75}]
+    assert seen["reads"][1] == {"granularity": 16, "visual_tokens": seen["visual_tokens"], "certainty": 0.75}
+    assert seen["reads"][0]["certainty"] == 0.25
 
 
 def test_what_is_not_said_is_the_default(served):

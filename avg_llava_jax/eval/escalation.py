@@ -122,27 +122,22 @@ def cheapest(table: Table, family: Sequence[Policy], half: int) -> Policy:
     return family[ranks.index(max(ranks))] if ranks else family[-1]
 
 
-def best_within(
-    table: Table, family: Sequence[Policy], half: int, budget: float, costs: np.ndarray | None = None
-) -> Policy:
-    """The policy with the highest accuracy on one half among those whose mean cost there is at most `budget`.
-
-    Where there is none, the cheapest.
-    """
-    rows = table.half == half
-    found = [means(followed(table, each, costs), rows) for each in family]
-    ranks = [(min(budget - cost, 0.0), accuracy, -cost) for accuracy, cost in found]
-    return family[ranks.index(max(ranks))]
-
-
 def curve(
     table: Table, family: Sequence[Policy], budgets: Sequence[float], costs: np.ndarray | None = None
 ) -> list[dict[str, float]]:
-    """{"cost", "accuracy"} at each budget: `best_within` of each half, measured on the other."""
-    points, everyone = [], np.ones(len(table.half), bool)
+    """{"cost", "accuracy"} at each budget: the most accurate policy within it on one half, measured on the other.
+
+    Where no policy is within the budget, the cheapest.
+    """
+    every = [followed(table, policy, costs) for policy in family]
+    on_half = [[means(found, table.half == half) for found in every] for half in (0, 1)]
+    points = []
     for budget in budgets:
-        fitted = [followed(table, best_within(table, family, half, budget, costs), costs) for half in (0, 1)]
-        accuracy, cost = means(crossed(fitted, table.half), everyone)
+        best = []
+        for found in on_half:
+            ranks = [(min(budget - cost, 0.0), accuracy, -cost) for accuracy, cost in found]
+            best.append(every[ranks.index(max(ranks))])
+        accuracy, cost = means(crossed(best, table.half), np.ones(len(table.half), bool))
         points.append({"cost": cost, "accuracy": accuracy})
     return points
 
