@@ -13,10 +13,12 @@ from avg_llava_jax.data.conversation import IMAGE
 from avg_llava_jax.data.packing import Sample, Shape, load_tiles, prompt_index
 from avg_llava_jax.data.tiles import tile_count
 from avg_llava_jax.inference import choosing
+from avg_llava_jax.inference.guides import Matcher
 from avg_llava_jax.inference.image_pages import Digest, digest_of
 from avg_llava_jax.inference.model import Model, check_length, visual_tokens
 from avg_llava_jax.inference.programs import TEXT
-from avg_llava_jax.inference.requests import Prepared, Read
+from avg_llava_jax.inference.requests import Prepared, Read, TokenScore
+from avg_llava_jax.inference.sampling import Next
 from avg_llava_jax.inference.scheduler import Work
 from avg_llava_jax.inference.text_stream import TextStream
 from avg_llava_jax.inference.tickets import Ticket
@@ -35,6 +37,7 @@ class Job(Work):
     finer: granularities of the read that follows where this one is not certain enough; empty = none.
     chances: log-probability of each of `tokens`. held: text that is not shown before its read is certain.
     reads: earlier reads that were not certain enough.
+    matcher: follows the request's guide. token_scores: the scores of the answer's tokens, where they are wanted.
     times: the clock in seconds when it reached each stage.
     """
 
@@ -43,6 +46,8 @@ class Job(Work):
     stream: TextStream
     text: np.ndarray
     images: Images
+    matcher: Matcher | None = None
+    token_scores: list[TokenScore] = dataclasses.field(default_factory=list)
     pages: list[list[int]] | None = None
     scores: list[np.ndarray] = dataclasses.field(default_factory=list)
     choice: tuple[int, ...] = ()
@@ -62,6 +67,16 @@ class Job(Work):
     def unrouted(self) -> int:
         """The number of images to route yet: where the router chooses for one image, it scores all of them."""
         return len(self.images) - len(self.scores) if None in self.prepared.choice else 0
+
+    @property
+    def visual(self) -> int:
+        """Visual tokens of its packed prompt."""
+        return len(self.ids) - len(self.text) - self.draft
+
+    def next(self) -> Next:
+        """What its next token depends on."""
+        allowed = None if self.matcher is None else self.matcher.allowed()
+        return Next(self.prepared.request, self.limit, self.text, self.tokens, allowed)
 
     def certainty(self, count: int) -> float:
         """The lowest probability of the first `count` tokens, up to the token that makes it read again: see `Read`."""
@@ -101,7 +116,10 @@ def make_job(
     count = sum(tile_count(size, model.config) for size in sample.sizes)
     if count > most_tiles:
         raise ValueError(f"the images have {count} tiles, the engine holds {most_tiles}: send fewer images")
+    guide = prepared.request.guide
     return Job(
+        matcher=None if guide is None else model.matcher(guide),
+        each_token=guide is not None,  # what may come after a token depends on it
         prepared=prepared,
         ticket=ticket,
         stream=TextStream(model.tokenizer.decode, prepared.request.stop),
@@ -123,16 +141,17 @@ def pack(config: ModelConfig, job: Job, pages: int) -> None:
     _pack(config, job, pages)
 
 
-def escalate(config: ModelConfig, job: Job, pages: int, ended: bool) -> None:
+def escalate(model: Model, job: Job, pages: int, ended: bool) -> None:
     """Pack a job's prompt again at its finer granularities, with its tokens so far as the draft. ended: they are whole.
 
-    A sampled answer has no draft.
+    Only an answer of the best tokens has a draft: predictions of a prefill know no sampling, penalties or guides.
     """
-    greedy = job.prepared.request.temperature == 0
-    draft = job.tokens[: len(job.tokens) - ended] if greedy else []
-    job.choice, job.finer, job.chances, job.held = job.finer, (), [], ""
+    draft = job.tokens[: len(job.tokens) - ended] if job.next().greedy else []
+    job.choice, job.finer, job.chances, job.token_scores, job.held = job.finer, (), [], [], ""
     job.stream.restart()
-    _pack(config, job, pages)
+    if job.matcher is not None:
+        job.matcher = model.matcher(job.prepared.request.guide)
+    _pack(model.config, job, pages)
     draft = draft[: job.limit - 1]
     job.keys = np.append(job.keys, np.array(draft, np.int64))
     job.ids = np.append(job.ids, np.array(draft, np.int32))
