@@ -19,7 +19,7 @@ from avg_llava_jax.config import ModelConfig
 
 Record = dict[str, Any]
 
-WEIGHTS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, float("inf"))
+WEIGHTS = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8, float("inf"))
 THRESHOLDS = (0.0, *(1 / (1 + np.exp(-np.arange(-2, 14.1, 0.5)))).tolist(), 1.0)
 
 
