@@ -46,7 +46,7 @@ def test_a_long_sequence_through_the_cache(tiny):
 
     rows = np.arange(2)
     cache = language.empty_cache(config, 2, 3200, jnp.float32)
-    logits, cache = through(cache, x[:, :3100], jnp.zeros(2, int), 0, start - 1)
+    logits, cache = through(cache, x[:, :3100], jnp.zeros(2, int), 0, start[:, None] - 1)
     np.testing.assert_allclose(logits[:, 0], whole[rows, start - 1], atol=1e-4, rtol=1e-4)
     for count in (chunk, *[1] * steps):
         at = start[:, None] + np.arange(count)
