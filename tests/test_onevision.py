@@ -350,7 +350,7 @@ def test_a_decoder_joined_with_a_siglip(siglip, tmp_path, family):
 
 
 def test_to_a_trained_router_and_back(theirs, llava_folder, tmp_path):
-    """Two steps of the router by the shipped config, on a ladder of two; the export holds what was trained."""
+    """Two steps of the router by the shipped config, on a ladder of two; the export holds the trained router."""
     config = onevision_05b_router.get_config()
     config.init_from, config.fresh = str(theirs[1]), ("router",)
     config.model.scaler.halvings, config.model.template = 1, "vicuna_v1"
