@@ -66,7 +66,7 @@ def test_responses(served):
     )
     assert (done.usage.output_tokens, done.instructions) == (2, "Be brief.")
     request = served.engine.requests[-1]
-    assert [turn["value"] for turn in request.prompt] == [["Be brief.\n\nHello"], [""], ["", "\nthree two one"]]
+    assert [turn["value"] for turn in request.prompt] == [["Be brief."], ["Hello"], [""], ["", "\nthree two one"]]
     assert request.granularity == [4]
     with pytest.raises(openai.BadRequestError) as caught:
         ask(model="tiny", input="Hello", previous_response_id="resp_1")

@@ -12,7 +12,7 @@ from absl import flags
 from avg_llava_jax.commands import cli
 
 SOURCE = flags.DEFINE_string(
-    "source", None, "A folder or hub id: AVG-LLaVA or LLaVA-NeXT as released, `llava_next`, Llama, Mistral."
+    "source", None, "A folder or hub id: AVG-LLaVA, LLaVA-NeXT, LLaVA-OneVision, or a decoder to join with a tower."
 )
 OUTPUT = flags.DEFINE_string("output", None, "The checkpoint folder to write.")
 MESH = flags.DEFINE_string(
