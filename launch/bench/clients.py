@@ -126,7 +126,7 @@ def _sglang(folder: pathlib.Path, url: str, model: str) -> list[str]:
     return [
         f"{folder}/bin/python", str(script), "--backend", "sglang-oai-chat", "--base-url", url, "--model", model,
         "--tokenizer", str(TOKENIZER), "--dataset-name", "random-ids", "--num-prompts", str(REQUESTS.value),
-        "--random-input-len", "32", "--random-output-len", "8", "--max-concurrency", "2",
+        "--random-input-len", "32", "--random-output-len", "8", "--random-range-ratio", "1", "--max-concurrency", "2",
         "--output-file", "result.jsonl", "--disable-tqdm",
     ]  # fmt: skip
 
