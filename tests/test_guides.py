@@ -46,6 +46,16 @@ def test_guided_rows_beside_free_ones(model, engine):  # noqa: F811
     assert cut.finish == "length" and len(cut.token_ids) == 12 and re.fullmatch("[a-z]+", cut.text)
 
 
+def test_a_guided_answer_that_escalates_is_guided_again(model, engine, photos):  # noqa: F811
+    """The finer read starts its guide and its scores over."""
+    guide = Guide.choice(["the left one", "neither"])
+    asked = Request("Who?", photos[0], granularity=4, max_new_tokens=12, escalate=1.0, guide=guide, logprobs=2)
+    (answer,) = answers(engine, [asked])
+    assert [read.granularity for read in answer.reads] == [4, 16]
+    assert answer.text in ("the left one", "neither") and answer.finish == "stop"
+    assert [score.token for score in answer.logprobs] == list(answer.token_ids)
+
+
 @pytest.mark.parametrize("folder", ["shipped", "llama"])
 def test_guides_with_either_kind_of_vocabulary(tokenizer, folder):
     """Byte-level BPE, and a Llama with byte fallback: any text that the guide allows can be written, and no other."""
