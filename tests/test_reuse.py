@@ -135,6 +135,7 @@ def test_whatever_made_an_answer_counts(what, folder, model, tokenizer, data, mo
     other = AvgLlava(config, params, tokenizer)
     questions = _questions(folder, other)
     if what == "guide":
+        pytest.importorskip("llguidance")
         questions = [dataclasses.replace(question, guide=Guide.choice(["a", "b"])) for question in questions]
     evaluation.settle(other, questions, tmp_path / "answers.jsonl", new_tokens)
     assert f"0 of 6 answers kept, 6 of other {what}: set aside" in capsys.readouterr().err
