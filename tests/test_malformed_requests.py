@@ -44,6 +44,7 @@ MALFORMED = {
     "unknown field": ({"messages": ONE, "beams": 4}, "unknown field 'beams'"),
     "n": ({"messages": ONE, "n": 2}, "n=2 needs a temperature"),
     "tools": ({"messages": ONE, "tools": [{}]}, "tools[0].function is missing"),
+    "choice": ({"messages": ONE, "guided_choice": 5}, "guided_choice must be a list, not 5"),
     "stream": ({"messages": ONE, "stream": "yes"}, "stream must be true or false, not 'yes'"),
     "stream options": ({"messages": ONE, "stream_options": {"x": 1}}, "unknown field 'stream_options.x'"),
     "tokens": ({"messages": ONE, "max_tokens": 0}, "max_tokens=0 must be in 1 .. 2147483647"),

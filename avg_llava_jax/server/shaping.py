@@ -18,6 +18,7 @@ from avg_llava_jax.inference.requests import TOP
 from avg_llava_jax.server.fields import (
     ANYTHING,
     FLAG,
+    LIST,
     Field,
     Number,
     OneOf,
@@ -44,7 +45,7 @@ def guided(make: Callable[[Any], Guide], value: Any, path: str) -> Guide:
     """The guide that `make` makes of a field's value; one that cannot be followed is refused by the field's path."""
     try:
         return make(value)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Refusal(400, f"{path} {error}", path) from None
     except MissingExtra as error:
         raise Refusal(400, f"{path}: {error}", path, "unsupported_value") from None
@@ -68,7 +69,7 @@ def _text(make: Callable[[str], Guide]) -> Callable[[Any], Guide]:
 
 
 BIAS = Number(-100, 100)
-CHOICE = Parsed("a list of texts", _guide(Guide.choice))
+CHOICE = Parsed("a list of texts", lambda value, path: guided(Guide.choice, LIST(value, path), path))
 REGEX = Parsed("a regular expression", _guide(_text(Guide.regex)))
 GRAMMAR = Parsed("a grammar, Lark's or GBNF", _guide(_text(Guide.grammar)))
 SCHEMA = Parsed("a JSON schema", _guide(_schema))
