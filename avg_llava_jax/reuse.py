@@ -69,10 +69,19 @@ def _is_text(node: ast.stmt) -> bool:
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
 
 
+def weights(params: Params) -> str:
+    """Digest of parameters: the same for decoder layers in one array and in a tuple, and on any mesh."""
+    layers = params["language"]["layers"]
+    language = {name: part for name, part in params["language"].items() if name != "layers"}
+    rest = stored.checksums(params | {"language": language})
+    each = [stored.checksums(layer) for layer in layers] if isinstance(layers, tuple) else stored.by_layer(layers)
+    return digest([rest, each])
+
+
 def made_by(config: ModelConfig, params: Params, tokenizer: Tokenizer) -> dict[str, str]:
     """Digests of what determines a model's answers, by name."""
     return {
-        "weights": digest(stored.checksums(params)),
+        "weights": weights(params),
         "model config": digest(to_dict(config)),
         "tokenizer": tokenizer.digest()[:32],
         "code": code(),
@@ -88,7 +97,7 @@ def made_by_frozen(config: ModelConfig, params: Params, sources: Iterable[str]) 
     values = to_dict(config)
     del values["router"], values["scaler"]["halvings"]
     return {
-        "weights": digest(stored.checksums(frozen)),
+        "weights": weights(frozen),
         "model config": digest(values),
         "code": code(("config.py", "data", "models", *sources), without=(ROUTER,)),
     }
@@ -115,8 +124,8 @@ def sift(file: str | os.PathLike[str], judge: Callable[[Entry], Entry | str], de
       ValueError: the file holds other lines than JSON objects.
     """
     file, stale, kept, why = pathlib.Path(file), [], [], dict[str, int]()
-    lines = [line.decode() for line in whole_lines(file)]
     try:
+        lines = [line.decode() for line in whole_lines(file)]
         entries = [dict(json.loads(line)) for line in lines]
     except (ValueError, TypeError) as error:
         raise ValueError(f"{file} is not a file of answers ({error}); use another folder") from None

@@ -14,7 +14,7 @@ from avg_llava_jax.inference import programs
 from avg_llava_jax.inference.api import AvgLlava
 from avg_llava_jax.inference.engine import Engine
 from avg_llava_jax.inference.requests import Request
-from avg_llava_jax.inference.sampling import sampling_of
+from avg_llava_jax.inference.sampling import sampling_of, shaping_of
 from avg_llava_jax.inference.stress import compilations
 from avg_llava_jax.models import language
 from avg_llava_jax.models.flash import flash_attention
@@ -89,7 +89,7 @@ def answered(params, batch, sizes):
     cache, *_ = programs.prefill(MODEL, params, cache, pool, first, 0)
     rest = programs.Chunk(ids, 0 * ids + half, length - half, words[:, half:], places[:, half:])
     cache, logits, tokens = programs.prefill(MODEL, params, cache, pool, rest, LENGTH + ROOM)
-    none = sampling_of(ROWS, [], [], MODEL.language.vocab_size, LENGTH + ROOM)
+    none = sampling_of(ROWS, [], [], shaping_of(ROWS, [], [], MODEL.language.vocab_size, LENGTH + ROOM))
     sampling = none._replace(limit=np.full(ROWS, ROOM, np.int32))
     rows, stops = programs.Rows(tokens, length, np.ones(ROWS, np.int32)), np.array([-1], np.int32)
     cache, tokens, made, _ = programs.decode(

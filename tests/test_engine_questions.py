@@ -45,8 +45,9 @@ def questions(model, photos, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def records(model, questions):
-    return evaluation.answer_all(model, questions, batch_size=1, skipped=[], **OPTIONS)
+def records(model, questions, tmp_path_factory):
+    file = tmp_path_factory.mktemp("records") / "answers.jsonl"
+    return evaluation.answer_all(model, questions, file, batch_size=1, skipped=[], **OPTIONS)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from avg_llava_jax.inference.device import page_bytes
 from avg_llava_jax.inference.engine import Engine
 from avg_llava_jax.inference.image_pages import digest_of
 from avg_llava_jax.inference.requests import Request
-from avg_llava_jax.inference.sampling import sampling_of
+from avg_llava_jax.inference.sampling import sampling_of, shaping_of
 from tests.measured_pixels import measured_tiles
 
 GOLDEN = pathlib.Path(__file__).parent / "data" / "golden"
@@ -61,7 +61,7 @@ def test_golden_tokens(golden, case):
 
 def sampling(rows, **given):
     """Rows of a vocabulary of five."""
-    none = sampling_of(rows, [], [], 5, 8)
+    none = sampling_of(rows, [], [], shaping_of(rows, [], [], 5, 8))
     values = {"temperature": 1.0} | given
     columns = {name: jnp.asarray(value, getattr(none, name).dtype) for name, value in values.items()}
     return none._replace(**{name: jnp.broadcast_to(column, rows) for name, column in columns.items()})

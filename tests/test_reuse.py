@@ -1,5 +1,6 @@
 """Folders with earlier results: what still holds is reused, and everything else is set aside or refused."""
 
+import contextlib
 import dataclasses
 import json
 import zipfile
@@ -16,8 +17,10 @@ from avg_llava_jax.data.tokenizer import load_tokenizer
 from avg_llava_jax.eval import evaluation, quickstart
 from avg_llava_jax.files import same_run
 from avg_llava_jax.inference.api import AvgLlava
-from avg_llava_jax.training import feedback
-from avg_llava_jax.training.loop import train
+from avg_llava_jax.inference.guides import Guide
+from avg_llava_jax.parallel import sharding
+from avg_llava_jax.training import feedback, setup
+from avg_llava_jax.training.config import read
 from tests.random_model import random_model, save_random_model
 from tests.test_training import settings
 
@@ -111,7 +114,7 @@ def test_another_model_answers_for_itself(folder, model, tokenizer, data, capsys
     assert [record["answers"] for record in records] == [record["answers"] for record in fresh]
 
 
-@pytest.mark.parametrize("what", ["weights", "model config", "tokenizer", "code", "max_new_tokens"])
+@pytest.mark.parametrize("what", ["weights", "model config", "tokenizer", "code", "max_new_tokens", "guide"])
 def test_whatever_made_an_answer_counts(what, folder, model, tokenizer, data, monkeypatch, capsys, tmp_path):
     folder.evaluate(model, data)
     config, params, new_tokens = model.config, model.params, OPTIONS["max_new_tokens"]
@@ -130,7 +133,10 @@ def test_whatever_made_an_answer_counts(what, folder, model, tokenizer, data, mo
         case "max_new_tokens":
             new_tokens += 1
     other = AvgLlava(config, params, tokenizer)
-    evaluation.settle(other, _questions(folder, other), tmp_path / "answers.jsonl", new_tokens)
+    questions = _questions(folder, other)
+    if what == "guide":
+        questions = [dataclasses.replace(question, guide=Guide.choice(["a", "b"])) for question in questions]
+    evaluation.settle(other, questions, tmp_path / "answers.jsonl", new_tokens)
     assert f"0 of 6 answers kept, 6 of other {what}: set aside" in capsys.readouterr().err
     assert (tmp_path / "answers.jsonl").read_text() == "" and len(folder.stale(1)) == 6
 
@@ -249,23 +255,26 @@ def test_the_contents_of_a_data_set(llava_folder):
 
 
 def test_a_run_resumes_on_its_own_data_alone(tiny, llava_folder, tmp_path, caplog, monkeypatch):
-    config = settings(tiny, llava_folder)
-    config.steps = 1
-    train(config, tmp_path)
-    images = llava_folder / "images"
-    config.data.images, config.steps = str(images.rename(llava_folder / "moved")), 2
-    train(config, tmp_path)
-    assert "resumes with other code" not in caplog.text
-    records, config.steps = llava_folder / "train.json", 3
+    config, records = settings(tiny, llava_folder), llava_folder / "train.json"
+    mesh = sharding.make_mesh(config.mesh)
+    checkpoint.copy_tokenizer(config.tokenizer, tmp_path)
+
+    def start():
+        with contextlib.closing(setup.open_batches(read(config), tmp_path, tiny, mesh)):
+            return (tmp_path / "data.json").read_text()
+
+    before = start()
+    (tmp_path / "checkpoints" / "1" / "params").mkdir(parents=True)  # as of a run that was interrupted
+    config.data.images = str((llava_folder / "images").rename(llava_folder / "moved"))
+    assert start() == before and "resumes with other code" not in caplog.text
     records.write_text(records.read_text().replace("red", "Red", 1))
     with pytest.raises(ValueError, match=r"was trained on other data: data.path .*json has changed since; .*delete"):
-        train(config, tmp_path)
-    assert checkpoint.steps(tmp_path)[-1] == 2
+        start()
     (tmp_path / "data.json").unlink()
-    train(config, tmp_path)
+    assert start() != before
     monkeypatch.setattr(reuse, "code", lambda *of: "new")
-    train(config, tmp_path)
-    assert checkpoint.steps(tmp_path)[-1] == 3 and "resumes with other code than it began with" in caplog.text
+    start()
+    assert "resumes with other code than it began with" in caplog.text
 
 
 def test_feedback_of_other_code_is_refused(tiny, tokenizer, tmp_path, monkeypatch):
@@ -289,3 +298,14 @@ def test_a_quickstart_of_another_model_is_refused(tiny, tokenizer, tmp_path):
     same_run(tmp_path / "run", "quickstart.json", given, made_by | {"training code": reuse.code(quickstart.TRAINING)})
     with pytest.raises(ValueError, match="run holds results of other weights: use another --workdir"):
         quickstart.run(tmp_path / "run", config, 6)
+
+
+def test_the_digest_of_weights_does_not_depend_on_their_form(model):
+    """Answers of one process, which stacks layers, serve two, which do not."""
+    layers = jax.tree.map(lambda leaf: np.concatenate([leaf, leaf + 1]), model.params["language"]["layers"])
+    parts = tuple(jax.tree.map(lambda leaf: leaf[at], layers) for at in range(2))  # noqa: B023
+
+    def digest(layers):
+        return reuse.weights(model.params | {"language": model.params["language"] | {"layers": layers}})
+
+    assert digest(parts) == digest(layers) != digest(parts[::-1])

@@ -11,7 +11,7 @@ from avg_llava_jax.inference import programs
 from avg_llava_jax.inference.api import AvgLlava
 from avg_llava_jax.inference.engine import Engine
 from avg_llava_jax.inference.requests import Request
-from avg_llava_jax.inference.sampling import Next, sampling_of
+from avg_llava_jax.inference.sampling import Next, shaping_of
 from avg_llava_jax.inference.stress import compilations
 from avg_llava_jax.models import avg_llava
 from tests.random_model import plain, random_model
@@ -48,7 +48,7 @@ shape = jax.jit(programs.shape)
 def shaped(logits, requests, text=(), tokens=(), allowed=None):
     """The logits of each request's next token, by the program."""
     rows = [Next(request, 9, np.array(text, np.int32), list(tokens), allowed) for request in requests]
-    sampling = sampling_of(len(rows), range(len(rows)), rows, len(logits), 8).shaping
+    sampling = shaping_of(len(rows), range(len(rows)), rows, len(logits), 8)
     counts, count = programs.counted(sampling, len(logits)), jnp.full(len(rows), len(tokens))
     return np.asarray(shape(jnp.tile(jnp.float32(logits), (len(rows), 1)), sampling, counts, count, jnp.array([0])))
 

@@ -60,7 +60,7 @@ def test_answers_equal_the_models_until_sigterm_drains(tiny, tokenizer, photos, 
             ("What is the weather?", [], {}),
         ]
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            bad = [pool.submit(ask, "<image>", photos[:2]) for _ in range(3)]
+            bad = [pool.submit(ask, "x", photos[:2], extra_body={"granularity": 5}) for _ in range(3)]
             bad.append(pool.submit(ask, "How large is it?", [Image.new("RGB", (40, 25))]))
             jobs = [pool.submit(ask, question, images, extra_body=extra) for question, images, extra in cases]
             for job, (question, images, extra) in zip(jobs, cases, strict=True):

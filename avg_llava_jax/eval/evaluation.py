@@ -241,12 +241,13 @@ class _Asked:
 
 
 def made_by(model: Model, question: Question, max_new_tokens: int) -> dict[str, Any]:
-    """What identifies a question's answers, by name: `Model.made_by`, the limit, and prompt and images.
+    """What identifies a question's answers, by name: `Model.made_by`, the limit, its guide, and prompt and images.
 
     Raises:
       BadSample: an image is missing.
     """
-    return {**model.made_by, "max_new_tokens": max_new_tokens, PROMPT: asked(question.sample)}
+    guide = question.guide and reuse.digest(question.guide.grammar_text)
+    return {**model.made_by, "max_new_tokens": max_new_tokens, "guide": guide, PROMPT: asked(question.sample)}
 
 
 def settle(model: Model, questions: Sequence[Question], file: str | os.PathLike[str], max_new_tokens: int) -> None:
@@ -468,7 +469,7 @@ def _settle_mixed(questions: Sequence[Question], by_id: Mapping[str, Record], pa
     for name, record in by_id.items():
         ids.setdefault(reuse.digest(record.get("made_by")), []).append(name)
     one = next(iter(by_id.values())).get("made_by", {})
-    model = {name: value for name, value in one.items() if name != PROMPT}
+    model = {name: value for name, value in one.items() if name not in ("guide", PROMPT)}
 
     def judge(entry: dict[str, Any]) -> dict[str, Any] | str:
         before, name = entry.get("made_by") or {}, entry["id"]

@@ -17,7 +17,7 @@ from avg_llava_jax.inference.buckets import STEPS, Buckets, bucket
 from avg_llava_jax.inference.model import Model
 from avg_llava_jax.inference.programs import Sampling, Scores, Shaping
 from avg_llava_jax.inference.requests import TokenScore
-from avg_llava_jax.inference.sampling import Next, sampling_of, scored
+from avg_llava_jax.inference.sampling import Next, sampling_of, scored, shaping_of
 from avg_llava_jax.models.router import Routing
 
 
@@ -74,7 +74,7 @@ class Device:
         self._model = model.config, model.unstacked
         self._stops = np.array(model.stop_ids, np.int32)
         sizes = {*buckets.prompts, *buckets.rows}
-        self._neutral: dict[int, Shaping] = {size: jax.device_put(self._shaped(size).shaping) for size in sizes}
+        self._neutral: dict[int, Shaping] = {size: jax.device_put(self._shaping(size)) for size in sizes}
         self.reset()
 
     def reset(self) -> None:
@@ -176,13 +176,12 @@ class Device:
         return found, [scored(answer, scores, row, ids) for answer, row, ids in zip(then, at, found, strict=True)]
 
     def _sampling(self, count: int, rows: Sequence[int], answers: Sequence[Next]) -> Sampling:
-        sampling = self._shaped(count, rows, answers)
-        if any(answer.shaped for answer in answers):
-            return sampling
-        return sampling._replace(shaping=self._neutral[count])  # is on the device already
+        plain = not any(answer.shaped or answer.scored for answer in answers)
+        shaping = self._neutral[count] if plain else self._shaping(count, rows, answers)
+        return sampling_of(count, rows, answers, shaping)
 
-    def _shaped(self, count: int, rows: Sequence[int] = (), answers: Sequence[Next] = ()) -> Sampling:
-        return sampling_of(count, rows, answers, self.model.config.language.vocab_size, self.buckets.capacity)
+    def _shaping(self, count: int, rows: Sequence[int] = (), answers: Sequence[Next] = ()) -> Shaping:
+        return shaping_of(count, rows, answers, self.model.config.language.vocab_size, self.buckets.capacity)
 
     def copy(self, places: Sequence[tuple[int, int]], window: int) -> None:
         """Copy the first `window` positions of slots to other slots, (source, target) each.

@@ -7,7 +7,7 @@
     cache --decode--> cache, tokens                     the first slots, several steps
     cache --copy--> cache                               shared prefixes, from slots to slots
 
-The cache (a `LayerCache` of (slots, KV, capacity, d) per layer) and the pool (pages, R, D) are donated and updated in
+The cache (a `LayerCache` of (slots, K, C, d) per layer) and the pool (pages, R, D) are donated and updated in
 place. Writes of padding rows lie outside of both, and are dropped.
 
 Values of a request (length, temperature, penalties, allowed tokens) are arrays with one entry per row, so that requests
@@ -50,7 +50,8 @@ class Shaping(NamedTuple):
     allowed: uint32 (B, ceil(V / 32)), token t may come where bit t % 32 of word t // 32 is 1.
     history: int (B, H), what the penalties count: the ids of the prompt's text as they are, the answer's plus V, and
         2 V for padding.
-    scored: bool (B,), whether `Scores` are computed.
+    shaped, scored: bool (B,), whether any of these is not neutral, and whether `Scores` are wanted. Where no row is,
+        the program skips it.
 
     With V = 5, a prompt 3 4 and an answer 4 1 4:    history  3 4 9 6 9 10 10
     """
@@ -63,6 +64,7 @@ class Shaping(NamedTuple):
     bias: jax.Array
     allowed: jax.Array
     history: jax.Array
+    shaped: jax.Array
     scored: jax.Array
 
 
@@ -292,7 +294,12 @@ def choose(
     logits: jax.Array, sampling: Sampling, counts: Counts, count: jax.Array, stops: jax.Array
 ) -> tuple[jax.Array, Scores]:
     """One token per row (B,), and its scores, from logits fp32 (B, V). count: int (B,), tokens generated before."""
-    token = sample(shape(logits, sampling.shaping, counts, count, stops), sampling, count)
+    shaping = sampling.shaping
+
+    def shaped() -> jax.Array:
+        return shape(logits, shaping, counts, count, stops)
+
+    token = sample(jax.lax.cond(jnp.any(shaping.shaped), shaped, lambda: logits), sampling, count)
 
     def scores() -> Scores:
         shares = jax.nn.log_softmax(logits)
@@ -300,7 +307,7 @@ def choose(
         return Scores(jnp.take_along_axis(shares, token[:, None], 1)[:, 0], ids, values)
 
     none = Scores(*(array[:, 0] for array in _no_scores(len(token), 1, logits.shape[1])))
-    return token, jax.lax.cond(jnp.any(sampling.shaping.scored), scores, lambda: none)
+    return token, jax.lax.cond(jnp.any(shaping.scored), scores, lambda: none)
 
 
 def shape(

@@ -1,8 +1,8 @@
 """The vision encoder of CLIP: a class token, a norm before the layers, no bias in the patch embedding."""
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float, UInt8
 
 from avg_llava_jax.config import VisionConfig
 from avg_llava_jax.models.stack import Remat, stack
@@ -19,8 +19,8 @@ class Clip(nn.Module):
     remat: Remat = "none"
 
     @nn.compact
-    def __call__(self, pixels: jax.Array) -> jax.Array:
-        """uint8 (M, H, W, 3) -> (M, P, E), patches row-major."""
+    def __call__(self, pixels: UInt8[ArrayLike, "M H W 3"]) -> Float[Array, "M P E"]:
+        """Encode tiles; patches are row-major."""
         config = self.config
         embed = nn.Dense(config.width, use_bias=False, name="patch_embed")
         init = nn.initializers.normal(config.width**-0.5)

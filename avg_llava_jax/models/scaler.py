@@ -2,15 +2,15 @@
 
 import itertools
 
-import jax
 import jax.numpy as jnp
 from einops import rearrange, reduce
+from jaxtyping import Array, ArrayLike, Float
 
 from avg_llava_jax.config import ModelConfig
 
 
-def scale(config: ModelConfig, features: jax.Array) -> jax.Array:
-    """Pool the finest features of each tile to its pyramid, coarsest first: (..., P, D) -> (..., R, D).
+def scale(config: ModelConfig, features: Float[ArrayLike, "*M P D"]) -> Float[Array, "*M R D"]:
+    """Pool the finest features of each tile to its pyramid, coarsest first.
 
     Row `config.pyramid_offsets[g] + cell` holds a cell of granularity g, cells row-major.
 
@@ -23,7 +23,7 @@ def scale(config: ModelConfig, features: jax.Array) -> jax.Array:
     return jnp.concatenate(levels, axis=-2)
 
 
-def _halved(config: ModelConfig, features: jax.Array) -> list[jax.Array]:
+def _halved(config: ModelConfig, features: Float[ArrayLike, "*M P D"]) -> list[Float[Array, "*M _ D"]]:
     """Each level halves the finer one; the last of an odd number of rows or columns is paired with itself."""
     levels = [features]
     for (rows, columns), (next_rows, next_columns) in itertools.pairwise(config.grids[::-1]):
@@ -36,7 +36,7 @@ def _halved(config: ModelConfig, features: jax.Array) -> list[jax.Array]:
     return levels[::-1]
 
 
-def _pooled(config: ModelConfig, features: jax.Array) -> list[jax.Array]:
+def _pooled(config: ModelConfig, features: Float[ArrayLike, "*M P D"]) -> list[Float[Array, "*M _ D"]]:
     """Each level averages windows of the patches, as PyTorch's adaptive average pooling."""
     side = config.vision.grid
     patches = rearrange(features, "... (r c) d -> ... r c d", r=side, c=side).astype(jnp.float32)
@@ -48,8 +48,8 @@ def _pooled(config: ModelConfig, features: jax.Array) -> list[jax.Array]:
     return levels
 
 
-def _averages(config: ModelConfig, cells: int) -> jax.Array:
-    """Share of each patch of a side in each cell: fp32 (cells, patches); of 3 in 2: (.5, .5, 0), (0, .5, .5)."""
+def _averages(config: ModelConfig, cells: int) -> Float[Array, "{cells} patches"]:
+    """Share of each patch of a side in each cell; of 3 in 2: (.5, .5, 0), (0, .5, .5)."""
     side = config.vision.grid
     first, last = jnp.array(config.scaler.windows(side, cells)).T[..., None]
     at = jnp.arange(side)

@@ -4,7 +4,7 @@ Zhai et al., "Sigmoid Loss for Language Image Pre-Training", ICCV 2023; Tschanne
 """
 
 import flax.linen as nn
-import jax
+from jaxtyping import Array, ArrayLike, Float, UInt8
 
 from avg_llava_jax.config import VisionConfig
 from avg_llava_jax.models.stack import Remat, stack
@@ -21,8 +21,8 @@ class Siglip(nn.Module):
     remat: Remat = "none"
 
     @nn.compact
-    def __call__(self, pixels: jax.Array) -> jax.Array:
-        """uint8 (M, H, W, 3) -> (M, P, E), patches row-major."""
+    def __call__(self, pixels: UInt8[ArrayLike, "M H W 3"]) -> Float[Array, "M P E"]:
+        """Encode tiles; patches are row-major."""
         config = self.config
         init = nn.initializers.normal(config.width**-0.5)
         position = self.param("position", init, (config.grid**2, config.width))

@@ -4,19 +4,20 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from jaxtyping import Array, ArrayLike, Float, UInt8
 
 from avg_llava_jax.config import VisionConfig
 from avg_llava_jax.models.attention import self_attention
 from avg_llava_jax.placement import constrain
 
 
-def normalise(config: VisionConfig, pixels: jax.Array) -> jax.Array:
-    """uint8 (..., H, W, 3) in 0..255 -> float32 of the same shape, with the tower's mean and deviation."""
+def normalise(config: VisionConfig, pixels: UInt8[ArrayLike, "*M H W 3"]) -> Float[Array, "*M H W 3"]:
+    """Pixels 0 .. 255 in float32, with the tower's mean and deviation."""
     return (pixels.astype(jnp.float32) / 255.0 - jnp.array(config.mean)) / jnp.array(config.std)
 
 
-def patches_of(config: VisionConfig, pixels: jax.Array) -> jax.Array:
-    """uint8 (M, H, W, 3) -> the normalised pixels of each patch, (M, P, p * p * 3), patches row-major.
+def patches_of(config: VisionConfig, pixels: UInt8[ArrayLike, "M H W 3"]) -> Float[Array, "M P values"]:
+    """The normalised pixels of each patch, values p * p * 3, patches row-major.
 
     A margin at the right and at the bottom that is narrower than a patch is not used: 6 of 384 pixels at 14 a patch.
     """
@@ -26,12 +27,12 @@ def patches_of(config: VisionConfig, pixels: jax.Array) -> jax.Array:
 
 
 class EncoderLayer(nn.Module):
-    """Pre-norm transformer layer of CLIP and SigLIP: (M, n, E) -> the same shape."""
+    """Pre-norm transformer layer of CLIP and SigLIP over the rows of a tile."""
 
     config: VisionConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, None]:
+    def __call__(self, x: Float[ArrayLike, "M rows E"]) -> tuple[Float[Array, "M rows E"], None]:
         config = self.config
         y = layer_norm(config, "norm1")(x)
         q, k, v = (
@@ -45,7 +46,7 @@ class EncoderLayer(nn.Module):
         return constrain(x + nn.Dense(config.width, name="down")(y), "batch", None, None), None
 
 
-def activate(config: VisionConfig, x: jax.Array) -> jax.Array:
+def activate(config: VisionConfig, x: Float[ArrayLike, "*M E"]) -> Float[Array, "*M E"]:
     """`config.activation` of each value."""
     if config.activation == "quick_gelu":
         return x * jax.nn.sigmoid(1.702 * x)

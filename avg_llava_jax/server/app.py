@@ -222,7 +222,7 @@ class Service:
         tickets, pieces = [], []
         for seed in ask.seeds:
             one = dataclasses.replace(prepared, request=dataclasses.replace(prepared.request, seed=seed))
-            tickets.append(self.engine.submit_prepared(one, tiles))
+            tickets.append(await self._in_thread(self.engine.submit_prepared, one, tiles))
             pieces.append(self._follow(tickets[-1], begin))
             stack.push_async_callback(pieces[-1].aclose)
             stack.callback(tickets[-1].cancel)

@@ -26,7 +26,7 @@ class Limits:
     image_bytes: int = 16 << 20
     image_hosts: tuple[str, ...] = ()
     unknown_fields: bool = False
-    bodies: int = 32
+    bodies: int = 256
     bodies_bytes: int = 256 << 20
     body_seconds: float = 60.0
     client_requests: int | None = None

@@ -154,7 +154,7 @@ def report(
     by_chance = [policies.random_choices(config, records, seed) for seed in range(seeds)]
     routers = {RANDOM: [measure(config, records, picked) for picked in by_chance]}
     for name in ablations.ABLATIONS:
-        runs = sorted(int(path.name.rpartition("-")[2]) for path in workdir.glob(f"{name}-*"))
+        runs = sorted(int(path.name.rpartition("-")[2]) for path in workdir.glob(f"{name}-*") if path.is_dir())
         found = [_done(_folder(workdir, name, seed), recipes(name, seed)) for seed in runs]
         done = [one for one in found if one is not None]
         routers |= {name: done} if done else {}
