@@ -215,7 +215,7 @@ def test_configs_that_do_not_fit(theirs, tmp_path):
     for change, message in (
         ({"vision_feature_select_strategy": "full"}, "vision_feature_select_strategy='full' is not supported"),
         ({"vision_feature_layer": [-2, -5]}, "only one layer"),
-        ({"text_config": values["text_config"] | {"model_type": "qwen2"}}, "'qwen2' is not supported"),
+        ({"text_config": values["text_config"] | {"model_type": "gemma"}}, "'gemma' is not supported"),
         ({"image_grid_pinpoints": [[50, 112]]}, "must be a multiple of the tile side 56"),
     ):
         (other / "config.json").write_text(json.dumps(values | change))

@@ -213,7 +213,7 @@ def answers(
             chunk = programs.Chunk(
                 by_slot, array(slots), array(slots), array(slots, size), places, weights if corners else None
             )
-            program = programs.prefill.trace(model, params, cache, pool, chunk, window)
+            program = programs.prefill.trace(model, params, cache, pool, chunk, window, 1)
             yield Program(name, program, held, ("cache",))
 
         rows = programs.Rows(array(slots), array(slots), array(slots))

@@ -164,13 +164,15 @@ def write(language: LanguageConfig, original: dict[str, Any], vocabulary: int) -
     if language.qk_norm and language.qkv_bias:
         raise ValueError("model.language: no decoder of the transformers library has both qk_norm and qkv_bias")
     family = "qwen3" if language.qk_norm else "qwen2" if language.qkv_bias else original.get("model_type", "llama")
-    return original | {
+    longest = max(original.get("max_position_embeddings", 0), language.max_length)
+    shorter = {"tokenizer_model_max_length": language.max_length} if language.max_length < longest else {}
+    return original | shorter | {
         "model_type": family,
         "attention_bias": language.attention_bias,
         "head_dim": language.head_dim,
         "hidden_size": language.width,
         "intermediate_size": language.mlp_width,
-        "max_position_embeddings": max(original.get("max_position_embeddings", 0), language.max_length),
+        "max_position_embeddings": longest,
         "num_attention_heads": language.heads,
         "num_hidden_layers": language.layers,
         "num_key_value_heads": language.kv_heads,

@@ -45,6 +45,8 @@ from avg_llava_jax.inference.model import Model, length_at, softmax, visual_toke
 from avg_llava_jax.inference.requests import Prepared, Request
 from avg_llava_jax.inference.tickets import Ticket
 
+DIGITS = 7
+"""Decimals of a certainty in a record."""
 DERIVED = ("report.json", "tradeoff.json", "skipped.jsonl", "plots")
 """Files beside the answers that are made from them."""
 MadeBy = dict[str, Any]
@@ -140,10 +142,11 @@ def answer_all(
     batch_size: slots, the answers decoded at once.
     skipped: gets `{"id", "reason", "detail"}` of each question whose image is damaged or that fits at no granularity.
 
-    Returns the records in the order of the questions: `id, kind, question, reference, answers {g: text, or
-    None where the prompt does not fit}, right {g: bool or grade}, visual_tokens {g: int}, scores (images, G),
-    probabilities (images, G), chosen (images,), answer (at the router's choice), adaptive {answer, right,
-    visual_tokens}`, and the question's `extra`; with a `file`, `made_by` {name: digest} as well.
+    Returns the records in the order of the questions: `id, kind, images (names), question, reference, answers {g: text,
+    or None where the prompt does not fit}, right {g: bool or grade}, certainty {g: probability, see `Read`},
+    visual_tokens {g: int}, scores (images, G), probabilities (images, G), chosen (images,), answer (at the router's
+    choice), adaptive {answer, right, certainty, visual_tokens}`, and the question's `extra`; with a `file`, `made_by`
+    {name: digest} as well.
 
     Raises:
       BadSample: a question cannot be asked, and there is no list `skipped`.
@@ -234,7 +237,12 @@ class _Asked:
         if self._scores is None:
             self._free.result(0)
         answers = {
-            choice: None if ticket is None else model.tokenizer.decode(list(ticket.result(0).token_ids)).strip()
+            choice: None
+            if ticket is None
+            else (
+                model.tokenizer.decode(list(ticket.result(0).token_ids)).strip(),
+                round(ticket.result(0).certainty, DIGITS),
+            )
             for choice, ticket in self._tickets.items()
         }
         return make_record(model.config, self._question, self._scores, answers) | self._made_by
@@ -267,6 +275,8 @@ def settle(model: Model, questions: Sequence[Question], file: str | os.PathLike[
 
     def judge(record: Record) -> Record | str:
         before, name = record.get("made_by", {}), record["id"]
+        if "certainty" not in record:
+            return "an earlier version"
         alike = waiting.get(reuse.digest(before), {})
         if alike:
             return _graded_again(model.config, alike.pop(name if name in alike else next(iter(alike))), record)
@@ -279,8 +289,11 @@ def settle(model: Model, questions: Sequence[Question], file: str | os.PathLike[
 
 def _graded_again(config: ModelConfig, question: Question, record: Record) -> Record:
     """A stored record as `make_record` would make it for this question, whose prompt and images it answers."""
-    answers = {(named(g),) * len(record["chosen"]): text for g, text in record["answers"].items()}
-    answers[tuple(record["chosen"])] = record["answer"]
+    answers = {
+        (named(g),) * len(record["chosen"]): None if text is None else (text, record["certainty"][g])
+        for g, text in record["answers"].items()
+    }
+    answers[tuple(record["chosen"])] = record["answer"], record["adaptive"]["certainty"]
     scores = np.array(record["scores"], np.float32).reshape(-1, len(config.granularities))
     return make_record(config, question, scores, answers) | {"made_by": record["made_by"]}
 
@@ -358,42 +371,48 @@ def read_records(file: str | os.PathLike[str]) -> dict[str, Record]:
     """Records by id. A last line that an interruption left incomplete is removed from the file."""
     try:
         records = [json.loads(line) for line in whole_lines(file)]
-    except ValueError as error:
-        raise ValueError(f"{file} is not a file of answers ({error}); use another folder") from None
-    return {record["id"]: _with_names(record) for record in records}
+        return {record["id"]: _with_names(record) for record in records}
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{file} is not a file of answers of this version ({error}); use another folder") from None
 
 
 def _with_names(record: Record) -> Record:
-    by_granularity = ("answers", "right", "visual_tokens")
+    by_granularity = ("answers", "right", "certainty", "visual_tokens")
     return record | {key: {named(g): value for g, value in record[key].items()} for key in by_granularity}
 
 
 def make_record(
-    config: ModelConfig, question: Question, scores: np.ndarray, answers: Mapping[Choice, str | None]
+    config: ModelConfig, question: Question, scores: np.ndarray, answers: Mapping[Choice, tuple[str, float] | None]
 ) -> Record:
     """The record of a question, see `answer_all`, from router scores (images, G) and its answers by choice.
 
-    answers: with all images at each granularity, and at the router's choice; None where the prompt does not fit.
+    answers: text and certainty with all images at each granularity, and at the router's choice; None where the prompt
+        does not fit.
     """
     sample, (choice,) = question.sample, choices(config, [scores])
     every = {g: (g,) * len(sample.sizes) for g in config.granularities}
-    texts = {g: answers[each] for g, each in every.items()}
+    found = {choice: (None, 0.0) if answer is None else answer for choice, answer in answers.items()}
+    texts = {g: found[each][0] for g, each in every.items()}
+    text, certainty = found[choice]
     return {
         "id": sample.id,
         "kind": sample.kind,
+        "images": [image.name for image in sample.images],
         "question": question.text,
         "reference": question.reference,
         "answers": texts,
         "right": {g: _right(text, question) for g, text in texts.items()},
+        "certainty": {g: found[each][1] for g, each in every.items()},
         "visual_tokens": {g: sum(visual_tokens(config, sample, each)) for g, each in every.items()},
         "scores": scores.tolist(),
         "probabilities": [softmax(image) for image in scores],
         "chosen": list(choice),
-        "answer": answers[choice],
+        "answer": text,
         **question.extra,
         "adaptive": {
-            "answer": answers[choice],
-            "right": _right(answers[choice], question),
+            "answer": text,
+            "right": _right(text, question),
+            "certainty": certainty,
             "visual_tokens": sum(visual_tokens(config, sample, choice)),
         },
     }
@@ -452,6 +471,7 @@ def answer_mixed(
                     "choice": list(choice),
                     "answer": text,
                     "right": _right(text, question),
+                    "certainty": 0.0 if answer is None else round(answer.certainty, DIGITS),
                     "visual_tokens": sum(visual_tokens(config, question.sample, choice)),
                     "made_by": by_id[question.sample.id].get("made_by"),
                 }

@@ -36,7 +36,7 @@ def accuracy_against_tokens(report: dict[str, Any], path: Path) -> Path:
         axis.plot(
             [tokens["fixed"][g] for g in ladder], values, "o-", color=KINDS.get(kind), label=f"fixed, {kind}", alpha=0.6
         )
-    markers = {"adaptive": "*", "adaptive_paper": "P", "random": "X", "oracle": "D"}
+    markers = {"adaptive": "*", "adaptive_paper": "P", "escalation": "^", "combined": "s", "random": "X", "oracle": "D"}
     for name, marker in markers.items():
         if name in tokens:
             axis.plot(tokens[name], accuracy[name]["all"], marker, color="black", markersize=11, label=f"{name}, all")
@@ -92,6 +92,29 @@ def tradeoff(report: dict[str, Any], path: Path) -> Path:
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("accuracy")
     axes[0].legend(fontsize=8)
+    return _save(figure, path)
+
+
+FRONTIER = {
+    "fixed": ("o:", "tab:gray"),
+    "random": (":", "tab:brown"),
+    "router": ("-", "tab:blue"),
+    "escalation": ("-", "tab:green"),
+    "combined": ("-", "tab:red"),
+    "oracle": ("--", "black"),
+}
+
+
+def frontier(found: dict[str, Any], path: Path) -> Path:
+    """Accuracy against visual tokens, every read counted, for each curve of `escalation.frontier`."""
+    figure, axis = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+    for name, points in found["curves"].items():
+        style, colour = FRONTIER[name]
+        ordered = sorted((point["cost"], point["accuracy"]) for point in points)
+        axis.plot(*zip(*ordered, strict=True), style, color=colour, label=f"{name}, area {found['areas'][name]:.3f}")
+    axis.set(xlabel="visual tokens a question, every read counted", ylabel="accuracy")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
     return _save(figure, path)
 
 

@@ -38,6 +38,27 @@ def choose(config: ModelConfig, prepared: Prepared, logits: np.ndarray) -> tuple
     return tuple(config.granularities[place] for place in places)
 
 
+def finer(config: ModelConfig, prepared: Prepared, choice: Sequence[Granularity]) -> tuple[Granularity, ...]:
+    """The granularity of each image for the read that follows one at `choice`; empty where there is none.
+
+    It is the finest that fits into `max_length`, and into `max_visual_tokens` together with the first read. Images that
+    were finer already keep their granularity.
+    """
+    sample, budget, ladder = prepared.sample, prepared.request.max_visual_tokens, config.granularities
+    costs = token_costs(config, sample.sizes)
+    text = len(sample.tokens.ids) - len(sample.sizes)
+
+    def tokens(each: Sequence[Granularity]) -> int:
+        return sum(int(row[ladder.index(g)]) for row, g in zip(costs, each, strict=True))
+
+    for granularity in reversed(ladder):
+        found = tuple(max(granularity, g, key=ladder.index) for g in choice)
+        fits = text + tokens(found) <= config.language.max_length
+        if fits and (budget is None or tokens(choice) + tokens(found) <= budget):
+            return () if found == tuple(choice) else found
+    return ()
+
+
 def check_budget(
     config: ModelConfig, sizes: Sequence[Size], wanted: Sequence[Granularity | None], budget: int | None
 ) -> None:

@@ -52,7 +52,7 @@ def encode_images(
     """Encode and connect every tile."""
     batch, tiles = pixels.shape[:2]
 
-    def encode(pixels: jax.Array) -> jax.Array:
+    def encode(pixels: UInt8[ArrayLike, "M H W 3"]) -> Float[Array, "M P E"]:
         return encoder(config.vision, remat).apply({"params": params["encoder"]}, pixels)
 
     patches = one_cpu.encode(encode, pixels.reshape(-1, *pixels.shape[2:]), config.vision.grid**2)
@@ -125,7 +125,7 @@ def assemble(
 
 
 def blend(corners: Float[ArrayLike, "B S 4 D"], weight: Float[ArrayLike, "B S 4"]) -> Float[Array, "B S D"]:
-    """The weighted sums of four rows each, in fp32."""
+    """The weighted sums, in fp32, of four rows each."""
     return jnp.sum(corners.astype(jnp.float32) * weight[..., None], axis=2).astype(corners.dtype)
 
 

@@ -48,8 +48,8 @@ def _pooled(config: ModelConfig, features: Float[ArrayLike, "*M P D"]) -> list[F
     return levels
 
 
-def _averages(config: ModelConfig, cells: int) -> Float[Array, "{cells} patches"]:
-    """Share of each patch of a side in each cell; of 3 in 2: (.5, .5, 0), (0, .5, .5)."""
+def _averages(config: ModelConfig, cells: int) -> Float[Array, "cells patches"]:
+    """Share of each patch of a side in each cell: fp32 (cells, patches); of 3 in 2: (.5, .5, 0), (0, .5, .5)."""
     side = config.vision.grid
     first, last = jnp.array(config.scaler.windows(side, cells)).T[..., None]
     at = jnp.arange(side)

@@ -17,7 +17,7 @@ def normalise(config: VisionConfig, pixels: UInt8[ArrayLike, "*M H W 3"]) -> Flo
 
 
 def patches_of(config: VisionConfig, pixels: UInt8[ArrayLike, "M H W 3"]) -> Float[Array, "M P values"]:
-    """The normalised pixels of each patch, values p * p * 3, patches row-major.
+    """The normalised pixels of each patch, p * p * 3 values, patches row-major.
 
     A margin at the right and at the bottom that is narrower than a patch is not used: 6 of 384 pixels at 14 a patch.
     """
@@ -27,7 +27,7 @@ def patches_of(config: VisionConfig, pixels: UInt8[ArrayLike, "M H W 3"]) -> Flo
 
 
 class EncoderLayer(nn.Module):
-    """Pre-norm transformer layer of CLIP and SigLIP over the rows of a tile."""
+    """Pre-norm transformer layer of CLIP and SigLIP."""
 
     config: VisionConfig
 
@@ -46,7 +46,7 @@ class EncoderLayer(nn.Module):
         return constrain(x + nn.Dense(config.width, name="down")(y), "batch", None, None), None
 
 
-def activate(config: VisionConfig, x: Float[ArrayLike, "*M E"]) -> Float[Array, "*M E"]:
+def activate(config: VisionConfig, x: Float[ArrayLike, "*M"]) -> Float[Array, "*M"]:
     """`config.activation` of each value."""
     if config.activation == "quick_gelu":
         return x * jax.nn.sigmoid(1.702 * x)

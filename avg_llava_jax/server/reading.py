@@ -73,6 +73,13 @@ def _levels(value: Any, path: str) -> Granularity | list[Granularity]:
     return value
 
 
+def _threshold(value: Any, path: str) -> float | str:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if value != "calibrated" and not (number and 0 <= value <= 1):
+        raise Refusal(400, f'{path}={short(value)} must be in 0 .. 1, or "calibrated"', path)
+    return value
+
+
 STREAM_OPTIONS = (
     Field("include_usage", FLAG, about="one more event with `usage` after the last piece"),
     Field("continuous_usage_stats", FLAG, about="`usage` so far in every event"),
@@ -122,6 +129,12 @@ LOOKING = (
     Field("granularity", Parsed('`"auto"`, tokens a tile, or a list of these, one per image', _levels)),
     Field("cost_weight", Number(0, 1000), sets="cost_weight", about="the price of visual tokens for the router"),
     Field("max_visual_tokens", Number(1, MANY, whole=True), sets="max_visual_tokens", about="of all images together"),
+    Field(
+        "escalate",
+        Parsed('0 .. 1, or `"calibrated"`', _threshold),
+        sets="escalate",
+        about="an answer less certain is given again at the finest granularity",
+    ),
 )
 """Our own fields."""
 

@@ -6,7 +6,8 @@
 Our extensions of OpenAI's fields are `usage.visual_tokens` and `usage.granularity`, and `avg_llava` on the completion
 and on the last chunk with a choice:
 
-    {"granularity": 16, "visual_tokens": 75, "probabilities": {"4": 0.1, ...}, "timings": {"encode": 0.02, ...},
+    {"granularity": 16, "visual_tokens": 75, "certainty": 0.98, "probabilities": {"4": 0.1, ...},
+     "timings": {"encode": 0.02, ...}, "reads": [{"granularity": 16, "visual_tokens": 75, "certainty": 0.98}],
      "images": [{"granularity": 16, "probabilities": ..., "visual_tokens": 75, "finest": 280, "size": [640, 480],
                  "tiles": LATTICE, "cells": LATTICE, "borders": {"x": [0, 80, ...], "y": ...}}]}
 
@@ -17,6 +18,7 @@ has the borders of the cells, which need not be equally wide.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import secrets
 import time
@@ -160,6 +162,8 @@ class Reply:
         return {
             "granularity": answer.granularity,
             "visual_tokens": answer.visual_tokens,
+            "certainty": answer.certainty,
+            "reads": [dataclasses.asdict(read) for read in answer.reads],
             "probabilities": answer.probabilities or None,
             "timings": answer.timings,
             "images": images,
