@@ -42,11 +42,13 @@ def test_answers_are_the_models_own(model, questions, records):
         (image,) = question.sample.images
         auto = model.answer(image, question.text, max_new_tokens=4)
         assert record["chosen"] == [auto.granularity]
-        assert record["adaptive"] == {"answer": auto.text, "right": False, "visual_tokens": auto.visual_tokens}
+        said = {"answer": auto.text, "right": False, "visual_tokens": auto.visual_tokens}
+        assert record["adaptive"] == said | {"certainty": pytest.approx(auto.certainty, abs=1e-4)}
         np.testing.assert_allclose(record["probabilities"][0], list(auto.probabilities.values()), atol=1e-4)
         for g in model.config.granularities:
             fixed = model.answer(image, question.text, granularity=g, max_new_tokens=4)
             assert (record["answers"][g], record["visual_tokens"][g]) == (fixed.text, fixed.visual_tokens)
+            assert record["certainty"][g] == pytest.approx(fixed.certainty, abs=1e-4)
 
 
 def test_an_interrupted_run_goes_on(model, questions, records, tmp_path, monkeypatch):

@@ -26,7 +26,7 @@ MALFORMED = {
     "messages empty": ({"messages": []}, "must end with a message from the user"),
     "messages not a list": ({"messages": "hello"}, "messages must be a list, not 'hello'"),
     "message not an object": ({"messages": [1]}, "messages[0] must be a JSON object, not 1"),
-    "role": ({"messages": [{"role": "tool", "content": "x"}]}, "role must be system, developer, user or assistant"),
+    "role": ({"messages": [{"role": "critic", "content": "x"}]}, "role must be system, developer, user or assistant"),
     "answer last": ({"messages": [*ONE, {"role": "assistant", "content": "x"}]}, "must end with"),
     "answer first": ({"messages": [{"role": "assistant", "content": "x"}, *ONE]}, "must be from the user"),
     "tool calls": ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [1]}, *ONE]}, "tool_calls[0]"),

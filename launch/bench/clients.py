@@ -8,6 +8,7 @@ import dataclasses
 import json
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -69,9 +70,10 @@ print(json.dumps({"sent": requests, "failed": failed, "first_ms": statistics.med
 
 @dataclasses.dataclass(frozen=True)
 class Client:
-    """A client. packages: what pip installs. asks: what its requests use. command: (its folder, url, model) -> argv.
+    """A client. packages: what pip installs. asks: what its requests use.
 
-    read: (its folder, what it printed) -> {"sent", "failed", "first_ms"}.
+    command: (its folder, url, model) -> argv, which runs in an empty folder. read: (that folder, what the command
+    printed) -> {"sent", "failed", "first_ms"}.
     """
 
     packages: tuple[str, ...]
@@ -109,7 +111,7 @@ def _aiperf(folder: pathlib.Path, url: str, model: str) -> list[str]:
         "--synthetic-input-tokens-mean", "32", "--output-tokens-mean", "8",
         "--image-width-mean", "120", "--image-height-mean", "80",
         "--extra-inputs", "ignore_eos:true", "--extra-inputs", "min_tokens:8",
-        "--ui-type", "none", "--artifact-dir", str(folder / "artifacts"),
+        "--ui-type", "none", "--artifact-dir", "artifacts",
     ]  # fmt: skip
 
 
@@ -124,8 +126,8 @@ def _sglang(folder: pathlib.Path, url: str, model: str) -> list[str]:
     return [
         f"{folder}/bin/python", str(script), "--backend", "sglang-oai-chat", "--base-url", url, "--model", model,
         "--tokenizer", str(TOKENIZER), "--dataset-name", "random-ids", "--num-prompts", str(REQUESTS.value),
-        "--random-input-len", "32", "--random-output-len", "8", "--max-concurrency", "2",
-        "--output-file", str(folder / "result.jsonl"), "--disable-tqdm",
+        "--random-input-len", "32", "--random-output-len", "8", "--random-range-ratio", "1", "--max-concurrency", "2",
+        "--output-file", "result.jsonl", "--disable-tqdm",
     ]  # fmt: skip
 
 
@@ -188,8 +190,11 @@ def row(name: str, url: str, model: str) -> str:
     client, folder = CLIENTS[name], pathlib.Path(WORKDIR.value).absolute() / name
     try:
         install(folder, client)
+        results = folder / "results"
+        shutil.rmtree(results, ignore_errors=True)
+        results.mkdir()
         begin = time.monotonic()
-        found = client.read(folder, run(client.command(folder, url, model), folder))
+        found = client.read(results, run(client.command(folder, url, model), results))
         print(f"{name}: {found} in {time.monotonic() - begin:.0f} s", file=sys.stderr, flush=True)
         if not found["sent"]:
             raise RuntimeError("it sent nothing")
