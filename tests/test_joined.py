@@ -152,23 +152,22 @@ def test_exported_and_asked(pair):
     def asked(granularity):
         return [Request(t, p, max_new_tokens=6, granularity=granularity) for t, p in zip(turns, pictures, strict=True)]
 
-    for granularity in (64, 8):
+    what = f"CLIP + {family}, joined and exported: logits"
+    for granularity in (8, 64):
         logits, _, _ = packed_logits(ours, asked("auto"), granularity, 800)
         with torch.no_grad():
             output = adaptive(**inputs, granularity=granularity)
-            finest = plain(**inputs).logits
-        for at, (packed, row, mask) in enumerate(zip(logits, output.logits, output.attention_mask, strict=True)):
+        for packed, row, mask in zip(logits, output.logits, output.attention_mask, strict=True):
             assert np.abs(packed).max() > 0.5
-            (length, known), what = packed.shape, f"CLIP + {family}, joined and exported: logits"
-            agree(what, packed, row[mask, :known])
-            if granularity == 64:
-                agree(what, packed, finest[at, -length:, :known])
-        answers = ours.answer_batch(asked(granularity))
-        ids = adaptive.generate(**inputs, max_new_tokens=6, do_sample=False, granularity=granularity)
-        same(answers, ids[:, inputs["input_ids"].shape[1] :].tolist(), ours.stop_ids)
-        if granularity == 64:
-            ids = plain.generate(**inputs, max_new_tokens=6, do_sample=False)
-            same(answers, ids[:, inputs["input_ids"].shape[1] :].tolist(), ours.stop_ids)
+            agree(what, packed, row[mask, : packed.shape[1]])
+    with torch.no_grad():
+        finest = plain(**inputs).logits
+    for packed, row in zip(logits, finest, strict=True):
+        agree(what, packed, row[-len(packed) :, : packed.shape[1]])
+    answers, start = ours.answer_batch(asked(64)), inputs["input_ids"].shape[1]
+    same(answers, plain.generate(**inputs, max_new_tokens=6, do_sample=False)[:, start:].tolist(), ours.stop_ids)
+    ids = adaptive.generate(**inputs, max_new_tokens=6, do_sample=False, granularity=64)
+    same(answers, ids[:, start:].tolist(), ours.stop_ids)
 
 
 def same(answers, rows, stops):

@@ -24,6 +24,7 @@ from avg_llava_jax.config import ModelConfig, RouterConfig, ScalerConfig, build,
 from avg_llava_jax.convert import decoders, layouts, towers
 from avg_llava_jax.convert.chat_templates import chat_template, with_images
 from avg_llava_jax.convert.tensors import read_json
+from avg_llava_jax.data.conversation import puts_bos
 from avg_llava_jax.data.geometry import ALLOWED
 from avg_llava_jax.data.sentencepiece_json import write_tokenizer_json
 from avg_llava_jax.data.tokenizer import Tokenizer
@@ -282,7 +283,8 @@ def save_tokenizer(
     values = read_json(path) if path.is_file() else {}
     if not (folder / "tokenizer.json").is_file():
         write_tokenizer_json(folder, tokenizer.special_tokens, legacy=values.pop("legacy", None) is not False)
-    _begin_with_bos(folder / "tokenizer.json", tokenizer)
+    if puts_bos(template):
+        _begin_with_bos(folder / "tokenizer.json", tokenizer)
     values |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"]}
     write_json(path, values)
     name_image_token(folder, image_token, processor_class)

@@ -151,7 +151,7 @@ def encode_conversation(
             raise BadSample("empty_answer", f"turn {number} is an answer without text")
     if turns[-1].human:
         raise BadSample("ends_on_human", "the last turn is a question without an answer")
-    return _encode(_render(turns, tokenizer, template), tokenizer, bos=_puts_bos(template))
+    return _encode(_render(turns, tokenizer, template), tokenizer, bos=puts_bos(template))
 
 
 def encode_prompt(turns: Sequence[Turn], tokenizer: Tokenizer, template: str = "vicuna_v1", images: int = 0) -> Tokens:
@@ -163,7 +163,7 @@ def encode_prompt(turns: Sequence[Turn], tokenizer: Tokenizer, template: str = "
     checked = _checked(turns, images, template)
     if not checked[-1].human:
         raise BadSample("ends_on_answer", "a prompt must end with a human turn")
-    tokens = _encode(_render(checked, tokenizer, template), tokenizer, bos=_puts_bos(template))
+    tokens = _encode(_render(checked, tokenizer, template), tokenizer, bos=puts_bos(template))
     return Tokens(tokens.ids, [IGNORE] * len(tokens.ids))
 
 
@@ -279,8 +279,9 @@ def _render(turns: list[_Said], tokenizer: Tokenizer, template: str) -> list[_Pi
     raise ValueError(f"template {template!r} is not known; choose from {known}")
 
 
-def _puts_bos(template: str) -> bool:
-    return template != "tokenizer"  # the tokenizer's own template writes BOS itself
+def puts_bos(template: str) -> bool:
+    """Whether BOS precedes the text of a template; the tokenizer's own template writes BOS itself."""
+    return template != "tokenizer"
 
 
 def _vicuna_v1(turns: list[_Said], tokenizer: Tokenizer) -> Iterable[_Piece]:
