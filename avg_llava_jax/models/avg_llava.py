@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from avg_llava_jax.config import ModelConfig
-from avg_llava_jax.models import language, one_cpu
+from avg_llava_jax.models import language, linear, one_cpu
 from avg_llava_jax.models.connector import Connector
 from avg_llava_jax.models.encoder import Encoder
 from avg_llava_jax.models.router import Router, Routing
@@ -44,6 +44,15 @@ def init(config: ModelConfig, rng: jax.Array) -> Params:
     }
 
 
+def with_dropout(params: Params, keys: jax.Array, tiles: int, rate: float) -> Params:
+    """Parameters whose adapters drop out a share of their input; keys (B,), one per sample of `tiles` tiles."""
+    of_tiles = jax.vmap(lambda key: jax.random.split(key, tiles))(keys).reshape(-1)
+    rows = {"encoder": of_tiles, "language": keys}
+    return params | {
+        name: params[name] | {"layers": linear.with_dropout(params[name]["layers"], rows[name], rate)} for name in rows
+    }
+
+
 def encode_images(config: ModelConfig, params: Params, pixels: jax.Array, remat: Remat = "none") -> jax.Array:
     """Encode and connect every tile: uint8 (B, T, H, W, 3) -> features (B, T, P, D)."""
     batch, tiles = pixels.shape[:2]
@@ -51,7 +60,11 @@ def encode_images(config: ModelConfig, params: Params, pixels: jax.Array, remat:
     def encode(pixels: jax.Array) -> jax.Array:
         return Encoder(config.vision, remat).apply({"params": params["encoder"]}, pixels)
 
-    patches = one_cpu.encode(encode, pixels.reshape(-1, *pixels.shape[2:]), config.vision.grid**2)
+    tiled = pixels.reshape(-1, *pixels.shape[2:])
+    if linear.differs_by_row(params["encoder"]["layers"]):
+        patches = encode(tiled)
+    else:
+        patches = one_cpu.encode(encode, tiled, config.vision.grid**2)
     features = Connector(config.language.width).apply({"params": params["connector"]}, patches)
     return features.reshape(batch, tiles, *features.shape[1:])
 
