@@ -248,7 +248,10 @@ def digest(folder: Folder, vision_tower: Folder | None = None) -> str:
         return foreign.digest(folder, vision_tower)
     if read_config(folder)[1].get("base"):
         raise ValueError(f"{folder} refers to a base itself: fold its adapters in with avg-llava merge")
-    sums = (_checksums(_step(folder, steps(folder)[-1])) or {}).get("params", {})
+    available = steps(folder)
+    if not available:
+        raise FileNotFoundError(f"{folder} has no complete step under {STEPS}/")
+    sums = (_checksums(_step(folder, available[-1])) or {}).get("params", {})
     held = {name: value for name, value in sums.items() if name.split("/")[0] in parameters.ADAPTERS}
     if not held:
         raise ValueError(f"{folder} was saved without checksums: avg-llava publish makes a copy with them")

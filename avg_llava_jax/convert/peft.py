@@ -173,7 +173,7 @@ def _adapters(
         count, into, out = kernel.shape
         rank = max(a.shape[1] for a, _, _ in layers.values())
         a, b = np.zeros((count, into, rank), np.float32), np.zeros((count, rank, out), np.float32)
-        scale = np.ones(count, np.float32)
+        scale = np.full(count, next(iter(layers.values()))[2], np.float32)
         for layer, (own_a, own_b, own_scale) in layers.items():
             a[layer, :, : own_a.shape[1]], b[layer, : len(own_b)], scale[layer] = own_a, own_b, own_scale
         for leaf, array in zip(adapters.LEAVES, (a, b, scale), strict=True):

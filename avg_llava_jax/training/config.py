@@ -15,7 +15,6 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
-from avg_llava_jax.adapters import nodes
 from avg_llava_jax.config import ModelConfig, build, nested
 from avg_llava_jax.data.images import MAX_PIXELS
 
@@ -91,7 +90,6 @@ class LoraConfig:
                 )
         if self.alpha is not None and self.alpha <= 0:
             raise ValueError(f"optimizer.lora.alpha={self.alpha} must be over 0")
-        nodes(self.targets)
 
     @property
     def chosen(self) -> tuple[str, ...]:

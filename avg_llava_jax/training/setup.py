@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 
 from avg_llava_jax import adapters, checkpoint, parameters
 from avg_llava_jax.config import ModelConfig, from_dict, to_dict
-from avg_llava_jax.convert import foreign
+from avg_llava_jax.convert import foreign, peft
 from avg_llava_jax.convert.quantize import quantized
 from avg_llava_jax.data.errors import BadSample
 from avg_llava_jax.data.feedback import asked, read_feedback
@@ -84,6 +84,10 @@ def begin(config: TrainConfig, workdir: Path, mesh: jax.sharding.Mesh) -> Start:
         reference = loaded.meta.get("base")
         if reference is None and (config.optimizer.lora.rank or config.quantize):
             reference = checkpoint.refer(config.init_from, config.vision_tower or None)
+        if not parameters.ADAPTERS.keys().isdisjoint(trainable(config.phase, config.optimizer)):
+            params, reference = adapters.folded(params), None  # what is trained whole is stored whole
+        if reference and not parameters.ADAPTERS.keys().isdisjoint(config.fresh):
+            raise ValueError(f"fresh={config.fresh}: encoder and language model are those of the base of this run")
     else:
         model = override(ModelConfig(), config.model)
         init = functools.partial(parameters.init, model, dtype=dtypes(config))
@@ -95,7 +99,8 @@ def begin(config: TrainConfig, workdir: Path, mesh: jax.sharding.Mesh) -> Start:
     if hosts.first():
         checkpoint.copy_tokenizer(tokenizer, workdir)
         if config.init_from:
-            foreign.keep_unused(config.init_from, workdir, config.vision_tower or None)
+            source = peft.base_of(config.init_from) if peft.is_adapter(config.init_from) else config.init_from
+            foreign.keep_unused(source, workdir, config.vision_tower or None)
         checkpoint.save_config(workdir, model, to_dict(config), trained, reference)
     multihost_utils.sync_global_devices("config.json and tokenizer are written")
     own, base = adapters.divide(params) if reference else (params, None)
@@ -223,8 +228,6 @@ def check(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
     refers = "optimizer.lora.rank" if config.optimizer.lora.rank else "quantize" if config.quantize else ""
     if refers and not config.init_from:
         raise ValueError(f"{refers} needs a trained base: give init_from")
-    if refers and not set(config.fresh).isdisjoint(parameters.ADAPTERS):
-        raise ValueError(f"fresh={config.fresh} with {refers}: encoder and language model are those of the base")
     if not config.init_from:
         if not config.tokenizer:
             raise ValueError("init_from is not set: give a checkpoint, or a `tokenizer` to start from fresh parameters")
@@ -250,6 +253,7 @@ def check_step(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
     """The checks of `check` that concern the training step."""
     optimizer = config.optimizer
     trainable(config.phase, optimizer)
+    adapters.nodes(optimizer.lora.targets)
     if config.compute_dtype not in DTYPES:
         raise ValueError(f"compute_dtype={config.compute_dtype!r}: choose {' or '.join(DTYPES)}")
     if config.quantize not in ("", "int8"):
@@ -388,7 +392,7 @@ def plan_validation(config: TrainConfig, planned: PlannedBatches) -> PlannedBatc
 
 def _same_shapes(params: parameters.Params, wanted: parameters.Params, where: str) -> None:
     theirs, ours = parameters.flat(params), parameters.flat(wanted)
-    theirs = {path: leaf for path, leaf in theirs.items() if path not in adapters.of(params)}
+    theirs = {path: leaf for path, leaf in theirs.items() if not adapters.is_leaf(path)}
     for path in sorted(ours.keys() | theirs.keys()):
         there, here = (tree[path].shape if path in tree else None for tree in (theirs, ours))
         if there != here:
