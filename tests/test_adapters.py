@@ -33,8 +33,8 @@ def adapted(config, params, rank=3, targets=TARGETS, b=0.05):
 
 @pytest.fixture(scope="module")
 def deep(tiny):
-    """Three layers, which are stacked, with biases."""
-    return dataclasses.replace(tiny, language=dataclasses.replace(tiny.language, layers=3, attention_bias=True))
+    """Two layers, which are stacked, with biases."""
+    return dataclasses.replace(tiny, language=dataclasses.replace(tiny.language, layers=2, attention_bias=True))
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_every_path_computes_the_folded_weights(deep, base, int8):
     params = adapted(deep, base)
     if int8:
         params = quantized(params)
-        with pytest.raises(ValueError, match="q/kernel' is int8: fold the adapter into the original base"):
+        with pytest.raises(ValueError, match="kernel' is int8: fold the adapter into the original base"):
             adapters.folded(params)
     folded = adapters.folded(dequantized(params) if int8 else params)
     assert not adapters.of(folded)
@@ -92,25 +92,21 @@ def test_fold_by_hand():
 
 
 def test_gradients_are_finite_differences(deep, base, batch):  # noqa: F811
-    """Of the whole loss, along random directions of A and B; also where the base is int8."""
-    for params in (adapted(deep, base), quantized(adapted(deep, base))):
-        ours, frozen = parameters.split(params, ("language_lora", "encoder_lora"))
+    """Of the whole loss on an int8 base, along random directions of A and B; `test_peft` has those on a plain one."""
+    ours, frozen = parameters.split(quantized(adapted(deep, base)), ("language_lora", "encoder_lora"))
 
-        @jax.jit
-        def loss(ours, frozen=frozen):
-            return losses.language_loss(deep, parameters.merge(ours, frozen), batch, (4, 16))[0]
+    @jax.jit
+    def loss(ours):
+        return losses.language_loss(deep, parameters.merge(ours, frozen), batch, (4,))[0]
 
-        grads = jax.jit(jax.grad(loss))(ours)
-        for part in ("lora_a", "lora_b"):
-            leaves = parameters.flat(ours)
-            way = {
-                path: jax.random.normal(jax.random.key(n), leaf.shape) * path.endswith(part)
-                for n, (path, leaf) in enumerate(leaves.items())
-            }
-            step = 3e-3
-            up, down = (loss(parameters.unflat({p: leaves[p] + s * way[p] for p in way})) for s in (step, -step))
-            slope = sum(jnp.vdot(way[path], grad) for path, grad in parameters.flat(grads).items())
-            np.testing.assert_allclose(slope, (up - down) / (2 * step), rtol=2e-2, atol=1e-4)
+    grads, leaves, step = parameters.flat(jax.jit(jax.grad(loss))(ours)), parameters.flat(ours), 3e-3
+    for part in ("lora_a", "lora_b"):
+        draw = np.random.default_rng(0).standard_normal
+        way = {path: draw(leaf.shape, np.float32) * path.endswith(part) for path, leaf in leaves.items()}
+        up, down = (loss(parameters.unflat({p: leaves[p] + s * way[p] for p in way})) for s in (step, -step))
+        slope = sum(np.vdot(way[path], grad) for path, grad in grads.items())
+        np.testing.assert_allclose(slope, (up - down) / (2 * step), rtol=2e-2, atol=1e-4)
+        assert abs(slope) > 1e-2
 
 
 def test_dropout_is_of_a_sample_alone(deep, base, batch):  # noqa: F811
