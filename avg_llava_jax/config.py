@@ -8,15 +8,15 @@ Legend of dims, used in every signature and docstring of the project:
     L  text tokens of a sample      S  packed length: text, visual tokens, newlines
     A  answer tokens of a sample    N  visual tokens of an image, newlines included
     D  width of the language model  E  width of the vision encoder
-    V  vocabulary                   M  tiles, or images, of all samples together
+    V  vocabulary                   M  items of all samples together: tiles, images, patches
     H  height of a tile in pixels   W  width of a tile in pixels
     J  instruction tokens that the router selects
 
 In attention and the KV cache alone:
 
-    H  query heads                  KV key-value heads
+    Q  query heads                  K  key-value heads, a divisor of Q
     d  features of a head           C  capacity of a slot in positions
-    W  positions of a window
+    F  first positions of a slot that are attended to, its window
 
 A *granularity* is named by its tokens per tile: 36, 72, 144, 288, 576 for the released
 24 x 24 grid. Together they are the *ladder*. Lists of granularities are always ascending.

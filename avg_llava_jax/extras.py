@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 
-EXTRAS = {"serve": ("starlette", "uvicorn"), "lmms-eval": ("lmms_eval",)}
+EXTRAS = {"serve": ("starlette", "uvicorn", "llguidance"), "lmms-eval": ("lmms_eval",)}
 """Top-level modules of each extra in pyproject.toml that this package imports."""
 
 

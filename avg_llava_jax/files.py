@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 Path = str | os.PathLike[str]
 
 
-_BUCKET = re.compile(r"(?:^|[,*])\s*(?!https?:)([a-z][a-z0-9+.-]+:/\S*)")
+_BUCKET = re.compile(r"(?:^|[,*])\s*(?!https?:)([a-z][a-z0-9+.-]+:/\S*)", re.IGNORECASE)
 
 
 def refuse_buckets(named: Mapping[str, Any]) -> None:
@@ -120,11 +120,17 @@ def portable(settings: Any) -> Any:
     return settings
 
 
-def same_run(workdir: Path, name: str, settings: dict[str, Any]) -> None:
+MADE_BY = "made_by"
+
+
+def same_run(workdir: Path, name: str, settings: dict[str, Any], made_by: Mapping[str, str] | None = None) -> None:
     """Check that a workdir holds no results of other settings, then store `settings` there in the JSON file `name`.
 
+    made_by: digests of what else determines the results, see `reuse`; stored with the settings.
+
     Raises:
-      ValueError: the workdir holds results of other settings (names the first that differs), or is a bucket.
+      ValueError: the workdir holds results of other settings (names the first that differs) or of another `made_by`, or
+        is a bucket.
     """
     refuse_buckets({"workdir": workdir})
     path = pathlib.Path(workdir) / name
@@ -138,5 +144,13 @@ def same_run(workdir: Path, name: str, settings: dict[str, Any]) -> None:
                 raise ValueError(
                     f"{workdir} holds answers for {key}={before.get(key)!r}, not {value!r}: use another --workdir"
                 )
+        other = differing(before.get(MADE_BY) or {}, made_by or {})
+        if other:
+            raise ValueError(f"{workdir} holds results of other {other}: use another --workdir")
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(settings, indent=1) + "\n")
+    write_whole(path, json.dumps(settings | ({MADE_BY: made_by} if made_by else {}), indent=1) + "\n")
+
+
+def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Names of the values that are not as before: "weights and code"; "" where all are."""
+    return " and ".join(name for name, value in now.items() if before.get(name) != value)

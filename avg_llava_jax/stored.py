@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import SingleDeviceSharding
 
@@ -33,6 +34,19 @@ def checksums(tree: Any) -> dict[str, int]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     sums = jax.device_get(_checksums([leaf for _, leaf in leaves]))
     return {f"{_name(path)} {leaf.dtype}": int(value) for (path, leaf), value in zip(leaves, sums, strict=True)}
+
+
+def by_layer(tree: Any) -> list[dict[str, int]]:
+    """`checksums` of each layer, for leaves that stack layers along their first axis."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    sums = np.stack(jax.device_get(_sums_by_layer([leaf for _, leaf in leaves])), axis=1)
+    names = [f"{_name(path)} {leaf.dtype}" for path, leaf in leaves]
+    return [dict(zip(names, map(int, row), strict=True)) for row in sums]
+
+
+@jax.jit
+def _sums_by_layer(leaves: list[jax.Array]) -> list[jax.Array]:
+    return jax.vmap(_checksums)(leaves)
 
 
 @jax.jit

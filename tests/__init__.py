@@ -2,10 +2,17 @@
 
 import os
 import pathlib
+import typing
 
+from flax.linen import linear
 from jaxtyping import install_import_hook
 
-CHECKED = ["avg_llava_jax.training.losses", "avg_llava_jax.training.rglf"]
+typing.runtime_checkable(linear.PromoteDtypeFn)  # else beartype refuses `language.Linear`, which inherits a field of it
+CHECKED = [
+    "avg_llava_jax.models",
+    "avg_llava_jax.training.losses",
+    "avg_llava_jax.training.rglf",
+]
 install_import_hook(CHECKED, "beartype.beartype")
 
 # Programs are compiled once for all tests, their processes and the commands that they start.

@@ -6,7 +6,7 @@ from collections import Counter
 
 from avg_llava_jax.data.errors import BadSample
 from avg_llava_jax.data.geometry import visual_count
-from avg_llava_jax.inference.requests import Answer
+from avg_llava_jax.inference.requests import Answer, TokenScore
 from avg_llava_jax.inference.stats import Stats
 from avg_llava_jax.inference.tickets import Cancelled, QueueFull, Ticket
 
@@ -21,8 +21,10 @@ class EngineDouble:
         self.model, self.places, self.held = model, places, threading.Event()
         self.requests, self.ends, self.running, self.open = [], Counter(), 0, True
 
-    def submit(self, request):
-        self.model.prepare(request)
+    def submit_prepared(self, prepared, images):
+        request = prepared.request
+        if not self.open:
+            raise RuntimeError("the engine is closed")
         if self.running >= self.places:
             raise QueueFull("full")
         self.requests.append(request)
@@ -32,7 +34,7 @@ class EngineDouble:
         return ticket
 
     def _answer(self, request, ticket):
-        words = [word for word in request.prompt[-1]["value"].split() if word != "<image>"][::-1]
+        words = _words(request.prompt)[::-1]
         outcome = None
         for number, word in enumerate(words[: request.max_new_tokens]):
             while self.held.is_set() and number and self.open and not ticket.cancelled:
@@ -43,7 +45,8 @@ class EngineDouble:
                 outcome = RuntimeError("boom") if word == "crash" else BadSample("corrupt_image", "image: damaged")
             if outcome:
                 break
-            ticket.show(" " * bool(number) + word)
+            scores = [TokenScore(n, -n / 8, {n: -n / 8, 7: -2.0}) for n in range(number + 1)]
+            ticket.show(" " * bool(number) + word, number + 1, [] if request.logprobs is None else scores)
         self.running -= 1
         self.ends[type(outcome).__name__] += 1
         ticket.end(outcome or self._answered(request, words))
@@ -65,6 +68,7 @@ class EngineDouble:
             {"total": 0.25},
             tuple(range(len(kept))),
             "length" if len(kept) < len(words) else "stop",
+            () if request.logprobs is None else tuple(TokenScore(n, -n / 8, {7: -2.0}) for n in range(len(kept))),
         )
 
     def stats(self):
@@ -72,3 +76,9 @@ class EngineDouble:
 
     def close(self, drain=True):
         self.open = drain
+
+
+def _words(prompt):
+    """The words of the last question, or of a raw prompt: either is the list of texts around its images."""
+    texts = prompt[-1]["value"] if isinstance(prompt[-1], dict) else prompt
+    return " ".join(texts).split()

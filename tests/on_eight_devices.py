@@ -14,6 +14,7 @@ from avg_llava_jax.inference import programs
 from avg_llava_jax.inference.api import AvgLlava
 from avg_llava_jax.inference.engine import Engine
 from avg_llava_jax.inference.requests import Request
+from avg_llava_jax.inference.sampling import sampling_of, shaping_of
 from avg_llava_jax.inference.stress import compilations
 from avg_llava_jax.models import language
 from avg_llava_jax.models.flash import flash_attention
@@ -88,10 +89,10 @@ def answered(params, batch, sizes):
     cache, *_ = programs.prefill(MODEL, params, cache, pool, first, 0)
     rest = programs.Chunk(ids, 0 * ids + half, length - half, words[:, half:], places[:, half:])
     cache, logits, tokens = programs.prefill(MODEL, params, cache, pool, rest, LENGTH + ROOM)
-    zero, one = np.zeros(ROWS, np.float32), np.ones(ROWS, np.int32)
-    sampling = programs.Sampling(zero, zero + 1, 0 * ids, ids.astype(np.uint32), one * ROOM)
-    rows, stops = programs.Rows(tokens, length, one), np.array([-1], np.int32)
-    cache, tokens, made = programs.decode(
+    none = sampling_of(ROWS, [], [], shaping_of(ROWS, [], [], MODEL.language.vocab_size, LENGTH + ROOM))
+    sampling = none._replace(limit=np.full(ROWS, ROOM, np.int32))
+    rows, stops = programs.Rows(tokens, length, np.ones(ROWS, np.int32)), np.array([-1], np.int32)
+    cache, tokens, made, _ = programs.decode(
         MODEL, params, cache, rows, sampling, stops, np.int32(ROOM), ROOM, LENGTH + ROOM, True
     )
     assert np.all(made == ROOM - 1)

@@ -9,6 +9,7 @@ import openai
 from PIL import Image
 
 from avg_llava_jax.server.app import Service
+from avg_llava_jax.server.clients import parse_keys
 from avg_llava_jax.server.limits import Limits
 from avg_llava_jax.server.serving import Serving, bind
 from tests.engine_double import EngineDouble
@@ -19,14 +20,16 @@ LIMITS = Limits(body_bytes=1 << 20, pixels=250_000, images=3, new_tokens=64, sec
 class Served:
     """A service on a double, in this process, and OpenAI's client of it."""
 
-    def __init__(self, model, key=None, limits=LIMITS, places=72):
+    def __init__(self, model, key=None, limits=LIMITS, places=72, origins=()):
         self.engine = EngineDouble(model)
-        self.service = Service(self.engine, "tiny", limits, key, places)
+        keys = parse_keys(key, "key") if key else ()
+        self.service = Service(self.engine, "tiny", limits, keys, places, origins)
         self.serving = Serving(self.service, bind("127.0.0.1", 0))
         self.serving.start()
         self.url = self.serving.url
         self.http = httpx.Client(base_url=self.url, timeout=20)
-        self.openai = openai.OpenAI(base_url=f"{self.url}/v1", api_key=key or "none", max_retries=0, timeout=20)
+        sent = key.split()[0] if key else "none"
+        self.openai = openai.OpenAI(base_url=f"{self.url}/v1", api_key=sent, max_retries=0, timeout=20)
 
     def ask(self, content, **options):
         """One question through OpenAI's client."""

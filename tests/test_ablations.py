@@ -38,7 +38,7 @@ def test_asks_once_trains_many_and_goes_on(tiny, tokenizer, tmp_path, capsys, mo
         trained.append((folder.name, stored))
         if config.model.unpad is None:
             return original(config, stored, folder)
-        folder.mkdir()
+        assert (folder / ablate.RECIPE).is_file()
         return model
 
     def collect_feedback(model, config, folder):

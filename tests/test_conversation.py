@@ -191,6 +191,26 @@ def test_the_tokenizers_own_template_reads_back(chatml):
     assert show(prompt, chatml)[0].endswith("Why<|im_end|>\n<|im_start|>assistant\n")
 
 
+@pytest.mark.parametrize("template", ["vicuna_v1", "mistral_instruct", "llama_3", "tokenizer"])
+def test_texts_around_images_hold_no_markers(chatml, template):
+    """A list of texts is the text with `<image>` between them, except that the word in it is text."""
+    marked, listed = "Is <image> larger\nthan <image>?", ["Is ", " larger\nthan ", "?"]
+    both = [encode_conversation([human(value), gpt("No.")], chatml, template, 2) for value in (marked, listed)]
+    assert both[0] == both[1]
+    said = "What is <image> \U000f0000?"
+    tokens = encode_prompt([human([said]), gpt([said]), human(["", said])], chatml, template, 1)
+    assert tokens.images == 1 and show(tokens, chatml)[0].count(said) == 3
+    assert encode_raw([said, said], chatml).images == 1
+
+
+@pytest.mark.parametrize("template", ["vicuna_v1", "mistral_instruct", "llama_3", "tokenizer"])
+def test_a_prompt_may_hold_an_empty_answer(chatml, template):
+    """The tokens are those that the model saw and wrote: its prompt, then at once the end of the answer."""
+    asked = encode_prompt([human("Hello")], chatml, template).ids
+    ids = encode_prompt([human("Hello"), gpt(""), human("And?")], chatml, template).ids
+    assert ids[: len(asked)] == asked and ids[len(asked)] in stop_ids(chatml, template)
+
+
 def test_a_template_that_rewrites_earlier_turns_is_refused(small, tmp_path):
     small.save(tmp_path)
     (tmp_path / "chat_template.jinja").write_text(

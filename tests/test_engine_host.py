@@ -74,16 +74,20 @@ def test_a_chunk_at_the_end_of_a_slot_begins_earlier():
 
 
 def test_prompts_of_one_size_come_together():
-    """Those whose prefix was just read first, then those of the size that most are of."""
-    scheduler = Scheduler(dataclasses.replace(BUCKETS, chunks=(32, 64)))
+    """A call is full before its prompts get slots; of prompts with one prefix, the first goes ahead alone."""
+    scheduler = Scheduler(dataclasses.replace(BUCKETS, slots=4, chunks=(32, 64), prompts=(1, 2)))
     works = [prompt(range(n, n + 40)) for n in (0, 100)] + [prompt(range(300, 320))]
-    follower = prompt(range(40))
-    follower.waits_for = works[0]
-    assert scheduler.by_size([works[2], works[0], works[1], follower]) == [follower, works[0], works[1], works[2]]
+    follower = prompt([*range(30), 7, 8, 9])
+    assert scheduler.next_group([works[2], works[0]], partial=False) == []
+    assert scheduler.next_group([works[2], works[0]], partial=True) == [works[2]]
+    assert scheduler.next_group([works[2], works[0], follower, works[1]], partial=True) == works[:2]
     for work in (works[2], works[0], works[1]):
         scheduler.admit(work)
+    assert scheduler.next_group([follower], partial=True) == []  # until its prefix is in a slot
     assert scheduler.next_prefill().works == [works[2]]
     assert scheduler.next_prefill(fullest=True).works == works[:2]
+    scheduler.prefilled(scheduler.next_prefill(fullest=True))
+    assert scheduler.next_group([prompt(range(500, 540)), follower], partial=False) == [follower]
 
 
 def test_answers_grow_together_in_the_smallest_program_that_holds_them():

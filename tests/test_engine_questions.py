@@ -45,8 +45,9 @@ def questions(model, photos, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def records(model, questions):
-    return evaluation.answer_all(model, questions, batch_size=1, skipped=[], **OPTIONS)
+def records(model, questions, tmp_path_factory):
+    file = tmp_path_factory.mktemp("records") / "answers.jsonl"
+    return evaluation.answer_all(model, questions, file, batch_size=1, skipped=[], **OPTIONS)
 
 
 @pytest.fixture
@@ -67,12 +68,11 @@ def engines(monkeypatch):
 
 
 def same(some, others):
-    """Records are equal but for the last bits of their scores."""
+    """Records are equal but for the last bits of their scores, and for `made_by`, which stored records have."""
     rounded = ("scores", "probabilities")
     for one, other in zip(some, others, strict=True):
-        assert {k: v for k, v in one.items() if k not in rounded} == {
-            k: v for k, v in other.items() if k not in rounded
-        }
+        first, second = ({k: v for k, v in r.items() if k not in (*rounded, "made_by")} for r in (one, other))
+        assert first == second
         for name in rounded:
             np.testing.assert_allclose(one[name], other[name], atol=1e-3, rtol=1e-3)
 

@@ -32,8 +32,8 @@ def questions(model):
 
 
 @pytest.fixture(scope="module")
-def records(model, questions):
-    return evaluation.answer_all(model, questions, **OPTIONS)
+def records(model, questions, tmp_path_factory):
+    return evaluation.answer_all(model, questions, tmp_path_factory.mktemp("records") / "answers.jsonl", **OPTIONS)
 
 
 def test_answers_are_the_models_own(model, questions, records):
@@ -51,7 +51,11 @@ def test_answers_are_the_models_own(model, questions, records):
 
 def test_an_interrupted_run_goes_on(model, questions, records, tmp_path, monkeypatch):
     file = tmp_path / "answers.jsonl"
-    lines = [json.dumps(record) for record in records[:20]]
+    limit = OPTIONS["max_new_tokens"]
+    lines = [
+        json.dumps(record | {"made_by": evaluation.made_by(model, question, limit)})
+        for record, question in zip(records[:20], questions[:20], strict=True)
+    ]
     file.write_text("\n".join(lines) + '\n{"id": "cut of')
     answered = []
     original = evaluation._Asked
@@ -267,7 +271,7 @@ def test_images_that_cost_differently(model, llava_folder, tmp_path):
     source = open_source(str(llava_folder / "train.json"), str(llava_folder / "images"))
     questions, _ = evaluation.read_questions(source, model.tokenizer, model.config)
     questions = [question for question in questions if len(question.sample.sizes) == 2][:3]
-    records = evaluation.answer_all(model, questions, **OPTIONS)
+    records = evaluation.answer_all(model, questions, tmp_path / "answers.jsonl", **OPTIONS)
     options = tmp_path / "mixed.jsonl", 4, 8
     wanted = [(4, 8), (8, 8), tuple(records[2]["chosen"])]
     with pytest.raises(ValueError, match="was never answered"):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from avg_llava_jax import extras
+from avg_llava_jax.inference.guides import Guide
 
 ROOT = Path(__file__).parents[1]
 PLAN = ["plan", "--config=configs/jersey.py:tiny", "--topology=v5e:2x2"]
@@ -49,6 +50,13 @@ def test_the_plugin_names_its_extra(monkeypatch):
     monkeypatch.delitem(sys.modules, "avg_llava_jax.eval.lmms_eval_plugin", raising=False)
     with pytest.raises(extras.MissingExtra, match=r"the lmms-eval plugin needs lmms_eval\S*, which is not installed"):
         __import__("avg_llava_jax.eval.lmms_eval_plugin")
+
+
+@pytest.mark.parametrize("kind, value", [("choice", ["a"]), ("regex", "a"), ("grammar", 'start: "a"'), ("json", {})])
+def test_a_guide_names_its_extra(kind, value, monkeypatch):
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    with pytest.raises(extras.MissingExtra, match="^a guide needs llguidance, which is not installed: .* `serve`"):
+        getattr(Guide, kind)(value)
 
 
 def test_another_module_that_is_missing_is_another_error():

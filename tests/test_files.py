@@ -1,6 +1,9 @@
 """Paths that are none."""
 
+import os
 import pathlib
+import subprocess
+import sys
 
 import pytest
 from ml_collections import ConfigDict
@@ -8,7 +11,7 @@ from ml_collections import ConfigDict
 from avg_llava_jax import checkpoint, files
 from tests.test_launch import ROOT, run
 
-BUCKETS = ["gs://my-bucket/run1", "s3://b/run", "hdfs://h/x", "abfss://c@a.dfs.core.windows.net/x", "file:///tmp/x"]
+BUCKETS = ["gs://my-bucket/run1", "s3://b/run", "hdfs://h/x", "abfss://c@a.dfs.core.windows.net/x", "file:///tmp/x", "GS://b/run"]
 
 
 @pytest.mark.parametrize("bucket", BUCKETS)
@@ -61,3 +64,11 @@ def test_commands_refuse_buckets_at_once(tmp_path):
         assert code == 2 and "is not a local path: buckets are neither read" in error, error
         assert "prompt" not in error
     assert not any(tmp_path.iterdir()) and not (ROOT / "gs:").exists()
+
+
+def test_what_a_terminal_cannot_show_is_escaped(tmp_path):
+    """A path that is not UTF-8, printed once the work is done, as is an answer on a terminal of another encoding."""
+    output = b"--output=" + os.fsencode(tmp_path) + b"/caf\xe9"
+    command = [sys.executable, "-m", "launch.write_jersey", "--count=1", output]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=100)
+    assert (done.returncode, done.stderr) == (0, b"") and done.stdout.endswith(b"caf\\udce9/test.json\n")

@@ -502,3 +502,25 @@ def test_stores_that_cannot_be(tmp_path):
         pass
     with pytest.raises(ValueError, match="images.tar.gz.*compressed tar"):
         ImageStore(tmp_path / "images.tar.gz")
+
+
+def test_an_archive_whose_directory_is_damaged(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("a.png", encoded(picture(5, 4)))
+    content = (tmp_path / "a.zip").read_bytes()
+    (tmp_path / "a.zip").write_bytes(content.replace(b"PK\x01\x02", b"PK??"))
+    with pytest.raises(ValueError, match=r"a\.zip: its directory is damaged .*: copy or pack it again"):
+        ImageStore(tmp_path / "a.zip")
+
+
+def test_a_member_with_holes_is_refused(tmp_path):
+    """`tar --sparse` leaves out runs of zeros: the bytes that follow belong to other members."""
+    content = encoded(picture(5, 4))
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.GNU_FORMAT) as archive:
+        for name, kind in (("holes.png", tarfile.GNUTYPE_SPARSE), ("whole.png", tarfile.REGTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type, info.size = kind, len(content)
+            archive.addfile(info, io.BytesIO(content))
+    assert ImageStore(tmp_path / "a.tar").ref("whole.png").load().size == (5, 4)
+    with pytest.raises(BadSample, match=r"holes\.png is stored with holes: pack it without --sparse"):
+        ImageStore(tmp_path / "a.tar").ref("holes.png")

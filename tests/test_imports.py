@@ -4,7 +4,7 @@
     data      models              data without JAX, models without NumPy and Pillow
     parameters, adapters
     parallel
-    checkpoint, stored, convert
+    checkpoint, stored, reuse, convert
     training  inference
     configs                       experiments: what they change of training's defaults
     eval                          eval/benchmarks without JAX
@@ -34,7 +34,7 @@ LAYERS = (
     ({"data"}, {"models"}),
     ({"parameters", "adapters"},),
     ({"parallel"},),
-    ({"checkpoint", "stored", "convert"},),
+    ({"checkpoint", "stored", "reuse", "convert"},),
     ({"training"}, {"inference"}),
     ({"configs"},),
     ({"eval"},),

@@ -1,8 +1,10 @@
 """The commands as a user runs them."""
 
+import concurrent.futures
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +14,7 @@ import pytest
 from PIL import Image
 
 from avg_llava_jax import checkpoint
+from tests import benchmark_fixtures as fixtures
 from tests.conftest import TOKENIZER
 from tests.random_model import random_model
 
@@ -84,6 +87,28 @@ def test_answer(tiny, tokenizer, folder, tmp_path):
     text, choice, times = out.rsplit("\n", 3)[:3]
     assert text == random_model(tiny, tokenizer).answer(tmp_path / "a.png", "Who?", max_new_tokens=6).text
     assert choice.startswith("image 0: ") and "visual tokens, 6 new tokens" in times
+    total, compiling = map(float, re.search(r"total ([\d.]+) s, of which ([\d.]+) s compiling$", times).groups())
+    assert 0 < compiling <= total + 0.01
+
+
+def test_images_over_max_pixels(folder, tmp_path):
+    image, data = tmp_path / "a.png", tmp_path / "test.json"
+    Image.new("RGB", (40, 30), "red").save(image)
+    turns = [{"from": "human", "value": "<image>\nWho?"}, {"from": "gpt", "value": "nobody"}]
+    data.write_text(json.dumps([{"image": "a.png", "conversations": turns}]))
+    fixtures.write_hub(tmp_path / "pope", "pope")
+    asking, workdir = (f"--image={image}", "--prompt=Who?"), f"--workdir={tmp_path / 'out'}"
+    cases = {
+        ("answer", *asking): "40 x 30 is over 99 pixels (max_pixels)",
+        ("explain", *asking): "40 x 30 is over 99 pixels (max_pixels)",
+        ("evaluate", f"--data={data}", f"--images={tmp_path}", workdir): "the first for too_large_image",
+        ("benchmark", "--task=pope", f"--data={tmp_path / 'pope'}", workdir): "none of 6 rows can be asked",
+    }
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(run, *command, f"--checkpoint={folder}", "--max_pixels=99") for command in cases]
+        for done, message in zip(runs, cases.values(), strict=True):
+            code, _, error = done.result()
+            assert code == 2 and message in error, error
 
 
 def test_evaluate(folder, tmp_path):

@@ -357,7 +357,7 @@ def test_the_plugin(tiny, tokenizer, monkeypatch):
     from avg_llava_jax.inference.api import AvgLlava
     from tests.random_model import random_model
 
-    for name in ("api.model", "models.registry_v2"):
+    for name in ("api.model", "models.registry_v2", "models.model_utils.gen_metrics"):
         module(name)
     plugin = importlib.import_module("avg_llava_jax.eval.lmms_eval_plugin")
     model = random_model(tiny, tokenizer)
@@ -381,6 +381,11 @@ def test_the_plugin(tiny, tokenizer, monkeypatch):
         counts = results[n].token_counts.to_dict()
         assert results[n].text == answer.text and counts["output_tokens"] == len(answer.token_ids)
         assert (counts["visual_tokens"], counts["granularity"]) == (answer.visual_tokens, answer.granularity)
+        assert counts["seconds"].keys() == answer.timings.keys() and counts["seconds"]["total"] > 0
+    summary = module("models.model_utils.gen_metrics").summarize_logged_metrics()
+    assert summary["total_gen_tokens"] == sum(r.token_counts.output_tokens for r in results if r.token_counts)
+    assert summary["avg_latency"] == pytest.approx(summary["total_elapsed_time"] / 4) and summary["avg_visual_tokens"]
+    assert summary["avg_samples_per_second"] == pytest.approx(4 / summary["total_elapsed_time"])
     with pytest.raises(NotImplementedError):
         wrapped.loglikelihood([])
     with pytest.raises(ValueError, match="1 of 1 requests are not answered, the last one: the prompt takes"):
@@ -392,12 +397,19 @@ def test_the_plugin(tiny, tokenizer, monkeypatch):
         False,
         True,
     ]
+    pytest.importorskip("llguidance")
+    guided = plugin.AvgLlavaForLmmsEval(guided="True")
+    guided.task_dict["pope"] = {"test": docs}
+    asked = "Which?\nA. red\nB. blue\nAnswer with the option's letter from the given choices directly."
+    (one,) = guided.generate_until([types.SimpleNamespace(args=(asked, dict(options), images, 0, "pope", "test"))])
+    assert one.text in ("A", "B") and one.token_counts.output_tokens <= 2
     for options, message in (
         ({"granularity": "36"}, "granularity='36' is not one of this model's: auto, 4, 8, 16"),
         ({"granularity": 7}, "granularity=7 is not one of this model's"),
         ({"granularity": "all"}, "granularity='all' is not one of this model's"),
         ({"batch_size": "auto"}, "batch_size='auto' must be a whole number of at least 1"),
         ({"max_pixels": "many"}, "max_pixels='many' must be a whole number of at least 1"),
+        ({"guided": "yes"}, "guided='yes' must be True or False"),
         ({"batch_size": 0}, "batch_size=0 must be a whole number of at least 1"),
     ):
         with pytest.raises(ValueError, match=message):

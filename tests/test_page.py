@@ -105,7 +105,7 @@ def test_a_conversation_about_an_image(page, served, tmp_path):
 
     request = served.engine.requests[-1]
     assert [turn["value"] for turn in request.prompt] == [
-        "<image>\nyellow is it", "it is yellow", "<image>\n<image>\nthis about what",
+        ["", "\nyellow is it"], ["it is yellow"], ["", "\n", "\nthis about what"],
     ]  # fmt: skip
     assert [image.size for image in request.images] == [(320, 200), (200, 100), (90, 200)]
     assert request.granularity == 4 and request.cost_weight == 0

@@ -16,6 +16,7 @@ from avg_llava_jax.inference.device import page_bytes
 from avg_llava_jax.inference.engine import Engine
 from avg_llava_jax.inference.image_pages import digest_of
 from avg_llava_jax.inference.requests import Request
+from avg_llava_jax.inference.sampling import sampling_of, shaping_of
 from tests.measured_pixels import measured_tiles
 
 GOLDEN = pathlib.Path(__file__).parent / "data" / "golden"
@@ -59,14 +60,14 @@ def test_golden_tokens(golden, case):
 
 
 def sampling(rows, **given):
-    values = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "seed": 0, "limit": 8} | given
-    types = (jnp.float32, jnp.float32, jnp.int32, jnp.uint32, jnp.int32)
-    return programs.Sampling(
-        *(jnp.broadcast_to(jnp.asarray(v, t), (rows,)) for v, t in zip(values.values(), types, strict=True))
-    )
+    """Rows of a vocabulary of five."""
+    none = sampling_of(rows, [], [], shaping_of(rows, [], [], 5, 8))
+    values = {"temperature": 1.0} | given
+    columns = {name: jnp.asarray(value, getattr(none, name).dtype) for name, value in values.items()}
+    return none._replace(**{name: jnp.broadcast_to(column, rows) for name, column in columns.items()})
 
 
-sample = jax.jit(programs.sample, static_argnums=3)
+sample = jax.jit(programs.sample)
 LOGITS = jnp.log(jnp.array([0.1, 0.4, 0.05, 0.3, 0.15]))
 
 
@@ -74,7 +75,7 @@ def drawn(**given):
     """Tokens of 4000 draws from LOGITS."""
     rows = 4000
     many = jnp.broadcast_to(LOGITS, (rows, 5))
-    return np.asarray(sample(many, sampling(rows, seed=jnp.arange(rows), **given), jnp.zeros(rows, int), False))
+    return np.asarray(sample(many, sampling(rows, seed=jnp.arange(rows), **given), jnp.zeros(rows, int)))
 
 
 def test_samples_follow_the_distribution():
@@ -93,16 +94,15 @@ def test_top_k_and_top_p_keep_the_best():
 
 
 def test_a_row_depends_on_its_own_seed_and_place_alone():
-    one = sample(LOGITS[None], sampling(1, seed=7), jnp.array([3]), False)
+    one = sample(LOGITS[None], sampling(1, seed=7), jnp.array([3]))
     among = sample(
         jnp.stack([LOGITS[::-1], LOGITS, LOGITS]),
         sampling(3, seed=jnp.array([1, 7, 2]), temperature=jnp.array([0.0, 1.0, 1.5])),
         jnp.array([0, 3, 9]),
-        False,
     )
     assert one[0] == among[1]
     assert among[0] == 3  # greedy among the sampled
-    tokens = {int(sample(LOGITS[None], sampling(1, seed=7), jnp.array([n]), False)[0]) for n in range(20)}
+    tokens = {int(sample(LOGITS[None], sampling(1, seed=7), jnp.array([n]))[0]) for n in range(20)}
     assert len(tokens) > 1
 
 

@@ -36,7 +36,8 @@ def test_answers_equal_the_models_until_sigterm_drains(tiny, tokenizer, photos, 
     model = save_random_model(tiny, tokenizer, tmp_path / "small")
     key = tmp_path / "key"
     key.write_text("secret\n")
-    flags = (f"--checkpoint={tmp_path / 'small'}", "--port=0", "--slots=2", "--max_length=128", f"--api_key_file={key}")
+    flags = (f"--checkpoint={tmp_path / 'small'}", "--port=0", "--slots=2", "--max_length=128", "--max_pixels=999",
+             f"--api_key_file={key}")  # fmt: skip
     env = {**os.environ, "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
     command = [sys.executable, "-m", "launch.serve", *flags]
     process = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
@@ -59,7 +60,8 @@ def test_answers_equal_the_models_until_sigterm_drains(tiny, tokenizer, photos, 
             ("What is the weather?", [], {}),
         ]
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            bad = [pool.submit(ask, "<image>", photos[:2]) for _ in range(3)]
+            bad = [pool.submit(ask, "x", photos[:2], extra_body={"granularity": 5}) for _ in range(3)]
+            bad.append(pool.submit(ask, "How large is it?", [Image.new("RGB", (40, 25))]))
             jobs = [pool.submit(ask, question, images, extra_body=extra) for question, images, extra in cases]
             for job, (question, images, extra) in zip(jobs, cases, strict=True):
                 plain = model.answer(images, question, max_new_tokens=12, **extra)

@@ -1,6 +1,8 @@
 """The server as OpenAI's own client sees it, and as clients that mean no good do."""
 
 import concurrent.futures
+import contextlib
+import dataclasses
 import http.server
 import json
 import math
@@ -16,7 +18,7 @@ from avg_llava_jax.data.geometry import visual_count
 from avg_llava_jax.server.limits import Limits
 from avg_llava_jax.server.replies import lattices
 from avg_llava_jax.server.serving import bind
-from tests.served import HEAD, ONE, Served, encoded, link, linked, text, user
+from tests.served import HEAD, LIMITS, ONE, Served, encoded, link, linked, text, user
 
 
 def test_openai_client_several_turns_and_images(served, tiny):
@@ -32,8 +34,8 @@ def test_openai_client_several_turns_and_images(served, tiny):
 
     request = served.engine.requests[-1]
     assert [turn["from"] for turn in request.prompt] == ["human", "gpt", "human"]
-    assert request.prompt[0]["value"] == "Be brief.\n\n<image>\nfirst words"
-    assert request.prompt[2]["value"] == "<image>\n<image>\nand\nthen this"
+    assert request.prompt[0]["value"] == ["Be brief.\n\n", "\nfirst words"]
+    assert request.prompt[2]["value"] == ["", "\nand\n", "\nthen this"]  # an image between two texts stays there
     assert [image.size for image in request.images] == [(16, 40), (30, 30), (32, 16)]
     assert (request.max_new_tokens, request.temperature, request.top_p, request.seed) == (5, 0.5, 0.9, 2**32 - 1)
     assert request.stop == ("x", "yz") and request.granularity == ["auto", "auto", 4]
@@ -143,14 +145,34 @@ def test_a_full_queue_asks_to_come_again(unweighted):
     served.close()
 
 
-def test_what_has_no_place_is_not_read(unweighted):
-    """Whose body does not come takes a place, no more than one."""
+def test_bodies_that_do_not_come_lock_nobody_out(unweighted):
+    """A hundred connections with one byte of a body take no place, and the server keeps few of them."""
+    limits = dataclasses.replace(LIMITS, bodies=16)
+    served = Served(unweighted, limits=limits, places=2)
+    with contextlib.ExitStack() as stack:
+        silent = []
+        for _ in range(100):
+            connection = stack.enter_context(socket.create_connection(("127.0.0.1", served.serving.port)))
+            connection.sendall(HEAD + b"Content-Length: 9\r\n\r\n{")
+            silent.append(connection)
+        for connection in silent[:84]:  # the oldest are dropped for newer ones
+            assert b" 408 " in connection.recv(100)
+        assert served.post(messages=ONE).status_code == 200 and served.service.running == 0
+    served.close()
+
+
+def test_a_full_server_refuses_by_the_headers_alone(unweighted):
     served = Served(unweighted, places=1)
-    with socket.create_connection(("127.0.0.1", served.serving.port)) as connection:
-        connection.sendall(HEAD + b"Content-Length: 9\r\n\r\n{")
+    served.engine.held.set()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        taken = pool.submit(served.ask, "b a")
         served.until(lambda: served.service.running == 1)
+        with socket.create_connection(("127.0.0.1", served.serving.port)) as connection:
+            connection.sendall(HEAD + b"Content-Length: 90000000\r\n\r\n{")  # more than is read and discarded
+            assert b" 429 " in connection.recv(100)
         assert served.post(messages=ONE).status_code == 429
-    served.until(lambda: served.service.running == 0)
+        served.engine.held.clear()
+        assert taken.result().choices[0].message.content == "a b"
     assert served.post(messages=ONE).status_code == 200
     served.close()
 

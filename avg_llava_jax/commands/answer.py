@@ -2,12 +2,12 @@
 
     avg-llava answer --image=photo.png --prompt="Who wears 7?"
 
---image may be given several times, or not at all. The other flags are the fields of `avg_llava_jax.Request`.
+--image may be given several times, or not at all. The other flags are fields of `avg_llava_jax.Request`.
 """
 
 from absl import flags
 
-from avg_llava_jax.commands import cli
+from avg_llava_jax.commands import cli, pictures
 
 IMAGE = flags.DEFINE_multi_string("image", [], "An image file; repeat the flag for several images.")
 PROMPT = flags.DEFINE_string("prompt", None, "The question; <image> in it places an image.")
@@ -26,6 +26,7 @@ SEED = flags.DEFINE_integer("seed", 0, "Seed of the sampling.", lower_bound=0)
 STOP = flags.DEFINE_multi_string("stop", [], "A text that ends the answer; may be given several times.")
 RAW = flags.DEFINE_bool("raw", False, "Use the prompt verbatim, without a conversation template.")
 STREAM = flags.DEFINE_bool("stream", False, "Print the answer while it is generated.")
+flags.adopt_module_key_flags(pictures)
 
 
 def granularity_of(text: str) -> str | int | list[str | int]:
@@ -35,9 +36,11 @@ def granularity_of(text: str) -> str | int | list[str | int]:
 
 
 def main() -> None:
+    from avg_llava_jax.inference.compiling import Compiling
+
     model = cli.load_model()
     stream = model.stream(
-        IMAGE.value,
+        pictures.refs(IMAGE.value),
         PROMPT.value,
         granularity=granularity_of(GRANULARITY.value),
         cost_weight=COST_WEIGHT.value,
@@ -50,9 +53,10 @@ def main() -> None:
         stop=STOP.value,
         raw=RAW.value,
     )
-    for piece in stream:
-        if STREAM.value:
-            print(piece, end="", flush=True)
+    with Compiling() as compiling:
+        for piece in stream:
+            if STREAM.value:
+                print(piece, end="", flush=True)
     answer = stream.answer
     print("" if STREAM.value else answer.text)
     if answer.granularity is not None:
@@ -64,7 +68,8 @@ def main() -> None:
             chances = "" if share is None else " (" + ", ".join(f"{k}: {p:.2f}" for k, p in share.items()) + ")"
             print(f"image {number}: {g} tokens a tile{chances}")
     times = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in answer.timings.items())
-    print(f"{answer.visual_tokens} visual tokens, {len(answer.token_ids)} new tokens, {times}")
+    print(f"{answer.visual_tokens} visual tokens, {len(answer.token_ids)} new tokens, {times}, ", end="")
+    print(f"of which {compiling.seconds:.2f} s compiling")
 
 
 def command() -> None:

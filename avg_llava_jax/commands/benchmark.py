@@ -3,7 +3,8 @@
     avg-llava benchmark --checkpoint=W --task=gqa,pope --data=DIR --workdir=OUT
 
 The engine answers every question at every fixed granularity and at the router's choice. Answers are appended to
-OUT/TASK/answers.jsonl, from which an interrupted run resumes and which `avg-llava score` reads. Each finished benchmark
+OUT/TASK/answers.jsonl, from which an interrupted run resumes and which `avg-llava score` reads; answers of other
+weights, prompts, images or code are set aside in OUT/TASK/stale-1, OUT/TASK/stale-2, ... Each finished benchmark
 writes OUT/TASK/report.json and plots; OUT/table.md and OUT/table.csv hold our numbers beside the paper's.
 
 With --coordinator several processes share the questions and the workdir, each with the model on its own devices. Exit
@@ -17,7 +18,7 @@ from typing import Any
 
 from absl import flags
 
-from avg_llava_jax.commands import cli, processes
+from avg_llava_jax.commands import cli, pictures, processes
 
 TASK = flags.DEFINE_list("task", None, "Benchmarks by lmms-eval's names, separated by commas; `all` for the eleven.")
 DATA = flags.DEFINE_string(
@@ -30,10 +31,14 @@ MAX_NEW_TOKENS = flags.DEFINE_integer(
     "max_new_tokens", None, "Length of the longest answer, in tokens; default: the benchmark's.", lower_bound=1
 )
 LIMIT = flags.DEFINE_integer("limit", None, "Rows of each split, for a quick run; default: all.", lower_bound=1)
+GUIDED = flags.DEFINE_bool(
+    "guided", False, "Make every answer to a question that asks for the letter of an option one of its letters."
+)
 TIMED = flags.DEFINE_integer("timed", 16, "Questions that are timed, one at a time; 0 = none.", lower_bound=0)
 COST_WEIGHTS = flags.DEFINE_list("cost_weights", "0.1,0.4,1.6", "Prices of visual tokens, each a row of the report.")
 SEED = flags.DEFINE_integer("seed", 0, "Seed of the random choice and of the bootstrap.")
 flags.adopt_module_key_flags(processes)
+flags.adopt_module_key_flags(pictures)
 
 
 def run_task(model: Any, task: Any, data: str, weights: list[float]) -> dict[str, Any] | None:
@@ -44,21 +49,21 @@ def run_task(model: Any, task: Any, data: str, weights: list[float]) -> dict[str
     from avg_llava_jax.parallel import hosts
 
     folder = pathlib.Path(WORKDIR.value) / task.name
-    rows = records.read(task, data)[: LIMIT.value]
+    rows = records.read(task, data, max_pixels=pictures.MAX_PIXELS.value)[: LIMIT.value]
     new_tokens = MAX_NEW_TOKENS.value or task.new_tokens
     settings = {
         "checkpoint": str(pathlib.Path(cli.CHECKPOINT.value).resolve()),
-        "step": model.step,
         "dtype": cli.DTYPE.value,
         "quantize": cli.QUANTIZE.value,
         "data": str(pathlib.Path(data).resolve()) if pathlib.Path(data).is_dir() else data,
         "profile": PROFILE.value,
         "max_new_tokens": new_tokens,
+        "guided": GUIDED.value,
     }
     if hosts.first():
         same_run(folder, "benchmark.json", settings)
         print(f"{task.title}: {len(rows)} questions", flush=True)
-    questions, skipped = benchmarking.questions_of(task, rows, model, PROFILE.value)
+    questions, skipped = benchmarking.questions_of(task, rows, model, PROFILE.value, GUIDED.value)
     answered = sharing.answer_together(model, questions, folder, new_tokens, SLOTS.value, skipped)
     if not hosts.first():
         return None
@@ -75,7 +80,7 @@ def run_task(model: Any, task: Any, data: str, weights: list[float]) -> dict[str
         evaluation.answer_mixed(model, questions, answered, picked, folder / "mixed.jsonl", new_tokens, SLOTS.value)
     seconds = benchmarking.seconds(model, questions, answered, TIMED.value, new_tokens)
     report = benchmarking.report(task, model.config, rows, answered, seconds, SEED.value, weighted)
-    report["profile"] = PROFILE.value
+    report |= {"profile": PROFILE.value, "made_by": model.made_by}
     write_whole(folder / "report.json", json.dumps(report, indent=1) + "\n")
     plots.accuracy_against_tokens(report, folder / plots.PLOTS / "accuracy_against_tokens.png")
     plots.examples(model.config, questions, answered, folder / plots.PLOTS / "examples.png")

@@ -156,6 +156,7 @@ def run(main: Callable[[], None], required: Sequence[str], model_flags: Sequence
     def guarded(_: list[str]) -> None:
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # JAX and Orbax report much at INFO
+        sys.stdout.reconfigure(errors="backslashreplace")  # an answer or a path may not fit the terminal's encoding
         try:
             refuse_buckets({name: flags.FLAGS[name].value for name in flags.FLAGS if name not in TEXT_FLAGS})
             keep_compiled()

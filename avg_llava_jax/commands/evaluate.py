@@ -4,6 +4,7 @@
 
 The outputs are OUT/report.json, OUT/answers.jsonl (an interrupted run resumes from it), OUT/skipped.jsonl, and
 OUT/plots/examples.png: questions that were right though cheap, right because fine, and wrong because cheap.
+Answers of other weights, prompts, images or code are set aside in OUT/stale-1, OUT/stale-2, ..., and asked again.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from avg_llava_jax.commands import cli
+from avg_llava_jax.commands import cli, pictures
 
 if TYPE_CHECKING:
     from avg_llava_jax.eval.evaluation import Question
@@ -28,6 +29,7 @@ MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 16, "Length of the longe
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Slots, the answers decoded at once.", lower_bound=1)
 SEED = flags.DEFINE_integer("seed", 0, "Seed of the random choice.")
 MAX_SKIPPED_SHARE = flags.DEFINE_float("max_skipped_share", 0.05, "Largest share of records to skip.", 0.0, 1.0)
+flags.adopt_module_key_flags(pictures)
 
 
 def table(report: dict[str, Any]) -> str:
@@ -54,13 +56,12 @@ def answered(model: AvgLlava) -> tuple[list[Question], list[Record], int]:
     from avg_llava_jax.files import same_run, write_whole
 
     workdir = pathlib.Path(WORKDIR.value)
-    source = open_source(DATA.value, IMAGES.value)
+    source = open_source(DATA.value, IMAGES.value, pictures.MAX_PIXELS.value)
     same_run(
         workdir,
         "evaluation.json",
         {
             "checkpoint": str(pathlib.Path(cli.CHECKPOINT.value).resolve()),
-            "step": model.step,
             "data": DATA.value if DATA.value.startswith("jersey") else str(pathlib.Path(DATA.value).resolve()),
             "max_new_tokens": MAX_NEW_TOKENS.value,
             "quantize": cli.QUANTIZE.value,
@@ -88,7 +89,7 @@ def main() -> None:
     model = cli.load_model()
     questions, records, skipped = answered(model)
     seconds = timing.seconds_per_answer(model, questions, max_new_tokens=MAX_NEW_TOKENS.value)
-    report = policies.report(model.config, records, seconds, seed=SEED.value)
+    report = policies.report(model.config, records, seconds, seed=SEED.value) | {"made_by": model.made_by}
     path = pathlib.Path(WORKDIR.value) / "report.json"
     write_whole(path, json.dumps(report, indent=1) + "\n")
     plots.examples(model.config, questions, records, path.parent / plots.PLOTS / "examples.png")

@@ -7,13 +7,14 @@ import pathlib
 
 from absl import flags
 
-from avg_llava_jax.commands import cli
+from avg_llava_jax.commands import cli, pictures
 
 IMAGE = flags.DEFINE_multi_string("image", None, "An image file; repeat the flag for several images.")
 PROMPT = flags.DEFINE_string("prompt", None, "The question; <image> in it places an image.")
 RAW = flags.DEFINE_bool("raw", False, "Use the prompt verbatim, <image> included, without a conversation template.")
 OUTPUT = flags.DEFINE_string("output", None, "File for the arrays, an .npz; see explain.Explanation.")
 FIGURE = flags.DEFINE_string("figure", None, "File for the figure: .png, .pdf or .svg.")
+flags.adopt_module_key_flags(pictures)
 
 
 def main() -> None:
@@ -25,7 +26,7 @@ def main() -> None:
     from avg_llava_jax.eval import explain
     from avg_llava_jax.inference.requests import Request
 
-    found = explain.explain(cli.load_model(), Request(PROMPT.value, IMAGE.value, raw=RAW.value))
+    found = explain.explain(cli.load_model(), Request(PROMPT.value, pictures.refs(IMAGE.value), raw=RAW.value))
     for i, (path, scores, shares) in enumerate(zip(IMAGE.value, found.router_logits, found.probabilities, strict=True)):
         print(f"{path}: {found.router_choice_granularity[i]} tokens a tile")
         for g, score, share in zip(found.config.granularities, scores, shares, strict=True):

@@ -25,6 +25,7 @@ from avg_llava_jax.data.packing import Shape, load_tiles
 from avg_llava_jax.data.pipeline import EMPTY, collate_rows
 from avg_llava_jax.inference import programs
 from avg_llava_jax.inference.buckets import STEPS, length_bucket
+from avg_llava_jax.inference.sampling import sampling_of, shaping_of
 from avg_llava_jax.models import language
 from avg_llava_jax.parallel import costs, sharding
 from avg_llava_jax.parallel.chips import Target
@@ -207,8 +208,8 @@ def answers(
             yield Program(name, program, held, ("cache",))
 
         rows = programs.Rows(array(slots), array(slots), array(slots))
-        kinds = (jnp.float32, jnp.float32, jnp.int32, jnp.uint32, jnp.int32)
-        sampling = programs.Sampling(*(array(slots, dtype=kind) for kind in kinds))
+        neutral = sampling_of(slots, [], [], shaping_of(slots, [], [], model.language.vocab_size, capacity))
+        sampling = jax.tree.map(lambda leaf: array(*leaf.shape, dtype=leaf.dtype), neutral)
         sizes = STEPS, capacity, True
         program = programs.decode.trace(model, params, cache, rows, sampling, array(1), array(), *sizes)
         yield Program("decode, a token", program, {"parameters": params, "cache": cache}, ("cache",))

@@ -4,7 +4,7 @@
 
 Endpoints are OpenAI's chat completions at /v1/chat/completions, a demo page at /, and Prometheus metrics at /metrics.
 SIGTERM or Ctrl+C lets running requests finish; a second one cancels them. AVG_LLAVA_API_KEY or --api_key_file sets a
-key for clients.
+key for clients; a line of that file may limit its key.
 """
 
 import os
@@ -15,12 +15,12 @@ import threading
 
 from absl import flags
 
-from avg_llava_jax.commands import cli
+from avg_llava_jax.commands import cli, pictures
 
 HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen at; 0.0.0.0 = all addresses of the machine.")
 PORT = flags.DEFINE_integer("port", 8000, "Port to listen at; 0 = any free port.", 0, 65535)
 NAME = flags.DEFINE_string("name", None, "The model's name for clients; default: the checkpoint folder's name.")
-API_KEY_FILE = flags.DEFINE_string("api_key_file", None, "A file with the key that clients must send.")
+API_KEY_FILE = flags.DEFINE_string("api_key_file", None, "A file with the keys that clients must send, one a line.")
 SLOTS = flags.DEFINE_integer("slots", 8, "Requests decoded at once.", lower_bound=1)
 QUEUE = flags.DEFINE_integer("queue", 64, "Requests that may wait; more are refused with 429.", lower_bound=1)
 MAX_LENGTH = flags.DEFINE_integer(
@@ -29,25 +29,32 @@ MAX_LENGTH = flags.DEFINE_integer(
 IMAGE_CACHE_MB = flags.DEFINE_integer("image_cache_mb", 256, "Device memory for encoded images.", lower_bound=1)
 IMAGE_HOSTS = flags.DEFINE_list("image_hosts", [], "Hosts of image URLs to fetch: a.com,b.org:8080.")
 MAX_BODY_MB = flags.DEFINE_integer("max_body_mb", 32, "Size of the largest request, images included.", lower_bound=1)
-MAX_MEGAPIXELS = flags.DEFINE_float("max_megapixels", 24, "Size of the largest image.", lower_bound=0)
 MAX_IMAGES = flags.DEFINE_integer("max_images", 8, "Most images in one conversation.", lower_bound=0)
-MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 1024, "Upper bound on a request's max_tokens.", lower_bound=1)
+MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 1024, "A request's max_tokens are cut to it.", lower_bound=1)
 MAX_SECONDS = flags.DEFINE_float("max_seconds", 120, "Time limit of a request, in seconds.", lower_bound=0.001)
+CLIENT_REQUESTS = flags.DEFINE_integer(
+    "client_requests", None, "Requests that one client may have here at once; default: no bound.", lower_bound=1
+)
+ALLOWED_ORIGINS = flags.DEFINE_list("allowed_origins", [], "Origins of web pages that may use the server, or *.")
+UNKNOWN_FIELDS = flags.DEFINE_bool("unknown_fields", False, "Ignore fields that the server does not know.")
 DRAIN_SECONDS = flags.DEFINE_float("drain_seconds", 30, "Seconds for running requests after SIGTERM.", lower_bound=0)
+flags.adopt_module_key_flags(pictures)
+flags.set_default(pictures.MAX_PIXELS, 24_000_000)
 API_KEY = "AVG_LLAVA_API_KEY"
 
 
-def api_key() -> str | None:
-    """The key from the file, else from the environment; None without a key."""
+def api_keys() -> str | None:
+    """The keys of the file, else that of the environment; None without a key."""
     path = API_KEY_FILE.value
-    key = pathlib.Path(path).read_text(encoding="utf-8").strip() if path else os.environ.get(API_KEY)
-    if key is not None and (not key or not key.isascii() or not key.isprintable()):
-        raise ValueError(f"{path or API_KEY}: the key must be one non-empty line of ASCII characters")
-    return key
+    return pathlib.Path(path).read_text(encoding="utf-8") if path else os.environ.get(API_KEY)
 
 
 def main() -> None:
-    key = api_key()
+    text = api_keys()
+
+    from avg_llava_jax.server.clients import parse_keys
+
+    keys = () if text is None else parse_keys(text, API_KEY_FILE.value or API_KEY)
 
     from avg_llava_jax.inference.engine import Engine
     from avg_llava_jax.server.app import Service
@@ -56,11 +63,14 @@ def main() -> None:
 
     limits = Limits(
         body_bytes=MAX_BODY_MB.value << 20,
-        pixels=int(MAX_MEGAPIXELS.value * 1e6),
+        pixels=pictures.MAX_PIXELS.value,
         images=MAX_IMAGES.value,
         new_tokens=MAX_NEW_TOKENS.value,
         seconds=MAX_SECONDS.value,
         image_hosts=tuple(host.strip().lower() for host in IMAGE_HOSTS.value),
+        unknown_fields=UNKNOWN_FIELDS.value,
+        bodies_bytes=8 * (MAX_BODY_MB.value << 20),
+        client_requests=CLIENT_REQUESTS.value,
     )
     bound = bind(HOST.value, PORT.value)
     model = cli.load_model()
@@ -75,7 +85,8 @@ def main() -> None:
     engine.warm_up()
     engine.start()
     name = NAME.value or pathlib.Path(cli.CHECKPOINT.value).resolve().name
-    serving = Serving(Service(engine, name, limits, key, SLOTS.value + QUEUE.value), bound)
+    places = SLOTS.value + QUEUE.value
+    serving = Serving(Service(engine, name, limits, keys, places, ALLOWED_ORIGINS.value), bound)
     serving.start()
 
     stop, hurry = threading.Event(), threading.Event()
@@ -85,7 +96,7 @@ def main() -> None:
 
     signal.signal(signal.SIGTERM, asked)
     signal.signal(signal.SIGINT, asked)
-    if key is None and HOST.value not in ("127.0.0.1", "::1", "localhost"):
+    if not keys and HOST.value not in ("127.0.0.1", "::1", "localhost"):
         say(f"warning: {HOST.value} is open to anyone who can reach it; set {API_KEY} or --api_key_file")
     say(f"{name} at {serving.url}/ and {serving.url}/v1 (Ctrl+C stops)")
     stop.wait()

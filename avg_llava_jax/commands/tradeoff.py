@@ -15,12 +15,13 @@ from typing import Any
 
 from absl import flags
 
-from avg_llava_jax.commands import cli, evaluate
+from avg_llava_jax.commands import cli, evaluate, pictures
 
 COST_WEIGHTS = flags.DEFINE_list("cost_weights", "0,0.1,0.2,0.4,0.8,1.6,3.2", "Prices of visual tokens, a point each.")
 TIMED = flags.DEFINE_integer("timed", 16, "Questions that are timed, of the most common sizes.", lower_bound=1)
 ROUNDS = flags.DEFINE_integer("rounds", 3, "How often they are timed; the median is reported.", lower_bound=1)
 flags.adopt_module_key_flags(evaluate)
+flags.adopt_module_key_flags(pictures)
 
 
 def table(report: dict[str, Any]) -> str:
@@ -74,6 +75,7 @@ def main() -> None:
     seconds = timing.in_turn(model, timed, ROUNDS.value)
     report = {
         "n": len(records),
+        "made_by": model.made_by,
         "timed": len(subset),
         "points": [
             {"name": name, **policies.outcome(config, records, picked), "seconds": seconds[name]}

@@ -1,8 +1,13 @@
 """Conversations in the LLaVA format become token ids: IMAGE marks an image, labels mark the answers.
 
 A conversation is a list of turns `{"from": "human" | "gpt", "value": text}`. `<image>` in a human
-turn marks the position of an image; in the ids it is IMAGE. Labels equal the ids of the answers and
-of the token that ends each answer; every other label is IGNORE.
+turn marks the position of an image; in the ids it is IMAGE. Where a text may hold that word itself, the
+value is the list of texts around the images, in which nothing is a marker:
+
+    "Is <image> larger than <image>?"   the same as   ["Is ", " larger than ", "?"]
+    ["What does <image> mean?"]         a text without an image
+
+Labels equal the ids of the answers and of the token that ends each answer; every other label is IGNORE.
 
     vicuna_v1, "<image>\\nWho?" -> "Ann":
 
@@ -17,6 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from avg_llava_jax.data.errors import BadSample, half_character
 from avg_llava_jax.data.tokenizer import Tokenizer
@@ -25,7 +31,8 @@ IMAGE = -200  # id of the placeholder that an image's visual tokens replace
 IGNORE = -100  # label of a token that adds nothing to the loss
 PLACEHOLDER = "<image>"
 
-Turn = dict[str, str]
+Turn = dict[str, Any]
+"""`from`: human or gpt. `value`: a text in which `<image>` marks images, or the list of texts around the images."""
 
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -53,11 +60,43 @@ class Tokens:
 
 @dataclasses.dataclass(frozen=True)
 class _Piece:
-    """A run of rendered text; the text of a `special` piece is the name of one special token."""
+    """A run of rendered text; the text of a `special` piece is the name of one special token, an `image` has none."""
 
     text: str
     labelled: bool = False
     special: bool = False
+    image: bool = False
+
+
+_IMAGE = _Piece("", image=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Said:
+    """A checked turn. texts: the texts around its images, one more than it has images."""
+
+    human: bool
+    texts: tuple[str, ...]
+
+    @property
+    def images(self) -> int:
+        return len(self.texts) - 1
+
+    def pieces(self, before: str = "", after: str = "") -> Iterable[_Piece]:
+        """Its texts and images in order; those of an answer are labelled."""
+        texts = list(self.texts)
+        texts[0] = before + texts[0]
+        texts[-1] += after
+        for number, text in enumerate(texts):
+            if number:
+                yield _IMAGE
+            yield _Piece(text, labelled=not self.human)
+
+    def stripped(self) -> _Said:
+        first, *rest = self.texts
+        texts = [first.lstrip(), *rest]
+        texts[-1] = texts[-1].rstrip()
+        return dataclasses.replace(self, texts=tuple(texts))
 
 
 def encode_conversation(
@@ -74,7 +113,10 @@ def encode_conversation(
     unknown template, and for a special token of the template that the tokenizer lacks.
     """
     turns = _checked(conversations, images, template)
-    if turns[-1]["from"] == "human":
+    for number, turn in enumerate(turns):
+        if not turn.human and not turn.texts[0].strip():
+            raise BadSample("empty_answer", f"turn {number} is an answer without text")
+    if turns[-1].human:
         raise BadSample("ends_on_human", "the last turn is a question without an answer")
     return _encode(_render(turns, tokenizer, template), tokenizer, bos=_puts_bos(template))
 
@@ -82,28 +124,34 @@ def encode_conversation(
 def encode_prompt(turns: Sequence[Turn], tokenizer: Tokenizer, template: str = "vicuna_v1", images: int = 0) -> Tokens:
     """Encodes a prompt: a conversation that ends with a question, up to the start of its answer; no token has a label.
 
-    Raises as `encode_conversation`, but BadSample `ends_on_answer` in place of `ends_on_human`.
+    An earlier answer may be empty, as a model's own answer may be. Raises as `encode_conversation` otherwise, but
+    BadSample `ends_on_answer` in place of `ends_on_human`.
     """
     checked = _checked(turns, images, template)
-    if checked[-1]["from"] != "human":
+    if not checked[-1].human:
         raise BadSample("ends_on_answer", "a prompt must end with a human turn")
     tokens = _encode(_render(checked, tokenizer, template), tokenizer, bos=_puts_bos(template))
     return Tokens(tokens.ids, [IGNORE] * len(tokens.ids))
 
 
-def encode_raw(text: str, tokenizer: Tokenizer) -> Tokens:
-    """Encodes text without a template: `<image>` marks images, special tokens are parsed, BOS precedes the text.
+def encode_raw(prompt: str | Sequence[str], tokenizer: Tokenizer) -> Tokens:
+    """Encodes text without a template: special tokens are parsed, BOS precedes the text.
+
+    prompt: a text in which `<image>` marks images, or the list of texts around the images.
 
     Raises BadSample `malformed_turn` where the text has half of a surrogate pair.
     """
-    _whole(text, "the prompt")
-    tokens = _encode(_split_special(text, tokenizer), tokenizer, bos=True)
+    pieces: list[_Piece] = []
+    for number, text in enumerate(_texts(prompt)):
+        _whole(text, "the prompt")
+        pieces += [_IMAGE] * bool(number) + _split_special(text, tokenizer)
+    tokens = _encode(pieces, tokenizer, bos=True)
     return Tokens(tokens.ids, [IGNORE] * len(tokens.ids))
 
 
 def stop_ids(tokenizer: Tokenizer, template: str) -> tuple[int, ...]:
     """Stop ids, ascending: the token that the template writes after an answer, and the tokenizer's EOS."""
-    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    turns = [_Said(True, ("a",)), _Said(False, ("b",))]
     stops = {tokenizer.eos_id}
     labelled = [piece for piece in _render(turns, tokenizer, template) if piece.labelled]
     stops.update(_special_id(piece.text, tokenizer) for piece in labelled if piece.special)
@@ -112,36 +160,47 @@ def stop_ids(tokenizer: Tokenizer, template: str) -> tuple[int, ...]:
     return tuple(sorted(stops))
 
 
-def _checked(conversations: Sequence[Turn], images: int, template: str) -> list[Turn]:
-    """Validated turns: human and gpt alternate, no text is empty, each image has one placeholder."""
+def _texts(value: Any) -> tuple[str, ...] | None:
+    """The texts around the images of a turn's value; None where it is neither a text nor a list of texts."""
+    if isinstance(value, str):
+        return tuple(value.split(PLACEHOLDER))
+    if isinstance(value, (list, tuple)) and value and all(isinstance(text, str) for text in value):
+        return tuple(value)
+    return None
+
+
+def _checked(conversations: Sequence[Turn], images: int, template: str) -> list[_Said]:
+    """Validated turns: human and gpt alternate, no question is empty, each image has one place."""
     if not isinstance(conversations, Sequence) or isinstance(conversations, str) or not conversations:
         raise BadSample("no_turns", "`conversations` must be a list of turns that is not empty")
-    turns = []
+    turns: list[_Said] = []
     for number, turn in enumerate(conversations):
-        role, text = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None)
-        if not isinstance(role, str) or not isinstance(text, str):
+        role, value = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None)
+        texts = _texts(value)
+        if not isinstance(role, str) or texts is None:
             raise BadSample("malformed_turn", f"turn {number} needs the strings `from` and `value`")
-        _whole(text, f"turn {number}")
+        for text in texts:
+            _whole(text, f"turn {number}")
         if role not in ("human", "gpt"):
             raise BadSample("unknown_role", f"turn {number} is from {role!r}; known are human and gpt")
         if number == 0 and role != "human":
             raise BadSample("not_human_first", "the first turn is an answer")
-        if number and role == turns[-1]["from"]:
+        said = _Said(role == "human", texts)
+        if number and said.human == turns[-1].human:
             raise BadSample("bad_order", f"turns {number - 1} and {number} are both from {role}")
-        if role == "gpt" and PLACEHOLDER in text:
+        if not said.human and said.images:
             raise BadSample("image_in_answer", f"turn {number} is an answer with {PLACEHOLDER} in it")
-        if role == "gpt" and not text.strip():
-            raise BadSample("empty_answer", f"turn {number} is an answer without text")
-        turns.append({"from": role, "value": text})
-    found = sum(turn["value"].count(PLACEHOLDER) for turn in turns)
+        turns.append(said)
+    found = sum(turn.images for turn in turns)
     if not found and images:
-        turns[0]["value"] = f"{PLACEHOLDER}\n" * images + turns[0]["value"]
+        first, *rest = turns[0].texts
+        turns[0] = dataclasses.replace(turns[0], texts=("", *["\n"] * (images - 1), "\n" + first, *rest))
     elif found != images:
         raise BadSample("image_count", f"{images} images for {found} {PLACEHOLDER}")
     for number, turn in enumerate(turns):
-        if PLACEHOLDER in turn["value"]:
-            turn["value"] = turn["value"].strip()  # as the released code does where an image stands
-        if not turn["value"].strip() and template != "plain":
+        if turn.images:
+            turns[number] = turn.stripped()  # as the released code does where an image stands
+        elif turn.human and not turn.texts[0].strip() and template != "plain":
             raise BadSample("empty_question", f"turn {number} is a question without text")
     if template == "plain" and len(turns) > 2:
         raise BadSample("not_plain", f"template plain takes one question and one answer, not {len(turns)} turns")
@@ -154,7 +213,7 @@ def _whole(text: str, what: str) -> None:
         raise BadSample("malformed_turn", f"{what} has {half}, half of a surrogate pair: write it as valid UTF-8")
 
 
-def _render(turns: list[Turn], tokenizer: Tokenizer, template: str) -> list[_Piece]:
+def _render(turns: list[_Said], tokenizer: Tokenizer, template: str) -> list[_Piece]:
     """Renders turns as pieces of text. After a final human turn comes the header of the answer."""
     if template == "vicuna_v1":
         return list(_vicuna_v1(turns, tokenizer))
@@ -174,26 +233,32 @@ def _puts_bos(template: str) -> bool:
     return template != "tokenizer"  # the tokenizer's own template writes BOS itself
 
 
-def _vicuna_v1(turns: list[Turn], tokenizer: Tokenizer) -> Iterable[_Piece]:
+def _vicuna_v1(turns: list[_Said], tokenizer: Tokenizer) -> Iterable[_Piece]:
     yield _Piece(VICUNA_SYSTEM + " ")
     for turn in turns:
-        if turn["from"] == "human":
-            yield _Piece(f"USER: {turn['value']} ASSISTANT:")
+        if turn.human:
+            yield from turn.pieces("USER: ", " ASSISTANT:")
         else:
-            yield _Piece(f" {turn['value']}", labelled=True)
+            yield from _after_space(turn)
             yield _eos(tokenizer)
 
 
-def _mistral_instruct(turns: list[Turn], tokenizer: Tokenizer) -> Iterable[_Piece]:
+def _mistral_instruct(turns: list[_Said], tokenizer: Tokenizer) -> Iterable[_Piece]:
     for turn in turns:
-        if turn["from"] == "human":
-            yield _Piece(f"[INST] {turn['value']} [/INST]")
+        if turn.human:
+            yield from turn.pieces("[INST] ", " [/INST]")
         else:
-            yield _Piece(f" {turn['value']}", labelled=True)
+            yield from _after_space(turn)
             yield _eos(tokenizer)
 
 
-def _llama_3(turns: list[Turn]) -> Iterable[_Piece]:
+def _after_space(answer: _Said) -> Iterable[_Piece]:
+    """An answer after a space; an empty one is nothing at all, as the model wrote it."""
+    if answer.texts[0].strip():
+        yield from answer.pieces(" ")
+
+
+def _llama_3(turns: list[_Said]) -> Iterable[_Piece]:
     def header(role: str) -> Iterable[_Piece]:
         yield _Piece("<|start_header_id|>", special=True)
         yield _Piece(role)
@@ -204,52 +269,63 @@ def _llama_3(turns: list[Turn]) -> Iterable[_Piece]:
     yield _Piece(LLAMA_3_SYSTEM)
     yield _Piece("<|eot_id|>", special=True)
     for turn in turns:
-        answer = turn["from"] == "gpt"
-        yield from header("assistant" if answer else "user")
-        yield _Piece(turn["value"].strip(), labelled=answer)
-        yield _Piece("<|eot_id|>", labelled=answer, special=True)
-    if turns[-1]["from"] == "human":
+        yield from header("user" if turn.human else "assistant")
+        yield from turn.stripped().pieces()
+        yield _Piece("<|eot_id|>", labelled=not turn.human, special=True)
+    if turns[-1].human:
         yield from header("assistant")
 
 
-def _plain(turns: list[Turn]) -> Iterable[_Piece]:
+def _plain(turns: list[_Said]) -> Iterable[_Piece]:
     """The images and the caption; the text of the question is dropped, as in LLaVA."""
-    yield _Piece(PLACEHOLDER * turns[0]["value"].count(PLACEHOLDER))
+    yield from [_IMAGE] * turns[0].images
     if len(turns) > 1:
-        yield _Piece(turns[1]["value"] + "\n", labelled=True)
+        yield from turns[1].pieces(after="\n")
 
 
-def _own_template(turns: list[Turn], tokenizer: Tokenizer) -> Iterable[_Piece]:
+def _own_template(turns: list[_Said], tokenizer: Tokenizer) -> Iterable[_Piece]:
     """An answer is the difference of two renderings: the turns up to and including it, less the turns before it."""
-    names = {"human": "user", "gpt": "assistant"}
-    messages = [{"role": names[turn["from"]], "content": turn["value"]} for turn in turns]
-    ends_open = turns[-1]["from"] == "human"
-    whole = tokenizer.apply_chat_template(messages, add_generation_prompt=ends_open)
+    mark = _unused("".join(text for turn in turns for text in turn.texts))
+    messages = [{"role": "user" if turn.human else "assistant", "content": mark.join(turn.texts)} for turn in turns]
+
+    def pieces(text: str, labelled: bool = False) -> list[_Piece]:
+        found: list[_Piece] = []
+        for number, part in enumerate(text.split(mark)):
+            found += [_IMAGE] * bool(number) + _split_special(part, tokenizer)
+        return [dataclasses.replace(piece, labelled=True) for piece in found] if labelled else found
+
+    whole = tokenizer.apply_chat_template(messages, add_generation_prompt=turns[-1].human)
     at = 0
     for number, turn in enumerate(turns):
-        if turn["from"] == "human":
+        if turn.human:
             continue
         before = tokenizer.apply_chat_template(messages[:number], add_generation_prompt=True)
         upto = tokenizer.apply_chat_template(messages[: number + 1])
-        if not whole.startswith(before) or not whole.startswith(upto) or len(upto) <= len(before):
+        empty = not turn.texts[0].strip()
+        if not whole.startswith(before) or not whole.startswith(upto) or len(upto) < len(before) + (not empty):
             raise ValueError(
                 "the tokenizer's chat template changes earlier turns when later ones are added, "
                 "so its answers cannot be found; choose another `template`"
             )
-        yield from _split_special(whole[at : len(before)], tokenizer)
-        answer = [
-            dataclasses.replace(piece, labelled=True)
-            for piece in _split_special(whole[len(before) : len(upto)], tokenizer)
-        ]
+        yield from pieces(whole[at : len(before)])
+        answer = pieces(whole[len(before) : len(upto)], labelled=True)
         if len(answer) > 1 and answer[-2].special and not answer[-1].text.strip():
             answer[-1] = dataclasses.replace(answer[-1], labelled=False)  # white space after the end-of-turn token
         yield from answer
         at = len(upto)
-    yield from _split_special(whole[at:], tokenizer)
+    yield from pieces(whole[at:])
+
+
+def _unused(text: str) -> str:
+    """A character that `text` does not contain: it marks images in a template, which takes and gives text alone."""
+    return next(mark for mark in map(chr, range(0xF0000, 0xFFFFE)) if mark not in text)  # a plane of private use
 
 
 def _split_special(text: str, tokenizer: Tokenizer) -> list[_Piece]:
-    return [_Piece(part, special=token is not None) for part, token in tokenizer.split_special(text)]
+    """Text and special tokens; `<image>`, a special token of some tokenizers, is text: images have their places."""
+    return [
+        _Piece(part, special=token is not None and part != PLACEHOLDER) for part, token in tokenizer.split_special(text)
+    ]
 
 
 def _eos(tokenizer: Tokenizer) -> _Piece:
@@ -287,13 +363,13 @@ def _encode(pieces: Iterable[_Piece], tokenizer: Tokenizer, bos: bool) -> Tokens
             labels.append(token if piece.labelled else IGNORE)
             after_special = True
             continue
-        for number, text in enumerate(piece.text.split(PLACEHOLDER)):
-            if number:
-                flush()
-                ids.append(IMAGE)
-                labels.append(IGNORE)
-                after_special = False
-            run.append((text, piece.labelled))
+        if piece.image:
+            flush()
+            ids.append(IMAGE)
+            labels.append(IGNORE)
+            after_special = False
+            continue
+        run.append((piece.text, piece.labelled))
     flush()
     return Tokens(ids, labels)
 

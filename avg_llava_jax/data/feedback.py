@@ -1,7 +1,7 @@
 """Stored feedback: the frozen model's NLL for each answer, and optionally its image features, on disk.
 
     FOLDER/feedback.json          format, granularities, dtype of the features ("" = none), `measured_by` (digests of
-                                  weights and model config), and, once the set is complete, its files
+                                  weights, model config and code), and, once the set is complete, its files
     FOLDER/00003-0.npz            window 3 of the pipeline, process 0: for each sample `asked`, a digest, `records`,
                                   `path#number`, `nll` (G,) with NaN where there is no answer, and `tiles`
     FOLDER/00003-0.features.npy   (tiles of all samples, P, D), memory-mapped by the reader
@@ -26,7 +26,7 @@ import ml_dtypes  # noqa: F401  adds bfloat16 to NumPy's dtypes
 import numpy as np
 
 from avg_llava_jax.data.packing import Sample
-from avg_llava_jax.files import write_whole
+from avg_llava_jax.files import differing, write_whole
 
 ABOUT = "feedback.json"
 FORMAT = 2
@@ -60,7 +60,7 @@ class FeedbackFolder:
     """Writes one set of stored feedback.
 
     granularities: of the model, ascending. features: dtype of the stored features, "" = none are stored.
-    measured_by: digests of what determines the answers, by name: {"weights": ..., "model config": ...}.
+    measured_by: digests of what determines the answers, by name: {"weights": ..., "model config": ..., "code": ...}.
     """
 
     path: Path
@@ -72,7 +72,7 @@ class FeedbackFolder:
         """Create the folder, or resume it.
 
         Raises:
-          ValueError: the folder holds a set of other granularities, features, weights or model config.
+          ValueError: the folder holds a set of other granularities, features, weights, model config or code.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         about = self.path / ABOUT
@@ -176,17 +176,14 @@ def read_feedback(path: str | os.PathLike[str], granularities: Sequence[int]) ->
 
 
 def require_same_measure(path: str | os.PathLike[str], measured_by: Mapping[str, str]) -> None:
-    """Checks that a set was measured with these weights and this model config.
+    """Checks that a set was measured with these weights, this model config and this code.
 
     Raises:
       ValueError: it was not; names which of them differ.
     """
     before = _read_about(Path(path))["measured_by"]
-    others = [name for name, digest in measured_by.items() if before.get(name) != digest]
-    if others:
-        raise ValueError(
-            f"{path} was measured with other {' and '.join(others)}: let launch.feedback measure into another folder"
-        )
+    if other := differing(before, measured_by):
+        raise ValueError(f"{path} was measured with other {other}: let launch.feedback measure into another folder")
 
 
 def _read_about(path: Path) -> dict[str, Any]:

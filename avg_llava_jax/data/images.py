@@ -27,6 +27,7 @@ import os
 import posixpath
 import stat
 import tarfile
+import warnings
 import zipfile
 import zlib
 from collections.abc import Container, Mapping
@@ -38,8 +39,13 @@ from PIL import Image, UnidentifiedImageError
 
 from avg_llava_jax.data.errors import BadSample
 
-# Pillow warns above this number of pixels and refuses twice as many; the default of max_pixels.
+# Pillow warns above this number of pixels and refuses more than twice as many; the default of max_pixels, which takes
+# the place of the warning.
 MAX_PIXELS = 89_478_485
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+SPARSE = (-1, -1)
+"""In place of the first byte and length of a member of a tar."""
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _ORIENTATION = 0x0112
@@ -224,7 +230,7 @@ class ImageStore:
     reads only the names. References are independent of the store: each opens its file in the process that uses it.
 
     Raises FileNotFoundError where the path does not exist, ValueError where it is neither a folder, a zip nor an
-    uncompressed tar.
+    uncompressed tar, or its directory is damaged.
 
     >>> ImageStore("photos.zip").ref("coco/1.jpg").load()   # doctest: +SKIP
     """
@@ -240,10 +246,21 @@ class ImageStore:
             raise FileNotFoundError(f"{self.path}: no such folder, zip or tar of images")
         elif zipfile.is_zipfile(self.path):
             self.kind = "zip"
-            self._members, self._links = _zip_members(self.path)
+            try:
+                self._members, self._links = _zip_members(self.path)
+            except zipfile.BadZipFile as error:
+                raise ValueError(f"{self.path}: its directory is damaged ({error}): copy or pack it again") from None
         else:
             self.kind = "tar"
             self._members, self._links = _tar_members(self.path)
+
+    def members_digest(self) -> bytes:
+        """SHA-256 of an archive's members: names, sizes and places, in a zip checksums too; of a folder, of nothing."""
+        members = self._members
+        if self.kind == "zip":
+            with zipfile.ZipFile(self.path) as archive:
+                members = {info.filename: (info.CRC, info.file_size) for info in archive.infolist()}
+        return hashlib.sha256(repr(sorted(members.items())).encode()).digest()
 
     def ref(self, name: str) -> ImageRef:
         """A reference to the image of that name; raises BadSample `missing_image` where an archive lacks it.
@@ -259,6 +276,8 @@ class ImageStore:
         if member is None:
             link = f": it is a link to {self._links[path]}" if path in self._links else ""
             raise BadSample("missing_image", f"{self.path} has no member {name}{link}")
+        if member is SPARSE:
+            raise BadSample("missing_image", f"{self.path}: {name} is stored with holes: pack it without --sparse")
         label = f"{self.path}:{path}"
         if self.kind == "zip":
             return ZipImage(label, self.path, member, max_pixels=self.max_pixels)
@@ -396,7 +415,9 @@ def _tar_members(path: str) -> tuple[dict[str, tuple[int, int]], dict[str, str]]
             for info in archive:
                 name = posixpath.normpath(info.name)
                 members.pop(name, None), links.pop(name, None)  # of duplicate names, the last one wins
-                if info.isreg():
+                if info.issparse():  # its bytes do not lie there in one piece
+                    members[name] = SPARSE
+                elif info.isreg():
                     members[name] = info.offset_data, info.size
                 elif info.islnk():  # a hard link's target is a path in the archive, a symbolic link's is relative to it
                     links[name] = posixpath.normpath(info.linkname)

@@ -15,6 +15,7 @@ A data set is one source, or several with weights:
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -33,6 +34,9 @@ from avg_llava_jax.data.images import MAX_PIXELS, ImageStore
 from avg_llava_jax.data.jersey import Jersey
 from avg_llava_jax.data.packing import Sample, check_labels, make_sample
 from avg_llava_jax.data.tokenizer import Tokenizer
+
+SAMPLED = 64
+"""Records whose images `contents` reads."""
 
 Record = dict[str, Any]
 
@@ -221,6 +225,29 @@ def open_sources(path: str, images: str = "", max_pixels: int = MAX_PIXELS) -> l
         Part(entry["path"], open_source(entry["path"], place, max_pixels), float(entry["weight"] or 1))
         for entry, place in zip(entries, places, strict=True)
     ]
+
+
+def contents(source: Source) -> str:
+    """Digest of a source, in hex: its records, and its images as far as that is affordable.
+
+    It covers every byte of a records file, the names and sizes of all members of an archive (and their checksums, which
+    a zip has), and conversations and encoded images of `SAMPLED` records, evenly spaced. Files may move.
+    """
+    found = hashlib.sha256(str(len(source)).encode())
+    if isinstance(source, LlavaJson):
+        with open(source.path, "rb") as file:
+            found.update(hashlib.file_digest(file, "sha256").digest())
+        if source.store is not None:
+            found.update(source.store.members_digest())
+    for index in np.unique(np.linspace(0, len(source) - 1, SAMPLED).astype(int)):
+        try:
+            record = source[int(index)]
+            found.update(json.dumps(record.get("conversations")).encode())
+            for image in record["images"]:
+                found.update(image.digest())
+        except BadSample as error:
+            found.update(error.reason.encode())
+    return found.hexdigest()[:32]
 
 
 def read_sample(

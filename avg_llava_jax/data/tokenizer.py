@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import hashlib
 import itertools
 import json
 import re
@@ -93,6 +94,19 @@ class Tokenizer:
         skip = self._special_ids
         return self._backend.decode(self._mended([int(i) for i in ids if int(i) not in skip]))
 
+    def bytes_of(self, token: int) -> bytes:
+        """What one token adds to a text, which need not be whole UTF-8; a special token's own name, b"" for no token.
+
+        Where a piece stands first in a text, `decode` drops the space before it: "▁Who" is b" Who" here.
+        """
+        if token in self._backend.bytes:
+            return bytes([self._backend.bytes[token]])
+        return self._names[token] if token in self._names else self._backend.bytes_of(token)
+
+    @functools.cached_property
+    def _names(self) -> dict[int, bytes]:
+        return {token: name.encode() for name, token in self.special_tokens.items()}
+
     def _mended(self, ids: list[int]) -> list[int]:
         """Ids with invalid byte tokens replaced by those of U+FFFD: E6 97 "a" becomes EF BF BD "a"."""
         byte_of = self._backend.bytes
@@ -168,6 +182,14 @@ class Tokenizer:
             if (self.folder / name).is_file() and Path(folder).resolve() != self.folder.resolve():
                 shutil.copyfile(self.folder / name, Path(folder) / name)
 
+    def digest(self) -> str:
+        """SHA-256 of the tokenizer's files, in hex."""
+        found = hashlib.sha256()
+        for name in _FILES:
+            if (self.folder / name).is_file():
+                found.update(name.encode() + hashlib.sha256((self.folder / name).read_bytes()).digest())
+        return found.hexdigest()
+
     @functools.cached_property
     def _special_ids(self) -> frozenset[int]:
         return frozenset(self.special_tokens.values())
@@ -216,6 +238,9 @@ class _JsonBackend:
         self._after = self._plain(json.dumps(spec)) if changed else self._start
         falls_back = any(part.get("type") == "ByteFallback" for part in _parts(spec.get("decoder"), "decoders"))
         self.bytes = _byte_tokens(self._start.get_vocab(with_added_tokens=False)) if falls_back else {}
+        in_bytes = any(part.get("type") == "ByteLevel" for part in _parts(spec.get("decoder"), "decoders"))
+        self._byte_of = _bytes_of_characters() if in_bytes else {}
+        self._added = {token: entry.content.encode() for token, entry in added.items()}
 
     @staticmethod
     def _plain(text: str) -> tokenizers.Tokenizer:
@@ -234,6 +259,12 @@ class _JsonBackend:
 
     def decode(self, ids: list[int]) -> str:
         return self._start.decode(ids, skip_special_tokens=True)
+
+    def bytes_of(self, token: int) -> bytes:
+        piece = self._start.id_to_token(token) or ""
+        if token in self._added:
+            return self._added[token]
+        return bytes(self._byte_of[c] for c in piece) if self._byte_of else _spaced(piece)
 
 
 class _SentencePieceBackend:
@@ -266,6 +297,9 @@ class _SentencePieceBackend:
 
     def decode(self, ids: list[int]) -> str:
         return self._start.decode([i for i in ids if i < self._start.vocab_size()])
+
+    def bytes_of(self, token: int) -> bytes:
+        return _spaced(self._start.id_to_piece(token)) if token < self._start.vocab_size() else b""
 
 
 def _without_word_boundary(pieces: sentencepiece.SentencePieceProcessor) -> sentencepiece.SentencePieceProcessor:
@@ -341,6 +375,21 @@ def _parts(node: dict[str, Any] | None, inside: str = "pretokenizers") -> Iterab
         yield node
         for inner in node.get(inside, ()):
             yield from _parts(inner, inside)
+
+
+def _spaced(piece: str) -> bytes:
+    """A piece of a sentencepiece vocabulary, with spaces for word boundaries."""
+    return piece.replace("\u2581", " ").encode()
+
+
+def _bytes_of_characters() -> dict[str, int]:
+    """The character that stands for each byte in a byte-level vocabulary -> the byte.
+
+    Printable characters of Latin-1 stand for themselves; for the others, in order, stand those from U+0100.
+    """
+    plain = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = (byte for byte in range(256) if byte not in plain)
+    return {chr(byte): byte for byte in plain} | {chr(0x100 + n): byte for n, byte in enumerate(others)}
 
 
 def _byte_tokens(vocabulary: dict[str, int]) -> dict[int, int]:

@@ -23,20 +23,24 @@ from avg_llava_jax.data.errors import BadSample
 from avg_llava_jax.data.packing import make_sample
 from avg_llava_jax.eval import evaluation, policies, timing
 from avg_llava_jax.eval.benchmarks import records, scoring
-from avg_llava_jax.eval.benchmarks.letters import Pick
+from avg_llava_jax.eval.benchmarks.letters import Pick, offered
 from avg_llava_jax.eval.benchmarks.rows import Row
 from avg_llava_jax.eval.benchmarks.tasks import Benchmark
 from avg_llava_jax.eval.evaluation import Question
 from avg_llava_jax.eval.policies import Choice, Record
 from avg_llava_jax.inference.api import AvgLlava
+from avg_llava_jax.inference.guides import Guide
 
 Report = dict[str, Any]
 Skipped = list[dict[str, str]]
 
 
-def questions_of(task: Benchmark, rows: Sequence[Row], model: AvgLlava, profile: str) -> tuple[list[Question], Skipped]:
+def questions_of(
+    task: Benchmark, rows: Sequence[Row], model: AvgLlava, profile: str, guided: bool = False
+) -> tuple[list[Question], Skipped]:
     """Each row as a question whose id is its number, and the rows that cannot be asked: `{"id", "reason", "detail"}`.
 
+    guided: whether an answer to a question that asks for the letter of an option must be one.
     Questions about one image are adjacent, so that the image is encoded once.
     """
     questions, skipped = [], []
@@ -54,7 +58,10 @@ def questions_of(task: Benchmark, rows: Sequence[Row], model: AvgLlava, profile:
         order.setdefault(tuple(image.name for image in images), len(order))
         gold = task.gold(row.fields)
         reference = gold.letter if isinstance(gold, Pick) else str(gold)
-        questions.append(Question(sample, prompt, reference, functools.partial(_grade, task, gold), {"index": index}))
+        letters = offered(prompt) if guided else []
+        guide = Guide.choice(letters) if letters else None
+        grade = functools.partial(_grade, task, gold)
+        questions.append(Question(sample, prompt, reference, grade, {"index": index}, guide))
     questions.sort(key=lambda question: order[tuple(image.name for image in question.sample.images)])
     return questions, skipped
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -25,22 +26,30 @@ from typing import Any, TextIO
 import numpy as np
 from tqdm import tqdm
 
+from avg_llava_jax import reuse
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.data.conversation import PLACEHOLDER, encode_conversation, encode_prompt
 from avg_llava_jax.data.errors import BadSample
+from avg_llava_jax.data.feedback import asked
 from avg_llava_jax.data.packing import Sample, make_sample
 from avg_llava_jax.data.sources import Source
 from avg_llava_jax.data.tiles import tile_count
 from avg_llava_jax.data.tokenizer import Tokenizer
 from avg_llava_jax.eval.policies import Choice, Record, by_key, choices
-from avg_llava_jax.files import whole_lines
+from avg_llava_jax.files import differing, whole_lines
 from avg_llava_jax.inference.api import AvgLlava
 from avg_llava_jax.inference.device import page_bytes
 from avg_llava_jax.inference.engine import AHEAD, IMAGE_CACHE_BYTES, Engine
+from avg_llava_jax.inference.guides import Guide
 from avg_llava_jax.inference.job import Images, read_images
 from avg_llava_jax.inference.model import Model, length_at, softmax, visual_tokens
 from avg_llava_jax.inference.requests import Prepared, Request
 from avg_llava_jax.inference.tickets import Ticket
+
+DERIVED = ("report.json", "tradeoff.json", "skipped.jsonl", "plots")
+"""Files beside the answers that are made from them."""
+MadeBy = dict[str, Any]
+PROMPT = "prompt or images"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +57,7 @@ class Question:
     """A prompt without its answer (`sample`, which has the id and the kind), and the reference answer.
 
     grade: the grade of an answer in [0, 1]; None = whether it equals `reference` after `normalise`.
-    extra: entries that are copied into the record.
+    extra: entries that are copied into the record. guide: what its answers must be; None = any text.
     """
 
     sample: Sample
@@ -56,6 +65,11 @@ class Question:
     reference: str
     grade: Callable[[str], float] | None = None
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    guide: Guide | None = None
+
+    def asked(self, request: Request, choice: tuple[int | None, ...]) -> Prepared:
+        """The question as a request with these options. choice: as in `Prepared`."""
+        return Prepared(dataclasses.replace(request, guide=self.guide), self.sample, choice)
 
 
 def make_question(record: dict[str, Any], tokenizer: Tokenizer, template: str) -> Question:
@@ -122,20 +136,21 @@ def answer_all(
 
     An image is encoded once for all requests and questions about it; a prefix is prefilled once while it is in a slot.
 
-    file: JSON lines. Records are appended as they come; records that it already holds are not computed again.
+    file: JSON lines. Records are appended as they come. Answers that it holds for this model, prompt, images and
+        `max_new_tokens` are reused, and graded against the present references; others are set aside, see `reuse`.
     batch_size: slots, the answers decoded at once.
     skipped: gets `{"id", "reason", "detail"}` of each question whose image is damaged or that fits at no granularity.
 
     Returns the records in the order of the questions: `id, kind, question, reference, answers {g: text, or
     None where the prompt does not fit}, right {g: bool or grade}, visual_tokens {g: int}, scores (images, G),
     probabilities (images, G), chosen (images,), answer (at the router's choice), adaptive {answer, right,
-    visual_tokens}`, and the question's `extra`.
+    visual_tokens}`, and the question's `extra`; with a `file`, `made_by` {name: digest} as well.
 
     Raises:
       BadSample: a question cannot be asked, and there is no list `skipped`.
       RuntimeError: the device failed.
     """
-    with logged(questions, file, progress, skipped) as log:
+    with logged(model, questions, file, max_new_tokens, progress, skipped) as log:
         if log.todo:
             _answer(model, log, max_new_tokens, batch_size)
     return log.records()
@@ -155,24 +170,25 @@ def _answer(model: Model, log: Log, max_new_tokens: int, slots: int) -> None:
         queue=AHEAD * slots + len(config.granularities),
         prompts=[length_at(config, s, (g,) * len(s.sizes)) for s in samples for g in config.granularities],
     )
-    waiting, asked = deque(_in_order(config, log.todo)), list[_Asked]()
+    waiting, running = deque(_in_order(config, log.todo)), list[_Asked]()
     images: Images = []
     before: Question | None = None
-    while waiting or asked:
+    while waiting or running:
         # Enough to keep slots and micro-batches full, few enough that no image is evicted and encoded again.
-        while waiting and sum(each.requests for each in asked) < AHEAD * slots:
+        while waiting and sum(each.requests for each in running) < AHEAD * slots:
             question = waiting.popleft()
             try:
                 check_fits(config, question.sample)
+                made_by = log.made_by(question)
                 if before is None or before.sample.images != question.sample.images:
                     images, before = read_images(config, question.sample), question
             except BadSample as error:
                 log.skip(question, error)
                 continue
-            asked.append(_Asked(engine, question, request, images))
+            running.append(_Asked(engine, question, request, images, made_by))
         engine.step()
-        for each in [each for each in asked if each.answered()]:
-            asked.remove(each)
+        for each in [each for each in running if each.answered()]:
+            running.remove(each)
             log.add(each.record())
 
 
@@ -188,8 +204,9 @@ def _in_order(config: ModelConfig, questions: Sequence[Question]) -> list[Questi
 class _Asked:
     """A question in the engine. requests: how many requests it submits in all."""
 
-    def __init__(self, engine: Engine, question: Question, request: Request, images: Images):
+    def __init__(self, engine: Engine, question: Question, request: Request, images: Images, made_by: dict):
         self._engine, self._question, self._request, self._images = engine, question, request, images
+        self._made_by = made_by
         # Without images all granularities give the same prompt.
         granularities = engine.config.granularities if images else engine.config.granularities[:1]
         self._fixed: list[Choice] = [(g,) * len(images) for g in granularities]
@@ -199,7 +216,7 @@ class _Asked:
         self._tickets: dict[Choice, Ticket | None] = {}  # None where the prompt does not fit
 
     def _ask(self, choice: tuple[int | None, ...]) -> Ticket:
-        return self._engine.submit_prepared(Prepared(self._request, self._question.sample, choice), self._images)
+        return self._engine.submit_prepared(self._question.asked(self._request, choice), self._images)
 
     def answered(self) -> bool:
         """Whether every answer is there. Once the router has scored the images, submits the other granularities."""
@@ -221,30 +238,82 @@ class _Asked:
             choice: None if ticket is None else model.tokenizer.decode(list(ticket.result(0).token_ids)).strip()
             for choice, ticket in self._tickets.items()
         }
-        return make_record(model.config, self._question, self._scores, answers)
+        return make_record(model.config, self._question, self._scores, answers) | self._made_by
+
+
+def made_by(model: Model, question: Question, max_new_tokens: int) -> dict[str, Any]:
+    """What identifies a question's answers, by name: `Model.made_by`, the limit, its guide, and prompt and images.
+
+    Raises:
+      BadSample: an image is missing.
+    """
+    guide = question.guide and reuse.digest(question.guide.grammar_text)
+    return {**model.made_by, "max_new_tokens": max_new_tokens, "guide": guide, PROMPT: asked(question.sample)}
+
+
+def settle(model: Model, questions: Sequence[Question], file: str | os.PathLike[str], max_new_tokens: int) -> None:
+    """Set aside the records of a file that `questions` cannot reuse, and bring the others up to date.
+
+    A record is reused by the questions with the same `made_by`, whatever their ids, and graded again. Records of
+    questions that are not asked now stay, unless their id is now that of another question.
+    """
+    if not whole_lines(file):
+        return
+    now: dict[str, MadeBy] = {question.sample.id: {} for question in questions}
+    waiting: dict[str, dict[str, Question]] = {}  # by digest and id, without a record so far
+    for question in questions:
+        with contextlib.suppress(BadSample):  # without its image a question cannot be asked
+            found = now[question.sample.id] = made_by(model, question, max_new_tokens)
+            waiting.setdefault(reuse.digest(found), {})[question.sample.id] = question
+
+    def judge(record: Record) -> Record | str:
+        before, name = record.get("made_by", {}), record["id"]
+        alike = waiting.get(reuse.digest(before), {})
+        if alike:
+            return _graded_again(model.config, alike.pop(name if name in alike else next(iter(alike))), record)
+        if name in now:
+            return "other " + (differing(before, now[name]) or "questions")
+        return record if not (other := differing(before, model.made_by)) else f"other {other}"
+
+    reuse.sift(file, judge, DERIVED)
+
+
+def _graded_again(config: ModelConfig, question: Question, record: Record) -> Record:
+    """A stored record as `make_record` would make it for this question, whose prompt and images it answers."""
+    answers = {(int(g),) * len(record["chosen"]): text for g, text in record["answers"].items()}
+    answers[tuple(record["chosen"])] = record["answer"]
+    scores = np.array(record["scores"], np.float32).reshape(-1, len(config.granularities))
+    return make_record(config, question, scores, answers) | {"made_by": record["made_by"]}
 
 
 @contextlib.contextmanager
 def logged(
+    model: Model,
     questions: Sequence[Question],
     file: str | os.PathLike[str] | None,
+    max_new_tokens: int,
     progress: bool,
     skipped: list[dict[str, str]] | None,
 ) -> Iterator[Log]:
     """A `Log` that starts with the records of `file` and appends to it; the arguments are those of `answer_all`."""
     if len({question.sample.id for question in questions}) < len(questions):
         raise ValueError("two questions have the same id; `read_questions` makes ids unique")
-    known = {} if file is None else read_records(file)
+    known: dict[str, Record] = {}
+    if file is not None:
+        settle(model, questions, file, max_new_tokens)
+        known = read_records(file)
     todo = [question for question in questions if question.sample.id not in known]
     bar = tqdm(total=len(questions), initial=len(questions) - len(todo), unit="question", disable=not progress)
     with bar, open(os.devnull if file is None else file, "a", encoding="utf-8") as sink:
-        yield Log(questions, todo, known, skipped, sink, bar)
+        identify = None if file is None else functools.partial(made_by, model, max_new_tokens=max_new_tokens)
+        yield Log(questions, todo, known, skipped, sink, bar, identify)
 
 
 class Log:
     """Records of questions as they come: appended to a file (JSON lines), and counted on a progress bar with the score.
 
     todo: the questions without a record when the log was opened.
+    identify: a question -> its `made_by`; None where records are not stored.
     """
 
     def __init__(
@@ -255,10 +324,15 @@ class Log:
         skipped: list[dict[str, str]] | None,
         sink: TextIO,
         bar: tqdm,
+        identify: Callable[[Question], MadeBy] | None,
     ):
-        self.todo = todo
+        self.todo, self._identify = todo, identify
         self._questions, self._known, self._skipped, self._sink, self._bar = questions, known, skipped, sink, bar
         self._right = sum(record["adaptive"]["right"] for record in known.values())
+
+    def made_by(self, question: Question) -> dict[str, MadeBy]:
+        """What a record says of its making. Raises BadSample where an image is missing."""
+        return {} if self._identify is None else {"made_by": self._identify(question)}
 
     def add(self, record: Record) -> None:
         """Keep a record."""
@@ -343,12 +417,14 @@ def answer_mixed(
 ) -> None:
     """Answer questions whose images get different granularities, other than the router's choice in `answer_all`.
 
-    questions, records, wanted: one entry of each per question. New answers are appended to `file` (JSON lines: `id,
-    choice, answer, right, visual_tokens`; `answer` is None where the prompt does not fit). All entries of the file go
-    into the records, as `record["mixed"][choice]`.
+    questions, records, wanted: one entry of each per question; the records come from `answer_all` with a file. New
+    answers are appended to `file` (JSON lines: `id, choice, answer, right, visual_tokens, made_by`; `answer` is None
+    where the prompt does not fit). Entries of the file with the `made_by` of a record go into it, as
+    `record["mixed"][choice]`; others are set aside.
     """
     path = pathlib.Path(file)
     by_id = {record["id"]: record for record in records}
+    _settle_mixed(questions, by_id, path)
     for entry in map(json.loads, whole_lines(path)):
         if entry["id"] in by_id:
             by_id[entry["id"]].setdefault("mixed", {})[tuple(entry["choice"])] = entry
@@ -364,7 +440,7 @@ def answer_mixed(
         for at in range(0, len(todo), batch_size):
             part, config = todo[at : at + batch_size], model.config
             fitting = {
-                question.sample.id: Prepared(request, question.sample, choice)
+                question.sample.id: question.asked(request, choice)
                 for question, choice in part
                 if length_at(config, question.sample, choice) <= config.language.max_length
             }
@@ -378,7 +454,31 @@ def answer_mixed(
                     "answer": text,
                     "right": _right(text, question),
                     "visual_tokens": sum(visual_tokens(config, question.sample, choice)),
+                    "made_by": by_id[question.sample.id].get("made_by"),
                 }
                 by_id[question.sample.id].setdefault("mixed", {})[choice] = entry
                 sink.write(json.dumps(entry, ensure_ascii=False) + "\n")
             sink.flush()
+
+
+def _settle_mixed(questions: Sequence[Question], by_id: Mapping[str, Record], path: pathlib.Path) -> None:
+    """`settle` for the file of `answer_mixed`."""
+    if not whole_lines(path):
+        return
+    asking = {question.sample.id: question for question in questions}
+    ids: dict[str, list[str]] = {}
+    for name, record in by_id.items():
+        ids.setdefault(reuse.digest(record.get("made_by")), []).append(name)
+    one = next(iter(by_id.values())).get("made_by", {})
+    model = {name: value for name, value in one.items() if name not in ("guide", PROMPT)}
+
+    def judge(entry: dict[str, Any]) -> dict[str, Any] | str:
+        before, name = entry.get("made_by") or {}, entry["id"]
+        if alike := ids.get(reuse.digest(before)):
+            name = name if name in alike else alike[0]
+            return entry | {"id": name, "right": _right(entry["answer"], asking[name])}
+        now = by_id[name].get("made_by", {}) if name in by_id else model
+        other = differing(before, now)
+        return entry if not other and name not in by_id else f"other {other or 'questions'}"
+
+    reuse.sift(path, judge)

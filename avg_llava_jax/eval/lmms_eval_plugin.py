@@ -2,14 +2,15 @@
 
     lmms-eval --model avg_llava_jax --model_args checkpoint=W,granularity=auto --tasks pope --log_samples ...
 
-lmms-eval finds `MANIFEST` by this package's entry point. The token counts of logged samples include visual tokens and
-granularity. Answers end at the end token or at `max_new_tokens`; like LLaVA's own wrapper, this one does not truncate
-them at `until`.
+lmms-eval finds `MANIFEST` by this package's entry point. The token counts of logged samples include visual tokens,
+granularity and seconds; `throughput` in the results has the time and the tokens of all. Answers end at the end token or
+at `max_new_tokens`; like LLaVA's own wrapper, this one does not truncate them at `until`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,11 +18,14 @@ from tqdm import tqdm
 
 from avg_llava_jax import extras
 from avg_llava_jax.data.images import MAX_PIXELS, image_ref
+from avg_llava_jax.eval.benchmarks.letters import offered
+from avg_llava_jax.inference.guides import Guide
 from avg_llava_jax.inference.requests import Answer, Request
 
 with extras.required("lmms-eval", "the lmms-eval plugin"):
     from lmms_eval.api.instance import GenerationResult, TokenCounts
     from lmms_eval.api.model import lmms
+    from lmms_eval.models.model_utils.gen_metrics import log_metrics
     from lmms_eval.models.registry_v2 import ModelManifest
     from loguru import logger
 
@@ -33,14 +37,16 @@ NEW_TOKENS = 64
 
 @dataclasses.dataclass
 class Counts(TokenCounts):
-    """Token counts of an answer, with visual tokens and granularity."""
+    """Token counts of an answer, with visual tokens, granularity and seconds, as in `Answer`."""
 
     visual_tokens: int = 0
     granularity: int | tuple[int, ...] | None = None
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The entry of a logged sample."""
-        return super().to_dict() | {"visual_tokens": self.visual_tokens, "granularity": self.granularity}
+        own = {"visual_tokens": self.visual_tokens, "granularity": self.granularity, "seconds": self.seconds}
+        return super().to_dict() | own
 
 
 class AvgLlavaForLmmsEval(lmms):
@@ -49,6 +55,7 @@ class AvgLlavaForLmmsEval(lmms):
     granularity: "auto", or tokens per tile for every image, one of the model's. checkpoint: default the shipped one.
     batch_size: slots, the answers decoded at once.
     max_pixels: a larger image is not decoded, and its question not answered.
+    guided: whether an answer to a question that asks for the letter of an option must be one, see `letters.offered`.
 
     Raises:
       ValueError: names an argument that the model cannot run with.
@@ -65,6 +72,7 @@ class AvgLlavaForLmmsEval(lmms):
         batch_size: int | str = 1,
         device: str | None = None,
         max_pixels: int | str = MAX_PIXELS,
+        guided: bool | str = False,
     ):
         super().__init__()
         from avg_llava_jax import SHIPPED
@@ -74,6 +82,9 @@ class AvgLlavaForLmmsEval(lmms):
             logger.info(f"device={device} is for PyTorch; JAX runs where JAX_PLATFORMS says")
         self.batch_size = _positive("batch_size", batch_size)
         self.max_pixels = _positive("max_pixels", max_pixels)
+        if str(guided) not in ("True", "False"):
+            raise ValueError(f"guided={guided!r} must be True or False")
+        self.guided = str(guided) == "True"
         self.model = AvgLlava.load(checkpoint or SHIPPED, vision_tower, dtype=dtype)
         self.granularity = _granularity(granularity, self.model.config.granularities)
 
@@ -83,7 +94,7 @@ class AvgLlavaForLmmsEval(lmms):
         Raises:
           ValueError: no request can be answered; gives the reason for the last one.
         """
-        results, self._refused = [], []
+        results, self._refused, begin = [], [], time.perf_counter()
         window = 8 * self.batch_size  # requests whose images are held at once
         for start in tqdm(range(0, len(requests), window), desc="avg_llava_jax"):
             part = [self._request(*request.args) for request in requests[start : start + window]]
@@ -95,11 +106,24 @@ class AvgLlavaForLmmsEval(lmms):
             if len(self._refused) == len(requests):
                 raise ValueError(said)
             logger.warning(said)
+        self._log(results, time.perf_counter() - begin)
         return results
+
+    def _log(self, results: Sequence[GenerationResult], seconds: float) -> None:
+        """Add a run to the results' `throughput`: lmms-eval divides by the elapsed time, and averages what is added."""
+        counts = [result.token_counts for result in results if result.token_counts is not None]
+        tokens = sum(count.output_tokens for count in counts)
+        own = {
+            "num_requests": len(results),
+            "samples_per_second": len(results) / seconds,
+            "visual_tokens": sum(count.visual_tokens for count in counts) / len(counts),
+        }
+        log_metrics(seconds, tokens, tokens / seconds, own)
 
     def _request(
         self, context: str, options: dict[str, Any], to_images: Any, row: int, task: str, split: str
     ) -> Request:
+        letters = offered(context) if self.guided else []
         return Request(
             context,
             [image_ref(image, self.max_pixels) for image in to_images(self.task_dict[task][split][row])],
@@ -107,6 +131,7 @@ class AvgLlavaForLmmsEval(lmms):
             max_new_tokens=options.get("max_new_tokens", NEW_TOKENS),
             temperature=(options.get("temperature") or 0.0) if options.get("do_sample", True) else 0.0,
             top_p=options.get("top_p") or 1.0,
+            guide=Guide.choice(letters) if letters else None,
         )
 
     def _answer(self, requests: Sequence[Request]) -> list[Answer | None]:
@@ -123,7 +148,10 @@ class AvgLlavaForLmmsEval(lmms):
         if answer is None:
             return GenerationResult("")
         counts = Counts(
-            output_tokens=len(answer.token_ids), visual_tokens=answer.visual_tokens, granularity=answer.granularity
+            output_tokens=len(answer.token_ids),
+            visual_tokens=answer.visual_tokens,
+            granularity=answer.granularity,
+            seconds=answer.timings,
         )
         return GenerationResult(answer.text, counts)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from avg_llava_jax import checkpoint
+from avg_llava_jax import checkpoint, reuse
 from avg_llava_jax.configs import jersey
 from avg_llava_jax.data.jersey import Jersey
 from avg_llava_jax.eval import evaluation, plots, policies, routing, timing
@@ -22,6 +22,8 @@ from avg_llava_jax.training import feedback, loop, setup
 from avg_llava_jax.training.config import read
 
 TEST = Jersey(split="test", paired=True)
+TRAINING = ("training", "eval/quickstart.py")
+"""Sources that the routers depend on beyond those of `reuse.ANSWERING`."""
 QUESTIONS = 1008  # a third of them coarse, fine and near each
 ANSWER_TOKENS = 4  # the longest answer of jersey has one and the end of the text
 
@@ -149,9 +151,14 @@ def one_scene(model: AvgLlava, path: pathlib.Path) -> pathlib.Path:
 
 
 def run(workdir: pathlib.Path, config: Any, questions: int = QUESTIONS) -> dict[str, Any]:
-    """Run all steps, with a router trained by `config`; returns the report. An interrupted run resumes."""
-    same_run(workdir, "quickstart.json", {"config": json.loads(config.to_json_best_effort()), "questions": questions})
+    """Run all steps, with a router trained by `config`; returns the report. An interrupted run resumes.
+
+    Raises:
+      ValueError: the workdir holds results of other settings, another model or other code.
+    """
     model = AvgLlava.load(config.init_from)
+    settings = {"config": json.loads(config.to_json_best_effort()), "questions": questions}
+    same_run(workdir, "quickstart.json", settings, model.made_by | {"training code": reuse.code(TRAINING)})
     print(f"1. asking the frozen model at every granularity {model.config.granularities}", flush=True)
     stored = collect_feedback(model, config, workdir)
     print(f"2. training the router (ties within {config.rglf.tie_nats} nats rank cheapest first)", flush=True)

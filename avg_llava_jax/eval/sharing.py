@@ -12,7 +12,7 @@ import json
 import pathlib
 from collections.abc import Sequence
 
-from avg_llava_jax.eval.evaluation import Question, answer_all, read_records
+from avg_llava_jax.eval.evaluation import Question, answer_all, read_records, settle
 from avg_llava_jax.eval.policies import Record
 from avg_llava_jax.files import write_whole
 from avg_llava_jax.inference.api import AvgLlava
@@ -36,11 +36,13 @@ def answer_together(
     Raises:
       ConnectionError: a process was lost.
     """
+    process, processes = hosts.place()
     if hosts.first():
         merge(folder)
-    process, processes = hosts.place()
     if processes == 1:
         return answer_all(model, questions, folder / ANSWERS, max_new_tokens, slots, skipped=skipped)
+    if hosts.first():
+        settle(model, questions, folder / ANSWERS, max_new_tokens)
     hosts.wait(f"{folder.name}: to be asked")
     known = read_records(folder / ANSWERS)
     todo = [question for question in questions if question.sample.id not in known]

@@ -64,7 +64,7 @@ def at_each(
 
 def as_request(question: Question, request: Request, choice: tuple[int | None, ...]) -> Prepared:
     """A question as a request with these options. choice: as in `Prepared`."""
-    return Prepared(request, question.sample, choice)
+    return question.asked(request, choice)
 
 
 def in_turn(model: AvgLlava, ways: Mapping[str, Sequence[Prepared]], rounds: int = 1) -> dict[str, float]:

@@ -8,6 +8,8 @@ job.py         a request inside the engine: images cut into tiles, prompt packed
 device.py      cache and pool on the device, and the calls that pad to buckets
 buckets.py     every static size, so every program
 programs.py    compiled programs: pure functions of (config, params, arrays)
+sampling.py    how each row of a program chooses its tokens, as arrays
+guides.py      what an answer must be: a choice, an expression, a grammar, JSON
 model.py       config, parameters, tokenizer; checks and tokenizes requests
 choosing.py    the granularity of each image: router scores, a price of tokens, a budget
 requests.py, tickets.py, text_stream.py, stats.py    requests and answers, handles, streamed text, counters

@@ -15,34 +15,40 @@ from avg_llava_jax import placement
 from avg_llava_jax.inference import programs
 from avg_llava_jax.inference.buckets import STEPS, Buckets, bucket
 from avg_llava_jax.inference.model import Model
-from avg_llava_jax.inference.programs import Sampling
-from avg_llava_jax.inference.requests import Request
+from avg_llava_jax.inference.programs import Sampling, Scores, Shaping
+from avg_llava_jax.inference.requests import TokenScore
+from avg_llava_jax.inference.sampling import Next, sampling_of, scored, shaping_of
 from avg_llava_jax.models.router import Routing
 
 
 class Part(NamedTuple):
-    """A chunk of one prompt to prefill: ids, places int32 (n,), for positions start .. start + n - 1 of a slot."""
+    """A chunk of one prompt to prefill: ids, places int32 (n,), for positions start .. start + n - 1 of a slot.
+
+    then: what its first token depends on; None where more of the prompt follows.
+    """
 
     slot: int
     start: int
     ids: np.ndarray
     places: np.ndarray
-    request: Request
+    then: Next | None
 
 
 class Answering(NamedTuple):
-    """An answer to decode further.
-
-    last: its newest token, not cached yet. cached: positions of its slot that are. count: tokens generated so far.
-    limit: tokens to generate at most.
-    """
+    """An answer to decode further. cached: positions of its slot that are cached, all but that of its newest token."""
 
     slot: int
-    last: int
     cached: int
-    count: int
-    limit: int
-    request: Request
+    then: Next
+
+
+class Prefilled(NamedTuple):
+    """After chunks of prompts: logits (prompts, V), next tokens (prompts,), their scores; the row of each part."""
+
+    logits: jax.Array
+    tokens: jax.Array
+    scores: Scores | None
+    rows: list[int]
 
 
 def lanes_of(model: Model) -> int:
@@ -65,6 +71,8 @@ class Device:
         self.model, self.buckets = model, buckets
         self._model = model.config, model.unstacked
         self._stops = np.array(model.stop_ids, np.int32)
+        sizes = {*buckets.prompts, *buckets.rows}
+        self._neutral: dict[int, Shaping] = {size: jax.device_put(self._shaping(size)) for size in sizes}
         self.reset()
 
     def reset(self) -> None:
@@ -85,13 +93,16 @@ class Device:
                 for images, text in sizes.routes
             ),
             *(partial(self.prefill, [], *size) for size in sizes.prefills),
-            *(partial(self._first, prompts, sizes.prefills[0][1]) for prompts in sizes.prompts),
+            *(partial(self._warm_first, prompts, sizes.prefills[0][1]) for prompts in sizes.prompts),
             *(partial(self.decode, [], rows, window, 0) for rows, window in sizes.decodes),
             *(partial(self.copy, [], window) for window in sizes.windows),
         ]
         for run in tqdm(runs, desc="compiling the engine", unit="program"):
             run()
         jax.block_until_ready((self._cache, self._pool))
+
+    def _warm_first(self, prompts: int, chunk: int) -> None:
+        self._first(self.prefill([], prompts, chunk, 0).logits, [], [])
 
     def encode(self, tiles: Sequence[np.ndarray], pages: Sequence[int]) -> None:
         """Encode tiles uint8 (H, W, 3) into pages; there are at most `buckets.tiles[-1]` tiles."""
@@ -115,10 +126,8 @@ class Device:
             at[row, : len(own)], text[row, : len(ids)], lengths[row] = own, ids, len(ids)
         return programs.route(*self._model, self._pool, at, text, lengths)
 
-    def prefill(
-        self, parts: Sequence[Part], prompts: int, chunk: int, window: int
-    ) -> tuple[jax.Array, jax.Array, list[int]]:
-        """Prefill chunks of prompts: logits (prompts, V), next tokens (prompts,), and the row of each part.
+    def prefill(self, parts: Sequence[Part], prompts: int, chunk: int, window: int) -> Prefilled:
+        """Prefill chunks of prompts.
 
         prompts, chunk, window: buckets, at least the number of parts, their longest, and their last position + 1.
         """
@@ -133,29 +142,39 @@ class Device:
             ids[row, : len(part.ids)], places[row, : len(part.ids)] = part.ids, part.places
         arrays = programs.Chunk(None if by_slot else slot, start, length, ids, places)
         self._cache, logits, tokens = programs.prefill(*self._model, self._cache, self._pool, arrays, window)
-        requests = [part.request for part in parts]
-        if any(request.temperature > 0 for request in requests):
-            tokens = programs.first(*self._model, logits, _sampling(prompts, rows, requests, [1] * len(parts)))
-        return logits, tokens, rows
+        at, ended = [row for row, part in zip(rows, parts, strict=True) if part.then], [p.then for p in parts if p.then]
+        if all(answer.greedy for answer in ended):
+            return Prefilled(logits, tokens, None, rows)
+        return Prefilled(logits, *self._first(logits, at, ended), rows)
 
-    def _first(self, prompts: int, chunk: int) -> None:
-        logits, _, _ = self.prefill([], prompts, chunk, 0)
-        programs.first(*self._model, logits, _sampling(prompts, [], [], []))
+    def _first(self, logits: jax.Array, rows: Sequence[int], answers: Sequence[Next]) -> tuple[jax.Array, Scores]:
+        return programs.first(*self._model, logits, self._sampling(len(logits), rows, answers), self._stops)
 
-    def decode(self, answers: Sequence[Answering], rows: int, window: int, steps: int) -> list[list[int]]:
-        """The next tokens of each answer, at most `steps`, by the program of the first `rows` slots."""
-        at = [answer.slot for answer in answers]
+    def decode(
+        self, answers: Sequence[Answering], rows: int, window: int, steps: int
+    ) -> tuple[list[list[int]], list[list[TokenScore]]]:
+        """At most `steps` tokens of each answer, and their scores, by the program of the first `rows` slots."""
+        at, then = [answer.slot for answer in answers], [answer.then for answer in answers]
         state = np.zeros((3, rows), np.int32)
         for answer in answers:
-            state[:, answer.slot] = answer.last, answer.cached, answer.count
-        sampling = _sampling(rows, at, [a.request for a in answers], [a.limit for a in answers])
-        greedy = self.buckets.greedy and not sampling.temperature.any()
+            state[:, answer.slot] = answer.then.tokens[-1], answer.cached, len(answer.then.tokens)
+        sampling = self._sampling(rows, at, then)
+        greedy = self.buckets.greedy and all(answer.greedy for answer in then)
         sizes = STEPS, window, greedy
-        self._cache, tokens, made = programs.decode(
+        self._cache, tokens, made, scores = programs.decode(
             *self._model, self._cache, programs.Rows(*state), sampling, self._stops, np.int32(steps), *sizes
         )
         tokens, made = jax.device_get((tokens, made))
-        return [tokens[row, : made[row]].tolist() for row in at]
+        found = [tokens[row, : made[row]].tolist() for row in at]
+        return found, [scored(answer, scores, row, ids) for answer, row, ids in zip(then, at, found, strict=True)]
+
+    def _sampling(self, count: int, rows: Sequence[int], answers: Sequence[Next]) -> Sampling:
+        plain = not any(answer.shaped or answer.scored for answer in answers)
+        shaping = self._neutral[count] if plain else self._shaping(count, rows, answers)
+        return sampling_of(count, rows, answers, shaping)
+
+    def _shaping(self, count: int, rows: Sequence[int] = (), answers: Sequence[Next] = ()) -> Shaping:
+        return shaping_of(count, rows, answers, self.model.config.language.vocab_size, self.buckets.capacity)
 
     def copy(self, places: Sequence[tuple[int, int]], window: int) -> None:
         """Copy the first `window` positions of slots to other slots, (source, target) each.
@@ -167,13 +186,3 @@ class Device:
         for row, pair in enumerate(places):
             source[row], target[row] = pair
         self._cache = programs.copy(*self._model, self._cache, source, target, window)
-
-
-def _sampling(count: int, rows: Sequence[int], requests: Sequence[Request], limits: Sequence[int]) -> Sampling:
-    """The `Sampling` of `count` rows; rows without a request have limit 0, and generate nothing."""
-    temperature, top_p = np.zeros(count, np.float32), np.ones(count, np.float32)
-    top_k, seed, limit = np.zeros(count, np.int32), np.zeros(count, np.uint32), np.zeros(count, np.int32)
-    for row, request, most in zip(rows, requests, limits, strict=True):
-        temperature[row], top_p[row], top_k[row] = request.temperature, request.top_p, request.top_k
-        seed[row], limit[row] = request.seed, most
-    return Sampling(temperature, top_p, top_k, seed, limit)

@@ -22,12 +22,13 @@ from avg_llava_jax.inference.image_pages import ImagePages
 from avg_llava_jax.inference.job import Images, Job, make_job, pack
 from avg_llava_jax.inference.model import Model, without_end
 from avg_llava_jax.inference.requests import Answer, Prepared, Request
+from avg_llava_jax.inference.sampling import scored
 from avg_llava_jax.inference.scheduler import Scheduler
 from avg_llava_jax.inference.stats import Counters, Stats
 from avg_llava_jax.inference.tickets import Cancelled, QueueFull, Ticket
 
 IMAGE_CACHE_BYTES = 256 * 2**20
-AHEAD = 10
+AHEAD = 20
 """Requests encoded and routed before they have a slot, in multiples of slots: enough to find prompts of one size."""
 
 
@@ -82,6 +83,7 @@ class Engine:
         self._inbox: list[Job] = []  # filled by any thread; only the stepping thread touches the rest
         self._waiting: list[Job] = []
         self._encoding: list[Job] = []
+        self._routing: tuple[list[Job], jax.Array] | None = None
         self._routed: list[Job] = []
         self._news = threading.Condition()
         self._changed = self._closed = self._abandoned = False
@@ -126,7 +128,7 @@ class Engine:
         try:
             self._check_open()
             job = make_job(self.model, prepare(), images, ticket, submitted, self.buckets.pages)
-            job.each_token = each_token
+            job.each_token = job.each_token or each_token
             with self._news:
                 self._check_open()
                 self._inbox.append(job)
@@ -146,11 +148,10 @@ class Engine:
             if job.ticket.cancelled or self._abandoned:
                 self._end(job, Cancelled("the request was cancelled"))
         try:
-            self._encode()
-            self._admit()
+            encoded = self._encode()
+            self._admit(partial=not encoded and not self._scheduler.decoding)
             self._prefill()
-            if not (self._patient and self._scheduler.reading):
-                self._decode()
+            self._decode()
         except jax.errors.JaxRuntimeError as error:
             self._start_over(error)
         return bool(self._jobs())
@@ -229,8 +230,13 @@ class Engine:
         scheduler = self._scheduler
         return [*self._waiting, *self._encoding, *self._routed, *scheduler.reading, *scheduler.decoding]
 
-    def _encode(self) -> None:
-        """Encode a micro-batch of tiles, route one of images, and pack prompts, ahead of free slots."""
+    def _encode(self) -> bool:
+        """Encode a micro-batch of tiles, route one of images, and pack prompts, ahead of free slots.
+
+        Scores are fetched a round later: the device routes while the host prepares prefills, or beside them.
+
+        Returns whether there was a micro-batch to run.
+        """
         while self._waiting and len(self._encoding) + len(self._routed) < AHEAD * self.buckets.slots:
             job = self._waiting[0]
             job.pages = self._images.take(job.images)
@@ -238,18 +244,19 @@ class Engine:
                 break  # until earlier requests have been prefilled, and free their pages
             job.reached("taken")
             self._encoding.append(self._waiting.pop(0))
+        self._fetch_scores()
         missing, most = self._images.missing(self.buckets.tiles[-1]), self.buckets.tiles[-1]
-        if missing and (self._eager or len(missing) == most):
+        encode = bool(missing) and (self._eager or len(missing) == most)
+        if encode:
             self._device.encode(list(missing.values()), list(missing))
             self._images.encoded(missing)
         ready = [job for job in self._encoding if self._images.ready(job.digests)]
         unrouted = [(job, at) for job in ready for at in range(len(job.scores), len(job.scores) + job.unrouted)]
         batch = unrouted[: self.buckets.images[-1]]
-        if batch and (self._eager or len(batch) == self.buckets.images[-1]):
+        route = bool(batch) and (self._eager or len(batch) == self.buckets.images[-1])
+        if route:
             routing = self._device.route([job.pages[at] for job, at in batch], [job.text for job, _ in batch])
-            scores = np.array(routing.logits)[:, 0]  # sliced on the host: on the device that would compile
-            for row, (job, _) in enumerate(batch):
-                job.scores.append(scores[row])
+            self._routing = [job for job, _ in batch], routing.logits
         for job in ready:
             if not job.unrouted:
                 self._encoding.remove(job)
@@ -258,8 +265,18 @@ class Engine:
                 job.ticket.scores = list(job.scores)
                 try:
                     pack(self.config, job, self.buckets.pages)
+                    job.ticket.visual_tokens = len(job.ids) - len(job.text)
                 except ValueError as error:
                     self._end(job, error)
+        return encode or route
+
+    def _fetch_scores(self) -> None:
+        """Give the images of the last round's routing their scores."""
+        if self._routing is not None:
+            jobs, logits = self._routing
+            self._routing = None
+            for job, scores in zip(jobs, np.array(logits)[:, 0], strict=False):  # a copy, sliced on the host
+                job.scores.append(scores)
 
     @property
     def _eager(self) -> bool:
@@ -267,33 +284,41 @@ class Engine:
         busy = self._routed or self._scheduler.reading or self._scheduler.decoding
         return not (self._patient and busy)
 
-    def _admit(self) -> None:
-        """Give free slots to routed requests in order; some wait for a prefix that is being prefilled."""
+    def _admit(self, partial: bool) -> None:
+        """Give free slots to routed requests; some wait for a prefix that is being prefilled.
+
+        partial: see `Scheduler.next_group`, which orders the requests of a patient engine.
+        """
         copies: dict[int, int] = {}
         longest = 0
-        if not self._routed or not self._scheduler.free:
-            return
-        for job in self._scheduler.by_size(self._routed) if self._patient else list(self._routed):
-            if not self._scheduler.free:
+        while self._routed and self._scheduler.free:
+            group = self._scheduler.next_group(self._routed, partial) if self._patient else list(self._routed)
+            admitted = 0
+            for job in group:
+                place = self._scheduler.admit(job)
+                if place is None:
+                    continue
+                admitted += 1
+                self._routed.remove(job)
+                if place.source is not None:
+                    # The target of a copy to come does not hold the prefix yet; its source does, if not overwritten.
+                    source = copies.get(place.source, place.source)
+                    if source in copies:
+                        self._copy(copies, longest)
+                        copies, longest, source = {}, 0, place.source
+                    copies[place.slot] = source
+                    longest = max(longest, place.shared)
+                visual = len(job.ids) - len(job.text)
+                self._counters.add(admitted=1, visual_tokens=visual)
+                self._counters.add(prefix_hits=int(place.shared > 1), prefix_tokens=place.shared)
+                self._counters.read_at(job.choice)
+            if not (self._patient and admitted):
                 break
-            place = self._scheduler.admit(job)
-            if place is None:
-                continue
-            self._routed.remove(job)
-            if place.source is not None:
-                if place.source in copies:  # the source's own prefix is not copied yet
-                    self._copy(copies, longest)
-                    copies, longest = {}, 0
-                copies[place.slot] = place.source
-                longest = max(longest, place.shared)
-            visual = len(job.ids) - len(job.text)
-            self._counters.add(admitted=1, visual_tokens=visual)
-            self._counters.add(prefix_hits=int(place.shared > 1), prefix_tokens=place.shared)
-            self._counters.read_at(job.choice)
+            partial = False
         self._copy(copies, longest)
 
     def _copy(self, copies: dict[int, int], longest: int) -> None:
-        """Copy prefixes of up to `longest` positions between slots, {target: source}."""
+        """Copy prefixes of up to `longest` positions between slots, {target: source}, in this order."""
         pairs, most = [(source, target) for target, source in copies.items()], self.buckets.prompts[-1]
         for at in range(0, len(pairs), most):
             self._device.copy(pairs[at : at + most], self._window(longest))
@@ -302,50 +327,65 @@ class Engine:
         return bucket(self.buckets.windows, positions)
 
     def _prefill(self) -> None:
-        """Prefill one chunk of the prompts whose next chunk has the same size."""
-        prefill = self._scheduler.next_prefill(fullest=self._patient)
-        if prefill is None:
-            return
-        parts = []
-        for job, start, length in zip(prefill.works, prefill.starts, prefill.lengths, strict=True):
-            ids, places = job.ids[start : start + length], job.places[start : start + length]
-            parts.append(Part(job.slot, start, ids, places, job.prepared.request))
-        logits, tokens, rows = self._device.prefill(parts, prefill.prompts, prefill.chunk, prefill.window)
-        ended = self._scheduler.prefilled(prefill)
-        if not ended:
-            return  # without waiting for the device
-        tokens = np.asarray(tokens)
-        for job, row in zip(prefill.works, rows, strict=True):
-            if job in ended:
-                job.tokens.append(int(tokens[row]))
-                job.reached("first")
-                if job.ticket.keep_logits:
-                    job.ticket.logits = np.asarray(logits)[row]
-                self._let_go(job)
-                self._show(job)
+        """Prefill one chunk of the prompts whose next chunk has the same size; a patient engine prefills all prompts.
+
+        The calls of a patient engine are in the device's queue before the host waits for the first of them.
+        """
+        calls = []
+        while (prefill := self._scheduler.next_prefill(fullest=self._patient)) is not None:
+            parts = []
+            for job, start, length in zip(prefill.works, prefill.starts, prefill.lengths, strict=True):
+                then = job.next() if start + length == len(job.keys) else None
+                ids, places = job.ids[start : start + length], job.places[start : start + length]
+                parts.append(Part(job.slot, start, ids, places, then))
+            after = self._device.prefill(parts, prefill.prompts, prefill.chunk, prefill.window)
+            calls.append((prefill.works, self._scheduler.prefilled(prefill), parts, after))
+            if not self._patient:
+                break
+        for works, ended, parts, after in calls:
+            if not ended:
+                continue  # without waiting for the device
+            tokens = np.asarray(after.tokens)
+            for job, part, row in zip(works, parts, after.rows, strict=True):
+                if job in ended:
+                    job.tokens.append(int(tokens[row]))
+                    job.token_scores += scored(part.then, after.scores, row, job.tokens)
+                    job.reached("first")
+                    if job.ticket.keep_logits:
+                        job.ticket.logits = np.asarray(after.logits)[row]
+                    self._let_go(job)
+                    self._show(job)
 
     def _decode(self) -> None:
         """Decode a few tokens of every answer."""
         decode = self._scheduler.next_decode()
         if decode is None:
             return
-        answers = [
-            Answering(job.slot, job.tokens[-1], job.cached, len(job.tokens), job.limit, job.prepared.request)
-            for job in decode.works
-        ]
-        made = self._device.decode(answers, decode.rows, decode.window, decode.steps)
-        for job, tokens in zip(decode.works, made, strict=True):
+        answers = [Answering(job.slot, job.cached, job.next()) for job in decode.works]
+        made, scores = self._device.decode(answers, decode.rows, decode.window, decode.steps)
+        for job, tokens, of_tokens in zip(decode.works, made, scores, strict=True):
             self._scheduler.decoded(job, tokens)
+            job.token_scores += of_tokens
             self._show(job)
 
     def _show(self, job: Job) -> None:
-        """Stream new text, and end the answer at a stop string, a stop id or its limit."""
-        last = job.tokens[-1] in self.model.stop_ids or len(job.tokens) >= job.limit
-        job.ticket.show(job.stream.feed(without_end(job.tokens, self.model.stop_ids), last))
+        """Stream new text, and end the answer at a stop string, a stop id, the end of its guide or its limit."""
+        complete = job.tokens[-1] in self.model.stop_ids
+        if job.matcher is not None and not complete:
+            try:
+                job.matcher.read(job.tokens)
+            except ValueError as error:
+                self._end(job, error)
+                return
+            complete = job.matcher.complete
+        last = complete or len(job.tokens) >= job.limit
+        if last or job.each_token or job.prepared.request.stop or not self._patient:
+            text = job.stream.feed(without_end(job.tokens, self.model.stop_ids), last)
+            job.ticket.show(text, len(job.stream.ids), job.token_scores)
         if not last and not job.stream.stopped:
             return
         job.reached("ended")
-        stopped = job.stream.stopped or len(job.stream.ids) < len(job.tokens)
+        stopped = job.stream.stopped or complete
         answer = self.model.answer_of(
             job.stream.text,
             job.stream.ids,
@@ -354,6 +394,7 @@ class Engine:
             job.choice,
             job.scores,
             job.timings(),
+            job.token_scores,
         )
         self._counters.add(
             ttft_seconds=job.times["first"] - job.times["submitted"],
@@ -386,6 +427,7 @@ class Engine:
         for job in self._jobs():
             if job not in self._waiting:
                 self._end(job, RuntimeError(f"the device failed: {str(error).splitlines()[0]}"))
+        self._routing = None
         self._images.clear()
         self._scheduler.clear()
         self._device.reset()

@@ -12,10 +12,12 @@ from avg_llava_jax.data.conversation import IMAGE
 from avg_llava_jax.data.packing import Sample, Shape, load_tiles, prompt_index
 from avg_llava_jax.data.tiles import tile_count
 from avg_llava_jax.inference import choosing
+from avg_llava_jax.inference.guides import Matcher
 from avg_llava_jax.inference.image_pages import Digest, digest_of
 from avg_llava_jax.inference.model import Model, check_length, visual_tokens
 from avg_llava_jax.inference.programs import TEXT
-from avg_llava_jax.inference.requests import Prepared
+from avg_llava_jax.inference.requests import Prepared, TokenScore
+from avg_llava_jax.inference.sampling import Next
 from avg_llava_jax.inference.scheduler import Work
 from avg_llava_jax.inference.text_stream import TextStream
 from avg_llava_jax.inference.tickets import Ticket
@@ -31,6 +33,7 @@ class Job(Work):
     images: digest and tiles of each image. pages: pages of each image's tiles, None while it holds none.
     text: int32 (L,), ids of the prompt without its images. scores: router scores (G,) of the images routed so far.
     choice: granularity of each image. ids, places: int32 (S,), the packed prompt, see `programs.Chunk`.
+    matcher: follows the request's guide. token_scores: the scores of the answer's tokens, where they are wanted.
     times: the clock in seconds when it reached each stage.
     """
 
@@ -39,6 +42,8 @@ class Job(Work):
     stream: TextStream
     text: np.ndarray
     images: Images
+    matcher: Matcher | None = None
+    token_scores: list[TokenScore] = dataclasses.field(default_factory=list)
     pages: list[list[int]] | None = None
     scores: list[np.ndarray] = dataclasses.field(default_factory=list)
     choice: tuple[int, ...] = ()
@@ -54,6 +59,11 @@ class Job(Work):
     def unrouted(self) -> int:
         """The number of images to route yet: where the router chooses for one image, it scores all of them."""
         return len(self.images) - len(self.scores) if None in self.prepared.choice else 0
+
+    def next(self) -> Next:
+        """What its next token depends on."""
+        allowed = None if self.matcher is None else self.matcher.allowed()
+        return Next(self.prepared.request, self.limit, self.text, self.tokens, allowed)
 
     def reached(self, stage: str) -> None:
         self.times[stage] = time.perf_counter()
@@ -84,7 +94,10 @@ def make_job(
     count = sum(tile_count(size, model.config) for size in sample.sizes)
     if count > most_tiles:
         raise ValueError(f"the images have {count} tiles, the engine holds {most_tiles}: send fewer images")
+    guide = prepared.request.guide
     return Job(
+        matcher=None if guide is None else model.matcher(guide),
+        each_token=guide is not None,  # what may come after a token depends on it
         prepared=prepared,
         ticket=ticket,
         stream=TextStream(model.tokenizer.decode, prepared.request.stop),

@@ -9,15 +9,25 @@ from typing import Literal
 
 import numpy as np
 
+from avg_llava_jax import reuse
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.data.conversation import PLACEHOLDER, encode_prompt, encode_raw, stop_ids
 from avg_llava_jax.data.geometry import visual_count
 from avg_llava_jax.data.packing import Sample, make_sample, packed_length
 from avg_llava_jax.data.tokenizer import Tokenizer
 from avg_llava_jax.inference import choosing
-from avg_llava_jax.inference.requests import Answer, Granularity, Prepared, Request, as_ref
+from avg_llava_jax.inference.guides import Guide, Matcher
+from avg_llava_jax.inference.requests import Answer, Granularity, Prepared, Request, TokenScore, as_ref
 from avg_llava_jax.models import language
 from avg_llava_jax.models.avg_llava import Params
+
+
+class PromptTooLong(ValueError):
+    """A prompt over `max_length`. limit: max_length, in tokens."""
+
+    def __init__(self, message: str, limit: int):
+        super().__init__(message)
+        self.limit = limit
 
 
 class Model:
@@ -44,6 +54,11 @@ class Model:
         layers = language.unstack(self.params["language"]["layers"])
         return self.params | {"language": self.params["language"] | {"layers": layers}}
 
+    @functools.cached_property
+    def made_by(self) -> dict[str, str]:
+        """Digests of what determines the answers, see `reuse`."""
+        return reuse.made_by(self.config, self.params, self.tokenizer)
+
     def limited_to(self, max_length: int) -> Model:
         """The same model with `max_length`, in positions of prompt and answer together."""
         if max_length == self.config.language.max_length:
@@ -55,6 +70,9 @@ class Model:
 
     def prepare(self, request: Request) -> Prepared:
         """Check and tokenize a request; opens the headers of its images alone. Raises ValueError in one line."""
+        size = self.config.language.vocab_size
+        if stranger := [token for token in request.logit_bias if not 0 <= token < size]:
+            raise ValueError(f"logit_bias={stranger[0]!r} is no token: ids are 0 .. {size - 1}")
         refs = [as_ref(image) for image in request.images]
         if request.raw:
             tokens = encode_raw(request.prompt, self.tokenizer)
@@ -72,6 +90,10 @@ class Model:
         if len(tokens.ids) - len(refs) > self.config.language.max_length or None not in choice:
             check_length(self.config, sample, [g or self.config.granularities[0] for g in choice])
         return Prepared(request, sample, choice)
+
+    def matcher(self, guide: Guide) -> Matcher:
+        """A matcher of an answer that is still empty. Raises ValueError where the guide cannot be followed."""
+        return Matcher(guide, self.tokenizer, self.stop_ids, self.config.language.vocab_size)
 
     def _wanted(self, granularity: Granularity | Sequence[Granularity], images: int) -> tuple[int | None, ...]:
         """The requested granularity of each image, None for "auto"."""
@@ -102,6 +124,7 @@ class Model:
         choice: tuple[int, ...],
         scores: Sequence[np.ndarray],
         timings: dict[str, float],
+        logprobs: Sequence[TokenScore] = (),
     ) -> Answer:
         """The answer of a request that has ended; scores: router scores (G,) of each image, empty if not routed."""
         shares = tuple(dict(zip(self.config.granularities, softmax(row), strict=True)) for row in scores)
@@ -113,6 +136,7 @@ class Model:
             timings=timings,
             token_ids=tuple(ids),
             finish=finish,
+            logprobs=tuple(logprobs[: len(ids)]),
         )
 
 
@@ -127,14 +151,14 @@ def visual_tokens(config: ModelConfig, sample: Sample, choice: Sequence[int]) ->
 
 
 def check_length(config: ModelConfig, sample: Sample, choice: Sequence[int]) -> None:
-    """Raise ValueError where a prompt exceeds `max_length`; it says which granularity would fit."""
+    """Raise PromptTooLong where a prompt exceeds `max_length`; it says which granularity would fit."""
     need, limit = length_at(config, sample, choice), config.language.max_length
     if need <= limit:
         return
     fitting = [g for g in config.granularities if packed_length(sample, config, g) <= limit]
     advice = f"granularity={fitting[-1]} would fit" if fitting else "no granularity would fit: shorten the prompt"
     at = f" at granularity {', '.join(map(str, choice))}" if choice else ""
-    raise ValueError(f"the prompt takes {need} tokens{at}, the model's limit is {limit}; {advice}")
+    raise PromptTooLong(f"the prompt takes {need} tokens{at}, the model's limit is {limit}; {advice}", limit)
 
 
 def without_end(ids: list[int], stop_ids: Sequence[int]) -> list[int]:

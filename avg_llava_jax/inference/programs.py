@@ -3,15 +3,15 @@
     pixels --encode--> pool                             pyramids of tiles, one page each, kept for later requests
     pool, text --route--> routing                       one image per row
     cache, pool, ids, places --prefill--> cache, logits a chunk of each row's prompt into its slot
-    logits --first--> token                             the first token of sampled answers
+    logits --first--> token                             the first token of answers that are sampled, shaped or scored
     cache --decode--> cache, tokens                     the first slots, several steps
     cache --copy--> cache                               shared prefixes, from slots to slots
 
-The cache (a `LayerCache` of (slots, KV, capacity, d) per layer) and the pool (pages, R, D) are donated and updated in
+The cache (a `LayerCache` of (slots, K, C, d) per layer) and the pool (pages, R, D) are donated and updated in
 place. Writes of padding rows lie outside of both, and are dropped.
 
-Values of a request (length, temperature, seed, limit) are arrays with one entry per row, so that requests share
-programs, and a row's tokens do not depend on its neighbours. `params` have their layers unstacked.
+Values of a request (length, temperature, penalties, allowed tokens) are arrays with one entry per row, so that requests
+share programs, and a row's tokens do not depend on its neighbours. `params` have their layers unstacked.
 """
 
 import functools
@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from avg_llava_jax.config import ModelConfig
+from avg_llava_jax.inference.requests import TOP
 from avg_llava_jax.models import avg_llava, language
 from avg_llava_jax.models.avg_llava import Params
 from avg_llava_jax.models.cache import Cache, LayerCache, Span, spread
@@ -37,10 +38,41 @@ OWN_PRODUCTS = {"xla_gpu_dot_merger_threshold_mb": 0}
 the copies of all layers while the loop runs: 96 MiB a layer of the 7B."""
 
 
+class Shaping(NamedTuple):
+    """How each row's logits change before a token is chosen; neutral values leave them as they are, bit for bit.
+
+    least: int (B,), tokens to generate before a stop id may come; 0 = off.
+    repetition: float (B,), 1 = off. Logits of tokens in the prompt or in the answer are divided by it where they are
+        positive, and multiplied where they are negative.
+    frequency, presence: float (B,), 0 = off. Subtracted from the logits of the answer's tokens, `frequency` once for
+        each time that a token occurs.
+    bias_at, bias: int and float (B, K), ids and what is added to their logits; an id of V or more adds nothing.
+    allowed: uint32 (B, ceil(V / 32)), token t may come where bit t % 32 of word t // 32 is 1.
+    history: int (B, H), what the penalties count: the ids of the prompt's text as they are, the answer's plus V, and
+        2 V for padding.
+    shaped, scored: bool (B,), whether any of these is not neutral, and whether `Scores` are wanted. Where no row is,
+        the program skips it.
+
+    With V = 5, a prompt 3 4 and an answer 4 1 4:    history  3 4 9 6 9 10 10
+    """
+
+    least: jax.Array
+    repetition: jax.Array
+    frequency: jax.Array
+    presence: jax.Array
+    bias_at: jax.Array
+    bias: jax.Array
+    allowed: jax.Array
+    history: jax.Array
+    shaped: jax.Array
+    scored: jax.Array
+
+
 class Sampling(NamedTuple):
     """How each row samples its tokens; every field has shape (B,).
 
     temperature: float, 0 = greedy. top_p: float in (0, 1], 1 = off. top_k: int, 0 = off.
+    min_p: float in [0, 1], 0 = off.
     seed: uint32; the n-th token of a row depends on its seed and n alone.
     limit: int, tokens to generate at most; 0 for a padding row.
     """
@@ -48,8 +80,21 @@ class Sampling(NamedTuple):
     temperature: jax.Array
     top_p: jax.Array
     top_k: jax.Array
+    min_p: jax.Array
     seed: jax.Array
     limit: jax.Array
+    shaping: Shaping
+
+
+class Scores(NamedTuple):
+    """Log-probabilities in nats of generated tokens, by the model's own logits; garbage in rows that are not scored.
+
+    chosen: fp32 (...), of each token. ids, values: int, fp32 (..., TOP), the most likely tokens, best first.
+    """
+
+    chosen: jax.Array
+    ids: jax.Array
+    values: jax.Array
 
 
 class Chunk(NamedTuple):
@@ -137,9 +182,13 @@ def prefill(
 
 
 @functools.partial(sharding.jit, static_argnums=0)
-def first(config: ModelConfig, params: Params, logits: jax.Array, sampling: Sampling) -> jax.Array:
-    """Sample the first token (B,) of answers from the logits (B, V) at the end of their prompts."""
-    return sample(logits, sampling, jnp.zeros_like(sampling.limit), False)
+def first(
+    config: ModelConfig, params: Params, logits: jax.Array, sampling: Sampling, stops: jax.Array
+) -> tuple[jax.Array, Scores]:
+    """The first token (B,) of answers, and its scores (B, 1), from the logits (B, V) at the end of their prompts."""
+    none = jnp.zeros_like(sampling.limit)
+    token, scores = choose(logits, sampling, counted(sampling.shaping, logits.shape[1]), none, stops)
+    return token, jax.tree.map(lambda array: array[:, None], scores)
 
 
 def assemble(config: ModelConfig, params: Params, pool: jax.Array, ids: jax.Array, places: jax.Array) -> jax.Array:
@@ -163,13 +212,13 @@ def decode(
     most: int,
     window: int,
     greedy: bool,
-) -> tuple[Cache, jax.Array, jax.Array]:
+) -> tuple[Cache, jax.Array, jax.Array, Scores | None]:
     """Decode tokens of the first B slots until every row is done, at most `steps` (a traced scalar, up to `most`).
 
     stops: int (n,), stop ids, which end a row and are kept. window: at least the cached positions and `most` more.
-    greedy: every row is greedy, and the vocabulary is not sorted.
+    greedy: every row is greedy and its shaping neutral; the program chooses the best token and computes no scores.
 
-    Returns the cache, tokens int (B, most), and the number of real ones in each row int (B,).
+    Returns the cache, tokens int (B, most), the number of real ones in each row int (B,), and their scores (B, most).
     """
     capacity, row = cache[0].k.shape[2], jnp.arange(len(rows.last))
 
@@ -178,21 +227,29 @@ def decode(
         return (step < steps) & ~jnp.all(done)
 
     def one_token(carry: tuple) -> tuple:
-        step, cache, rows, done, tokens = carry
+        step, cache, rows, done, tokens, counts, scores = carry
         x = avg_llava.embed(config, params, rows.last)[:, None]
         span = Span(jnp.where(done, capacity, rows.cached), None, window)
         hidden, cache = language.decoder(config.language, params["language"], x, cache, span)
-        token = sample(avg_llava.unembed(config, params, hidden[:, 0]), sampling, rows.count, greedy)
+        logits = avg_llava.unembed(config, params, hidden[:, 0])
         made = (~done).astype(jnp.int32)
+        if greedy:
+            token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        else:
+            token, new = choose(logits, sampling, counts, rows.count, stops)
+            counts = Counts(counts.asked, counts.written.at[row, token].add(made))
+            scores = jax.tree.map(lambda all_steps, one: all_steps.at[:, step].set(one), scores, new)
         tokens = tokens.at[row, step].set(token)
         rows = Rows(jnp.where(done, rows.last, token), rows.cached + made, rows.count + made)
         done = done | jnp.isin(token, stops) | (rows.count >= sampling.limit)
-        return step + 1, cache, rows, done, tokens
+        return step + 1, cache, rows, done, tokens, counts, scores
 
     done = rows.count >= sampling.limit
     start = jnp.zeros((), jnp.int32), cache, rows, done, jnp.zeros((len(row), most), jnp.int32)
-    _, cache, end, _, tokens = jax.lax.while_loop(unfinished, one_token, start)
-    return spread(cache), tokens, end.count - rows.count
+    counts = None if greedy else counted(sampling.shaping, config.language.vocab_size)
+    scores = None if greedy else _no_scores(len(row), most, config.language.vocab_size)
+    _, cache, end, _, tokens, _, scores = jax.lax.while_loop(unfinished, one_token, (*start, counts, scores))
+    return spread(cache), tokens, end.count - rows.count, scores
 
 
 @functools.partial(sharding.jit, static_argnums=(0, 5), donate_argnums=2)
@@ -207,35 +264,91 @@ def copy(
     return spread(tuple(LayerCache(one(layer.k), one(layer.v)) for layer in cache))
 
 
-def sample(logits: jax.Array, sampling: Sampling, count: jax.Array, greedy: bool) -> jax.Array:
+class Counts(NamedTuple):
+    """What penalties depend on. asked: bool (B, V), tokens of the prompt. written: int (B, V), of the answer so far."""
+
+    asked: jax.Array
+    written: jax.Array
+
+
+def counted(shaping: Shaping, vocabulary: int) -> Counts:
+    """The counts of each row's `history`."""
+    rows, width = len(shaping.history), 2 * vocabulary
+    empty = jnp.zeros((rows, width), jnp.int32)
+
+    def count() -> jax.Array:
+        return empty.at[jnp.arange(rows)[:, None], shaping.history].add(1, mode="drop")
+
+    both = jax.lax.cond(jnp.any(shaping.history < width), count, lambda: empty)
+    return Counts(both[:, :vocabulary] > 0, both[:, vocabulary:])
+
+
+def choose(
+    logits: jax.Array, sampling: Sampling, counts: Counts, count: jax.Array, stops: jax.Array
+) -> tuple[jax.Array, Scores]:
+    """One token per row (B,), and its scores, from logits fp32 (B, V). count: int (B,), tokens generated before."""
+    shaping = sampling.shaping
+
+    def shaped() -> jax.Array:
+        return shape(logits, shaping, counts, count, stops)
+
+    token = sample(jax.lax.cond(jnp.any(shaping.shaped), shaped, lambda: logits), sampling, count)
+
+    def scores() -> Scores:
+        shares = jax.nn.log_softmax(logits)
+        values, ids = jax.lax.top_k(shares, min(TOP, logits.shape[1]))
+        return Scores(jnp.take_along_axis(shares, token[:, None], 1)[:, 0], ids, values)
+
+    none = Scores(*(array[:, 0] for array in _no_scores(len(token), 1, logits.shape[1])))
+    return token, jax.lax.cond(jnp.any(shaping.scored), scores, lambda: none)
+
+
+def shape(
+    logits: jax.Array, shaping: Shaping, counts: Counts, count: jax.Array, stops: jax.Array
+) -> jax.Array:
+    """Logits (B, V) with each row's penalties, biases and bans, see `Shaping`."""
+    row, written = jnp.arange(len(logits))[:, None], counts.written
+    factor = jnp.where(counts.asked | (written > 0), shaping.repetition[:, None], 1)
+    logits = jnp.where(logits > 0, logits / factor, logits * factor)
+    logits -= shaping.frequency[:, None] * written + shaping.presence[:, None] * (written > 0)
+    logits = logits.at[row, shaping.bias_at].add(shaping.bias, mode="drop")
+    ban = jnp.where(count < shaping.least, -jnp.inf, 0)
+    logits = logits.at[:, stops].add(ban[:, None], mode="drop")
+    bits = shaping.allowed[:, :, None] >> jnp.arange(32, dtype=jnp.uint32) & 1
+    return jnp.where(bits.reshape(len(logits), -1)[:, : logits.shape[1]] > 0, logits, -jnp.inf)
+
+
+def sample(logits: jax.Array, sampling: Sampling, count: jax.Array) -> jax.Array:
     """Sample one token per row: logits fp32 (B, V), count int (B,) tokens generated before -> int (B,).
 
-    Temperature applies first, then top_k, then top_p, the smallest set of those whose probability reaches it. The
-    vocabulary is sorted only where a temperature is above 0; `greedy` leaves the sort out of the program.
+    Temperature applies first, then top_k, then top_p, the smallest set of those whose probability reaches it; min_p
+    drops tokens less likely than this share of the best. The vocabulary is sorted only where a temperature is above 0.
     """
     best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    if greedy:
-        return best
 
-    def draw(row, temperature, top_p, top_k, seed, number):
+    def draw(row, temperature, top_p, top_k, min_p, seed, number):
         order = jnp.argsort(-row, stable=True)
         rank = jnp.arange(len(row))
         scores = row[order] / jnp.maximum(temperature, 1e-6)
+        likely = scores >= scores[0] + jnp.log(min_p)  # -inf where min_p is 0
         scores = jnp.where((top_k <= 0) | (rank < top_k), scores, -jnp.inf)
         share = jax.nn.softmax(scores)
         before = jnp.cumsum(share) - share
         # The best token is always kept; with top_p off, rounding in the sum must not cut the tail.
-        kept = (before < top_p) | (top_p >= 1) | (rank == 0)
+        kept = (((before < top_p) | (top_p >= 1)) & likely) | (rank == 0)
         key = jax.random.fold_in(jax.random.key(seed), number)
         return order[jax.random.categorical(key, jnp.where(kept, scores, -jnp.inf))].astype(jnp.int32)
 
     def drawn() -> jax.Array:
-        tokens = jax.vmap(draw)(logits, sampling.temperature, sampling.top_p, sampling.top_k, sampling.seed, count)
+        tokens = jax.vmap(draw)(logits, *sampling[:5], count)
         return jnp.where(sampling.temperature > 0, tokens, best)
 
     return jax.lax.cond(jnp.any(sampling.temperature > 0), drawn, lambda: best)
 
 
+def _no_scores(rows: int, steps: int, vocabulary: int) -> Scores:
+    top = jnp.zeros((rows, steps, min(TOP, vocabulary)))
+    return Scores(top[..., 0], top.astype(jnp.int32), top)
 
 
 def _pooled(pool: jax.Array) -> jax.Array:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple
 
 from PIL import Image
 
 from avg_llava_jax.data.conversation import Turn
 from avg_llava_jax.data.images import ImageRef, image_ref
 from avg_llava_jax.data.packing import Sample
+from avg_llava_jax.inference.guides import Guide
 
 ImageLike = str | os.PathLike[str] | bytes | Image.Image | ImageRef
 Granularity = Literal["auto"] | int
+TOP, BIASES = 20, 300
+"""The most log-probabilities and biases of a token that a request may ask for, as in OpenAI's API."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +25,8 @@ class Request:
     """One question about images.
 
     prompt: a question, or a conversation of turns `{"from": "human" | "gpt", "value": text}` that ends
-        with a question. `<image>` marks the place of an image; without it the images come first.
+        with a question. `<image>` marks the place of an image; without it the images come first. A value that is the
+        list of texts around the images has no markers, see `data.conversation`.
     images: one image or several: paths, encoded bytes, or Pillow images.
     granularity: "auto" (the router chooses for each image), tokens per tile, or a list with one of these
         for each image.
@@ -32,15 +36,23 @@ class Request:
         See `choosing`.
     max_new_tokens: tokens to generate at most; fewer where prompt and answer reach the model's `max_length`.
     temperature: 0 = greedy. top_p: in (0, 1], 1 = off. top_k: 0 = off.
+    min_p: drop tokens less likely than this share of the best; in [0, 1], 0 = off.
+    repetition_penalty: over 0, 1 = off; over 1 makes tokens of the prompt and of the answer so far less likely.
+    frequency_penalty, presence_penalty: 0 = off; subtracted from the logits of the answer's tokens, for each time
+        that a token occurs, and once. See `programs.Shaping`.
+    logit_bias: {token id: what is added to its logit}, at most 300 entries.
+    min_tokens: generate no stop id before this many tokens; stop strings still end the answer.
+    logprobs: give the log-probability of each token and of this many most likely ones, 0 .. 20; None = off.
+    guide: what the answer must be, see `guides.Guide`; it decides over `min_tokens`.
     seed: the same request with the same seed gets the same answer, alone or in any batch.
     stop: strings that end the answer; they are not part of it.
-    raw: use `prompt` as it is, without a conversation template.
+    raw: use `prompt`, one text or the list of texts around the images, as it is, without a conversation template.
 
     Raises:
       ValueError: a field is out of range; the message names it and its range.
     """
 
-    prompt: str | Sequence[Turn]
+    prompt: str | Sequence[Turn] | Sequence[str]
     images: ImageLike | Sequence[ImageLike] = ()
     granularity: Granularity | Sequence[Granularity] = "auto"
     cost_weight: float = 0.0
@@ -49,6 +61,14 @@ class Request:
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
+    min_tokens: int = 0
+    logprobs: int | None = None
+    guide: Guide | None = None
     seed: int = 0
     stop: str | Sequence[str] = ()
     raw: bool = False
@@ -57,7 +77,7 @@ class Request:
         stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         if not all(isinstance(text, str) and text for text in stops):
             raise ValueError(f"stop={self.stop!r}: stop strings must be non-empty texts")
-        if self.raw and not isinstance(self.prompt, str):
+        if self.raw and not all(isinstance(text, str) for text in self.prompt):
             raise ValueError("raw=True takes the prompt as one text, not as turns")
         single = isinstance(self.images, (str, os.PathLike, bytes, Image.Image)) or hasattr(self.images, "load")
         object.__setattr__(self, "stop", stops)
@@ -69,10 +89,29 @@ class Request:
             ("temperature", self.temperature >= 0, "0 (greedy) or more"),
             ("top_p", 0 < self.top_p <= 1, "over 0 and at most 1"),
             ("top_k", self.top_k >= 0, "0 (off) or more"),
+            ("min_p", 0 <= self.min_p <= 1, "in 0 (off) .. 1"),
+            ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "over 0, and finite"),
+            ("frequency_penalty", abs(self.frequency_penalty) < float("inf"), "finite"),
+            ("presence_penalty", abs(self.presence_penalty) < float("inf"), "finite"),
+            ("min_tokens", self.min_tokens >= 0, "0 (off) or more"),
+            ("logprobs", self.logprobs is None or 0 <= self.logprobs <= TOP, f"in 0 .. {TOP}, or None"),
             ("seed", 0 <= self.seed < 2**32, "in 0 .. 2**32 - 1"),
         ):
             if not valid:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be {rule}")
+        if len(self.logit_bias) > BIASES or not all(abs(bias) < float("inf") for bias in self.logit_bias.values()):
+            raise ValueError(f"logit_bias={self.logit_bias!r} must have at most {BIASES} entries, all finite")
+
+
+class TokenScore(NamedTuple):
+    """The log-probability in nats of a generated token, and {token: log-probability} of the most likely, best first.
+
+    They are the model's own, before temperature, penalties, biases and guides.
+    """
+
+    token: int
+    logprob: float
+    top: dict[int, float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +125,8 @@ class Answer:
     timings: seconds of `queue`, `encode` (load, encode, route), `prefill` (the wait for a slot included), `decode` and
         `total`. The first use of a bucket includes its compilation.
     token_ids: generated ids, without the stop id that ended the answer.
-    finish: "stop" (a stop id or a stop string) or "length".
+    finish: "stop" (a stop id, a stop string or a complete guide) or "length".
+    logprobs: the score of each of `token_ids`, () where `Request.logprobs` is None.
     """
 
     text: str
@@ -96,6 +136,7 @@ class Answer:
     timings: dict[str, float]
     token_ids: tuple[int, ...]
     finish: Literal["stop", "length"]
+    logprobs: tuple[TokenScore, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ together.
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Sequence
 
 import numpy as np
@@ -134,14 +134,29 @@ class Scheduler:
         self.reading.append(work)
         return Admission(own.number, shared, source)
 
-    def by_size(self, works: Sequence[Work]) -> list[Work]:
-        """Works ordered so that many prompts of one bucket get slots together, and prefill together.
+    def next_group(self, works: Sequence[Work], partial: bool) -> list[Work]:
+        """The works to give slots to next, so that prompts of one bucket prefill together in full calls.
 
-        Works that waited for a prefix come first, before the prefix is overwritten.
+        Of works that share a prefix, the first is prefilled alone. The others follow once a slot holds the prefix, and
+        before it is overwritten. Of the rest, the bucket of most works is next, in multiples of `buckets.prompts[-1]`.
+
+        partial: return less than a full call where there is no full one.
         """
-        sizes = {work: bucket(self.buckets.chunks, len(work.keys)) for work in works}
-        counts = Counter(sizes.values())
-        return sorted(works, key=lambda work: (work.waits_for is None, -counts[sizes[work]], sizes[work]))
+        free = sum(slot.work is None for slot in self.slots)
+        sizes = [bucket(self.buckets.chunks, len(work.keys)) for work in works]
+        cached = {size: {_prefix(slot.keys, size) for slot in self.slots} for size in set(sizes)}
+        seen = {_prefix(work.keys, bucket(self.buckets.chunks, len(work.keys))) for work in self.reading}
+        groups: dict[tuple[bool, int], list[Work]] = {}
+        for work, size in zip(works, sizes, strict=True):
+            prefix = _prefix(work.keys, size)
+            follows = prefix in cached[size]
+            if follows or prefix not in seen:
+                groups.setdefault((follows, size), []).append(work)
+            seen.add(prefix)
+        (follows, _), group = max(groups.items(), key=lambda item: (item[0][0], len(item[1])), default=((True, 0), []))
+        count = min(len(group), free)
+        full = count - count % self.buckets.prompts[-1]
+        return group[: count if follows or (partial and not full) else full]
 
     def next_prefill(self, fullest: bool = False) -> Prefill | None:
         """The next chunk of the prompt that waited longest, with all prompts whose next chunk has the same size.
@@ -219,8 +234,15 @@ def _shared(keys: np.ndarray, prompt: np.ndarray) -> int:
     The last position is always prefilled: its logits give the first token of the answer. A prefix of less than a
     quarter of the prompt counts as 0, since prefill from position 0 is fastest.
     """
+    if keys[:WORTH_COPYING].tobytes() != prompt[:WORTH_COPYING].tobytes():  # a tenth of the time of `common`
+        return 0
     shared = common(keys, prompt[:-1])
     return shared if shared >= WORTH_COPYING and 4 * shared >= len(prompt) else 0
+
+
+def _prefix(keys: np.ndarray, size: int) -> bytes:
+    """The keys that two prompts of a bucket have in common where they share a prefix worth copying."""
+    return keys[: max(WORTH_COPYING, size // 4)].tobytes()
 
 
 def common(one: np.ndarray, other: np.ndarray) -> int:

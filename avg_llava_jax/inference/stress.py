@@ -137,6 +137,11 @@ def random_request(rng: random.Random, engine: Engine, pictures: list[Image.Imag
         "temperature": rng.choice((0.0, 0.0, 0.7, 1.3)),
         "top_p": rng.choice((1.0, 0.9)),
         "top_k": rng.choice((0, 5)),
+        "min_p": rng.choice((0.0, 0.0, 0.1)),
+        "repetition_penalty": rng.choice((1.0, 1.0, 1.2)),
+        "logit_bias": rng.choice(({}, {}, {5: -100.0})),
+        "min_tokens": rng.choice((0, 0, 3)),
+        "logprobs": rng.choice((None, None, 2)),
         "seed": rng.getrandbits(32),
         "stop": rng.choice(((), ("e",), ("\n", "the"))),
     }
@@ -159,6 +164,7 @@ def malformed_request(rng: random.Random, engine: Engine, pictures: list[Image.I
         {"images": pictures[:1] * (engine.buckets.pages + 1), "granularity": engine.config.granularities[0]},
         {"max_new_tokens": 0},
         {"temperature": -1.0},
+        {"logit_bias": {engine.config.language.vocab_size: 1.0}},
     ]
     return fields | rng.choice(faults)
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from avg_llava_jax.inference.requests import Answer
+from avg_llava_jax.inference.requests import Answer, TokenScore
 
 
 class Cancelled(Exception):
@@ -19,10 +19,18 @@ class QueueFull(Exception):
     """The engine's queue is full; try again later."""
 
 
+class Piece(str):
+    """A piece of an answer's text. tokens: generated so far. logprobs: scores of those since the last piece."""
+
+    tokens: int
+    logprobs: tuple[TokenScore, ...]
+
+
 class Ticket:
     """A thread-safe handle of one request. Made by `Engine.submit`.
 
     scores: router scores fp32 (G,) of each routed image; None before the request is routed.
+    visual_tokens: of all images; None before granularities are chosen.
     logits: fp32 (V,) of the first token, with `keep_logits`.
     """
 
@@ -30,22 +38,24 @@ class Ticket:
 
     def __init__(self, wake: Callable[[], None]):
         self._wake = wake
-        self._pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._pieces: queue.SimpleQueue[Piece | None] = queue.SimpleQueue()
         self._ended = threading.Event()
         self._answer: Answer | None = None
         self._error: Exception | None = None
         self.cancelled = False
         self.scores: list[np.ndarray] | None = None
+        self.visual_tokens: int | None = None
+        self._shown = 0
         self.logits: np.ndarray | None = None
 
-    def pieces(self) -> Iterator[str]:
+    def pieces(self) -> Iterator[Piece]:
         """Iterate over the answer's text as it is generated, for one reader; blocks, and raises as `result` does."""
         while (piece := self._pieces.get()) is not None:
             yield piece
         self._pieces.put(None)  # a second iterator finds the end as well
         self.result()
 
-    def ready(self) -> list[str]:
+    def ready(self) -> list[Piece]:
         """The pieces of text since the last call; never blocks."""
         found = []
         while not self._pieces.empty():
@@ -79,9 +89,15 @@ class Ticket:
         self.cancelled = True
         self._wake()
 
-    def show(self, piece: str) -> None:
-        """Add a piece of text; called by the engine."""
-        if piece:
+    def show(self, text: str, tokens: int, logprobs: Sequence[TokenScore] = ()) -> None:
+        """Add a piece of text, none if it is empty; called by the engine.
+
+        tokens, logprobs: the number and the scores of all tokens of the answer so far.
+        """
+        if text:
+            piece = Piece(text)
+            piece.tokens, piece.logprobs = tokens, tuple(logprobs[self._shown : tokens])
+            self._shown = tokens
             self._pieces.put(piece)
 
     def end(self, outcome: Answer | Exception) -> None:

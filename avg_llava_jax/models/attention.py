@@ -11,6 +11,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from avg_llava_jax import placement
 from avg_llava_jax.models import one_cpu
@@ -46,8 +47,13 @@ def kernel_for(platform: str, devices: int, dtype: jnp.dtype, head_dim: int, len
     return "dense" if length <= QUERY_BLOCK else "blocks"
 
 
-def self_attention(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool) -> jax.Array:
-    """Attention of a sequence over itself: q (B, S, H, d), k, v (B, S, KV, d), KV a divisor of H -> (B, S, H, d).
+def self_attention(
+    q: Float[ArrayLike, "B S Q d"],
+    k: Float[ArrayLike, "B S K d"],
+    v: Float[ArrayLike, "B S K d"],
+    causal: bool,
+) -> Float[Array, "B S Q d"]:
+    """Attention of a sequence over itself.
 
     The mesh in use (`jax.set_mesh`) decides the platform; its devices need not exist when it is compiled for.
     """
@@ -59,11 +65,13 @@ def self_attention(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool) -> ja
     return _in_blocks(q, k, v, causal) if kernel == "blocks" else _over_own(q, k, v, causal)
 
 
-def cached_attention(q: jax.Array, cache: LayerCache, span: Span, positions: jax.Array) -> jax.Array:
-    """Attention of new tokens over a cache that they are already written to: q (B, S, H, d) -> (B, S, H, d).
+def cached_attention(
+    q: Float[ArrayLike, "B S Q d"], cache: LayerCache, span: Span, positions: Int[ArrayLike, "B S"]
+) -> Float[Array, "B S Q d"]:
+    """Attention of new tokens over a cache that they are already written to.
 
-    One rule: the query at position p, int `positions` (B, S), attends to cache positions 0 .. p of its row; `span`
-    names the row's slot and its window W. Scores are (B, H, S, W): the caller bounds S by prefilling in chunks what
+    One rule: the query at position p of `positions` attends to cache positions 0 .. p of its row; `span` names the
+    row's slot and its window F. Scores are (B, Q, S, F): the caller bounds S by prefilling in chunks what
     follows a cached prefix.
     """
     if one_cpu.here():
@@ -74,15 +82,15 @@ def cached_attention(q: jax.Array, cache: LayerCache, span: Span, positions: jax
 
 
 def dense(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    mask: jax.Array | None = None,
+    q: Float[ArrayLike, "B Q S d"],
+    k: Float[ArrayLike, "B K C d"],
+    v: Float[ArrayLike, "B K C d"],
+    mask: Bool[ArrayLike, "..."] | None = None,
     drop: Callable[[jax.Array], jax.Array] | None = None,
-) -> jax.Array:
-    """Plain XLA attention: q (B, H, S, d), k, v (B, KV, C, d) -> (B, H, S, d), softmax in fp32, all scores in memory.
+) -> Float[Array, "B Q S d"]:
+    """Plain XLA attention, softmax in fp32, all scores in memory.
 
-    mask: bool, broadcast to (B, H, S, C), False = not attended to. drop: dropout of the weights (B, H, S, C).
+    mask: broadcast to (B, Q, S, C), False = not attended to. drop: dropout of the weights (B, Q, S, C).
     """
     groups, steps = k.shape[1], q.shape[2]
     # Queries that share a key head are grouped: both products are then plain batched matrix products.
@@ -96,8 +104,13 @@ def dense(
     return rearrange(jnp.einsum("bgmc,bgcd->bgmd", weights, v), "b g (r s) d -> b (g r) s d", s=steps)
 
 
-def by_device(kernel: Callable[..., jax.Array], q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """A fused kernel on a mesh: each device computes its own samples and heads; shapes as in `self_attention`.
+def by_device(
+    kernel: Callable[..., jax.Array],
+    q: Float[ArrayLike, "B S Q d"],
+    k: Float[ArrayLike, "B S K d"],
+    v: Float[ArrayLike, "B S K d"],
+) -> Float[Array, "B S Q d"]:
+    """A fused kernel on a mesh: each device computes its own samples and heads.
 
     Queries are sharded as their keys are, so that a query head lies on the device of its key head.
     """
@@ -109,12 +122,16 @@ def by_device(kernel: Callable[..., jax.Array], q: jax.Array, k: jax.Array, v: j
 
 
 def padded_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, causal: bool, implementation: Literal["cudnn", "xla"] = "cudnn"
-) -> jax.Array:
+    q: Float[ArrayLike, "B S Q d"],
+    k: Float[ArrayLike, "B S K d"],
+    v: Float[ArrayLike, "B S K d"],
+    causal: bool,
+    implementation: Literal["cudnn", "xla"] = "cudnn",
+) -> Float[Array, "B S Q d"]:
     """`jax.nn.dot_product_attention`, padded to an even length: JAX cannot differentiate cuDNN's at an odd length.
 
-    q (B, S, H, d), k, v (B, S, KV, d) -> (B, S, H, d). Padding lies to the right, where causal attention does not
-    reach; non-causal attention gets the real length. A CLIP encoder's 577 positions become 578.
+    Padding lies to the right, where causal attention does not reach; non-causal attention gets the real length. A CLIP
+    encoder's 577 positions become 578.
     """
     length = q.shape[1]
     odd = length % 2
@@ -129,12 +146,22 @@ def padded_attention(
 FUSED = {"splash": flash_attention, "cudnn": padded_attention}
 
 
-def _over_own(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool) -> jax.Array:
+def _over_own(
+    q: Float[ArrayLike, "B S Q d"],
+    k: Float[ArrayLike, "B S K d"],
+    v: Float[ArrayLike, "B S K d"],
+    causal: bool,
+) -> Float[Array, "B S Q d"]:
     mask = jnp.tri(q.shape[1], dtype=bool) if causal else None
     return dense(*(x.swapaxes(1, 2) for x in (q, k, v)), mask).swapaxes(1, 2)
 
 
-def _in_blocks(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool) -> jax.Array:
+def _in_blocks(
+    q: Float[ArrayLike, "B S Q d"],
+    k: Float[ArrayLike, "B S K d"],
+    v: Float[ArrayLike, "B S K d"],
+    causal: bool,
+) -> Float[Array, "B S Q d"]:
     """`dense` for `QUERY_BLOCK` queries at a time; the backward pass recomputes their scores."""
     length = q.shape[1]
     count = -(-length // QUERY_BLOCK)

@@ -7,10 +7,12 @@
 Compute runs in the dtype of the parameters: cast them to choose it. config.py has the legend of dims.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float, Int, Key, UInt8
 
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.models import language, linear, one_cpu
@@ -23,7 +25,7 @@ from avg_llava_jax.models.stack import Remat
 Params = dict[str, Any]
 
 
-def init(config: ModelConfig, rng: jax.Array) -> Params:
+def init(config: ModelConfig, rng: Key[ArrayLike, ""]) -> Params:
     """Fresh fp32 parameters. Under `jax.eval_shape` only shapes are traced, nothing is computed."""
     rngs = jax.random.split(rng, 5)
     side, width = config.vision.image_size, config.language.width
@@ -44,8 +46,8 @@ def init(config: ModelConfig, rng: jax.Array) -> Params:
     }
 
 
-def with_dropout(params: Params, keys: jax.Array, tiles: int, rate: float) -> Params:
-    """Parameters whose adapters drop out a share of their input; keys (B,), one per sample of `tiles` tiles."""
+def with_dropout(params: Params, keys: Key[ArrayLike, " B"], tiles: int, rate: float) -> Params:
+    """Parameters whose adapters drop out a share of their input; one key per sample of `tiles` tiles."""
     of_tiles = jax.vmap(lambda key: jax.random.split(key, tiles))(keys).reshape(-1)
     rows = {"encoder": of_tiles, "language": keys}
     return params | {
@@ -53,8 +55,10 @@ def with_dropout(params: Params, keys: jax.Array, tiles: int, rate: float) -> Pa
     }
 
 
-def encode_images(config: ModelConfig, params: Params, pixels: jax.Array, remat: Remat = "none") -> jax.Array:
-    """Encode and connect every tile: uint8 (B, T, H, W, 3) -> features (B, T, P, D)."""
+def encode_images(
+    config: ModelConfig, params: Params, pixels: UInt8[ArrayLike, "B T H W 3"], remat: Remat = "none"
+) -> Float[Array, "B T P D"]:
+    """Encode and connect every tile."""
     batch, tiles = pixels.shape[:2]
 
     def encode(pixels: jax.Array) -> jax.Array:
@@ -69,13 +73,15 @@ def encode_images(config: ModelConfig, params: Params, pixels: jax.Array, remat:
     return features.reshape(batch, tiles, *features.shape[1:])
 
 
-def pyramid_of(config: ModelConfig, params: Params, pixels: jax.Array, remat: Remat = "none") -> jax.Array:
-    """Encode, connect and scale: uint8 (B, T, H, W, 3) -> the pyramid of every tile, (B, T, R, D)."""
+def pyramid_of(
+    config: ModelConfig, params: Params, pixels: UInt8[ArrayLike, "B T H W 3"], remat: Remat = "none"
+) -> Float[Array, "B T R D"]:
+    """Encode, connect and scale: the pyramid of every tile."""
     return scale(config, encode_images(config, params, pixels, remat))
 
 
-def embed(config: ModelConfig, params: Params, ids: jax.Array) -> jax.Array:
-    """Token ids int (...) -> raw embeddings (..., D)."""
+def embed(config: ModelConfig, params: Params, ids: Int[ArrayLike, "*M"]) -> Float[Array, "*M D"]:
+    """Raw embeddings of token ids."""
     del config  # unused; all functions of this module take (config, params, ...)
     return language.embed(params["language"], ids)
 
@@ -83,15 +89,15 @@ def embed(config: ModelConfig, params: Params, ids: jax.Array) -> jax.Array:
 def route(
     config: ModelConfig,
     params: Params,
-    pyramid: jax.Array,
-    text: jax.Array,
-    batch: dict[str, jax.Array],
-    dropout: jax.Array | None = None,
+    pyramid: Float[ArrayLike, "B T R D"],
+    text: Float[ArrayLike, "B L D"],
+    batch: Mapping[str, Any],
+    dropout: Key[ArrayLike, " B"] | None = None,
 ) -> Routing:
-    """Score the granularities of each image: pyramid (B, T, R, D), text embeddings (B, L, D) -> logits (B, I, G).
+    """Score the granularities of each image by its pyramid and the raw text embeddings.
 
     batch: `instruction` bool (B, L), `tile_image` int (B, T), `first_tile` int (B, I), see `Router`.
-    dropout: keys (B,), None at inference.
+    dropout: None at inference.
     """
     return Router(config).apply(
         {"params": params["router"]},
@@ -104,11 +110,15 @@ def route(
     )
 
 
-def assemble(params: Params, pyramid: jax.Array, text: jax.Array, index: jax.Array) -> jax.Array:
+def assemble(
+    params: Params,
+    pyramid: Float[ArrayLike, "B T R D"],
+    text: Float[ArrayLike, "B L D"],
+    index: Int[ArrayLike, "B S"],
+) -> Float[Array, "B S D"]:
     """Pack text, visual tokens and newlines into one sequence: a single gather.
 
-    pyramid (B, T, R, D), text (B, L, D), index int (B, S) -> (B, S, D). An entry of `index` is a row of
-
+    An entry of `index` is a row of
 
         0 .. L-1                text tokens
         L .. L+T*R-1            row r of tile slot t at L + t*R + r
@@ -123,12 +133,12 @@ def assemble(params: Params, pyramid: jax.Array, text: jax.Array, index: jax.Arr
 
 
 def decoder(
-    config: ModelConfig, params: Params, x: jax.Array, remat: Remat = "none"
-) -> jax.Array:
-    """Packed embeddings (B, S, D) of whole sequences -> hidden states (B, S, D), without a cache."""
+    config: ModelConfig, params: Params, x: Float[ArrayLike, "B S D"], remat: Remat = "none"
+) -> Float[Array, "B S D"]:
+    """Hidden states of the packed embeddings of whole sequences, without a cache."""
     return language.decoder(config.language, params["language"], x, remat=remat)[0]
 
 
-def unembed(config: ModelConfig, params: Params, hidden: jax.Array) -> jax.Array:
-    """Hidden states (..., D) -> logits (..., V) in fp32."""
+def unembed(config: ModelConfig, params: Params, hidden: Float[ArrayLike, "*M D"]) -> Float[Array, "*M V"]:
+    """Logits of hidden states, in fp32."""
     return language.unembed(config.language, params["language"], hidden)

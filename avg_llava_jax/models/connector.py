@@ -2,14 +2,15 @@
 
 import flax.linen as nn
 import jax
+from jaxtyping import Array, ArrayLike, Float
 
 
 class Connector(nn.Module):
-    """Two-layer MLP with exact GELU: (..., E) -> (..., D)."""
+    """Two-layer MLP with exact GELU."""
 
     width: int
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[ArrayLike, "*M E"]) -> Float[Array, "*M D"]:
         x = nn.Dense(self.width, name="up")(x)
         return nn.Dense(self.width, name="down")(jax.nn.gelu(x, approximate=False))

@@ -5,12 +5,15 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float, Key
 
 from avg_llava_jax.placement import constrain
 
 
-def dropped(x: jax.Array, keys: jax.Array, keep: jax.Array | float) -> jax.Array:
-    """x (B, ...) with each value kept with probability `keep` and divided by it, else 0; keys (B,).
+def dropped(
+    x: Float[ArrayLike, "B ..."], keys: Key[ArrayLike, " B"], keep: Float[ArrayLike, ""] | float
+) -> Float[Array, "B ..."]:
+    """Each value kept with probability `keep` and divided by it, else 0.
 
     Masks use 16 random bits per value, exact enough for a rate: on a CPU, drawing 32 bits takes half of a router's
     training step.
@@ -21,8 +24,8 @@ def dropped(x: jax.Array, keys: jax.Array, keep: jax.Array | float) -> jax.Array
     return jnp.where(kept, x * jnp.asarray(2**16 / limit, x.dtype), 0)
 
 
-def dropper(rate: float, keys: jax.Array | None) -> Callable[[jax.Array], jax.Array]:
-    """Dropout of arrays (B, ...) at `rate`; the n-th call folds n into the keys (B,). None = no dropout."""
+def dropper(rate: float, keys: Key[ArrayLike, " B"] | None) -> Callable[[jax.Array], jax.Array]:
+    """Dropout of arrays (B, ...) at `rate`; the n-th call folds n into the keys. None = no dropout."""
     if keys is None or rate == 0:
         return lambda x: x
     calls = itertools.count()

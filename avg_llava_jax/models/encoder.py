@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from jaxtyping import Array, ArrayLike, Float, UInt8
 
 from avg_llava_jax.config import VisionConfig
 from avg_llava_jax.models.attention import self_attention
@@ -12,18 +13,18 @@ from avg_llava_jax.models.stack import Remat, stack
 from avg_llava_jax.placement import constrain
 
 
-def normalise(config: VisionConfig, pixels: jax.Array) -> jax.Array:
-    """uint8 (..., H, W, 3) in 0..255 -> float32 of the same shape, with CLIP's mean and deviation."""
+def normalise(config: VisionConfig, pixels: UInt8[ArrayLike, "*M H W 3"]) -> Float[Array, "*M H W 3"]:
+    """Pixels 0 .. 255 in float32, with CLIP's mean and deviation."""
     return (pixels.astype(jnp.float32) / 255.0 - jnp.array(config.mean)) / jnp.array(config.std)
 
 
 class EncoderLayer(nn.Module):
-    """Pre-norm transformer layer of CLIP: (M, 1 + P, E) -> the same shape."""
+    """Pre-norm transformer layer of CLIP over the 1 + P rows of a tile."""
 
     config: VisionConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, None]:
+    def __call__(self, x: Float[ArrayLike, "M rows E"]) -> tuple[Float[Array, "M rows E"], None]:
         config = self.config
         y = layer_norm(config, "norm1")(x)
         q, k, v = (
@@ -47,8 +48,8 @@ class Encoder(nn.Module):
     remat: Remat = "none"
 
     @nn.compact
-    def __call__(self, pixels: jax.Array) -> jax.Array:
-        """uint8 (M, H, W, 3) -> (M, P, E), patches row-major."""
+    def __call__(self, pixels: UInt8[ArrayLike, "M H W 3"]) -> Float[Array, "M P E"]:
+        """Encode tiles; patches are row-major."""
         config = self.config
         pixels, side = normalise(config, pixels), config.patch_size
         patches = rearrange(pixels, "m (r a) (c b) rgb -> m (r c) (a b rgb)", a=side, b=side)

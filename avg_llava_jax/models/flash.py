@@ -5,13 +5,20 @@ import jax.numpy as jnp
 from einops import rearrange
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+from jaxtyping import Array, ArrayLike, Float
 
 BLOCKS = range(128, 769, 128)
 """Block sizes of the kernel; the length is padded to whole blocks."""
 
 
-def flash_attention(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool, interpret: bool = False) -> jax.Array:
-    """Splash attention on one device: q (B, S, H, d), k, v (B, S, KV, d) -> (B, S, H, d).
+def flash_attention(
+    q: Float[ArrayLike, "B S Q d"],
+    k: Float[ArrayLike, "B S K d"],
+    v: Float[ArrayLike, "B S K d"],
+    causal: bool,
+    interpret: bool = False,
+) -> Float[Array, "B S Q d"]:
+    """Splash attention on one device.
 
     interpret: run the kernel on any platform, slowly, for tests.
     """

@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from jaxtyping import Array, ArrayLike, Float, Int, Key, Shaped
 
 from avg_llava_jax.config import LanguageConfig
 from avg_llava_jax.models import one_cpu
@@ -26,8 +27,12 @@ from avg_llava_jax.placement import constrain
 Params = dict[str, Any]
 
 
-def rotary(config: LanguageConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """cos and sin (B, S, 1, head_dim) in fp32 for integer positions (B, S)."""
+Rope = tuple[Float[Array, "B S 1 d"], Float[Array, "B S 1 d"]]
+"""cos and sin in fp32."""
+
+
+def rotary(config: LanguageConfig, positions: Int[ArrayLike, "B S"]) -> Rope:
+    """cos and sin of the rotary embedding at these positions."""
     half = config.head_dim // 2
     frequency = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     scaling = config.rope_scaling
@@ -48,19 +53,21 @@ def rotary(config: LanguageConfig, positions: jax.Array) -> tuple[jax.Array, jax
     return jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]
 
 
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotary embedding of x (B, S, heads, head_dim), first half paired with second half."""
+def rotate(
+    x: Float[ArrayLike, "B S heads d"], cos: Float[ArrayLike, "B S 1 d"], sin: Float[ArrayLike, "B S 1 d"]
+) -> Float[Array, "B S heads d"]:
+    """Rotary embedding of queries or keys, first half paired with second half."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([-second, first], axis=-1)
     return (x.astype(jnp.float32) * cos + turned * sin).astype(x.dtype)
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm decoder layer: x (B, S, D), rope from `rotary`, positions int (B, S) -> x and the cache.
+    """Pre-norm decoder layer: x and the cache.
 
-    Without a cache: (B, S, D) -> the same shape, causal, each row a whole sequence.
+    Without a cache: causal, each row a whole sequence.
     With a cache: keys and values of x are written at `span`, then queries attend to the prefix written before as well.
-    With `last` int (B,): keys and values of all S tokens are written, but only the token at index `last` of each row
+    With `last`: keys and values of all S tokens are written, but only the token at index `last` of each row
     is computed further, (B, 1, D): the MLP, two projections and the attention of all others are skipped.
     """
 
@@ -69,13 +76,13 @@ class DecoderLayer(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: jax.Array,
-        rope: tuple[jax.Array, jax.Array],
-        positions: jax.Array,
+        x: Float[ArrayLike, "B S D"],
+        rope: Rope,
+        positions: Int[ArrayLike, "B S"],
         cache: LayerCache | None = None,
         span: Span | None = None,
-        last: jax.Array | None = None,
-    ) -> tuple[jax.Array, LayerCache | None]:
+        last: Int[ArrayLike, " B"] | None = None,
+    ) -> tuple[Float[Array, "B _ D"], LayerCache | None]:
         config = self.config
         y = nn.RMSNorm(config.norm_eps, name="norm1")(x)
 
@@ -105,28 +112,28 @@ class DecoderLayer(nn.Module):
         return constrain(x + y, "batch", None, None), cache
 
 
-def _at(x: jax.Array, place: jax.Array) -> jax.Array:
-    """x (B, S, ...) at one index per row, `place` (B,) -> (B, 1, ...)."""
+def _at(x: Shaped[ArrayLike, "B S *rest"], place: Int[ArrayLike, " B"]) -> Shaped[Array, "B 1 *rest"]:
+    """x at one index per row."""
     return jnp.take_along_axis(x, place.reshape(-1, *[1] * (x.ndim - 1)), axis=1)
 
 
 def decoder(
     config: LanguageConfig,
     params: Params,
-    x: jax.Array,
+    x: Float[ArrayLike, "B S D"],
     cache: Cache | None = None,
     span: Span | None = None,
-    last: jax.Array | None = None,
+    last: Int[ArrayLike, " B"] | None = None,
     remat: Remat = "none",
-) -> tuple[jax.Array, Cache | None]:
+) -> tuple[Float[Array, "B _ D"], Cache | None]:
     """Walk embeddings through all layers and the final norm.
 
     Right padding needs no mask: it follows every real token, where causal attention does not reach.
 
     Args:
-      x: (B, S, D), packed embeddings.
+      x: packed embeddings.
       cache, span: where keys and values are written, and which positions are attended to; None for whole sequences.
-      last: int (B,), with a cache: the one index of each row whose hidden state is needed. The last layer computes
+      last: with a cache: the one index of each row whose hidden state is needed. The last layer computes
         only that one, which saves an eighth of the work of 8 layers, 1/32 of 32.
       remat: what the backward pass recomputes, see `stack.Remat`; for stacked layers without a cache.
     Returns:
@@ -154,7 +161,7 @@ def decoder(
     return _norm(config, params, x), None if cache is None else tuple(written)
 
 
-def _norm(config: LanguageConfig, params: Params, x: jax.Array) -> jax.Array:
+def _norm(config: LanguageConfig, params: Params, x: Float[ArrayLike, "*M D"]) -> Float[Array, "*M D"]:
     return nn.RMSNorm(config.norm_eps).apply({"params": params["norm"]}, x)
 
 
@@ -181,7 +188,7 @@ def unstack(layers: Params | tuple[Params, ...], free: bool = False) -> tuple[Pa
 
 
 def empty_cache(config: LanguageConfig, slots: int, capacity: int, dtype: Any) -> Cache:
-    """A cache of zeros, `LayerCache` of (slots, KV, capacity, head_dim) per layer."""
+    """A cache of zeros, `LayerCache` of (slots, K, C, d) per layer."""
     shape = slots, config.kv_heads, capacity, config.head_dim
     return tuple(LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.layers))
 
@@ -200,19 +207,19 @@ class _Fresh(nn.Module):
         if not config.tied_embeddings:
             self.head = Linear(config.vocab_size, use_bias=False, name="unembed")
 
-    def __call__(self) -> jax.Array:
+    def __call__(self) -> Float[Array, "1 1 _"]:
         positions = jnp.zeros((1, 1), jnp.int32)
         x, _ = self.layers(self.embedding[positions], rotary(self.config, positions), positions)
         return self.norm(x) if self.config.tied_embeddings else self.head(self.norm(x))
 
 
-def init(config: LanguageConfig, rng: jax.Array) -> Params:
+def init(config: LanguageConfig, rng: Key[ArrayLike, ""]) -> Params:
     """Fresh fp32 parameters, layers stacked."""
     return _Fresh(config).init(rng)["params"]
 
 
-def embed(params: Params, ids: jax.Array) -> jax.Array:
-    """Token ids int (...) -> raw embeddings (..., D)."""
+def embed(params: Params, ids: Int[ArrayLike, "*M"]) -> Float[Array, "*M D"]:
+    """Raw embeddings of token ids."""
     # The table is gathered along its width first: the batch and the table's width share the mesh axis `fsdp`.
     rows = constrain(params["embed"], "vocab", None)[ids]
     if "embed_scale" in params:
@@ -221,8 +228,8 @@ def embed(params: Params, ids: jax.Array) -> jax.Array:
     return constrain(rows, "batch", *[None] * ids.ndim)
 
 
-def unembed(config: LanguageConfig, params: Params, hidden: jax.Array) -> jax.Array:
-    """Hidden states (..., D) -> logits (..., V) in fp32."""
+def unembed(config: LanguageConfig, params: Params, hidden: Float[ArrayLike, "*M D"]) -> Float[Array, "*M V"]:
+    """Logits of hidden states, in fp32."""
     if not config.tied_embeddings:
         logits = Linear(config.vocab_size, use_bias=False).apply({"params": params["unembed"]}, hidden)
     else:

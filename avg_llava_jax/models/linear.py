@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Array, ArrayLike, Float, Key
 
 from avg_llava_jax.models.dropout import dropped
 
@@ -23,8 +24,7 @@ class Linear(nn.Dense):
     multiplies. An adapter of rank r adds s * (x @ A) @ B in the dtype of x.
     """
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """x (B, S, in) -> (B, S, out)."""
+    def __call__(self, x: Float[ArrayLike, "*M in"]) -> Float[Array, "*M out"]:
         y = self._quantized(x) if self.has_variable("params", "kernel_scale") else super().__call__(x)
         if not self.has_variable("params", "lora_a"):
             return y
@@ -33,7 +33,7 @@ class Linear(nn.Dense):
             x = dropped(x, self.get_variable("params", "lora_keys"), self.get_variable("params", "lora_keep"))
         return y + (x @ a.astype(x.dtype) @ b.astype(x.dtype) * scale).astype(y.dtype)
 
-    def _quantized(self, x: jax.Array) -> jax.Array:
+    def _quantized(self, x: Float[ArrayLike, "*M in"]) -> Float[Array, "*M out"]:
         y = x @ self.get_variable("params", "kernel").astype(x.dtype)
         y = y * self.get_variable("params", "kernel_scale")
         return y + self.get_variable("params", "bias") if self.use_bias else y
@@ -44,10 +44,10 @@ def differs_by_row(layers: dict[str, Any]) -> bool:
     return any("lora_keys" in node for node in layers.values())
 
 
-def with_dropout(layers: dict[str, Any], keys: jax.Array, rate: float) -> dict[str, Any]:
+def with_dropout(layers: dict[str, Any], keys: Key[ArrayLike, " B"], rate: float) -> dict[str, Any]:
     """Stacked layers whose adapters drop out a share `rate` of their input, x in x @ A alone, as peft does.
 
-    keys (B,): one per row of x. Every adapter gets its own `lora_keys` (layers, B), so a row's masks depend neither on
+    keys: one per row of x. Every adapter gets its own `lora_keys` (layers, B), so a row's masks depend neither on
     the other rows nor on the device.
     """
     flat = flatten_dict(layers)

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from jaxtyping import Array, ArrayLike, Float, Int, UInt8
 
 from avg_llava_jax import placement
 from avg_llava_jax.models.cache import LayerCache, Span
@@ -28,8 +29,13 @@ def here() -> bool:
     return placement.platform() == ("cpu", 1)
 
 
-def self_attention(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool) -> jax.Array:
-    """`attention.self_attention`, one head of one sample at a time: q (B, S, H, d), k, v (B, S, KV, d) -> (B, S, H, d).
+def self_attention(
+    q: Float[ArrayLike, "B S Q d"],
+    k: Float[ArrayLike, "B S K d"],
+    v: Float[ArrayLike, "B S K d"],
+    causal: bool,
+) -> Float[Array, "B S Q d"]:
+    """`attention.self_attention`, one head of one sample at a time.
 
     A causal block reads only the keys up to its end, which saves nearly half of the work. The backward pass recomputes
     scores, which is cheaper than loading them from memory.
@@ -49,11 +55,10 @@ def self_attention(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool) -> ja
     return rearrange(out, "(b h) s d -> b s h d", b=batch)
 
 
-def cached_attention(q: jax.Array, cache: LayerCache, span: Span, positions: jax.Array) -> jax.Array:
-    """`attention.cached_attention`, one head of one row at a time: keys are sliced from the cache without a copy.
-
-    q (B, S, H, d), positions int (B, S) -> (B, S, H, d).
-    """
+def cached_attention(
+    q: Float[ArrayLike, "B S Q d"], cache: LayerCache, span: Span, positions: Int[ArrayLike, "B S"]
+) -> Float[Array, "B S Q d"]:
+    """`attention.cached_attention`, one head of one row at a time: keys are sliced from the cache without a copy."""
     batch, _, heads, width = q.shape
     groups, capacity = cache.k.shape[1:3]
     window, shared = span.window or capacity, heads // groups
@@ -79,11 +84,15 @@ def cached_attention(q: jax.Array, cache: LayerCache, span: Span, positions: jax
 
 
 def _by_blocks(
-    q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array | None, own: bool = False
-) -> jax.Array:
-    """Attention of one head in blocks of queries: q (S, d), k, v (C, d) -> (S, d).
+    q: Float[ArrayLike, "S d"],
+    k: Float[ArrayLike, "C d"],
+    v: Float[ArrayLike, "C d"],
+    positions: Int[ArrayLike, " S"] | None,
+    own: bool = False,
+) -> Float[Array, "S d"]:
+    """Attention of one head in blocks of queries.
 
-    positions: int (S,), the last key that each query attends to; None = all of them. own: positions are 0 .. S - 1, so
+    positions: the last key that each query attends to; None = all of them. own: positions are 0 .. S - 1, so
     that a block reads no key after its end.
     """
     length, rows = len(q), []
@@ -100,8 +109,10 @@ def _by_blocks(
     return jnp.concatenate(rows)
 
 
-def encode(one_batch: Callable[[jax.Array], jax.Array], pixels: jax.Array, patches: int) -> jax.Array:
-    """`one_batch` of pixels (M, H, W, 3) -> (M, P, E); tile by tile where a tile has at least `PATCHES` patches."""
+def encode(
+    one_batch: Callable[[jax.Array], jax.Array], pixels: UInt8[ArrayLike, "M H W 3"], patches: int
+) -> Float[Array, "M P E"]:
+    """`one_batch` of pixels; tile by tile where a tile has at least `PATCHES` patches."""
     if here() and patches >= PATCHES:
         return jax.lax.map(lambda tile: one_batch(tile[None])[0], pixels)
     return one_batch(pixels)

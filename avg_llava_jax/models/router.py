@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key
 
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.models.attention import dense, self_attention
@@ -16,32 +17,35 @@ from avg_llava_jax.models.dropout import dropper
 class Routing(NamedTuple):
     """The router's scores and how they came about. J = router.text_tokens.
 
-    logits    (B, I, G)        after the layer norm; argmax chooses, the first of a tie
-    pre_norm  (B, I, G)        before the layer norm: the mean over the image's tiles of the summed votes
-    votes     (B, T, R + J, G) each row's opinion times its voter weight; garbage in empty tile slots
-    text_rows (B, I, J)        positions in `text` of the selected instruction tokens, -1 = none
+    logits: after the layer norm; argmax chooses, the first of a tie.
+    pre_norm: before the layer norm: the mean over the image's tiles of the summed votes.
+    votes: each row's opinion times its voter weight; garbage in empty tile slots.
+    text_rows: positions in `text` of the selected instruction tokens, -1 = none.
     """
 
-    logits: jax.Array
-    pre_norm: jax.Array
-    votes: jax.Array
-    text_rows: jax.Array
+    logits: Float[Array, "B I G"]
+    pre_norm: Float[Array, "B I G"]
+    votes: Float[Array, "B T R+J G"]
+    text_rows: Int[Array, "B I J"]
 
 
 def select_text(
-    features: jax.Array, text: jax.Array, instruction: jax.Array, count: int
-) -> tuple[jax.Array, jax.Array]:
-    """Select the `count` instruction tokens most similar to each image.
+    features: Float[ArrayLike, "B I P D"],
+    text: Float[ArrayLike, "B L D"],
+    instruction: Bool[ArrayLike, "B L"],
+    count: int,
+) -> tuple[Float[Array, "B I J D"], Int[Array, "B I J"]]:
+    """Select the J = `count` instruction tokens most similar to each image.
 
     Similarity is the cosine of every patch with every token, averaged over patches. The average is linear, so
     normalised patches are averaged first.
 
     Args:
-      features: (B, I, P, D) finest features of tile 0 of each image.
-      text: (B, L, D) raw token embeddings; instruction: bool (B, L), tokens that may be selected.
+      features: the finest features of tile 0 of each image.
+      text: raw token embeddings; instruction: tokens that may be selected.
     Returns:
-      rows (B, I, count, D), most similar first, and their positions int (B, I, count). Where an image has fewer
-      instruction tokens, rows are zero and positions -1.
+      rows, most similar first, and their positions. Where an image has fewer instruction tokens, rows are zero and
+      positions -1.
     """
     mean_patch = jnp.mean(unit(features), axis=-2)
     similarity = jnp.einsum("bid,bld->bil", mean_patch, unit(text))
@@ -54,7 +58,7 @@ def select_text(
     return jnp.where(exists[..., None], rows, 0), jnp.where(exists, positions, -1)
 
 
-def unit(x: jax.Array) -> jax.Array:
+def unit(x: Float[ArrayLike, "*M D"]) -> Float[Array, "*M D"]:
     """x / |x| in fp32, with PyTorch's guard against the zero vector."""
     x = x.astype(jnp.float32)
     return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
@@ -68,21 +72,21 @@ class Router(nn.Module):
     @nn.compact
     def __call__(
         self,
-        pyramid: jax.Array,
-        text: jax.Array,
-        instruction: jax.Array,
-        tile_image: jax.Array,
-        first_tile: jax.Array,
-        dropout: jax.Array | None = None,
+        pyramid: Float[ArrayLike, "B T R D"],
+        text: Float[ArrayLike, "B L D"],
+        instruction: Bool[ArrayLike, "B L"],
+        tile_image: Int[ArrayLike, "B T"],
+        first_tile: Int[ArrayLike, "B I"],
+        dropout: Key[ArrayLike, " B"] | None = None,
     ) -> Routing:
         """Score the granularities of each image.
 
         Args:
-          pyramid: (B, T, R, D), all granularities of each tile, see `scaler.scale`.
-          text: (B, L, D) raw token embeddings; instruction: bool (B, L), tokens that may be selected.
-          tile_image: int (B, T), which image of the sample a tile belongs to, -1 = empty tile slot.
-          first_tile: int (B, I), the tile slot of each image's tile 0, -1 = empty image slot.
-          dropout: keys (B,), one per sample; None = no dropout.
+          pyramid: all granularities of each tile, see `scaler.scale`.
+          text: raw token embeddings; instruction: tokens that may be selected.
+          tile_image: which image of the sample a tile belongs to, -1 = empty tile slot.
+          first_tile: the tile slot of each image's tile 0, -1 = empty image slot.
+          dropout: one key per sample; None = no dropout.
         """
         config, router = self.config, self.config.router
         finest = config.granularities[-1]
@@ -115,8 +119,10 @@ class Router(nn.Module):
         logits = nn.LayerNorm(router.norm_eps, use_fast_variance=False, name="norm")(pre_norm)
         return Routing(logits, pre_norm, votes, positions)
 
-    def _attend(self, x: jax.Array, tile_image: jax.Array, drop: Callable | None) -> jax.Array:
-        """Self-attention of x (B, T, R + J, D) over the rows of a tile (`tokens`) or an image's tiles (`tiles`).
+    def _attend(
+        self, x: Float[ArrayLike, "B T rows D"], tile_image: Int[ArrayLike, "B T"], drop: Callable | None
+    ) -> Float[Array, "B T rows D"]:
+        """Self-attention over the rows of a tile (`tokens`) or an image's tiles (`tiles`).
 
         drop: dropout of the attention weights in training; without it they need not be in memory.
         """

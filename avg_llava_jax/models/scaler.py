@@ -2,15 +2,15 @@
 
 import itertools
 
-import jax
 import jax.numpy as jnp
 from einops import rearrange, reduce
+from jaxtyping import Array, ArrayLike, Float
 
 from avg_llava_jax.config import ModelConfig
 
 
-def scale(config: ModelConfig, features: jax.Array) -> jax.Array:
-    """Pool the finest features of each tile to its pyramid, coarsest first: (..., P, D) -> (..., R, D).
+def scale(config: ModelConfig, features: Float[ArrayLike, "*M P D"]) -> Float[Array, "*M R D"]:
+    """Pool the finest features of each tile to its pyramid, coarsest first.
 
     Row `config.pyramid_offsets[g] + cell` holds a cell of granularity g, cells row-major.
 

@@ -2,149 +2,282 @@
 
     messages: system, user and assistant, the last from the user; content is a text or a list of parts
         {"type": "text", "text": ...} and {"type": "image_url", "image_url": {"url": ..., "detail": ...}}
-    model, stream, stream_options.include_usage, max_tokens or max_completion_tokens, temperature, top_p, stop, seed
-    our extensions (`extra_body`): granularity, cost_weight, max_visual_tokens, top_k
+    every other field: a row of CHAT
 
-A message's images precede its text, as in training, unless `<image>` in the text places each of them. The system
-message is prepended to the first question. `detail` of an image sets its granularity: `low` the coarsest, `high` the
-finest, `auto` the router's choice.
+The parts say where images are; `<image>` in a text is text. A message's images precede its text, as in training, unless
+one stands between two texts: then all parts keep their order. System messages are prepended to the first question.
+`detail` of an image sets its granularity: `low` the coarsest, `high` and `original` the finest, `auto` the router's
+choice. An earlier answer may be empty, as the model's own may be.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
-import reprlib
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from avg_llava_jax.config import ModelConfig
-from avg_llava_jax.data.conversation import PLACEHOLDER, Turn
+from avg_llava_jax.data.conversation import Turn
 from avg_llava_jax.inference.requests import Granularity, Request
+from avg_llava_jax.server import shaping
+from avg_llava_jax.server.fields import (
+    ANYTHING,
+    FLAG,
+    LIST,
+    TEXT,
+    Field,
+    Number,
+    OneOf,
+    Parsed,
+    checked_text,
+    read_fields,
+    required,
+    short,
+)
 from avg_llava_jax.server.images import SentImage, read_image
 from avg_llava_jax.server.limits import Limits
-from avg_llava_jax.server.refusal import Refusal
+from avg_llava_jax.server.refusal import Refusal, too_long
+from avg_llava_jax.server.shaping import CHAT_SCORES, SHAPING
+from avg_llava_jax.server.tools import TOOLS, Tools, as_text, tools_of
 
 DEFAULT_NEW_TOKENS = 256
 CHARACTERS_A_TOKEN = 32  # times max_length: a longer text is refused before it is tokenized
 STOPS, STOP_CHARACTERS = 4, 256
+MANY = 2**31 - 1
 
 ROLES = {"system": "system", "developer": "system", "user": "human", "assistant": "gpt"}
-KINDS = {str: "a string", int: "an integer", float: "a number", bool: "true or false", list: "a list"}
-# OpenAI fields that are not supported, each with the one value that has no effect.
-WITHOUT_EFFECT = {
-    "n": 1,
-    "frequency_penalty": 0,
-    "presence_penalty": 0,
-    "logprobs": False,
-    "top_logprobs": 0,
-    "logit_bias": {},
-    "modalities": ["text"],
-    "response_format": {"type": "text"},
-    "service_tier": "auto",
-    "store": False,
-    "tools": [],
-}
-ABOUT_THE_CALLER = ("user", "metadata", "safety_identifier", "prompt_cache_key")
 
-_QUOTES = reprlib.Repr()  # its constructor takes these only since Python 3.12
-_QUOTES.maxstring = _QUOTES.maxother = 80
+
+def _stops(value: Any, path: str) -> list[str]:
+    stops = [value] if isinstance(value, str) else value
+    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
+        raise Refusal(400, f"{path} must be a string or a list of strings, not {short(value)}", path)
+    if len(stops) > STOPS or not all(0 < len(stop) <= STOP_CHARACTERS for stop in stops):
+        raise Refusal(400, f"{path} takes up to {STOPS} strings of 1 to {STOP_CHARACTERS} characters", path)
+    return [checked_text(stop, path) for stop in stops]
+
+
+def _levels(value: Any, path: str) -> Granularity | list[Granularity]:
+    """`Model.prepare` checks that the model has them."""
+    levels = value if isinstance(value, list) else [value]
+    if not all(one == "auto" or (isinstance(one, (int, float)) and not isinstance(one, bool)) for one in levels):
+        raise Refusal(400, f'{path}={short(value)} must be "auto", a number or a list of these', path)
+    return value
+
+
+STREAM_OPTIONS = (
+    Field("include_usage", FLAG, about="one more event with `usage` after the last piece"),
+    Field("continuous_usage_stats", FLAG, about="`usage` so far in every event"),
+    Field("include_obfuscation", nothing=ANYTHING),
+)
+
+STREAMING = (
+    Field("stream", FLAG, about="server-sent events"),
+    Field("stream_options", Parsed("an object", lambda value, path: read_fields(value, STREAM_OPTIONS, path))),
+)
+
+SAMPLING = (
+    Field("temperature", Number(0, 2), sets="temperature", about="0, the default, is greedy"),
+    Field("top_p", Number(0, 1), sets="top_p"),
+    Field("top_k", Number(0, MANY, whole=True), nothing=(-1,), sets="top_k"),
+    Field("seed", Number(-(2**63), 2**63 - 1, whole=True), about="without one, another sample each time"),
+    Field("stop", Parsed(f"a string, or up to {STOPS} of them", _stops), nothing=([], ""), sets="stop"),
+    *SHAPING,
+    Field("length_penalty", nothing=(1,)),
+    Field("best_of", nothing=(1,)),
+    Field("use_beam_search", nothing=(False,)),
+    Field("stop_token_ids", nothing=([],)),
+    Field("bad_words", nothing=([],)),
+    Field("allowed_token_ids"),
+    Field("logits_processors", nothing=([],)),
+    Field("echo", nothing=(False,)),
+    Field("prompt_logprobs", nothing=(0, False)),
+    Field("skip_special_tokens", nothing=(True,)),
+    Field("spaces_between_special_tokens", nothing=(True, False)),
+    Field("include_stop_str_in_output", nothing=(False,)),
+    Field("truncate_prompt_tokens", nothing=(-1,)),
+    Field("add_special_tokens", nothing=(True, False), about="the model's template decides"),
+    Field("return_tokens_as_token_ids", nothing=(False,)),
+    Field("return_token_ids", nothing=(False,)),
+    Field("mm_processor_kwargs", nothing=({},)),
+    Field("priority", nothing=(0,)),
+    Field("kv_transfer_params", nothing=({},)),
+    Field("service_tier", nothing=("auto", "default")),
+    Field("store", nothing=(False,)),
+    *(Field(name, nothing=ANYTHING, about="about the caller") for name in ("user", "metadata", "safety_identifier")),
+    *(Field(name, nothing=ANYTHING, about="a name for logs") for name in ("request_id", "rid")),
+    *(Field(name, nothing=ANYTHING, about="a hint for a cache") for name in ("prompt_cache_key", "cache_salt")),
+)
+"""Fields of every endpoint that generates."""
+
+LOOKING = (
+    Field("granularity", Parsed('`"auto"`, tokens a tile, or a list of these, one per image', _levels)),
+    Field("cost_weight", Number(0, 1000), sets="cost_weight", about="the price of visual tokens for the router"),
+    Field("max_visual_tokens", Number(1, MANY, whole=True), sets="max_visual_tokens", about="of all images together"),
+)
+"""Our own fields."""
+
+CHAT = (
+    Field("model", TEXT, about="may be absent"),
+    Field("messages", LIST, about="roles `system`, `developer`, `user`, `assistant`; parts `text`, `image_url`"),
+    *STREAMING,
+    Field("max_tokens", Number(1, MANY, whole=True), nothing=(-1,), about=f"{DEFAULT_NEW_TOKENS} if absent"),
+    Field("max_completion_tokens", Number(1, MANY, whole=True), nothing=(-1,), about="the newer name of `max_tokens`"),
+    *SAMPLING,
+    *LOOKING,
+    *CHAT_SCORES,
+    *TOOLS,
+    Field("functions", nothing=([],)),
+    Field("function_call", nothing=("none", "auto")),
+    Field("modalities", nothing=(["text"],)),
+    Field("audio"),
+    Field("reasoning_effort", nothing=("none",)),
+    Field("reasoning", nothing=({}, {"effort": "none"}, {"enabled": False})),
+    Field("include_reasoning", nothing=(True, False)),
+    Field("verbosity", nothing=("medium",)),
+    Field("web_search_options"),
+    Field("prediction", nothing=ANYTHING, about="a hint for speed"),
+    Field("documents", nothing=([],)),
+    Field("chat_template"),
+    Field("chat_template_kwargs", nothing=({}, {"enable_thinking": False})),
+    Field("add_generation_prompt", nothing=(True,)),
+    Field("continue_final_message", nothing=(False,)),
+)
+"""Fields of /v1/chat/completions."""
+
+ANY = Parsed("a string or a list of parts", lambda value, path: value)
+
+MESSAGE = (
+    Field("role", OneOf(tuple(ROLES))),
+    Field("content", ANY),
+    Field("type", nothing=("text", "message"), about="lm-eval sends it"),
+    *(Field(name, nothing=([], "", {})) for name in ("tool_calls", "function_call", "annotations", "audio")),
+    *(Field(name, nothing=ANYTHING) for name in ("name", "id", "status", "refusal")),
+    *(Field(name, nothing=ANYTHING, about="of an earlier answer") for name in ("reasoning", "reasoning_content")),
+)
+"""Fields of one message."""
+
+PART = (
+    Field("type", TEXT),
+    Field("text", TEXT),
+    Field("refusal", TEXT, about="the text of an earlier answer"),
+    Field("image_url", Parsed("an object with `url`, or the URL", lambda value, path: value)),
+    Field("detail", nothing=ANYTHING, about="beside `image_url`, read with it"),
+    *(Field(name, nothing=ANYTHING) for name in ("cache_control", "uuid", "annotations", "logprobs")),
+)
+IMAGE_URL = (
+    Field("url", TEXT),
+    Field("detail", OneOf(("auto", "low", "high", "original")), about="the granularity of this image"),
+    Field("format", nothing=ANYTHING, about="the image itself says it"),
+)
+TEXTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+"""Types of parts that are text, and the field that holds it."""
+IMAGES = ("image_url", "input_image")
 
 
 @dataclasses.dataclass(frozen=True)
 class Ask:
-    """A request and how to send its answer. sizes: (width, height) of each of its images."""
+    """A request and how to send its answer.
+
+    given: the honoured fields as they were asked for, without the prompt. count: answers, each by a seed of its own.
+    usage_with_each: send the usage so far with every piece. tools: the functions that the answer may call.
+    """
 
     request: Request
-    stream: bool
-    include_usage: bool
-    sizes: tuple[tuple[int, int], ...]
+    given: dict[str, Any]
+    stream: bool = False
+    include_usage: bool = False
+    usage_with_each: bool = False
+    count: int = 1
+    tools: Tools | None = None
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """(width, height) of each image."""
+        return tuple(image.size for image in self.request.images)
+
+    @property
+    def seeds(self) -> list[int]:
+        """A seed for each answer."""
+        return [(self.request.seed + number) % 2**32 for number in range(self.count)]
 
 
-class Fields:
-    """The fields of a JSON object, taken one by one; null counts as absent. `end` refuses those that were not taken."""
-
-    def __init__(self, values: Any, where: str = ""):
-        if not isinstance(values, dict):
-            raise Refusal(400, f"{where or 'the body'} must be a JSON object, not {_short(values)}", where or None)
-        self._left = {name: value for name, value in values.items() if value is not None}
-        self._where = where
-
-    def path(self, name: str) -> str:
-        return f"{self._where}.{name}" if self._where else name
-
-    def raw(self, name: str) -> Any:
-        return self._left.pop(name, None)
-
-    def take(self, name: str, kind: type, default: Any = None, required: bool = False) -> Any:
-        """A field of one type. An integer is a valid number; true is not."""
-        value = self.raw(name)
-        if value is None:
-            if required:
-                raise Refusal(400, f"{self.path(name)} is missing: it must be {KINDS[kind]}", self.path(name))
-            return default
-        if isinstance(value, bool) != (kind is bool) or not isinstance(value, (int, float) if kind is float else kind):
-            raise Refusal(400, f"{self.path(name)} must be {KINDS[kind]}, not {_short(value)}", self.path(name))
-        return _unicode(value, self.path(name)) if kind is str else value
-
-    def number(self, name: str, kind: type, default: Any, least: float, most: float) -> Any:
-        """A number in least .. most."""
-        value = self.take(name, kind, default)
-        if value is not default and not least <= value <= most:
-            raise Refusal(400, f"{self.path(name)}={_short(value)} must be in {least} .. {most}", self.path(name))
-        return value
-
-    def end(self) -> None:
-        for name in self._left:
-            raise Refusal(400, f"unknown field {_short(self.path(name))}", self.path(name)[:80], "unknown_field")
-
-
-def read(body: bytes, config: ModelConfig, limits: Limits, served: str) -> Ask:
-    """Check a body and convert it to a request. served: the name of the model here.
+def read(values: Any, config: ModelConfig, limits: Limits, served: str) -> Ask:
+    """Check the JSON of /v1/chat/completions and convert it to a request. served: the name of the model here.
 
     Raises:
       Refusal: 400, or 404 for another model; names the field.
     """
-    fields = Fields(_parsed(body))
-    model = fields.take("model", str, served)
+    given = read_fields(values, CHAT, extras=limits.unknown_fields)
+    check_model(given, served)
+    tools = tools_of(given)
+    messages = as_text(required(given, CHAT, "messages"))
+    introduction = tools.introduction if tools else None
+    turns, images, details = conversation(messages, "messages", config, limits, introduction)
+    ask = ask_of(given, CHAT, turns, images, details, config, limits)
+    if tools is None:
+        return ask
+    if ask.request.guide:
+        raise Refusal(400, "tools and a format both say what the answer must be: give one", "tools")
+    return dataclasses.replace(ask, request=dataclasses.replace(ask.request, guide=tools.guide), tools=tools)
+
+
+def check_model(given: dict[str, Any], served: str) -> None:
+    """Raise Refusal 404 for another model than the one served here."""
+    model = given.get("model", served)
     if model != served:
-        raise Refusal(404, f"model {_short(model)} does not exist here, only {served!r}", "model", "model_not_found")
-    for name in ABOUT_THE_CALLER:
-        fields.raw(name)
-    for name, value in WITHOUT_EFFECT.items():
-        given = fields.raw(name)
-        if given is not None and (given != value or isinstance(given, bool) != isinstance(value, bool)):
-            raise Refusal(400, f"{name}={_short(given)} is not supported, only {json.dumps(value)}", name)
-    stream = fields.take("stream", bool, False)
-    options = Fields(fields.raw("stream_options") or {}, "stream_options")
-    include_usage = options.take("include_usage", bool, False)
-    options.raw("include_obfuscation")
-    options.end()
+        raise Refusal(404, f"model {short(model)} does not exist here, only {served!r}", "model", "model_not_found")
 
-    turns, images, details = _conversation(fields.take("messages", list, required=True), limits)
-    if sum(len(turn["value"]) for turn in turns) > CHARACTERS_A_TOKEN * config.language.max_length:
-        raise Refusal(400, f"the text is too long for a model of {config.language.max_length} tokens", "messages")
-    seed = fields.number("seed", int, None, -(2**63), 2**63 - 1)
+
+def ask_of(
+    given: dict[str, Any],
+    table: Sequence[Field],
+    prompt: list[Turn] | list[str],
+    images: list[SentImage],
+    details: Sequence[str],
+    config: ModelConfig,
+    limits: Limits,
+    default_new_tokens: int = DEFAULT_NEW_TOKENS,
+    raw: bool = False,
+) -> Ask:
+    """The request of given fields. details: `detail` of each image. default_new_tokens: if none are asked for."""
+    options = {field.sets: given[field.name] for field in table if field.sets and field.name in given}
+    if "top_k" in options:
+        options["top_k"] = min(options["top_k"], config.language.vocab_size)
+    new_tokens = min(_new_tokens(given) or default_new_tokens, limits.new_tokens)
+    options |= shaping.options(given, new_tokens)
+    seed = given.get("seed")
     request = Request(
-        prompt=turns,
+        prompt=prompt,
         images=images,
-        granularity=_granularity(fields.raw("granularity"), details, config),
-        max_new_tokens=_new_tokens(fields, limits),
-        temperature=float(fields.number("temperature", float, 0.0, 0, 2)),
-        top_p=float(fields.number("top_p", float, 1.0, 0, 1)),
-        top_k=fields.number("top_k", int, 0, 0, config.language.vocab_size),
+        granularity=_granularity(given.get("granularity"), details, config),
+        max_new_tokens=new_tokens,
         seed=secrets.randbits(32) if seed is None else seed % 2**32,
-        stop=_stops(fields.raw("stop")),
-        cost_weight=float(fields.number("cost_weight", float, 0.0, 0, 1000)),
-        max_visual_tokens=fields.number("max_visual_tokens", int, None, 1, 2**31 - 1),
+        raw=raw,
+        **options,
     )
-    fields.end()
-    return Ask(request, stream, include_usage, tuple(image.size for image in images))
+    stream = given.get("stream_options", {})
+    return Ask(
+        request,
+        {name: value for name, value in given.items() if name not in ("messages", "prompt", "input")},
+        given.get("stream", False),
+        stream.get("include_usage", False),
+        stream.get("continuous_usage_stats", False),
+        given.get("n", 1),
+    )
 
 
-def _parsed(body: bytes) -> Any:
+def check_characters(texts: Iterable[str], config: ModelConfig, param: str) -> None:
+    """Refuse a text that cannot fit before it is tokenized."""
+    if sum(map(len, texts)) > CHARACTERS_A_TOKEN * config.language.max_length:
+        raise too_long(config.language.max_length, "the text is longer than any that fits", param)
+
+
+def parsed(body: bytes) -> Any:
+    """The JSON of a body. Raises Refusal 400 where it is not valid."""
+
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is not a JSON number")
 
@@ -154,119 +287,125 @@ def _parsed(body: bytes) -> Any:
         raise Refusal(400, f"the body is not valid JSON: {error}", code="invalid_json") from None
 
 
-def _conversation(messages: Sequence[Any], limits: Limits) -> tuple[list[Turn], list[SentImage], list[str]]:
+@dataclasses.dataclass
+class _Message:
+    """A message. texts: the texts around its images, one more than it has images. details: `detail` of each image."""
+
+    role: str
+    texts: list[str]
+    images: list[SentImage]
+    details: list[str]
+
+    @property
+    def blank(self) -> bool:
+        return not self.images and not self.texts[0].strip()
+
+    def followed_by(self, later: _Message) -> _Message:
+        """Both as one; a blank one adds nothing."""
+        if self.blank or later.blank:
+            return later if self.blank else self
+        texts = [*self.texts[:-1], f"{self.texts[-1]}\n{later.texts[0]}", *later.texts[1:]]
+        return _Message(self.role, texts, self.images + later.images, self.details + later.details)
+
+
+def conversation(
+    messages: Sequence[Any], where: str, config: ModelConfig, limits: Limits, preface: str | None = None
+) -> tuple[list[Turn], list[SentImage], list[str]]:
     """Turns for the model's template, all images, and the `detail` of each image.
 
-    Consecutive messages of one role become one turn.
+    where: the field that holds the messages. preface: a system message before them. Consecutive messages of one role
+    become one turn.
     """
-    said: list[tuple[str, str]] = []
-    images: list[SentImage] = []
-    details: list[str] = []
-    for number, message in enumerate(messages):
-        fields = Fields(message, f"messages[{number}]")
-        role = fields.take("role", str, required=True)
-        if role not in ROLES:
-            where = fields.path("role")
-            raise Refusal(400, f"{where}={_short(role)} is not supported, only {', '.join(ROLES)}", where)
-        fields.take("name", str)
-        if role == "assistant":
-            for name in ("refusal", "annotations", "audio", "tool_calls", "function_call"):
-                if fields.raw(name):
-                    raise Refusal(400, f"{fields.path(name)} is not supported", fields.path(name))
-        text, new, wanted = _content(fields.raw("content"), fields.path("content"), role, len(images), limits)
-        fields.end()
-        said.append((ROLES[role], text))
-        images += new
-        details += wanted
-    if not said or said[-1][0] != "human":
-        raise Refusal(400, "messages must end with a message from the user", "messages")
-    system = [text for role, text in said if role == "system"]
-    turns = [
-        {"from": role, "value": "\n".join(text for _, text in group)}
-        for role, group in itertools.groupby((pair for pair in said if pair[0] != "system"), lambda pair: pair[0])
-    ]
-    if turns[0]["from"] != "human":
-        raise Refusal(400, "the first message after the system's must be from the user", "messages")
+    system = [preface] if preface and preface.strip() else []
+    said: list[_Message] = []
+    for number, each in enumerate(messages):
+        message = _message(each, f"{where}[{number}]", sum(len(one.images) for one in said), limits)
+        if message.role == "system":
+            system += message.texts if not message.blank else []
+        elif said and said[-1].role == message.role:
+            said[-1] = said[-1].followed_by(message)
+        else:
+            said.append(message)
+    if not said or said[-1].role != "human":
+        raise Refusal(400, f"{where} must end with a message from the user", where)
+    if said[0].role != "human":
+        raise Refusal(400, "the first message after the system's must be from the user", where)
     if system:
-        turns[0]["value"] = "\n".join([*system, "", turns[0]["value"]])
-    return turns, images, details
+        said[0].texts[0] = "\n".join([*system, "", said[0].texts[0]])
+    turns = [{"from": one.role, "value": [""] if one.role == "gpt" and one.blank else one.texts} for one in said]
+    check_characters((text for turn in turns for text in turn["value"]), config, where)
+    return turns, [image for one in said for image in one.images], [detail for one in said for detail in one.details]
 
 
-def _content(
-    content: Any, where: str, role: str, before: int, limits: Limits
-) -> tuple[str, list[SentImage], list[str]]:
-    """Text with placeholders, images and details of one message. before: number of images in earlier messages."""
+def _message(message: Any, where: str, before: int, limits: Limits) -> _Message:
+    """One message. before: number of images in earlier messages."""
+    fields = read_fields(message, MESSAGE, where, limits.unknown_fields)
+    role = ROLES[required(fields, MESSAGE, "role", where)]
+    where, content = f"{where}.content", fields.get("content")
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
+    elif not content and role != "human" and not isinstance(content, (bool, int, float)):
+        content = [{"type": "text", "text": ""}]
     if not isinstance(content, list) or not content:
-        raise Refusal(400, f"{where} must be a string or a list of parts, not {_short(content)}", where)
-    texts, images, details = [], [], []
+        raise Refusal(400, f"{where} must be a string or a list of parts, not {short(content)}", where)
+    parts: list[str | SentImage] = []
+    details: list[str] = []
     for number, part in enumerate(content):
-        fields = Fields(part, f"{where}[{number}]")
-        kind = fields.take("type", str, required=True)
-        if kind == "text":
-            texts.append(fields.take("text", str, required=True))
-        elif kind == "image_url" and role == "user":
-            if before + len(images) >= limits.images:
-                raise Refusal(400, f"{where}[{number}]: over {limits.images} images", "messages", "too_many_images")
-            link = Fields(fields.raw("image_url"), fields.path("image_url"))
-            detail = link.take("detail", str, "auto")
-            if detail not in ("auto", "low", "high"):
-                raise Refusal(400, f"{link.path('detail')} must be auto, low or high", link.path("detail"))
-            images.append(read_image(link.take("url", str, required=True), fields.path("image_url"), limits))
+        path = f"{where}[{number}]"
+        fields = read_fields(part, PART, path, limits.unknown_fields)
+        kind = required(fields, PART, "type", path)
+        if kind in TEXTS:
+            parts.append(required(fields, PART, TEXTS[kind], path))
+        elif kind in IMAGES and role == "human":
+            if before + len(details) >= limits.images:
+                raise Refusal(400, f"{path}: over {limits.images} images", path, "too_many_images")
+            image, detail = read_link(fields.get("image_url"), part.get("detail"), f"{path}.image_url", limits)
+            parts.append(image)
             details.append(detail)
-            link.end()
         else:
-            known = "text or image_url" if role == "user" else f"text in a message from {role}"
-            raise Refusal(400, f"{fields.path('type')}={_short(kind)} must be {known}", fields.path("type"))
-        fields.end()
-    text = "\n".join(texts)
-    if PLACEHOLDER not in text:
-        text = f"{PLACEHOLDER}\n" * len(images) + text
-    elif text.count(PLACEHOLDER) != len(images):
-        found = text.count(PLACEHOLDER)
-        raise Refusal(400, f"{where}: {len(images)} images for {found} {PLACEHOLDER} in the text", where)
-    return text, images, details
+            known = "text or image_url" if role == "human" else "text: only messages from the user have images"
+            raise Refusal(400, f"{path}.type={short(kind)} must be {known}", f"{path}.type")
+    texts = [at for at, part in enumerate(parts) if isinstance(part, str)]
+    between = texts and any(not isinstance(part, str) for part in parts[texts[0] : texts[-1]])
+    if not between:
+        parts.sort(key=lambda part: isinstance(part, str))
+    return _Message(role, _around(parts), [part for part in parts if not isinstance(part, str)], details)
+
+
+def read_link(link: Any, detail: Any, where: str, limits: Limits) -> tuple[SentImage, str]:
+    """An image and its `detail`. link: an object with both, or the URL alone."""
+    if isinstance(link, str):
+        link = {"url": link, "detail": detail}
+    given = read_fields(link, IMAGE_URL, where, limits.unknown_fields)
+    return read_image(required(given, IMAGE_URL, "url", where), where, limits), given.get("detail", "auto")
+
+
+def _around(parts: Sequence[str | SentImage]) -> list[str]:
+    """The texts around the images of parts, each on lines of its own: [image, "a", "b"] becomes ["", "\\na\\nb"]."""
+    texts = [""]
+    for number, part in enumerate(parts):
+        texts[-1] += "\n" if number else ""
+        if isinstance(part, str):
+            texts[-1] += part
+        else:
+            texts.append("")
+    if len(parts) and not isinstance(parts[-1], str):
+        texts[-1] += "\n"
+    return texts
 
 
 def _granularity(value: Any, details: Sequence[str], config: ModelConfig) -> Granularity | list[Granularity]:
-    """The field `granularity`, or else each image's `detail`. `Model.prepare` checks that the model has it."""
+    """The field `granularity`, or else each image's `detail`."""
     if value is None:
-        known = {"auto": "auto", "low": config.granularities[0], "high": config.granularities[-1]}
+        finest = config.granularities[-1]
+        known = {"auto": "auto", "low": config.granularities[0], "high": finest, "original": finest}
         return [known[detail] for detail in details] if set(details) - {"auto"} else "auto"
-    for one in value if isinstance(value, list) else [value]:
-        if one != "auto" and (isinstance(one, bool) or not isinstance(one, int)):
-            raise Refusal(
-                400, f'granularity={_short(value)} must be "auto", a number or a list of these', "granularity"
-            )
     return value
 
 
-def _new_tokens(fields: Fields, limits: Limits) -> int:
-    old = fields.number("max_tokens", int, None, 1, limits.new_tokens)
-    new = fields.number("max_completion_tokens", int, None, 1, limits.new_tokens)
+def _new_tokens(given: dict[str, Any]) -> int | None:
+    """The tokens asked for; cut to the limit of this server, and by the engine to the model's length."""
+    old, new = given.get("max_tokens"), given.get("max_completion_tokens")
     if None not in (old, new) and old != new:
         raise Refusal(400, f"max_tokens={old} and max_completion_tokens={new} differ: give one", "max_tokens")
-    return new or old or min(DEFAULT_NEW_TOKENS, limits.new_tokens)
-
-
-def _stops(value: Any) -> list[str]:
-    stops = [value] if isinstance(value, str) else [] if value is None else value
-    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
-        raise Refusal(400, f"stop must be a string or a list of strings, not {_short(value)}", "stop")
-    if len(stops) > STOPS or not all(0 < len(stop) <= STOP_CHARACTERS for stop in stops):
-        raise Refusal(400, f"stop takes up to {STOPS} strings of 1 to {STOP_CHARACTERS} characters", "stop")
-    return [_unicode(stop, "stop") for stop in stops]
-
-
-def _unicode(text: str, where: str) -> str:
-    """The text; refuses a lone surrogate, which JSON can spell and UTF-8 and tokenizers cannot."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise Refusal(400, f"{where} is not valid Unicode: it holds half a surrogate pair", where) from None
-    return text
-
-
-def _short(value: Any) -> str:
-    return _QUOTES.repr(value)
+    return given.get("max_output_tokens") or new or old

@@ -1,5 +1,8 @@
 """From an `Answer` to OpenAI's JSON: a completion, or the chunks of one.
 
+    whole(answers)                                 complete answers
+    begin() piece(...) ... ended(...) end(answers)  server-sent events; `failed(refusal)` ends them early
+
 Our extensions of OpenAI's fields are `usage.visual_tokens` and `usage.granularity`, and `avg_llava` on the completion
 and on the last chunk with a choice:
 
@@ -16,55 +19,129 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.data.geometry import kept_cells, visual_count
 from avg_llava_jax.data.tiles import Size, grid_of, mosaic_box
-from avg_llava_jax.inference.requests import Answer
+from avg_llava_jax.inference.model import Model
+from avg_llava_jax.inference.requests import Answer, TokenScore
+from avg_llava_jax.inference.tickets import Piece
+from avg_llava_jax.server import scores
+from avg_llava_jax.server.reading import Ask
+from avg_llava_jax.server.refusal import Refusal
+from avg_llava_jax.server.tools import Calls, message_of
 
 DONE = "data: [DONE]\n\n"
 
 
 class Reply:
-    """The reply to one request. text_tokens: of the prompt, without images. sizes: of its images."""
+    """The reply to one request for chat completions. name: the model's. text_tokens: of the prompt, without images."""
 
-    def __init__(self, model: str, config: ModelConfig, sizes: Sequence[Size], text_tokens: int):
-        self._config, self._sizes, self._text_tokens = config, sizes, text_tokens
-        self._head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
+    kind, chunk_kind, begins = "chat.completion", "chat.completion.chunk", "chatcmpl"
 
-    def completion(self, answer: Answer) -> dict[str, Any]:
-        """The complete answer."""
-        message = {"role": "assistant", "content": answer.text, "refusal": None}
-        choice = {"index": 0, "message": message, "finish_reason": answer.finish, "logprobs": None}
+    def __init__(self, name: str, model: Model, ask: Ask, text_tokens: int):
+        self._config, self._tokenizer, self._ask, self._text_tokens = model.config, model.tokenizer, ask, text_tokens
+        self._head = {"id": f"{self.begins}-{secrets.token_hex(12)}", "created": int(time.time()), "model": name}
+        self._calls: dict[int, Calls] = defaultdict(Calls)
+        self._made = [0] * ask.count  # tokens of earlier chunks, of each answer
+
+    def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        """The complete answers."""
         return {
             **self._head,
-            "object": "chat.completion",
-            "choices": [choice],
-            "usage": self.usage(answer),
-            "avg_llava": self._seen(answer),
+            "object": self.kind,
+            "choices": [self._choice(number, answer) for number, answer in enumerate(answers)],
+            "usage": self._usage_of(answers),
+            "avg_llava": self._seen(answers[0]),
         }
 
-    def chunk(self, delta: dict[str, str], answer: Answer | None = None) -> dict[str, Any]:
-        """A chunk of a stream; with `answer`, the last one."""
-        choice = {"index": 0, "delta": delta, "finish_reason": answer and answer.finish, "logprobs": None}
-        extension = {} if answer is None else {"avg_llava": self._seen(answer)}
-        return {**self._head, "object": "chat.completion.chunk", "choices": [choice], **extension}
+    def _choice(self, number: int, answer: Answer) -> dict[str, Any]:
+        message = message_of(answer.text) if self._ask.tools else {"content": answer.text}
+        return {
+            "index": number,
+            "message": {"role": "assistant", **message, "refusal": None},
+            "finish_reason": self._finish(answer, "tool_calls" in message),
+            "logprobs": self._logprobs(answer.logprobs),
+        }
 
-    def usage_chunk(self, answer: Answer) -> dict[str, Any]:
-        """The chunk that `stream_options.include_usage` adds after the last piece."""
-        return {**self._head, "object": "chat.completion.chunk", "choices": [], "usage": self.usage(answer)}
+    def begin(self) -> Iterator[str]:
+        """The events before the first piece."""
+        for number in range(self._ask.count):
+            yield self._chunk(number, {"role": "assistant", "content": ""})
 
-    def usage(self, answer: Answer) -> dict[str, Any]:
-        prompt, new = self._text_tokens + answer.visual_tokens, len(answer.token_ids)
+    def piece(self, piece: Piece, number: int, visual: int) -> Iterator[str]:
+        """The events of a piece of an answer. visual: visual tokens of the prompt."""
+        for at, delta in enumerate(self._deltas(piece, number)):
+            yield self._chunk(number, delta, () if at else piece.logprobs, piece.tokens, visual)
+
+    def ended(self, answer: Answer, number: int) -> Iterator[str]:
+        """The events after the last piece of an answer."""
+        scores, new = answer.logprobs[self._made[number] :], len(answer.token_ids)
+        yield self._chunk(number, {}, scores, new, answer.visual_tokens, answer)
+
+    def end(self, answers: Sequence[Answer]) -> Iterator[str]:
+        """The events after all answers."""
+        if self._ask.include_usage:
+            chunk = {**self._head, "object": self.chunk_kind, "choices": [], "usage": self._usage_of(answers)}
+            yield event(chunk)
+        yield DONE
+
+    def failed(self, refusal: Refusal) -> Iterator[str]:
+        """The last event of answers that break off."""
+        yield event(refusal.body())
+
+    def _chunk(
+        self,
+        number: int,
+        delta: dict[str, Any],
+        scores: Sequence[TokenScore] = (),
+        new: int = 0,
+        visual: int = 0,
+        answer: Answer | None = None,
+    ) -> str:
+        """A chunk of a stream. new: tokens so far. answer: the one that it ends."""
+        finish = answer and self._finish(answer, bool(self._calls[number].names))
+        choice = {"index": number, **self._said(delta), "finish_reason": finish, "logprobs": self._logprobs(scores)}
+        chunk = {**self._head, "object": self.chunk_kind, "choices": [choice]}
+        self._made[number] = new
+        if answer is not None:
+            chunk["avg_llava"] = self._seen(answer)
+        if self._ask.usage_with_each:
+            chunk["usage"] = self._usage(new, visual)
+        return event(chunk)
+
+    def _said(self, delta: dict[str, Any]) -> dict[str, Any]:
+        """What a choice of a chunk says, with its name."""
+        return {"delta": delta}
+
+    def _deltas(self, piece: Piece, number: int) -> list[dict[str, Any]]:
+        """What a piece of text brings to a message; {} where that is not known yet."""
+        return self._calls[number].feed(piece) or [{}] if self._ask.tools else [{"content": piece}]
+
+    def _finish(self, answer: Answer, called: bool) -> str:
+        if called and answer.finish == "stop" and not self._ask.tools.forced:
+            return "tool_calls"
+        return answer.finish
+
+    def _usage(self, new: int, visual: int) -> dict[str, Any]:
+        """new: generated tokens. visual: visual tokens of the prompt."""
+        prompt = self._text_tokens + visual
         return {
             "prompt_tokens": prompt,
             "completion_tokens": new,
             "total_tokens": prompt + new,
-            "visual_tokens": answer.visual_tokens,
-            "granularity": answer.granularity,
+            "visual_tokens": visual,
         }
+
+    def _usage_of(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        new = sum(len(answer.token_ids) for answer in answers)
+        return self._usage(new, answers[0].visual_tokens) | {"granularity": answers[0].granularity}
+
+    def _logprobs(self, found: Sequence[TokenScore]) -> dict[str, Any] | None:
+        return scores.chat(found, self._tokenizer) if found else None
 
     def _seen(self, answer: Answer) -> dict[str, Any]:
         config, shares = self._config, _each(answer.probabilities)
@@ -77,7 +154,7 @@ class Reply:
                 "size": list(size),
                 **lattices(size, config, granularity),
             }
-            for number, (size, granularity) in enumerate(zip(self._sizes, _each(answer.granularity), strict=True))
+            for number, (size, granularity) in enumerate(zip(self._ask.sizes, _each(answer.granularity), strict=True))
         ]
         return {
             "granularity": answer.granularity,
@@ -115,9 +192,9 @@ def lattices(size: Size, config: ModelConfig, granularity: int) -> dict[str, dic
     return {"tiles": tiles, "cells": cells}
 
 
-def event(values: dict[str, Any]) -> str:
-    """One server-sent event."""
-    return f"data: {json.dumps(values)}\n\n"
+def event(values: dict[str, Any], name: str | None = None) -> str:
+    """One server-sent event. name: its type, where the client reads one."""
+    return (f"event: {name}\n" if name else "") + f"data: {json.dumps(values)}\n\n"
 
 
 def _each(values: Any) -> tuple[Any, ...]:

@@ -47,6 +47,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.validation_share is not None and not 0 < self.validation_share < 1:
             raise ValueError(f"data.validation={self.validation}: a share of the records lies between 0 and 1")
+        if not 1 <= self.max_pixels <= 2 * MAX_PIXELS:
+            raise ValueError(f"data.max_pixels={self.max_pixels} must be in 1 .. {2 * MAX_PIXELS}, Pillow's own bound")
         if self.validation_images and (not self.validation or self.validation_share):
             raise ValueError(
                 f"data.validation_images={self.validation_images} has no effect without a path in data.validation"

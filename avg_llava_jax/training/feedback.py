@@ -7,8 +7,6 @@ with stored features without the encoder too.
 
 import dataclasses
 import functools
-import hashlib
-import json
 import math
 import pathlib
 from collections.abc import Mapping
@@ -20,8 +18,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from avg_llava_jax import checkpoint, parameters, stored
-from avg_llava_jax.config import ModelConfig, to_dict
+from avg_llava_jax import checkpoint
+from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.convert.quantize import quantized
 from avg_llava_jax.data.errors import BadSample
 from avg_llava_jax.data.feedback import FeedbackFolder, Stored, asked
@@ -30,6 +28,7 @@ from avg_llava_jax.data.tokenizer import load_tokenizer
 from avg_llava_jax.models import avg_llava
 from avg_llava_jax.models.scaler import scale
 from avg_llava_jax.parallel import hosts, sharding
+from avg_llava_jax.reuse import made_by_frozen
 from avg_llava_jax.training import losses, rglf, setup
 from avg_llava_jax.training.config import TrainConfig
 
@@ -48,18 +47,8 @@ class Windows(NamedTuple):
 
 
 def measured_by(config: ModelConfig, params: avg_llava.Params) -> dict[str, str]:
-    """Digests of what determines the answers: weights in their dtype, and model config, both without the router.
-
-    The length of the ladder does not count, so that a set on more granularities serves a shorter ladder.
-    """
-    _, frozen = parameters.split(params, ("router",))
-    values = to_dict(config)
-    del values["router"], values["scaler"]["halvings"]
-    return {"weights": _digest(stored.checksums(frozen)), "model config": _digest(values)}
-
-
-def _digest(values: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]
+    """Digests of what determines the answers: weights in their dtype, model config and code, without the router."""
+    return made_by_frozen(config, params, ["training/rglf.py"])
 
 
 def run(config: TrainConfig, folder: str | pathlib.Path, keep_features: bool) -> Windows:
@@ -98,7 +87,7 @@ def measure(
     keep_features: 4 * P * D bytes per tile in float32: 24 KB for jersey, 9 MB (half of it in bfloat16) for the 7B.
 
     Raises:
-      ValueError: the folder holds feedback measured with other settings or with another model.
+      ValueError: the folder holds feedback measured with other settings, another model or other code.
     """
     dtype = str(jax.tree.leaves(params)[0].dtype) if keep_features else ""
     store = FeedbackFolder(pathlib.Path(folder), config.granularities, dtype, measured_by(config, params))

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import multihost_utils
 
-from avg_llava_jax import adapters, checkpoint, parameters
+from avg_llava_jax import adapters, checkpoint, parameters, reuse
 from avg_llava_jax.config import ModelConfig, from_dict, to_dict
 from avg_llava_jax.convert import foreign, peft
 from avg_llava_jax.convert.quantize import quantized
@@ -20,8 +20,9 @@ from avg_llava_jax.data.errors import BadSample
 from avg_llava_jax.data.feedback import asked, read_feedback
 from avg_llava_jax.data.packing import Sample
 from avg_llava_jax.data.pipeline import WINDOW, Batches, PlannedBatches, hold_out
-from avg_llava_jax.data.sources import open_sources
+from avg_llava_jax.data.sources import contents, open_sources
 from avg_llava_jax.data.tokenizer import Tokenizer, load_tokenizer
+from avg_llava_jax.files import write_whole
 from avg_llava_jax.models.stack import Remat
 from avg_llava_jax.parallel import hosts, sharding
 from avg_llava_jax.training.config import TrainConfig
@@ -30,6 +31,9 @@ from avg_llava_jax.training.optimizer import trainable
 logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+DATA = "data.json"
+"""File in a workdir: digests of the training data, and of the code."""
+TRAINING = ("config.py", "data", "models", "training")
 CHECKED = 64
 """The number of records that are looked up in stored feedback before a run starts."""
 MAY_CHANGE = (
@@ -320,11 +324,48 @@ def _without_effect(config: TrainConfig) -> None:
 
 
 def open_batches(config: TrainConfig, workdir: Path, model: ModelConfig, mesh: jax.sharding.Mesh) -> Batches:
-    """This process's rows of the batches, starting with the first batch."""
+    """This process's rows of the batches, starting with the first batch; writes data.json.
+
+    Raises:
+      FileNotFoundError, ValueError: the data cannot be opened, are not those of the run so far, differ between
+        processes, or lack feedback.
+    """
     planned = plan_batches(config, model, load_tokenizer(workdir / checkpoint.TOKENIZER), mesh)
+    _same_data(config, workdir, planned)
     if config.rglf.feedback:
         _same_questions(config, planned)
     return Batches(planned, config.data.workers)
+
+
+def _same_data(config: TrainConfig, workdir: Path, planned: PlannedBatches) -> None:
+    """Check that all processes have the same data, and that a resumed run has the data that it began with.
+
+    Other code is a warning: a fault that is mended may be why a run resumes.
+
+    Raises:
+      ValueError: names the source that differs.
+    """
+    named = [(f"data.path {part.path}", part.source) for part in planned.parts]
+    if config.data.validation and config.data.validation_share is None:
+        held = open_sources(config.data.validation, config.data.validation_images or config.data.images)
+        named += [(f"data.validation {part.path}", part.source) for part in held]
+    names, now = [name for name, _ in named], [contents(source) for _, source in named]
+    for process, theirs in enumerate(hosts.gather(now)):
+        if theirs != now:
+            name = next(name for name, one, other in zip(names, now, theirs, strict=True) if one != other)
+            raise ValueError(f"{name} has other content on process {process}: give all processes the same data")
+    path, code = workdir / DATA, reuse.code(TRAINING)
+    before = json.loads(path.read_text()) if checkpoint.steps(workdir) and path.is_file() else {}
+    if before and before["contents"] != now:
+        name = next((name for name, one in zip(names, now, strict=True) if one not in before["contents"]), names[0])
+        raise ValueError(
+            f"{workdir} was trained on other data: {name} has changed since; give another --workdir, or delete {path} "
+            "to resume on the data as they are now"
+        )
+    if before and before["code"] != code:
+        logger.warning("%s resumes with other code than it began with", workdir)
+    elif hosts.first():
+        write_whole(path, json.dumps({"contents": now, "code": code}) + "\n")
 
 
 def _same_questions(config: TrainConfig, planned: PlannedBatches) -> None:

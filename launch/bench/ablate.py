@@ -5,10 +5,11 @@ their images are stored. Each router of configs/ablations.py trains from the fee
 in initial parameters, order of the data and dropout.
 
     DIR/exact/, DIR/released/       the frozen model's output, by un-padding: feedback/, answers.jsonl
-    DIR/NAME-SEED/                  the run of a router, and outcome.json, its measures
+    DIR/NAME-SEED/                  the run of a router; ablation.json, its recipe and code; outcome.json, its measures
     DIR/table.md, DIR/plots/        means and deviations over seeds, updated after every router
 
-After an interruption, the same command resumes; more seeds or other names are added to the existing runs.
+After an interruption, the same command resumes; more seeds or other names are added to the existing runs. A router of
+another recipe or other code is set aside in DIR/stale-1, DIR/stale-2, ..., and trained again.
 """
 
 import dataclasses
@@ -17,22 +18,24 @@ import pathlib
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from absl import flags
 from flax.traverse_util import flatten_dict
 
+from avg_llava_jax import reuse
 from avg_llava_jax.commands import cli
 from avg_llava_jax.commands import quickstart as sizes
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.configs import ablations
 from avg_llava_jax.eval import evaluation, plots, policies, quickstart, routing
-from avg_llava_jax.files import around, same_run, write_whole
+from avg_llava_jax.files import around, differing, same_run, write_whole
 from avg_llava_jax.inference.api import AvgLlava
 
 BEGIN, END = "<!-- ablations: python -m launch.bench.ablate -->\n", "<!-- end of ablations -->\n"
 RANDOM = "random choice"
+RECIPE, OUTCOME = "ablation.json", "outcome.json"
 COLUMNS = {
     "accuracy": ("accuracy", ".3f"),
     "visual_tokens": ("visual tokens", ".1f"),
@@ -130,15 +133,30 @@ def table(reference: dict[str, Measures], routers: dict[str, list[Measures]]) ->
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
-def report(config: ModelConfig, records: Records, seeds: int, workdir: pathlib.Path, document: str) -> str:
-    """Write the table and the plot of all runs that are done; returns the table."""
+def recipe_of(config: Any) -> dict[str, str]:
+    """Digests of what determines a router, beyond the frozen model: the content of ablation.json."""
+    recipe = json.loads(config.to_json_best_effort())
+    return {"recipe": reuse.digest(recipe), "code": reuse.code(("training", "models/router.py", "eval/routing.py"))}
+
+
+def report(
+    config: ModelConfig,
+    records: Records,
+    seeds: int,
+    workdir: pathlib.Path,
+    document: str,
+    recipes: Callable[[str, int], dict[str, str]],
+) -> str:
+    """Write the table and the plot of all runs that are done with these recipes by name and seed; returns the table."""
     reference = {name: measure(config, records, same) for name, same in fixed(config, records).items()}
     curve = {name: spread([one]) for name, one in reference.items()}
     reference["oracle"] = measure(config, records, policies.oracle_choices(config, records))
     by_chance = [policies.random_choices(config, records, seed) for seed in range(seeds)]
     routers = {RANDOM: [measure(config, records, picked) for picked in by_chance]}
     for name in ablations.ABLATIONS:
-        done = [json.loads(path.read_text()) for path in sorted(workdir.glob(f"{name}-*/outcome.json"))]
+        runs = sorted(int(path.name.rpartition("-")[2]) for path in workdir.glob(f"{name}-*") if path.is_dir())
+        found = [_done(_folder(workdir, name, seed), recipes(name, seed)) for seed in runs]
+        done = [one for one in found if one is not None]
         routers |= {name: done} if done else {}
     text = table(reference, routers)
     write_whole(workdir / "table.md", text)
@@ -163,7 +181,8 @@ def run(
     """Run all ablations; returns the table. An interrupted run resumes.
 
     Raises:
-      ValueError: an unknown name, a document without the lines around the table, or a workdir with other settings.
+      ValueError: an unknown name, a document without the lines around the table, or a workdir with results of other
+        settings, of another frozen model, or of other code.
     """
     if document:
         around(document, BEGIN, END)
@@ -171,9 +190,13 @@ def run(
     configs = {pair: settings(*pair, checkpoint, steps, pictures) for pair in todo}
     full = settings("full", 0, checkpoint, steps, pictures)
     recipe = flatten_dict(json.loads(full.to_json_best_effort()), sep=".")
-    same_run(workdir, "ablations.json", {"questions": questions, **recipe})
-
     model = AvgLlava.load(checkpoint)
+    frozen_by = reuse.made_by_frozen(model.config, model.params, ["training/rglf.py"])
+    same_run(workdir, "ablations.json", {"questions": questions, **recipe}, frozen_by)
+
+    def recipes(name: str, seed: int) -> dict[str, str]:
+        return recipe_of(settings(name, seed, checkpoint, steps, pictures))
+
     asked = quickstart.test_questions(model, questions)
     unpads = {pair: config.model.unpad or model.config.unpad for pair, config in configs.items()}
     print("1. asking the frozen model", flush=True)
@@ -181,17 +204,22 @@ def run(
     frozen = {unpad: ask(model, unpad, full, asked, workdir / unpad) for unpad in wanted}
     records = frozen[model.config.unpad].records
 
-    todo = [pair for pair in todo if not _outcome(workdir, *pair).exists()]
+    todo = [pair for pair in todo if _done(_folder(workdir, *pair), recipes(*pair)) is None]
     print(f"2. {len(todo)} routers to train", flush=True)
     seen = list(routing.encode_all(model, [question.sample for question in asked])) if todo else []
     begin = time.monotonic()
     for done, pair in enumerate(todo, 1):
         name, seed = pair
         feedback, answers = frozen[unpads[pair]]
-        router = quickstart.train_router(configs[pair], feedback, workdir / f"{name}-{seed}")
+        folder = _folder(workdir, name, seed)
+        if folder.exists() and (other := differing(_read(folder / RECIPE), recipes(name, seed))):
+            reuse.set_aside(workdir, [folder.name], f"{folder.name} is of other {other}")
+        folder.mkdir(exist_ok=True)
+        write_whole(folder / RECIPE, json.dumps(recipes(name, seed)) + "\n")
+        router = quickstart.train_router(configs[pair], feedback, folder)
         picked = policies.choices(router.config, routing.route_encoded(router, seen))
         found = measure(router.config, answers, picked)
-        write_whole(_outcome(workdir, name, seed), json.dumps(found, indent=1) + "\n")
+        write_whole(folder / OUTCOME, json.dumps(found, indent=1) + "\n")
         left = int((time.monotonic() - begin) / done * (len(todo) - done))
         print(
             f"{done}/{len(todo)} {name}, seed {seed}: accuracy {found['accuracy']:.3f} from "
@@ -199,13 +227,23 @@ def run(
             file=sys.stderr,
             flush=True,
         )
-        report(model.config, records, seeds, workdir, document)
-    return report(model.config, records, seeds, workdir, document)
+        report(model.config, records, seeds, workdir, document, recipes)
+    return report(model.config, records, seeds, workdir, document, recipes)
 
 
-def _outcome(workdir: pathlib.Path, name: str, seed: int) -> pathlib.Path:
-    """The file with the measures of one router; a router that has one is not trained again."""
-    return workdir / f"{name}-{seed}" / "outcome.json"
+def _folder(workdir: pathlib.Path, name: str, seed: int) -> pathlib.Path:
+    return workdir / f"{name}-{seed}"
+
+
+def _done(folder: pathlib.Path, recipe: dict[str, str]) -> Measures | None:
+    """The measures of a router that was trained by this recipe; None where there are none."""
+    if not (folder / OUTCOME).exists() or differing(_read(folder / RECIPE), recipe):
+        return None
+    return _read(folder / OUTCOME)
+
+
+def _read(path: pathlib.Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 flags.adopt_module_key_flags(sizes)

@@ -202,7 +202,7 @@ def judge(program: Program, target: Target, mesh: Mapping[str, int], lengths: tu
     """Compile a program: its cost, and `faults`, the rules that it breaks, one line each.
 
     It must fit. What is donated must be overwritten. No score of a whole sequence by itself may be written to memory,
-    (B, H, S, S), for sequences of `LONG` or more. Of a program with a cache no copy of half of its keys may be written.
+    (B, Q, S, S), for sequences of `LONG` or more. Of a program with a cache no copy of half of its keys may be written.
     Where parameters lie whole (no fsdp), no program may gather a tenth of them, and of one with a loop over tokens
     temporaries must be at most a tenth of the cache and `WORKSPACE`; a token may move 1.1 times parameters and cache.
     """

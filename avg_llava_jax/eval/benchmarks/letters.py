@@ -95,6 +95,20 @@ def extract(answer: str, letters: Sequence[str]) -> str:
     return max(found, key=lambda one: one[:2])[2] if found else ""
 
 
+def offered(prompt: str) -> list[str]:
+    """The letters of the options that a prompt asks to choose from, [] where it asks for no letter.
+
+    Options are lines "A. red", "B) blue" or "(C) green", in order from A, and the prompt has the word "letter".
+
+    >>> offered("Which?\\nA. red\\nB. blue\\nAnswer with the option's letter from the given choices directly.")
+    ['A', 'B']
+    """
+    found = re.findall(r"^\s*(?:\(([A-Z])\)|([A-Z])[.):])\s", prompt, re.MULTILINE)
+    letters = [one or other for one, other in found]
+    listed = letters == list(string.ascii_uppercase[: len(letters)])
+    return letters if len(letters) > 1 and listed and "letter" in prompt.lower() else []
+
+
 def lettered(options: Sequence[str]) -> dict[str, str]:
     """Options by letter, starting with A."""
     return dict(zip(string.ascii_uppercase, options, strict=False))

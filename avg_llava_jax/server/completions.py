@@ -1,0 +1,96 @@
+"""/v1/completions: a prompt without a conversation template, and its continuation.
+
+    prompt: a text, a list of one text, or a list of parts as in a message, whose texts and images are put together as
+        they stand: ["Left: ", image, " right: ", image]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from avg_llava_jax.config import ModelConfig
+from avg_llava_jax.inference.requests import TOP, Answer, TokenScore
+from avg_llava_jax.server import scores
+from avg_llava_jax.server.fields import TEXT, Field, Number, Parsed, read_fields, required, short
+from avg_llava_jax.server.limits import Limits
+from avg_llava_jax.server.reading import (
+    IMAGES,
+    LOOKING,
+    MANY,
+    PART,
+    SAMPLING,
+    STREAMING,
+    Ask,
+    ask_of,
+    check_characters,
+    check_model,
+    read_link,
+)
+from avg_llava_jax.server.refusal import Refusal
+from avg_llava_jax.server.replies import Reply
+
+DEFAULT_NEW_TOKENS = 16  # OpenAI's
+
+COMPLETION = (
+    Field("model", TEXT, about="may be absent"),
+    Field("prompt", Parsed("a text, or a list of parts `text` and `image_url`", lambda value, path: value)),
+    *STREAMING,
+    Field("max_tokens", Number(1, MANY, whole=True), nothing=(-1,), about=f"{DEFAULT_NEW_TOKENS} if absent"),
+    *SAMPLING,
+    *LOOKING,
+    Field("logprobs", Number(0, TOP, whole=True), nothing=(False,), about="of each token, with so many likely ones"),
+    Field("suffix", nothing=("",)),
+)
+"""Fields of /v1/completions."""
+
+
+def read(values: Any, config: ModelConfig, limits: Limits, served: str) -> Ask:
+    """Check the JSON of /v1/completions and convert it to a request; see `reading.read`."""
+    given = read_fields(values, COMPLETION, extras=limits.unknown_fields)
+    check_model(given, served)
+    if "logprobs" in given:
+        given |= {"logprobs": True, "top_logprobs": given["logprobs"]}  # as chat completions name them
+    prompt = required(given, COMPLETION, "prompt")
+    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str):
+        (prompt,) = prompt
+    parts = [{"type": "text", "text": prompt}] if isinstance(prompt, str) else prompt
+    if not isinstance(parts, list) or not parts or not all(isinstance(part, dict) for part in parts):
+        raise Refusal(400, f"prompt must be one text, or a list of parts, not {short(prompt)}", "prompt")
+    texts, images, details = [""], [], []
+    for number, part in enumerate(parts):
+        path = f"prompt[{number}]"
+        fields = read_fields(part, PART, path, limits.unknown_fields)
+        kind = required(fields, PART, "type", path)
+        if kind == "text":
+            texts[-1] += required(fields, PART, "text", path)
+        elif kind in IMAGES:
+            if len(images) >= limits.images:
+                raise Refusal(400, f"{path}: over {limits.images} images", path, "too_many_images")
+            image, detail = read_link(fields.get("image_url"), part.get("detail"), f"{path}.image_url", limits)
+            texts.append("")
+            images.append(image)
+            details.append(detail)
+        else:
+            raise Refusal(400, f"{path}.type={short(kind)} must be text or image_url", f"{path}.type")
+    check_characters(texts, config, "prompt")
+    return ask_of(given, COMPLETION, texts, images, details, config, limits, DEFAULT_NEW_TOKENS, raw=True)
+
+
+class CompletionReply(Reply):
+    """The reply to one completion."""
+
+    kind, chunk_kind, begins = "text_completion", "text_completion", "cmpl"
+
+    def _choice(self, number: int, answer: Answer) -> dict[str, Any]:
+        logprobs = self._logprobs(answer.logprobs)
+        return {"index": number, "text": answer.text, "finish_reason": answer.finish, "logprobs": logprobs}
+
+    def begin(self) -> Iterator[str]:
+        yield from ()
+
+    def _said(self, delta: dict[str, Any]) -> dict[str, Any]:
+        return {"text": delta.get("content", "")}
+
+    def _logprobs(self, found: Sequence[TokenScore]) -> dict[str, Any] | None:
+        return scores.completion(found, self._tokenizer) if found else None

@@ -1,0 +1,89 @@
+"""Guides: what an answer must be, with each kind of vocabulary, among free rows, and nothing compiles."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from avg_llava_jax.data.tokenizer import load_tokenizer
+from avg_llava_jax.inference.guides import Guide, Matcher
+from avg_llava_jax.inference.requests import Request
+from avg_llava_jax.inference.stress import compilations
+from tests.test_programs import GOLDEN
+from tests.test_sampling import answers, engine, model, question  # noqa: F401
+
+pytest.importorskip("llguidance")
+
+PERSON = {
+    "type": "object",
+    "properties": {"left": {"type": "boolean"}, "shirt": {"type": "integer", "minimum": 0, "maximum": 99}},
+    "required": ["left", "shirt"],
+    "additionalProperties": False,
+}
+
+
+def test_guided_rows_beside_free_ones(model, engine):  # noqa: F811
+    """Each answer is what its guide says and what it is alone; free rows are what they are without guides."""
+    requests = [
+        question(),
+        question(guide=Guide.choice(["the left one", "the right one", "neither"]), logprobs=1),
+        question(guide=Guide.regex("[A-F]{3}-[0-9]{1,2}"), temperature=2.0, seed=1),
+        Request("Who?", max_new_tokens=60, guide=Guide.json(PERSON)),
+        question(guide=Guide.regex("[a-z]{200}")),
+        question(guide=Guide.choice(["7"]), min_tokens=5),
+        question(temperature=1.0, seed=3),
+    ]
+    with compilations() as compiled:
+        together = answers(engine, requests)
+        assert compiled() == 0
+    assert [one.token_ids for one in together] == [model.answer_batch([one])[0].token_ids for one in requests]
+    _, chosen, matched, person, cut, forced, _ = together
+    assert chosen.text in ("the left one", "the right one", "neither") and len(chosen.logprobs) == len(chosen.token_ids)
+    assert re.fullmatch("[A-F]{3}-[0-9]{1,2}", matched.text) and forced.text == "7"
+    assert set(json.loads(person.text)) == {"left", "shirt"}
+    assert {one.finish for one in (chosen, matched, person, forced)} == {"stop"}
+    assert cut.finish == "length" and len(cut.token_ids) == 12 and re.fullmatch("[a-z]+", cut.text)
+
+
+@pytest.mark.parametrize("folder", ["shipped", "llama"])
+def test_guides_with_either_kind_of_vocabulary(tokenizer, folder):
+    """Byte-level BPE, and a Llama with byte fallback: any text that the guide allows can be written, and no other."""
+    tokenizer = tokenizer if folder == "shipped" else load_tokenizer(GOLDEN / "avg-llava-tiny")
+    for text in ("Größe 日本\n\t😀", "No 7"):
+        ids = tokenizer.encode(text)
+        assert b"".join(map(tokenizer.bytes_of, ids)).decode().removeprefix(" ") == text
+        for guide in (
+            Guide.choice([text, "Nothing"]),
+            Guide.regex(r"(G|No)(.|\n){1,12}"),
+            Guide.grammar('start: /G[^x]+/ | "No" " " "7"'),
+        ):
+            matcher = Matcher(guide, tokenizer, (tokenizer.eos_id,), tokenizer.vocab_size + 5)
+            for at, token in enumerate(ids):
+                bits = np.unpackbits(matcher.allowed().view(np.uint8), bitorder="little")
+                assert bits[token] and not bits[tokenizer.vocab_size :].any()
+                assert not bits[tokenizer.special_tokens["<s>"]]
+                matcher.read(ids[: at + 1])
+            bits = np.unpackbits(matcher.allowed().view(np.uint8), bitorder="little")
+            assert bits[tokenizer.eos_id]
+    assert matcher.complete
+    with pytest.raises(ValueError, match="doesn't satisfy"):
+        Matcher(guide, tokenizer, (tokenizer.eos_id,), tokenizer.vocab_size).read(tokenizer.encode("Maybe"))
+
+
+def test_a_guide_that_cannot_be_followed_is_one_line():
+    for make, value, message in (
+        (Guide.regex, "[0-9", "unclosed character class"),
+        (Guide.json, {"type": "obje"}, "Invalid type: obje"),
+        (Guide.json, {"$ref": "https://host/schema"}, "Default retriever does not fetch"),
+        (Guide.json, {"type": "string", "minLength": 5, "maxLength": 3}, "Unsatisfiable schema"),
+        (Guide.json, ["a"], "must be an object"),
+        (Guide.grammar, "start: b", "unknown name"),
+        (Guide.grammar, "root ::= (", "Expected"),
+        (Guide.grammar, "", "No 'root' rule"),
+        (Guide.choice, [], "none of them empty"),
+        (Guide.choice, ["a", " "], "none of them empty"),
+    ):
+        with pytest.raises(ValueError, match=message) as caught:
+            make(value)
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
