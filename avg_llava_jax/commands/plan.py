@@ -114,9 +114,10 @@ def main() -> None:
     print(table([plan]), flush=True)
     if plan.fits is not False or not ADVISE.value:
         return
-    hopeless = config.mesh.data == 1 and state(plan) >= target.memory  # other settings only reduce replicas of it
-    same = () if hopeless else planning.knobs(config, len(target.devices))
-    for flag, other in itertools.chain(same, planning.frozen_knobs(config, len(target.devices))):
+    devices = len(target.devices)
+    for flag, other in itertools.chain(planning.knobs(config, devices), planning.frozen_knobs(config, devices)):
+        if planning.lasting(other, target) >= target.memory:
+            continue
         print(f"\ntrying {flag}", flush=True)
         plan = planning.train_step(other, target, shape)
         print(table([plan]), flush=True)

@@ -117,6 +117,14 @@ def train_step(config: ml_collections.ConfigDict, target: Target, shape: Shape) 
     return plan(training(config, model_of(config), target, shape), target)
 
 
+def lasting(config: ml_collections.ConfigDict, target: Target) -> int:
+    """Bytes per device that persist between training steps, parameters and optimizer, from shapes alone."""
+    settings = training_config.read(config)
+    mesh = sharding.make_mesh(dataclasses.asdict(settings.mesh), target.devices)
+    step = Step(settings, model_of(config), mesh)
+    return size((step.params, step.state))
+
+
 def training(config: ml_collections.ConfigDict, model: ModelConfig, target: Target, shape: Shape) -> Program:
     """The training step of a model on batches of one shape."""
     config = training_config.read(config)
