@@ -88,17 +88,14 @@ def test_a_router_on_adapters(root):
 
 
 def test_every_command_reads_it(root, tmp_path):
-    """Answers of the adapters, of int8 and adapters, and of the two folded into one; an export."""
+    """Answers of adapters are those of the two folded into one; so are exports."""
     convert.merge(root / "run", tmp_path / "merged")
-    models = [AvgLlava.load(root / "run"), AvgLlava.load(tmp_path / "merged"), AvgLlava.load(root / "base")]
-    image = str(root / "images" / "1-0.png")
-    logits = []
-    for model in models:
+    image, logits = str(root / "images" / "1-0.png"), []
+    for folder in (root / "run", tmp_path / "merged"):
+        model = AvgLlava.load(folder)
         prepared = model.prepare(Request("What colour is it?", [image], granularity=4))
         logits.append(model.first_logits([prepared])[0])
-    np.testing.assert_allclose(logits[0], logits[1], atol=1e-3, rtol=1e-4)  # of logits of some hundreds
-    assert np.abs(logits[0] - logits[2]).max() > 1
-    assert AvgLlava.load(root / "run", quantize="int8").answer(image, "Who?", max_new_tokens=2).token_ids
+    np.testing.assert_allclose(*logits, atol=1e-3, rtol=1e-4)  # of logits of some hundreds
     convert.export_transformers(root / "run", tmp_path / "one")
     convert.export_transformers(tmp_path / "merged", tmp_path / "other")
     first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "other"))
@@ -149,7 +146,7 @@ def test_settings_without_effect(root):
     mesh = types.SimpleNamespace(shape={"data": 1, "fsdp": 1})
     for phase, change, message in (
         ("rglf", {}, "lora.rank=2 has no effect in phase rglf, which trains router"),
-        ("rglf", {"optimizer.lora.rank": 0, "quantize": "int4"}, "lora.dropout=0.1 has no effect with .*rank=0"),
+        ("rglf", {"optimizer.lora.rank": 0, "quantize": "int4"}, "lora.alpha=2.0 has no effect with .*rank=0"),
         ("connector", {"quantize": "int4"}, "quantize='int4': choose int8"),
         ("connector", {"optimizer.encoder_learning_rate": 0.0}, "targets=.* has no effect on the encoder with"),
         ("connector", {"init_from": "", "tokenizer": "t"}, "optimizer.lora.rank needs a trained base: give init_from"),
