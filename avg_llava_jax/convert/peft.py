@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from avg_llava_jax import adapters, parameters
+from avg_llava_jax import adapters, parameters, placement
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.convert import llava_next, tensors
 from avg_llava_jax.convert.tensors import read_json
@@ -194,7 +194,7 @@ def _placed(path: str, array: np.ndarray, beside: jax.Array) -> jax.Array:
     """An array on the devices of a weight of the base, sharded by the table where that is sharded."""
     at = beside.sharding
     if isinstance(at, jax.sharding.NamedSharding):
-        spec = parameters.placement.fitting(at.mesh, parameters.TABLE[path].spec, array.shape)
+        spec = placement.fitting(at.mesh, parameters.TABLE[path].spec, array.shape)
         at = jax.sharding.NamedSharding(at.mesh, spec)
     return jax.device_put(array, at)
 

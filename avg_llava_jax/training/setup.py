@@ -135,7 +135,7 @@ def _with_adapters(
             f"{config.init_from} has other adapters than optimizer.lora asks for: {path} is {theirs.get(path)} there, "
             f"{ours.get(path)} is asked for; fold them in with avg-llava merge, or train them as they are"
         )
-    scales = {float(x) for path in found if path.endswith("/lora_scale") for x in found[path]}
+    scales = {float(x) for path in found if path.endswith("/lora_scale") for x in jax.device_get(found[path])}
     if scales != {float(jnp.float32(lora.scale))}:
         raise ValueError(
             f"{config.init_from} has adapters with alpha / rank of {sorted(scales)}, "
