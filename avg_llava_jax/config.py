@@ -20,6 +20,7 @@ In attention and the KV cache alone:
 
 A *granularity* is named by its tokens per tile: 36, 72, 144, 288, 576 for the released
 24 x 24 grid. Together they are the *ladder*. Lists of granularities are always ascending.
+Where two grids of a ladder have equally many tokens, all names are ROWSxCOLUMNS: "6x12", "12x6".
 """
 
 from __future__ import annotations
@@ -28,16 +29,29 @@ import dataclasses
 import functools
 import json
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
+
+Granularity = int | str
+"""The name of a granularity: its tokens per tile, or ROWSxCOLUMNS."""
+
+Windows = tuple[tuple[int, int], ...]
+"""For each cell along one side of a tile, the patches that it averages: (first, last + 1)."""
+
+
+
+def named(text: str) -> Granularity:
+    """A granularity from its text, as in JSON keys and flags: "72" -> 72, "12x6" -> "12x6"."""
+    return int(text) if text.isdecimal() else text
 
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
-    """A CLIP vision transformer whose output is a hidden state before its last layer.
+    """A vision transformer whose output is one of its hidden states.
 
-    layers: all layers of the CLIP tower. select_layer: the hidden state to use; -2 is the
-    second-last, so the last layer is neither stored nor run.
+    layers: all layers of the tower. select_layer: the hidden state to use; -2 is the second-last,
+    so the last layer is neither stored nor run. mean, std: of the pixels in 0 .. 1. resample: the
+    filter of both resizes. encoder: the architecture, one of `models.encoder.ENCODERS`.
     """
 
     image_size: int = 336
@@ -46,15 +60,17 @@ class VisionConfig:
     layers: int = 24
     heads: int = 16
     mlp_width: int = 4096
-    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    activation: Literal["quick_gelu", "gelu", "gelu_tanh"] = "quick_gelu"
     norm_eps: float = 1e-5
     select_layer: int = -2
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    resample: Literal["bicubic", "bilinear"] = "bicubic"
+    encoder: str = "clip"
 
     @property
     def grid(self) -> int:
-        """Patches along one side of a tile (24 for 336/14)."""
+        """Patches along one side of a tile: 24 for 336/14, 27 for 384/14, whose last 6 pixels are not seen."""
         return self.image_size // self.patch_size
 
     @property
@@ -65,19 +81,65 @@ class VisionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ScalerConfig:
-    """The ladder of granularities: `halvings` average poolings in turn, the first along `first_axis`.
+    """The ladder of granularities, of a grid of any side.
 
-    A 24 x 24 grid, four halvings, width first gives (rows x columns)
-    24x24, 24x12, 12x12, 12x6, 6x6: 576, 288, 144, 72, 36 tokens per tile (paper, section 3.2).
+    halvings: average poolings in turn, the first along `first_axis`. A 24 x 24 grid, four halvings,
+        width first gives (rows x columns) 24x24, 24x12, 12x12, 12x6, 6x6: 576, 288, 144, 72, 36 tokens
+        per tile (paper, section 3.2). Of an odd side the last cell is alone in its pair, which keeps
+        it: 27 gives 14, then 7.
+    grids: if given, the ladder itself, each grid pooled from the patches: (27, 14, 7, 4, 2), or
+        ((27, 27), (9, 27), (27, 9)) as (rows, columns). Cell i of n averages the patches
+        floor(i P / n) .. ceil((i + 1) P / n) - 1 of a side of P, as PyTorch's adaptive pooling.
     """
 
     halvings: int = 4
     first_axis: Literal["width", "height"] = "width"
+    grids: tuple[int | tuple[int, int], ...] = ()
 
-    @property
-    def divisor(self) -> int:
-        """The grid's side must be a multiple of this: 4 for four halvings, two along each axis."""
-        return 2 ** ((self.halvings + 1) // 2)
+    def ladder(self, side: int) -> tuple[tuple[int, int], ...]:
+        """(rows, columns) of each granularity of a tile of side x side patches, ascending in tokens, then in rows.
+
+        Raises ValueError, which names the key, where the grid has no such ladder.
+
+        >>> ScalerConfig().ladder(27)
+        ((7, 7), (14, 7), (14, 14), (27, 14), (27, 27))
+        """
+        if self.grids:
+            return self._given(side)
+        rows = columns = side
+        halve_width = self.first_axis == "width"
+        grids = [(rows, columns)]
+        for _ in range(self.halvings):
+            rows, columns = (rows, -(-columns // 2)) if halve_width else (-(-rows // 2), columns)
+            halve_width = not halve_width
+            if (rows, columns) == grids[-1]:
+                raise ValueError(f"scaler.halvings={self.halvings} needs a larger grid than {side} x {side}")
+            grids.append((rows, columns))
+        return tuple(reversed(grids))
+
+    def _given(self, side: int) -> tuple[tuple[int, int], ...]:
+        try:
+            given = [(grid, grid) if isinstance(grid, int) else (grid[0], grid[1]) for grid in self.grids]
+            bad = [grid for grid in given if not all(1 <= n <= side for n in grid)]
+        except (TypeError, IndexError):
+            raise ValueError(f"scaler.grids={self.grids!r} must hold sides, or pairs of rows and columns") from None
+        if bad or len(set(given)) != len(given) or (side, side) not in given:
+            raise ValueError(
+                f"scaler.grids={self.grids}: give different grids of 1 to {side} rows and columns, one of them"
+                f" {side} x {side}, the patches of a tile"
+            )
+        return tuple(sorted(given, key=lambda grid: (grid[0] * grid[1], grid[0])))
+
+    def windows(self, side: int, cells: int) -> Windows:
+        """The patches that each of `cells` cells along a side of `side` patches averages; see `Windows`.
+
+        >>> ScalerConfig().windows(5, 3), ScalerConfig(grids=(5, 3)).windows(5, 3)
+        (((0, 2), (2, 4), (4, 5)), ((0, 2), (1, 4), (3, 5)))
+        """
+        if self.grids:
+            return tuple((i * side // cells, -(-(i + 1) * side // cells)) for i in range(cells))
+        size = next(2**n for n in range(side) if -(-side // 2**n) == cells)
+        return tuple((i * size, min((i + 1) * size, side)) for i in range(cells))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +174,12 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class LanguageConfig:
-    """A decoder of the Llama family (Llama 2/3, Vicuna, Mistral without window, SmolLM2)."""
+    """A decoder of the Llama family: Llama 2 and 3, Vicuna, Mistral without window, SmolLM2, Qwen2, Qwen2.5, Qwen3.
+
+    head_dim: features of a head; heads * head_dim may differ from width (Qwen3).
+    attention_bias: bias on q, k, v and out. qkv_bias: on q, k and v alone (Qwen2).
+    qk_norm: RMS norm over the features of each head of q and k, before the rotary embedding (Qwen3).
+    """
 
     vocab_size: int = 32000
     width: int = 4096
@@ -125,6 +192,8 @@ class LanguageConfig:
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
     attention_bias: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
     tied_embeddings: bool = False
     max_length: int = 4096
 
@@ -135,7 +204,13 @@ class ModelConfig:
 
     pinpoints: (width, height) in pixels of the AnyRes mosaics an image may be resized to.
     unpad: `exact` crops the mosaic in image geometry, the same region at every granularity;
-        `released` takes the aspect ratio in tokens, as the released code does.
+        `library` crops it at the finest granularity as the transformers library does, and at the others
+        to the cells that hold a part of that; `released` takes the aspect ratio in tokens, as the
+        released code does.
+    most_tiles: a mosaic with cells for more than this many tiles is reduced to it bilinearly, as
+        LLaVA-OneVision's `anyres_max_9` does for 9; 0 = never.
+    several: how the images of a prompt with several of them are cut: `anyres` as a single one, `square`
+        padded to a square, which is the only tile.
     template: the conversation template that the weights were trained with.
 
     Raises:
@@ -153,15 +228,19 @@ class ModelConfig:
         (1008, 336),
         (336, 1008),
     )
-    unpad: Literal["exact", "released"] = "exact"
+    unpad: Literal["exact", "released", "library"] = "exact"
+    most_tiles: int = 0
+    several: Literal["anyres", "square"] = "anyres"
     template: str = "vicuna_v1"
 
     def __post_init__(self) -> None:
         for name, value, known in (
-            ("vision.activation", self.vision.activation, ("quick_gelu", "gelu")),
+            ("vision.activation", self.vision.activation, ("quick_gelu", "gelu", "gelu_tanh")),
+            ("vision.resample", self.vision.resample, ("bicubic", "bilinear")),
             ("scaler.first_axis", self.scaler.first_axis, ("width", "height")),
             ("router.attention", self.router.attention, ("tokens", "tiles")),
-            ("unpad", self.unpad, ("exact", "released")),
+            ("unpad", self.unpad, ("exact", "released", "library")),
+            ("several", self.several, ("anyres", "square")),
         ):
             if value not in known:
                 raise ValueError(f"model.{name}={value!r}: choose {' or '.join(known)}")
@@ -174,19 +253,27 @@ class ModelConfig:
                 raise ValueError(f"model.{whole}={size} must be a multiple of {part}={count}")
         if not 1 <= self.vision.used_layers <= self.vision.layers:
             raise ValueError(f"model.vision.select_layer={self.vision.select_layer} of {self.vision.layers} layers")
-        grid, side = self.vision.grid, self.vision.image_size
-        if side % self.vision.patch_size:
+        side = self.vision.image_size
+        if self.vision.encoder == "clip" and side % self.vision.patch_size:
             raise ValueError(
                 f"vision.image_size={side} must be a multiple of vision.patch_size={self.vision.patch_size}"
             )
-        if grid % self.scaler.divisor:
-            raise ValueError(
-                f"scaler.halvings={self.scaler.halvings} needs a grid side divisible by {self.scaler.divisor}; "
-                f"the vision grid is {grid}"
-            )
+        if self.most_tiles < 0:
+            raise ValueError(f"model.most_tiles={self.most_tiles} must not be negative")
+        self.scaler.ladder(self.vision.grid)
         for width, height in self.pinpoints:
             if width % side or height % side:
                 raise ValueError(f"pinpoint {(width, height)} must be a multiple of the tile side {side}")
+
+    def of(self, images: int) -> ModelConfig:
+        """The config by which the images of a prompt with so many are cut and packed; `several` says how."""
+        if images < 2 or self.several == "anyres" or not self.pinpoints:
+            return self
+        return self._untiled
+
+    @functools.cached_property
+    def _untiled(self) -> ModelConfig:
+        return dataclasses.replace(self, pinpoints=())
 
     @functools.cached_property
     def grids(self) -> tuple[tuple[int, int], ...]:
@@ -195,32 +282,48 @@ class ModelConfig:
         >>> ModelConfig().grids
         ((6, 6), (12, 6), (12, 12), (24, 12), (24, 24))
         """
-        rows = columns = self.vision.grid
-        halve_width = self.scaler.first_axis == "width"
-        grids = [(rows, columns)]
-        for _ in range(self.scaler.halvings):
-            rows, columns = (rows, columns // 2) if halve_width else (rows // 2, columns)
-            halve_width = not halve_width
-            grids.append((rows, columns))
-        return tuple(reversed(grids))
+        return self.scaler.ladder(self.vision.grid)
 
     @functools.cached_property
-    def granularities(self) -> tuple[int, ...]:
-        """Tokens per tile, ascending: (36, 72, 144, 288, 576) by default."""
+    def tokens(self) -> tuple[int, ...]:
+        """Tokens per tile at each granularity, ascending: (36, 72, 144, 288, 576) by default."""
         return tuple(rows * columns for rows, columns in self.grids)
+
+    @functools.cached_property
+    def granularities(self) -> tuple[Granularity, ...]:
+        """The names of the granularities, ascending: (36, 72, 144, 288, 576) by default."""
+        if len(set(self.tokens)) == len(self.tokens):
+            return self.tokens
+        return tuple(f"{rows}x{columns}" for rows, columns in self.grids)
+
+    def grid_at(self, granularity: Granularity) -> tuple[int, int]:
+        """(rows, columns) of one tile at a granularity: (12, 6) at 72. Raises ValueError where it is unknown."""
+        if granularity not in self.granularities:
+            known = ", ".join(map(str, self.granularities))
+            raise ValueError(f"granularity {granularity} is not one of this model's: {known}")
+        return self.grids[self.granularities.index(granularity)]
+
+    def tokens_at(self, granularity: Granularity) -> int:
+        """Tokens per tile at a granularity. Raises ValueError where it is unknown."""
+        rows, columns = self.grid_at(granularity)
+        return rows * columns
+
+    def ascending(self, granularities: Iterable[Granularity]) -> tuple[Granularity, ...]:
+        """Granularities in the ladder's order. Raises ValueError where one is unknown."""
+        return tuple(sorted(granularities, key=lambda each: (self.tokens_at(each), self.grid_at(each))))
 
     @functools.cached_property
     def pyramid_rows(self) -> int:
         """R: rows of one tile's pyramid, the sum over all granularities (1116 by default)."""
-        return sum(self.granularities)
+        return sum(self.tokens)
 
     @functools.cached_property
-    def pyramid_offsets(self) -> dict[int, int]:
+    def pyramid_offsets(self) -> dict[Granularity, int]:
         """First pyramid row of each granularity: {36: 0, 72: 36, 144: 108, 288: 252, 576: 540}."""
         offsets, at = {}, 0
-        for granularity in self.granularities:
+        for granularity, tokens in zip(self.granularities, self.tokens, strict=True):
             offsets[granularity] = at
-            at += granularity
+            at += tokens
         return offsets
 
 

@@ -172,6 +172,7 @@ def _adapter(row: Row) -> tuple[Row, ...]:
 def _table() -> dict[str, Row]:
     rows: list[Row] = [
         Row("encoder/patch_embed/kernel", (None, "width"), "encoder", f"{EMBED}.patch_embedding.weight", "patches"),
+        Row("encoder/patch_embed/bias", (None,), "encoder", f"{EMBED}.patch_embedding.bias", "same"),
         Row("encoder/class_token", (None,), "encoder", f"{EMBED}.class_embedding", "same"),
         Row("encoder/position", (None, None), "encoder", f"{EMBED}.position_embedding.weight", "same"),
         *_norm("encoder/pre_norm", f"{CLIP}.pre_layrnorm"),
@@ -203,6 +204,8 @@ def _table() -> dict[str, Row]:
         *_linear("language/layers/q", f"{LAYER}.self_attn.q_proj", "width", "heads"),
         *_linear("language/layers/k", f"{LAYER}.self_attn.k_proj", "width", "heads"),
         *_linear("language/layers/v", f"{LAYER}.self_attn.v_proj", "width", "heads"),
+        *_norm("language/layers/q_norm", f"{LAYER}.self_attn.q_norm"),
+        *_norm("language/layers/k_norm", f"{LAYER}.self_attn.k_norm"),
         *_linear("language/layers/out", f"{LAYER}.self_attn.o_proj", "heads", "width"),
         *_norm("language/layers/norm2", f"{LAYER}.post_attention_layernorm"),
         *_linear("language/layers/gate", f"{LAYER}.mlp.gate_proj", "width", "mlp"),

@@ -6,7 +6,7 @@ from collections import Counter
 
 from avg_llava_jax.data.errors import BadSample
 from avg_llava_jax.data.geometry import visual_count
-from avg_llava_jax.inference.requests import Answer, TokenScore
+from avg_llava_jax.inference.requests import Answer, Read, TokenScore
 from avg_llava_jax.inference.stats import Stats
 from avg_llava_jax.inference.tickets import Cancelled, QueueFull, Ticket
 
@@ -14,6 +14,7 @@ from avg_llava_jax.inference.tickets import Cancelled, QueueFull, Ticket
 class EngineDouble:
     """Takes `places` requests at once. While `held`, answers stop after their first word.
 
+    Where a request escalates, its first read is at the coarsest granularity with a certainty of .25, its last has .75.
     A question with "crash" in it fails, one with "damaged" has an image that cannot be decoded.
     """
 
@@ -68,6 +69,10 @@ class EngineDouble:
             {"total": 0.25},
             tuple(range(len(kept))),
             "length" if len(kept) < len(words) else "stop",
+            (
+                *([Read(levels[0], 0, 0.25)] if images and request.escalate else []),
+                Read((choice[0] if single else choice) if choice else None, sum(counts), 0.75),
+            ),
             () if request.logprobs is None else tuple(TokenScore(n, -n / 8, {7: -2.0}) for n in range(len(kept))),
         )
 

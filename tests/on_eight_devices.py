@@ -86,13 +86,13 @@ def answered(params, batch, sizes):
     # The first half of each prompt from its start, row i in slot i; the rest behind it, in slots by number.
     half = LENGTH // 2
     first = programs.Chunk(None, 0 * ids, 0 * ids + half, words[:, :half], places[:, :half])
-    cache, *_ = programs.prefill(MODEL, params, cache, pool, first, 0)
+    cache, *_ = programs.prefill(MODEL, params, cache, pool, first, 0, 1)
     rest = programs.Chunk(ids, 0 * ids + half, length - half, words[:, half:], places[:, half:])
-    cache, logits, tokens = programs.prefill(MODEL, params, cache, pool, rest, LENGTH + ROOM)
+    cache, logits, tokens, _ = programs.prefill(MODEL, params, cache, pool, rest, LENGTH + ROOM, 1)
     none = sampling_of(ROWS, [], [], shaping_of(ROWS, [], [], MODEL.language.vocab_size, LENGTH + ROOM))
     sampling = none._replace(limit=np.full(ROWS, ROOM, np.int32))
-    rows, stops = programs.Rows(tokens, length, np.ones(ROWS, np.int32)), np.array([-1], np.int32)
-    cache, tokens, made, _ = programs.decode(
+    rows, stops = programs.Rows(tokens[:, 0], length, np.ones(ROWS, np.int32)), np.array([-1], np.int32)
+    cache, tokens, _, made, _ = programs.decode(
         MODEL, params, cache, rows, sampling, stops, np.int32(ROOM), ROOM, LENGTH + ROOM, True
     )
     assert np.all(made == ROOM - 1)

@@ -35,8 +35,9 @@ def save_random_model(config: ModelConfig, tokenizer: Tokenizer, folder: pathlib
 
 
 def plain(answer: Answer) -> Answer:
-    """An answer less its timings and the last bits of its probabilities."""
+    """An answer less its timings and the last bits of its probabilities and certainties."""
     rows = answer.probabilities
     rows = () if rows is None else rows if isinstance(rows, tuple) else (rows,)
     rounded = tuple(tuple((g, round(p, 4)) for g, p in row.items()) for row in rows)
-    return dataclasses.replace(answer, timings={}, probabilities=rounded)
+    reads = tuple(dataclasses.replace(read, certainty=round(read.certainty, 4)) for read in answer.reads)
+    return dataclasses.replace(answer, timings={}, probabilities=rounded, reads=reads)

@@ -17,6 +17,7 @@ from avg_llava_jax.data.tiles import tile_count
 from avg_llava_jax.eval import benchmarking, evaluation
 from avg_llava_jax.eval.benchmarks import records, scoring, table, tasks
 from avg_llava_jax.inference.device import Device
+from avg_llava_jax.inference.guides import Guide
 from tests import benchmark_fixtures as fixtures
 from tests.random_model import random_model
 from tests.test_launch import ROOT, folder, run  # noqa: F401 (a fixture)
@@ -32,6 +33,20 @@ def model(tiny, tokenizer):
 @pytest.fixture(autouse=True)
 def small_image_cache(monkeypatch):
     monkeypatch.setattr(evaluation, "IMAGE_CACHE_BYTES", 2**18)
+
+
+def test_guides_of_questions_that_ask_for_a_letter(model, tmp_path):
+    """Every one of AI2D's, whose options are listed, none of POPE's, and none unless asked."""
+    pytest.importorskip("llguidance")
+
+    def guides(name, guided):
+        task = tasks.find(name)
+        rows = records.read(task, fixtures.write_hub(tmp_path / f"{name} {guided}", name))
+        questions, _ = benchmarking.questions_of(task, rows, model, "lmms_eval", guided)
+        return [question.guide for question in questions]
+
+    assert set(guides("ai2d", True)) == {Guide.choice(list("ABCD")), Guide.choice(list("AB"))}
+    assert set(guides("ai2d", False)) == set(guides("pope", True)) == {None}
 
 
 @pytest.mark.parametrize("name", tasks.BENCHMARKS)

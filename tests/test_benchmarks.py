@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from avg_llava_jax.data.errors import BadSample
-from avg_llava_jax.eval.benchmarks import metrics, records, scoring, tasks
+from avg_llava_jax.eval.benchmarks import letters, metrics, records, scoring, tasks
 from tests import benchmark_fixtures as fixtures
 from tests.test_launch import run
 
@@ -85,6 +85,20 @@ def test_prompts():
     assert tasks.MMMU.images(fixtures.RECORDS["mmmu_val"][1], "paper") == ["image_1", "image_2", "image_3"]
     with pytest.raises(ValueError, match="--task=nope: choose from gqa"):
         tasks.find("nope")
+
+
+def test_letters_that_a_prompt_offers():
+    ask = "Answer with the option's letter from the given choices directly."
+    for options, found in (
+        ("A. red\nB. blue\nC. green", "ABC"),
+        ("(A) red\n(B) blue", "AB"),
+        ("Context: B. is a letter\nA. red\nB. blue", "AB"),
+        ("A. red\nC. blue", ""),
+        ("A. red", ""),
+        ("red or blue", ""),
+    ):
+        assert "".join(letters.offered(f"Which?\n{options}\n{ask}")) == found
+    assert letters.offered("Which?\nA. red\nB. blue") == []  # asks for no letter
 
 
 def test_one_image_is_held_once(tmp_path):

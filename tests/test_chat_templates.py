@@ -1,5 +1,7 @@
 """The chat templates that exports write, against the texts that our own templates make."""
 
+import json
+
 import jinja2
 import pytest
 from transformers import AutoTokenizer
@@ -7,6 +9,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from avg_llava_jax.convert import llava_next
 from avg_llava_jax.convert.chat_templates import chat_template
+from avg_llava_jax.data.conversation import CHATML as CHATML_FORMS
 from avg_llava_jax.data.conversation import IMAGE as IMAGE_ID
 from avg_llava_jax.data.conversation import _checked, _render, encode_prompt
 from avg_llava_jax.data.tokenizer import load_tokenizer, train_byte_bpe
@@ -53,10 +56,27 @@ def test_what_the_system_says_stands_before_the_first_question(template):
     assert rendered(template, [*messages[:1]]) == ours(template, turns[:1], 0)
 
 
+@pytest.mark.parametrize("template", CHATML_FORMS)
+def test_chatml_has_a_system_turn(template):
+    turns = [("human", "<image>\n<image>\nWho? "), ("gpt", "Ann "), ("human", "And\n <image>?"), ("gpt", "Bo")]
+    messages = [
+        {"role": "user", "content": [IMAGE, IMAGE, {"type": "text", "text": "Who? "}]},
+        {"role": "assistant", "content": "Ann "},
+        {"role": "user", "content": [{"type": "text", "text": "And\n <image>?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "Bo"}]},
+    ]
+    for count, images in ((1, 2), (3, 3), (4, 3)):
+        assert rendered(template, messages[:count]) == ours(template, turns[:count], images)
+    said = [{"role": role, "content": "Be brief."} for role in ("system", "developer")]
+    assert rendered(template, [*said, *messages]) == (
+        ours(template, [("system", "Be brief.\nBe brief."), *turns], 3)
+    )
+
+
 def test_a_tokenizers_own_template_takes_images_too(tmp_path):
     """ChatML as the hub has it takes texts; exported, it takes parts, and makes the ids that we make."""
     tokenizer = train_byte_bpe(TEXTS, 340, tmp_path, ("<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"))
-    (tmp_path / "chat_template.jinja").write_text(CHATML)
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": CHATML}))
     tokenizer = load_tokenizer(tmp_path)
     messages = [
         {"role": "user", "content": [IMAGE, IMAGE, {"type": "text", "text": "Who? "}]},
@@ -76,11 +96,12 @@ def test_a_tokenizers_own_template_takes_images_too(tmp_path):
         with pytest.raises(jinja2.exceptions.TemplateError, match="no parts of type 'video'"):
             theirs.apply_chat_template([{"role": "user", "content": [{"type": "video"}]}])
         written.append((folder / "chat_template.jinja").read_text())
+        assert not (folder / "chat_template.json").exists()
         tokenizer = load_tokenizer(folder)
     assert written[0] == written[1]
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("template", [*TEMPLATES, "chatml"])
 @pytest.mark.parametrize(
     ("messages", "given", "message"),
     [

@@ -35,7 +35,7 @@ def test_the_ladder_follows_from_the_grid(tiny, first, grids):
         ("router.attention", "token", "model.router.attention='token': choose tokens or tiles"),
         ("vision.activation", "relu", "model.vision.activation='relu'"),
         ("scaler.first_axis", "rows", "model.scaler.first_axis='rows'"),
-        ("scaler.halvings", 6, "scaler.halvings=6 needs a grid side divisible by 8"),
+        ("scaler.halvings", 6, "scaler.halvings=6 needs a larger grid than 4 x 4"),
         ("router.heads", 3, "model.language.width=16 must be a multiple of router.heads=3"),
         ("language.kv_heads", 0, "model.language.heads=2 must be a multiple of language.kv_heads=0"),
         ("vision.select_layer", -4, "model.vision.select_layer=-4 of 2 layers"),

@@ -16,6 +16,7 @@ from avg_llava_jax.data.conversation import (
     encode_conversation,
     encode_prompt,
     encode_raw,
+    keeps_turns,
     stop_ids,
 )
 from avg_llava_jax.data.errors import BadSample
@@ -169,6 +170,71 @@ def test_llama_3_reads_back(small, name):
     assert labelled == "No: [/INST] USER: 3<|eot_id|>So.<|eot_id|>"
 
 
+def system(text):
+    return {"from": "system", "value": text}
+
+
+QWEN = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+FORMS = {  # template: head, a question with an image in it, one that begins with an image, what ends a turn
+    "chatml": ("", "user\nA <image> b <image>?", "user\n<image>\nWhy", "\n"),
+    "qwen_1_5": (QWEN, "user\nA <image> b <image>?", "user\n<image>\nWhy", "\n"),
+    "llava_onevision": ("", "user \nA <image> b <image>?", "user <image>\nWhy", ""),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_chatml_reads_back(small, name):
+    head, first, second, end = FORMS[name]
+    turns = [TURNS[0], TURNS[1], human("<image>\nWhy"), TURNS[3]]
+    tokens = encode_conversation(turns, small, name, 3)
+    text, labelled = show(tokens, small)
+    opened, said = f"<|im_end|>{end}<|im_start|>assistant\n", "No: [/INST] USER: 3"
+    assert text == (
+        f"<s>{head}<|im_start|>{first}{opened}{said}<|im_end|>{end}<|im_start|>{second}{opened}So.<|im_end|>{end}"
+    )
+    assert labelled == f"{said}<|im_end|>So.<|im_end|>"
+    for count in (1, 3):
+        prompt = encode_prompt(turns[:count], small, name, 2 if count == 1 else 3)
+        assert tokens.ids[: len(prompt.ids)] == prompt.ids
+        assert tokens.labels[len(prompt.ids)] == tokens.ids[len(prompt.ids)]
+    gap = " " if name == "llava_onevision" else ""
+    text, _ = show(encode_prompt([system("Be brief."), human("Who?")], small, name), small)
+    assert text == f"<s><|im_start|>system{gap}\nBe brief.<|im_end|>{end}<|im_start|>user{gap}\nWho?{opened}"
+    assert stop_ids(small, name) == (2, small.special_tokens["<|im_end|>"])
+
+
+@pytest.mark.parametrize("name", ["vicuna_v1", "mistral_instruct", "llama_3", "plain", "tokenizer"])
+def test_a_system_turn_elsewhere(small, chatml, name):
+    """Before the first question, after which the images of a record without placeholders still come first."""
+    tokenizer = chatml if name == "tokenizer" else small
+    given = [human("Who?"), gpt("Red.")]
+    ours = encode_conversation([system("Be brief."), *given], tokenizer, name, 1)
+    if name == "tokenizer":
+        text, labelled = show(ours, tokenizer)
+        assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n<image>\nWho?")
+        assert labelled == "Red.<|im_end|>"
+    else:
+        assert ours == encode_conversation([human("Be brief.\n\n<image>\nWho?"), given[1]], tokenizer, name, 1)
+
+
+QWEN3 = (  # as Qwen3's own: the last answer has its thoughts, earlier ones have not
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}T\n\n{% endif %}"
+    "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_a_prompt_needs_no_labels(small, tmp_path):
+    """A template that rewrites earlier turns still prompts; there it is ChatML."""
+    small.save(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(QWEN3)
+    tokenizer = load_tokenizer(tmp_path)
+    assert not keeps_turns(tokenizer) and tokenizer.takes_system
+    prompt = encode_prompt(TURNS[:3], tokenizer, "tokenizer", 2)
+    assert prompt.ids == encode_prompt(TURNS[:3], tokenizer, "chatml", 2).ids[1:]  # BOS is the template's affair
+    with pytest.raises(ValueError, match="changes earlier turns"):
+        encode_conversation(TURNS, tokenizer, "tokenizer", 2)
+
+
 def test_plain_learns_the_caption_alone(released):
     tokens = encode_conversation([human("Describe this.\n<image>"), gpt("A cat.")], released, "plain", 1)
     caption = released.encode("A cat.\n")
@@ -254,6 +320,10 @@ def test_stop_ids(released, small, chatml):
         ([human("a"), gpt(""), human("b"), gpt("c")], 0, "empty_answer"),
         ([human("  "), gpt("b")], 0, "empty_question"),
         ([human("a"), gpt("<image>")], 1, "image_in_answer"),
+        ([{"from": "system", "value": "<image>"}, human("a"), gpt("b")], 1, "image_in_system"),
+        ([{"from": "system", "value": "a"}], 0, "no_turns"),
+        ([{"from": "system", "value": "a"}, gpt("b")], 0, "not_human_first"),
+        ([human("a"), {"from": "system", "value": "b"}], 0, "unknown_role"),
         ([human("<image> a"), gpt("b")], 0, "image_count"),
         ([human("<image> a"), gpt("b")], 2, "image_count"),
         ([human("<image><image> a"), gpt("b")], 1, "image_count"),

@@ -8,7 +8,7 @@ from avg_llava_jax import parameters
 from avg_llava_jax.commands.planning import largest_shape
 from avg_llava_jax.config import LanguageConfig, from_dict
 from avg_llava_jax.configs import jersey
-from avg_llava_jax.models import attention
+from avg_llava_jax.models import attention, language
 from avg_llava_jax.parallel.costs import Access, Traffic, accesses, collectives, flops, language_flops, step_flops
 from avg_llava_jax.training import phases
 from avg_llava_jax.training.config import OptimizerConfig, RglfConfig
@@ -37,6 +37,21 @@ def test_flops_of_loops_branches_and_gradients():
 def test_flops_of_a_sequence_by_hand():
     one = LanguageConfig(vocab_size=3, width=1, layers=1, heads=1, kv_heads=1, head_dim=1, mlp_width=1)
     assert language_flops(one, rows=1, length=2, answer=1) == 50
+
+
+def test_flops_of_a_decoder_with_its_own_head_dim(monkeypatch):
+    """Against the trace: what biases and norms of q and k cost is no product."""
+    monkeypatch.setattr(attention, "kernel_for", lambda *_: "dense")
+    sizes = {"vocab_size": 7, "width": 12, "layers": 3, "heads": 4, "kv_heads": 2, "head_dim": 8, "mlp_width": 20}
+    own = LanguageConfig(**sizes, qkv_bias=True, qk_norm=True)
+
+    def answer(params, ids):
+        hidden, _ = language.decoder(own, params, language.embed(params, ids))
+        return language.unembed(own, params, hidden[:, :2])
+
+    shapes = jax.eval_shape(lambda: language.init(own, jax.random.key(0)))
+    trace = jax.make_jaxpr(answer)(shapes, jax.ShapeDtypeStruct((2, 5), jnp.int32))
+    assert language_flops(own, rows=2, length=5, answer=2) == flops(trace.jaxpr)
 
 
 @pytest.mark.parametrize("phase", ["multi_granularity", "rglf"])

@@ -1,5 +1,6 @@
 """The endpoints beside chat completions, and what clients act on: codes, headers, encodings."""
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import gzip
@@ -12,8 +13,9 @@ import openai
 import pytest
 from PIL import Image
 
-from avg_llava_jax.server import VERSION
+from avg_llava_jax.server import VERSION, app
 from avg_llava_jax.server.clients import parse_keys
+from avg_llava_jax.server.images import tiles_of
 from avg_llava_jax.server.limits import Limits
 from tests.served import HEAD, LIMITS, ONE, Served, encoded, link, linked, text, user
 
@@ -64,7 +66,7 @@ def test_responses(served):
     )
     assert (done.usage.output_tokens, done.instructions) == (2, "Be brief.")
     request = served.engine.requests[-1]
-    assert [turn["value"] for turn in request.prompt] == [["Be brief.\n\nHello"], [""], ["", "\nthree two one"]]
+    assert [turn["value"] for turn in request.prompt] == [["Be brief."], ["Hello"], [""], ["", "\nthree two one"]]
     assert request.granularity == [4]
     with pytest.raises(openai.BadRequestError) as caught:
         ask(model="tiny", input="Hello", previous_response_id="resp_1")
@@ -121,6 +123,29 @@ def test_a_truncated_image_is_named(served):
     with pytest.raises(openai.BadRequestError) as caught:
         served.ask([text("a"), link(), link(noise("JPEG")[:-400])])
     assert (caught.value.param, caught.value.code) == ("messages[0].content[2].image_url", "corrupt_image")
+
+
+def test_images_are_decoded_few_at_a_time_and_hold_nobody_up(unweighted, monkeypatch):
+    served, gate, inside, most = Served(unweighted), threading.Event(), [], []
+
+    def slow(config, prepared):
+        inside.append(prepared)
+        most.append(len(inside))
+        assert gate.wait(60)
+        inside.remove(prepared)
+        return tiles_of(config, prepared)
+
+    monkeypatch.setattr(app, "tiles_of", slow)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(served.ask, [link(), text("b a")]) for _ in range(4)]
+        served.until(lambda: len(inside) == app.DECODERS and served.service.running == 4)
+        assert served.ask("d c").choices[0].message.content == "c d"  # text alone overtakes them
+        gate.set()
+        assert {job.result().choices[0].message.content for job in asked} == {"a b"}
+    assert max(most) == app.DECODERS
+    images = [image for request in served.engine.requests for image in request.images]
+    assert len(images) == 4 and not any(hasattr(image, "content") for image in images)  # only their sizes are kept
+    served.close()
 
 
 def noise(kind):

@@ -82,11 +82,11 @@ def test_the_counter_of_compilations_counts():
 
 
 def test_warm_up_compiles_each_program_once(tiny, tokenizer, engine, capsys):
-    assert engine.buckets.programs == 20
+    assert engine.buckets.programs == 26
     with compilations() as compiled:
         engine.warm_up()
         assert compiled() == 0
-    assert "engine: 20 programs" in capsys.readouterr().out
+    assert "engine: 26 programs" in capsys.readouterr().out
 
 
 def test_stop_strings_and_end_tokens(model, engine, photos):

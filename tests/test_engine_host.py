@@ -20,7 +20,7 @@ def test_buckets_of_the_7b_model():
     assert buckets.tiles == (3, 4, 5, 8) and buckets.image_tiles == 5
     assert buckets.pages == 5  # one image fits, however little memory is given
     assert buckets.prompts == (1, 4) and buckets.behind == (64, 256)
-    assert len(buckets.prefills) == 20 and len(buckets.decodes) == 12 and len(buckets.routes) == 4
+    assert len(buckets.prefills) == 20 + 10 and len(buckets.decodes) == 12 and len(buckets.routes) == 4
     assert [bucket((4, 8), need) for need in (0, 4, 5, 9)] == [4, 4, 8, 8]
 
 
@@ -226,3 +226,49 @@ def test_on_several_lanes_every_program_takes_all_slots():
 def test_keys_of_images_are_negative_and_their_own():
     keys = {image_key(digest * 16, g) for digest in (b"a", b"b", b"\xff") for g in (36, 72, 576)}
     assert len(keys) == 9 and all(-(2**63) <= key < 0 for key in keys)
+
+
+def drafted(length, draft):
+    """A work whose prompt keys are 100, 101, ... and whose draft is 0, 1, ..."""
+    work = prompt([*range(100, 100 + length), *range(draft)])
+    work.draft, work.limit = draft, 1000
+    return work
+
+
+def test_every_position_of_a_draft_predicts_once():
+    """Prompts and drafts of all lengths, drafts that agree to some place, in the programs that are compiled."""
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        length, draft, chunk = int(rng.integers(1, 300)), int(rng.integers(1, 100)), int(rng.choice([16, 64, 256]))
+        buckets = server_buckets(ModelConfig(), slots=2, chunk=chunk, pages=20)
+        scheduler, work = Scheduler(buckets), drafted(length, draft)
+        scheduler.admit(work)
+        agreed, asked = int(rng.integers(0, draft + 1)), 0
+        while work in scheduler.reading:
+            before = work.cached
+            prefill = scheduler.next_prefill()
+            assert (1, prefill.chunk, prefill.window, prefill.ends) in buckets.prefills
+            (start,), (size,), (count,) = prefill.starts, prefill.lengths, prefill.predicts
+            assert start == before and 0 < size <= prefill.chunk and count <= prefill.ends
+            scheduler.prefilled(prefill)
+            assert count == max(0, work.cached - max(before, length - 1))
+            if count:
+                tokens = [n if n < agreed else 999 for n in range(asked, asked + count)]
+                scheduler.predicted(work, tokens)
+                asked += count
+        assert work.tokens == [*range(agreed), 999] and work in scheduler.decoding
+        assert work.cached == length + agreed
+        assert scheduler.slots[work.slot].keys.tolist() == [*range(100, 100 + length), *range(agreed)]
+
+
+def test_a_prompt_that_is_packed_again_keeps_its_slot_and_the_text_in_front():
+    scheduler = Scheduler(BUCKETS)
+    work, other = prompt([*range(40), *[-4] * 20, 9]), prompt(range(500, 540))
+    scheduler.admit(work), scheduler.admit(other)
+    advance(scheduler, work)
+    scheduler.decoded(work, [5, 6])
+    work.keys = np.array([*range(40), *[-16] * 80, 9, 1000, 5], np.int64)
+    work.draft = 2
+    again = scheduler.again(work)
+    assert (again.slot, again.shared, again.source) == (work.slot, 40, None)
+    assert work.tokens == [] and work.cached == 40 and work in scheduler.reading and work not in scheduler.decoding

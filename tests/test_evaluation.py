@@ -190,7 +190,11 @@ def record(name, kind, right, chosen):
         "id": name,
         "kind": kind,
         "right": dict(zip((4, 8, 16), right, strict=True)),
+        "answers": {4: "x", 8: "x", 16: "x"},
+        "certainty": {4: 0.5, 8: 0.5, 16: 0.5},
         "visual_tokens": {4: 8, 8: 16, 16: 32},
+        "images": [name],
+        "scores": [[0.0, 0.0, 0.0]],
         "chosen": [chosen],
         "adaptive": {},
     }

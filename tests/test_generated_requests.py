@@ -117,7 +117,7 @@ def run(served: Served, examples: int) -> dict[int, int]:
 def test_no_generated_request_fails_the_server(unweighted):
     served = Served(unweighted)
     served.engine.places = 64
-    counts = run(served, 200)
+    counts = run(served, 120)
     assert counts[200] > 5 and counts[400] > 5
     served.until(lambda: served.service.running == 0)
     served.close()

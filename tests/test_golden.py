@@ -12,7 +12,7 @@ from PIL import Image
 from avg_llava_jax import checkpoint
 from avg_llava_jax.data.geometry import visual_index
 from avg_llava_jax.models import avg_llava
-from avg_llava_jax.models.encoder import normalise
+from avg_llava_jax.models.vit import normalise
 from tests.differences import agree
 from tests.measured_pixels import measured_tiles
 
@@ -116,7 +116,7 @@ def test_pixels(run):
 def test_features(run):
     golden, ours = run
     config, params = ours["config"], ours["params"]
-    patches = jax.jit(avg_llava.Encoder(config.vision).apply)({"params": params["encoder"]}, ours["pixels"])
+    patches = jax.jit(avg_llava.encoder(config.vision).apply)({"params": params["encoder"]}, ours["pixels"])
     compare(golden, "vision_features", patches, 1e-5)
     compare(golden, "image_features", ours["features"], 1e-5)
 

@@ -71,6 +71,29 @@ def test_guides_with_either_kind_of_vocabulary(tokenizer, folder):
         Matcher(guide, tokenizer, (tokenizer.eos_id,), tokenizer.vocab_size).read(tokenizer.encode("Maybe"))
 
 
+def test_an_object_has_the_properties_that_are_named(tokenizer):
+    """Unless its schema says otherwise; a property may be called `properties`."""
+    number = {"type": "integer"}
+    inner = {"type": "object", "properties": {"properties": number}, "required": ["properties"]}
+    for schema, good, bad in (
+        ({"properties": {"a": number}, "type": "object"}, '{"a": 1}', '{"a": 1, "b'),
+        ({"properties": {"a": inner}, "type": "object"}, '{"a": {"properties": 1}}', '{"a": {"properties": 1, "b'),
+        ({"type": "array", "items": {"anyOf": [inner]}}, '[{"properties": 1}]', '[{"properties": 1, "b'),
+        ({"$ref": "#/$defs/P", "$defs": {"P": inner}}, '{"properties": 1}', '{"properties": 1, "b'),
+        ({"properties": {"a": number}, "additionalProperties": number}, '{"a": 1, "b": 2}', '{"a": 1, "b": "c'),
+        ({"type": "object"}, '{"a": 1, "b": [2]}', "[1"),
+        ({"allOf": [{"properties": {"a": number}}, {"properties": {"b": number}}]}, '{"a": 1, "b": 2}', '{"a": "b'),
+    ):
+        for text, ends in ((good, True), (bad, False)):
+            matcher = Matcher(Guide.json(schema), tokenizer, (tokenizer.eos_id,), tokenizer.vocab_size)
+            if ends:
+                matcher.read(tokenizer.encode(text))
+                assert np.unpackbits(matcher.allowed().view(np.uint8), bitorder="little")[tokenizer.eos_id], schema
+            else:
+                with pytest.raises(ValueError, match="doesn't satisfy"):
+                    matcher.read(tokenizer.encode(text))
+
+
 def test_a_guide_that_cannot_be_followed_is_one_line():
     for make, value, message in (
         (Guide.regex, "[0-9", "unclosed character class"),

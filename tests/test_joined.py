@@ -1,4 +1,4 @@
-"""A Llama-family folder and a CLIP folder, joined: both compute what they computed in PyTorch, the rest is fresh."""
+"""A decoder folder and a CLIP folder, joined: both compute what they computed in PyTorch, the rest is fresh."""
 
 import json
 import shutil
@@ -9,25 +9,42 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from avg_llava_jax import checkpoint
 from avg_llava_jax.configs import connector_7b
 from avg_llava_jax.convert import convert, foreign
+from avg_llava_jax.data.tokenizer import train_byte_bpe
+from avg_llava_jax.inference.api import AvgLlava
+from avg_llava_jax.inference.requests import Request
 from avg_llava_jax.models import avg_llava
-from avg_llava_jax.models.encoder import Encoder, normalise
+from avg_llava_jax.models.encoder import encoder
+from avg_llava_jax.models.vit import normalise
 from avg_llava_jax.training.loop import train
 from tests.conftest import TOKENIZER
+from tests.differences import agree
+from tests.packed import packed_logits
+from tests.test_conversation import CHATML, QWEN3, TEXTS
 from tests.test_convert import SOURCE
+from tests.test_pytorch import complete, load
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-FAMILIES = {
-    "SmolLM2": ("Llama", {"num_key_value_heads": 2, "tie_word_embeddings": True, "rms_norm_eps": 1e-5}),
+FAMILIES = {  # class, config, chat template of a ChatML tokenizer, ours that is found
+    "SmolLM2": ("Llama", {"num_key_value_heads": 2, "tie_word_embeddings": True, "rms_norm_eps": 1e-5}, None,
+                "vicuna_v1"),
     "Llama 3": ("Llama", {"num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 4096,
-                          "rope_scaling": LLAMA3 | {"rope_theta": 5e5, "original_max_position_embeddings": 64}}),
-    "Mistral": ("Mistral", {"num_key_value_heads": 2, "sliding_window": 300, "rope_theta": 1e6}),
+                          "rope_scaling": LLAMA3 | {"rope_theta": 5e5, "original_max_position_embeddings": 64}}, None,
+                "vicuna_v1"),
+    "Mistral": ("Mistral", {"num_key_value_heads": 2, "sliding_window": 600, "rope_theta": 1e6}, None,
+                "mistral_instruct"),
+    "Qwen2": ("Qwen2", {"num_key_value_heads": 2, "rope_theta": 1e6, "max_position_embeddings": 4096}, CHATML,
+              "tokenizer"),
+    "Qwen2.5": ("Qwen2", {"num_key_value_heads": 1, "tie_word_embeddings": True}, "", "qwen_1_5"),
+    "Qwen3": ("Qwen3", {"num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": True}, QWEN3, "chatml"),
 }  # fmt: skip
+LONGEST = {"SmolLM2": 2048, "Llama 3": 4096, "Mistral": 600, "Qwen2": 4096, "Qwen2.5": 32768, "Qwen3": 32768}
 
 
 def save(model, folder, bits=torch.float32):
@@ -38,40 +55,58 @@ def save(model, folder, bits=torch.float32):
     return model
 
 
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    """(torch's vision model, folder): a whole CLIP, its text side too, tiles of 8 x 8 patches."""
-    folder = tmp_path_factory.mktemp("clip")
+def write_clip(folder):
+    """torch's vision model of a whole CLIP, its text side too, tiles of 8 x 8 patches."""
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
     config = transformers.CLIPConfig(
         text_config=sizes | {"vocab_size": 99}, vision_config=sizes | {"image_size": 32, "patch_size": 4}
     )
     model = save(transformers.CLIPModel(config), folder)
     (folder / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.25, 0.25]}')
-    return model.vision_model, folder
+    return model.vision_model
 
 
-def language(folder, family, tokenizer=TOKENIZER):
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """(torch's vision model, folder)."""
+    folder = tmp_path_factory.mktemp("clip")
+    return write_clip(folder), folder
+
+
+def language(folder, family):
     """(torch's decoder, its folder with a tokenizer)."""
-    kind, values = FAMILIES[family]
+    kind, values, chat, _ = FAMILIES[family]
     config = getattr(transformers, f"{kind}Config")(**SIZES | {"vocab_size": 600} | values)
     model = save(getattr(transformers, f"{kind}ForCausalLM")(config), folder)
-    for path in tokenizer.iterdir():
-        shutil.copy(path, folder)
+    if chat is None:
+        for path in TOKENIZER.iterdir():
+            shutil.copy(path, folder)
+    else:
+        train_byte_bpe(TEXTS, 340, folder, ("<unk>", "<s>", "</s>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"))
+        if chat:
+            (folder / "chat_template.jinja").write_text(chat)
     return model, folder
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_both_halves_compute_what_they_did(clip, tmp_path, family):
-    vision, tower = clip
-    decoder, folder = language(tmp_path, family)
-    loaded = checkpoint.load(folder, tower)
+@pytest.fixture(scope="module", params=FAMILIES)
+def pair(request, clip, tmp_path_factory):
+    """(family, torch's decoder, our checkpoint of it and the CLIP, its export)."""
+    folder = tmp_path_factory.mktemp("pair")
+    decoder, source = language(folder / "decoder", request.param)
+    convert.import_folder(source, folder / "ours", clip[1], seed=3)
+    (folder / "ours" / foreign.ORIGIN).unlink()  # with it, the export would leave out a router that was never trained
+    convert.export_transformers(folder / "ours", folder / "theirs")
+    return request.param, decoder, folder / "ours", folder / "theirs"
+
+
+def test_both_halves_compute_what_they_did(clip, pair):
+    (vision, _), (family, decoder, folder, _) = clip, pair
+    loaded = checkpoint.load(folder)
     config, params = loaded.config, loaded.params
     assert config.vision.mean == (0.5, 0.5, 0.5) and config.pinpoints[0] == (32, 64)
     assert config.granularities == (4, 8, 16, 32, 64)
     assert loaded.meta["granularities_trained"] is None  # nothing here has seen an image
-    assert config.language.max_length == {"SmolLM2": 2048, "Llama 3": 4096, "Mistral": 300}[family]
-    assert config.template == ("mistral_instruct" if family == "Mistral" else "vicuna_v1")
+    assert (config.language.max_length, config.template) == (LONGEST[family], FAMILIES[family][-1])
 
     ids = np.random.default_rng(0).integers(0, 600, (2, 40))
     pixels = np.random.default_rng(1).integers(0, 255, (2, 32, 32, 3), np.uint8)
@@ -82,9 +117,65 @@ def test_both_halves_compute_what_they_did(clip, tmp_path, family):
     with jax.default_matmul_precision("highest"):
         hidden = avg_llava.decoder(config, params, avg_llava.embed(config, params, ids))
         ours = avg_llava.unembed(config, params, hidden)
-        seen = Encoder(config.vision).apply({"params": params["encoder"]}, pixels)
-    np.testing.assert_allclose(ours, logits, atol=1e-4, rtol=1e-4)
-    np.testing.assert_allclose(seen, patches, atol=1e-4, rtol=1e-4)
+        seen = encoder(config.vision).apply({"params": params["encoder"]}, pixels)
+    agree(f"CLIP + {family}, joined: text logits", ours, logits)
+    agree(f"CLIP + {family}, joined: patches", seen, patches)
+
+
+QUESTIONS = {  # sizes of its images; the library resizes and crops these as we do
+    "What colour is it?": [(40, 20)],
+    "Which is taller?": [(32, 64), (64, 64)],
+    "Who are you?": [],
+}
+
+
+def test_exported_and_asked(pair):
+    """Both classes of the library, on a batch of mixed make-up: ids, logits, greedy answers, and a second turn."""
+    family, decoder, folder, out = pair
+    ours = AvgLlava.load(folder)
+    plain, report = transformers.LlavaNextForConditionalGeneration.from_pretrained(out, output_loading_info=True)
+    assert complete(report)
+    assert plain.config.text_config.model_type == ("llama" if family == "Mistral" else decoder.config.model_type)
+    adaptive, processor = load(out), transformers.AutoProcessor.from_pretrained(out)
+    noise = np.random.default_rng(0)
+    pictures = [
+        [Image.fromarray(noise.integers(0, 255, (h, w, 3), np.uint8)) for w, h in sizes] for sizes in QUESTIONS.values()
+    ]
+    turns = [[{"from": "human", "value": "<image>\n" * len(p) + q}] for q, p in zip(QUESTIONS, pictures, strict=True)]
+    turns[0] += [{"from": "gpt", "value": "Red."}, {"from": "human", "value": "Sure?"}]
+    roles = {"human": "user", "gpt": "assistant"}
+    messages = [[{"role": roles[t["from"]], "content": t["value"]} for t in one] for one in turns]
+    texts = [processor.apply_chat_template(one, add_generation_prompt=True) for one in messages]
+    processor.tokenizer.padding_side = "left"
+    inputs = processor(images=[*pictures[0], *pictures[1]], text=texts, padding=True, return_tensors="pt")
+
+    def asked(granularity):
+        return [Request(t, p, max_new_tokens=6, granularity=granularity) for t, p in zip(turns, pictures, strict=True)]
+
+    for granularity in (64, 8):
+        logits, _, _ = packed_logits(ours, asked("auto"), granularity, 800)
+        with torch.no_grad():
+            output = adaptive(**inputs, granularity=granularity)
+            finest = plain(**inputs).logits
+        for at, (packed, row, mask) in enumerate(zip(logits, output.logits, output.attention_mask, strict=True)):
+            assert np.abs(packed).max() > 0.5
+            (length, known), what = packed.shape, f"CLIP + {family}, joined and exported: logits"
+            agree(what, packed, row[mask, :known])
+            if granularity == 64:
+                agree(what, packed, finest[at, -length:, :known])
+        answers = ours.answer_batch(asked(granularity))
+        ids = adaptive.generate(**inputs, max_new_tokens=6, do_sample=False, granularity=granularity)
+        same(answers, ids[:, inputs["input_ids"].shape[1] :].tolist(), ours.stop_ids)
+        if granularity == 64:
+            ids = plain.generate(**inputs, max_new_tokens=6, do_sample=False)
+            same(answers, ids[:, inputs["input_ids"].shape[1] :].tolist(), ours.stop_ids)
+
+
+def same(answers, rows, stops):
+    """Token by token, and the end as well."""
+    for answer, row in zip(answers, rows, strict=True):
+        assert row[: len(answer.token_ids)] == list(answer.token_ids)
+        assert answer.finish == "length" or row[len(answer.token_ids)] in stops
 
 
 def test_fresh_parts_come_from_the_seed(clip, tmp_path):
@@ -148,7 +239,7 @@ def test_what_does_not_join(clip, tmp_path):
             checkpoint.load(folder, tower)
         assert "\n" not in str(error.value)
 
-    fails("is only a language model: give the CLIP folder", tower=None)
+    fails("is only a language model: give the CLIP or SigLIP folder", tower=None)
     fails("model_type='llava_llama' is not a CLIP", tower=SOURCE)
     fails("mlp_bias=True is not supported", mlp_bias=True)
     fails("rope scaling 'yarn' is not supported", rope_parameters={"rope_type": "yarn", "factor": 2.0})
@@ -157,10 +248,10 @@ def test_what_does_not_join(clip, tmp_path):
     fails("tensor 'model.layers.1..*' is unknown", num_hidden_layers=1)
     save_file(weights | {"lm_head.weight": weights["model.embed_tokens.weight"] + 1}, folder / "model.safetensors")
     fails("'lm_head.weight' differs from 'model.embed_tokens.weight', but its config says tie_word_embeddings")
-    odd = shutil.copytree(tower, tmp_path / "odd")
-    clip_values = json.loads((odd / "config.json").read_text())
-    clip_values["vision_config"]["image_size"] = 28
-    (odd / "config.json").write_text(json.dumps(clip_values))
-    fails("7 x 7 patches cannot be halved", tower=odd)
+    single = shutil.copytree(tower, tmp_path / "single")
+    clip_values = json.loads((single / "config.json").read_text())
+    clip_values["vision_config"]["image_size"] = 4
+    (single / "config.json").write_text(json.dumps(clip_values))
+    fails("1 x 1 patches cannot be halved", tower=single)
     with pytest.raises(ValueError, match="model_type='clip' is not supported, only llava_llama"):
         convert.import_folder(tower, tmp_path / "out")

@@ -46,7 +46,7 @@ def test_a_long_sequence_through_the_cache(tiny):
 
     rows = np.arange(2)
     cache = language.empty_cache(config, 2, 3200, jnp.float32)
-    logits, cache = through(cache, x[:, :3100], jnp.zeros(2, int), 0, start - 1)
+    logits, cache = through(cache, x[:, :3100], jnp.zeros(2, int), 0, start[:, None] - 1)
     np.testing.assert_allclose(logits[:, 0], whole[rows, start - 1], atol=1e-4, rtol=1e-4)
     for count in (chunk, *[1] * steps):
         at = start[:, None] + np.arange(count)
@@ -56,13 +56,13 @@ def test_a_long_sequence_through_the_cache(tiny):
 
 
 @pytest.mark.parametrize("layers", [1, 3, 8])  # one layer, an unrolled stack, a loop
-def test_layers_unstacked_and_one_hidden_state_a_row(tiny, layers):
+def test_layers_unstacked_and_some_hidden_states_a_row(tiny, layers):
     """Unstacked layers are the stacked ones, and `last` gives what the whole model gives there, and its cache."""
     config = LanguageConfig(vocab_size=50, width=16, layers=layers, heads=4, kv_heads=2, head_dim=8, mlp_width=32)
     params, draw = fresh(with_language(tiny, config))["language"], np.random.default_rng(1)
     apart = params | {"layers": language.unstack(params["layers"])}
     x = jnp.asarray(draw.standard_normal((3, 12, 16), np.float32))
-    last, start = jnp.array([11, 0, 4]), jnp.array([7, 2, 0])
+    last, start = jnp.array([[11, 10], [0, 0], [4, 7]]), jnp.array([7, 2, 0])
     stacked, _ = language.decoder(config, params, x)
     hidden, _ = language.decoder(config, apart, x)
     np.testing.assert_allclose(hidden, stacked, atol=1e-5, rtol=1e-5)
@@ -71,7 +71,7 @@ def test_layers_unstacked_and_one_hidden_state_a_row(tiny, layers):
     for given in ((cache, Span(jnp.zeros(3, int), None, 0)), (before, Span(start))):
         hidden, all_of_it = language.decoder(config, apart, x, *given)
         found, cache_of_one = language.decoder(config, apart, x, *given, last)
-        np.testing.assert_allclose(found[:, 0], hidden[jnp.arange(3), last], atol=1e-5, rtol=1e-5)
+        np.testing.assert_allclose(found, hidden[jnp.arange(3)[:, None], last], atol=1e-5, rtol=1e-5)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), cache_of_one, all_of_it)
 
 

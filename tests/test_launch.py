@@ -14,6 +14,8 @@ import pytest
 from PIL import Image
 
 from avg_llava_jax import checkpoint
+from avg_llava_jax.inference.api import AvgLlava
+from avg_llava_jax.inference.requests import Request
 from tests import benchmark_fixtures as fixtures
 from tests.conftest import TOKENIZER
 from tests.random_model import random_model
@@ -137,6 +139,29 @@ def test_evaluate(folder, tmp_path):
     assert points["cost weight 1e+06"]["visual_tokens"] == points["always 4"]["visual_tokens"]
     assert points["oracle"]["seconds"] > 0 and "cost weight 1e+06" in out
     assert (tmp_path / "plots" / "tradeoff.png").stat().st_size > 10000
+
+    frontier = json.loads((tmp_path / "tradeoff.json").read_text())["frontier"]
+    assert set(frontier["areas"]) == {"fixed", "random", "router", "escalation", "combined", "oracle"}
+    assert (tmp_path / "plots" / "frontier.png").stat().st_size > 10000
+
+    code, out, error = run("calibrate", *flags)
+    assert code == 2 and "8 independent questions cannot support alpha=0.01 with delta=0.025: at least 368" in error
+    assert not (folder / "calibration.json").exists()
+    code, out, error = run("calibrate", *flags, "--alpha=0.95", "--begin=4,auto")
+    assert code == 0, error
+    assert "12 questions, 8 of them independent" in out
+    thresholds = json.loads((folder / "calibration.json").read_text())["thresholds"]
+    assert set(thresholds) == {"4", "auto"}
+    model, image = AvgLlava.load(folder), Image.new("RGB", (40, 30))
+    prepared = model.prepare(Request("Who?", image, granularity=4, escalate="calibrated"))
+    assert prepared.request.escalate == thresholds["4"]
+    for options in ({"granularity": 8}, {"cost_weight": 1.0}):
+        with pytest.raises(ValueError, match="escalate=calibrated is known for granularity=4 or auto of all images"):
+            model.prepare(Request("Who?", image, escalate="calibrated", **options))
+    (folder / "calibration.json").write_text("{}")
+    with pytest.raises(ValueError, match="calibration.json is not a calibration of this version"):
+        AvgLlava.load(folder).prepare(Request("Who?", escalate="calibrated"))
+    (folder / "calibration.json").unlink()
 
     code, _, error = run("evaluate", *flags, "--max_new_tokens=3")
     assert code == 2 and "holds answers for max_new_tokens=2, not 3: use another --workdir" in error

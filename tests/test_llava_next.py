@@ -24,9 +24,10 @@ from avg_llava_jax.data.geometry import kept_cells, visual_index
 from avg_llava_jax.data.tiles import grid_of, make_tiles
 from avg_llava_jax.data.tokenizer import load_tokenizer, train_byte_bpe
 from avg_llava_jax.models import avg_llava
-from avg_llava_jax.models.encoder import normalise
+from avg_llava_jax.models.vit import normalise
 from tests.conftest import TOKENIZER
 from tests.differences import agree
+from tests.test_conversation import QWEN3
 from tests.test_convert import SOURCE, TOWER
 
 IMAGE_TOKEN = 1000
@@ -214,14 +215,14 @@ def test_configs_that_do_not_fit(theirs, tmp_path):
     for change, message in (
         ({"vision_feature_select_strategy": "full"}, "vision_feature_select_strategy='full' is not supported"),
         ({"vision_feature_layer": [-2, -5]}, "only one layer"),
-        ({"text_config": values["text_config"] | {"model_type": "qwen2"}}, "'qwen2' is not supported"),
+        ({"text_config": values["text_config"] | {"model_type": "gemma"}}, "'gemma' is not supported"),
         ({"image_grid_pinpoints": [[50, 112]]}, "must be a multiple of the tile side 56"),
     ):
         (other / "config.json").write_text(json.dumps(values | change))
         with pytest.raises(ValueError, match=message) as error:
             foreign.load(other)
         assert "\n" not in str(error.value)
-    with pytest.raises(ValueError, match="is a llava_next and holds its vision encoder: drop vision_tower"):
+    with pytest.raises(ValueError, match="holds its vision encoder: drop vision_tower"):
         foreign.load(folder, TOWER)
 
 
@@ -261,7 +262,7 @@ def test_colours_are_never_made_up(theirs, tmp_path):
         ({"image_mean": None}, "image_mean=None must be three numbers"),
         ({"image_std": [0.5, 0.5, 0]}, "image_std=.* must be three numbers over 0"),
         ({"do_normalize": False}, "do_normalize=False is not supported, only True"),
-        ({"resample": 2}, "resample=2 is not supported, only 3"),
+        ({"resample": 1}, r"resample=1 is not supported, only 2 \(bilinear\), 3 \(bicubic\)"),
         ({"rescale_factor": 1.0}, "rescale_factor=1.0 is not supported, only 1/255"),
         ({"image_grid_pinpoints": [[56, 112]]}, "but its processor cuts images by"),
     ):
@@ -292,6 +293,16 @@ SPOKEN = {
         "tokenizer",
         "tokenizer",
     ),
+    "onevision": (  # as the library's processor writes it
+        "{% for m in messages %}<|im_start|>{{ m.role }} {% for part in m.content | selectattr('type', 'equalto',"
+        " 'image') %}<image>{% endfor %}{% for part in m.content | selectattr('type', 'equalto', 'text') %}"
+        "{{ '\n' + part.text }}{% endfor %}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+        ("<|im_start|>", "<|im_end|>"),
+        "llava_onevision",
+        "llava_onevision",
+    ),
+    "thoughts": (QWEN3, ("<|im_start|>", "<|im_end|>"), "chatml", "chatml"),
     "vicuna, parts": (
         PARTS.replace("ROLE", "{{ m.role | upper }}: ").replace("END", " ").replace("OPEN", "ASSISTANT:"),
         (),

@@ -7,6 +7,8 @@ import pytest
 from jaxtyping import TypeCheckError
 
 from avg_llava_jax.models import avg_llava
+from avg_llava_jax.models.attention import self_attention
+from avg_llava_jax.models.cache import Span
 from avg_llava_jax.training import losses, phases, rglf
 from avg_llava_jax.training.config import RglfConfig
 
@@ -129,6 +131,9 @@ def test_grounding_is_the_mean_over_words(tiny, params):
         lambda: rglf.rglf_loss(jnp.zeros((2, 3)), jnp.zeros((2, 3)), jnp.ones(3, bool), **WEIGHTS),
         lambda: jax.eval_shape(rglf.rank, jnp.zeros((2, 3)), 0.0),
         lambda: jax.jit(rglf.cross_entropy)(jnp.zeros((2, 3), int)),
+        lambda: self_attention(jnp.zeros((1, 4, 2, 8)), *jnp.zeros((2, 1, 5, 2, 8)), causal=True),
+        lambda: Span(start=jnp.zeros(3)),
+        lambda: avg_llava.assemble({}, jnp.zeros((2, 1, 7, 4)), jnp.zeros((3, 5, 4)), jnp.zeros((2, 9), int)),
     ],
 )
 def test_shapes_in_signatures_are_checked_while_tests_run(wrong):

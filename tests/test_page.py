@@ -118,6 +118,16 @@ def test_a_conversation_about_an_image(page, served, tmp_path):
     assert served.engine.requests[-1].images == () and served.engine.requests[-1].cost_weight == 10
 
 
+def test_a_second_look_is_told(page, served):
+    page.locator("#file").set_input_files(photo(320, 200, "PNG"))
+    page.locator("#doubt").press("End")
+    expect(page, "#doubt-shown").to_have_text("100 %")
+    ask(page, "yellow is it")
+    told = "a glance: 4 a tile, 25 % sure; a close look: 8 a tile, 75 % sure"
+    expect(page, ".turn.model .note >> nth=0").to_have_text(told)
+    assert served.engine.requests[-1].escalate == 1.0
+
+
 def test_what_goes_wrong_is_said_in_words(page, served):
     page.locator("#file").set_input_files({"name": "notes.txt", "mimeType": "text/plain", "buffer": b"hello"})
     expect(page, "#error").to_have_text("“notes.txt” is no image that this browser can read.")

@@ -27,8 +27,9 @@ TINY = ModelConfig(
         dataclasses.replace(
             TINY, language=dataclasses.replace(TINY.language, tied_embeddings=True, attention_bias=True)
         ),
+        dataclasses.replace(TINY, language=dataclasses.replace(TINY.language, qkv_bias=True, qk_norm=True)),
     ],
-    ids=["7b", "tiny", "tied and biased"],
+    ids=["7b", "tiny", "tied and biased", "Qwen"],
 )
 def test_every_parameter_has_a_row(config):
     shapes = parameters.abstract(config)

@@ -11,10 +11,11 @@ import transformers
 
 from avg_llava_jax import parameters
 from avg_llava_jax.config import LanguageConfig, ModelConfig, RouterConfig, ScalerConfig, VisionConfig
-from avg_llava_jax.convert import layouts
+from avg_llava_jax.convert import decoders, towers
 from avg_llava_jax.models import language
-from avg_llava_jax.models.encoder import Encoder, normalise
+from avg_llava_jax.models.encoder import encoder
 from avg_llava_jax.models.router import Router
+from avg_llava_jax.models.vit import normalise
 from tests.differences import agree
 
 
@@ -48,7 +49,7 @@ def ours(component, shapes, tensors):
 def test_clip_layer_by_layer(activation):
     """Every hidden state that can be selected, from the end and from the start."""
     config = VisionConfig(28, 7, 32, layers=3, heads=4, mlp_width=48, activation=activation)
-    torch_config = transformers.CLIPVisionConfig(**layouts.clip_config(config))
+    torch_config = transformers.CLIPVisionConfig(**towers.write(config))
     model = randomise(transformers.CLIPVisionModel(torch_config))
     tensors = {
         "model.vision_tower.vision_tower.vision_model." + name.removeprefix("vision_model."): tensor
@@ -59,9 +60,9 @@ def test_clip_layer_by_layer(activation):
     with torch.no_grad():
         states = model(inputs, output_hidden_states=True).hidden_states
     for select in (1, -3, -2, -1):
-        encoder = Encoder(dataclasses.replace(config, select_layer=select))
-        shapes = jax.eval_shape(encoder.init, jax.random.key(0), pixels)["params"]
-        features = jax.jit(encoder.apply)({"params": ours("encoder", shapes, tensors)}, pixels)
+        tower = encoder(dataclasses.replace(config, select_layer=select))
+        shapes = jax.eval_shape(tower.init, jax.random.key(0), pixels)["params"]
+        features = jax.jit(tower.apply)({"params": ours("encoder", shapes, tensors)}, pixels)
         agree("CLIP: hidden states", features, states[select][:, 1:])
 
 
@@ -84,8 +85,15 @@ LLAMA3 = {
         ("Llama", {"rope_parameters": LLAMA3, "head_dim": 16}, 300),
         ("Llama", {"num_hidden_layers": 1}, 3100),
         ("Mistral", {"num_key_value_heads": 2, "sliding_window": None}, 40),
+        ("Qwen2", {"num_key_value_heads": 2}, 40),
+        ("Qwen2", {"num_key_value_heads": 2, "tie_word_embeddings": True, "rope_parameters": {"rope_theta": 1e6}}, 40),
+        ("Qwen3", {"num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": True}, 40),
+        ("Qwen3", {"num_key_value_heads": 2, "head_dim": 12, "attention_bias": True}, 40),
     ],
-    ids=["MHA", "GQA, tied, biased", "rope linear", "rope llama3", "3100 tokens", "Mistral"],
+    ids=[
+        *("MHA", "GQA, tied, biased", "rope linear", "rope llama3", "3100 tokens", "Mistral"),
+        *("Qwen2", "Qwen2 tied", "Qwen3", "Qwen3 biased"),
+    ],
 )
 def test_decoder(family, changes, length):
     values = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -94,8 +102,8 @@ def test_decoder(family, changes, length):
     model = randomise(getattr(transformers, f"{family}ForCausalLM")(torch_config))
     if torch_config.tie_word_embeddings:
         model.tie_weights()
-    config = layouts.llama("here", torch_config.to_dict())
-    ids = np.random.default_rng(1).integers(0, 96, (1, length))
+    config = decoders.read("here", torch_config.to_dict(), torch_config.model_type)
+    ids = np.random.default_rng(1).integers(0, 96, (2, length))
 
     def whole(params, ids):
         return language.unembed(config, params, language.decoder(config, params, language.embed(params, ids))[0])
@@ -113,7 +121,7 @@ def test_decoder(family, changes, length):
 
 
 def test_sizes_of_a_decoder_come_from_its_config():
-    config = layouts.llama("here", transformers.LlamaConfig(rope_parameters=LLAMA3, head_dim=64).to_dict())
+    config = decoders.read("here", transformers.LlamaConfig(rope_parameters=LLAMA3, head_dim=64).to_dict(), "llama")
     assert (config.head_dim, config.rope_theta, config.rope_scaling.kind) == (64, 5e5, "llama3")
     assert isinstance(config, LanguageConfig) and config.rope_scaling.original_max_length == 64
 

@@ -186,7 +186,7 @@ def damaged_folder(llava_folder):
     whole = (llava_folder / "images" / "4-0.png").read_bytes()
     (llava_folder / "images" / "4-0.png").write_bytes(whole[:-30])  # its header is fine
     records[7]["conversations"][1]["value"] = " "
-    records[10]["conversations"][0]["from"] = "system"
+    records[10]["conversations"][0]["from"] = "tool"
     records[13]["image"] = ["13-0.png", "13-0.png"]
     records[15]["conversations"] = records[15]["conversations"][:1]
     (llava_folder / "train.json").write_text(json.dumps(records), encoding="utf-8")

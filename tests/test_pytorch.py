@@ -23,18 +23,15 @@ from avg_llava_jax.config import RouterConfig, ScalerConfig
 from avg_llava_jax.convert import convert, llava_next
 from avg_llava_jax.data.conversation import IMAGE, encode_prompt, encode_raw
 from avg_llava_jax.data.images import image_ref
-from avg_llava_jax.data.packing import collate, merge, prompt_index, shape_of
 from avg_llava_jax.data.sources import open_source
 from avg_llava_jax.data.tiles import make_tiles
 from avg_llava_jax.data.tokenizer import load_tokenizer
-from avg_llava_jax.eval import routing
-from avg_llava_jax.inference import choosing
 from avg_llava_jax.inference.api import AvgLlava
 from avg_llava_jax.inference.requests import Request
-from avg_llava_jax.models import avg_llava
-from avg_llava_jax.models.encoder import normalise
+from avg_llava_jax.models.vit import normalise
 from tests.differences import agree
 from tests.measured_pixels import TALL, measured_tiles
+from tests.packed import packed_logits
 from tests.random_model import random_model, save_random_model
 from tests.test_convert import GOLDEN, SOURCE, TOWER, same_bits
 
@@ -51,7 +48,7 @@ def load(folder):
     model, report = AutoModelForImageTextToText.from_pretrained(
         folder, trust_remote_code=True, output_loading_info=True
     )
-    assert type(model).__name__ == llava_next.MODEL_CLASS and complete(report)
+    assert type(model).__name__ == llava_next.STYLES["llava_next"].adaptive and complete(report)
     return model
 
 
@@ -108,58 +105,22 @@ def requests(pair):
     return [Request(q, [next(images) for _ in sizes], max_new_tokens=8) for q, sizes in PROMPTS.items()]
 
 
-@pytest.fixture(scope="module")
-def our_logits(pair, requests):
-    """Granularities of all images, or None -> logits (S, V) of each prompt, router logits of each image."""
-    model = pair[0]
-    config, params = model.config, model.params
-    prepared = [model.prepare(request) for request in requests]
-    samples = [each.sample for each in prepared]
-    shape = dataclasses.replace(merge(shape_of(s, config) for s in samples), answer=1, fill=1.0)
-
-    @jax.jit
-    def read(params, batch, index):
-        pyramid = avg_llava.pyramid_of(config, params, batch["pixels"])
-        x = avg_llava.assemble(params, pyramid, avg_llava.embed(config, params, batch["text"]), index)
-        return avg_llava.unembed(config, params, avg_llava.decoder(config, params, x))
-
-    def logits(granularity):
-        with jax.default_matmul_precision("highest"):
-            routed = routing.route_all(model, samples)
-            wanted = [dataclasses.replace(each, choice=(granularity,) * len(each.choice)) for each in prepared]
-            choices = [choosing.choose(config, *each) for each in zip(wanted, routed, strict=True)]
-            batch = collate(samples, shape, config, granularities=())
-            index, lengths = np.zeros((len(samples), 192), np.int32), []
-            for row, (sample, choice) in enumerate(zip(samples, choices, strict=True)):
-                places, length = prompt_index(sample, shape, config, choice)
-                index[row, :length] = places[:length]
-                lengths.append(length)
-            packed = read(params, {key: batch[key] for key in ("pixels", "text")}, index)
-        return (
-            [row[:length] for row, length in zip(packed, lengths, strict=True)],
-            np.concatenate([rows for rows in routed if len(rows)]),
-            sum(choices, ()),
-        )
-
-    return logits
-
-
 @pytest.mark.parametrize(
     ("granularity", "padding_side"), [(None, "left"), (None, "right"), (4, "left"), (8, "right"), (16, "left")]
 )
-def test_logits_and_granularities(pair, our_logits, granularity, padding_side):
-    _, theirs, processor, _, images = pair
+def test_logits_and_granularities(pair, requests, granularity, padding_side):
+    ours, theirs, processor, _, images = pair
     inputs = ask(processor, PROMPTS, images, padding_side)
     with torch.no_grad():
         output = theirs(**inputs, granularity=granularity)
-    logits, router_logits, choices = our_logits(granularity)
+    logits, router_logits, choices = packed_logits(ours, requests, granularity, 192)
     assert output.granularities.tolist() == list(choices)
     if granularity is None:
         agree("adaptive in PyTorch: router", router_logits, output.router_logits)
         assert len(set(choices)) > 1
-    for ours, row, mask in zip(logits, output.logits, output.attention_mask, strict=True):
-        assert np.abs(ours).max() > 1
-        agree("adaptive in PyTorch: logits", ours, row[mask, : ours.shape[1]])
+    for packed, row, mask in zip(logits, output.logits, output.attention_mask, strict=True):
+        assert np.abs(packed).max() > 1
+        agree("adaptive in PyTorch: logits", packed, row[mask, : packed.shape[1]])
 
 
 def test_answers(pair, requests):

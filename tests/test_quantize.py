@@ -43,7 +43,7 @@ def test_weights_are_half_a_step_off_at_most():
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_the_model_multiplies_by_them(tiny, tied, dtype):
-    own = dataclasses.replace(tiny.language, tied_embeddings=tied, attention_bias=True)
+    own = dataclasses.replace(tiny.language, tied_embeddings=tied, qkv_bias=tied, attention_bias=not tied, qk_norm=tied)
     config = dataclasses.replace(tiny, language=own)
     params = parameters.init(config, jax.random.key(0), dtype)
     params["language"]["layers"]["q"]["bias"] += 0.3

@@ -101,7 +101,7 @@ def test_shapes_of_messages(ask):
         {"role": "system", "content": "Be polite."},  # after the last question
     ]
     request = ask(messages=messages).request
-    assert [turn["value"] for turn in request.prompt] == [["Be polite.\n\n", "\n"], ["No."], ["Please."]]
+    assert [turn["value"] for turn in request.prompt] == [["Be polite."], ["", "\n"], ["No."], ["Please."]]
     detail = {"type": "image_url", "image_url": {"url": url, "detail": "original"}}
     assert ask(messages=[user([detail])]).request.granularity == [16]
 

@@ -33,9 +33,12 @@ def test_openai_client_several_turns_and_images(served, tiny):
     assert (done.choices[0].finish_reason, done.model, done.object) == ("stop", "tiny", "chat.completion")
 
     request = served.engine.requests[-1]
-    assert [turn["from"] for turn in request.prompt] == ["human", "gpt", "human"]
-    assert request.prompt[0]["value"] == ["Be brief.\n\n", "\nfirst words"]
-    assert request.prompt[2]["value"] == ["", "\nand\n", "\nthen this"]  # an image between two texts stays there
+    assert [turn["from"] for turn in request.prompt] == ["system", "human", "gpt", "human"]
+    assert request.prompt[0]["value"] == ["Be brief."] and request.prompt[1]["value"] == ["", "\nfirst words"]
+    assert request.prompt[3]["value"] == ["", "\nand\n", "\nthen this"]  # an image between two texts stays there
+    assert served.engine.model.tokenizer.decode(
+        [token for token in served.engine.model.prepare(request).sample.tokens.ids if token >= 0]
+    ).startswith("[INST] Be brief.\n\n")
     assert [image.size for image in request.images] == [(16, 40), (30, 30), (32, 16)]
     assert (request.max_new_tokens, request.temperature, request.top_p, request.seed) == (5, 0.5, 0.9, 2**32 - 1)
     assert request.stop == ("x", "yz") and request.granularity == ["auto", "auto", 4]
@@ -58,7 +61,7 @@ def test_openai_client_streams(served):
             stream=True,
             max_tokens=3,
             stream_options={"include_usage": True},
-            extra_body={"granularity": 16, "cost_weight": 0.5, "max_visual_tokens": 60, "top_k": 7},
+            extra_body={"granularity": 16, "cost_weight": 0.5, "max_visual_tokens": 60, "escalate": 0.9, "top_k": 7},
         )
     )
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == "see how it"
@@ -70,7 +73,11 @@ def test_openai_client_streams(served):
     assert (image["granularity"], image["probabilities"]) == (16, None)
     assert image["cells"] == {"left": 0, "top": 0, "width": 32, "height": 16, "columns": 8, "rows": 4}
     request = served.engine.requests[-1]
-    assert (request.cost_weight, request.max_visual_tokens, request.top_k) == (0.5, 60, 7)
+    assert (request.cost_weight, request.max_visual_tokens, request.escalate, request.top_k) == (0.5, 60, 0.9, 7)
+    seen = chunks[-2].model_extra["avg_llava"]
+    assert seen["certainty"] == 0.75
+    assert seen["reads"][1] == {"granularity": 16, "visual_tokens": seen["visual_tokens"], "certainty": 0.75}
+    assert seen["reads"][0]["certainty"] == 0.25
 
 
 def test_what_is_not_said_is_the_default(served):

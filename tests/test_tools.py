@@ -166,8 +166,10 @@ def test_logprobs_and_the_usage_of_every_piece(served, tokenizer):
 
 def test_tools_are_described_and_calls_follow_their_schemas(served, allows):
     served.ask([{"role": "system", "content": "Be brief."}, user("b a")], tools=[LOOK_UP, NOTHING])
-    (prompt,) = served.engine.requests[-1].prompt[0]["value"]
-    assert '"look_up"' in prompt and "Who wears a shirt" in prompt and prompt.endswith("Be brief.\n\nb a")
+    system, question = served.engine.requests[-1].prompt
+    (prompt,) = system["value"]
+    assert '"look_up"' in prompt and "Who wears a shirt" in prompt and prompt.endswith("Be brief.")
+    assert system["from"] == "system" and question == {"from": "human", "value": ["b a"]}
     wrong = ONE_CALL.replace("red", "green")
     for text, auto, required, single in (
         (ONE_CALL, True, True, True),
@@ -197,7 +199,7 @@ def test_calls_and_results_in_earlier_messages(served):
         {"role": "tool", "tool_call_id": "1", "content": "Ann"},
     ]
     served.ask(messages, tools=[LOOK_UP])
-    _, answer, result = served.engine.requests[-1].prompt
+    *_, answer, result = served.engine.requests[-1].prompt
     assert answer["value"] == ['<tool_call>{"name": "look_up", "arguments": {"shirt": 7}}</tool_call>']
     assert result == {"from": "human", "value": ["<tool_response>\nAnn\n</tool_response>"]}
     with pytest.raises(openai.BadRequestError) as caught:

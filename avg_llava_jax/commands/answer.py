@@ -8,6 +8,7 @@
 from absl import flags
 
 from avg_llava_jax.commands import cli, pictures
+from avg_llava_jax.config import named
 
 IMAGE = flags.DEFINE_multi_string("image", [], "An image file; repeat the flag for several images.")
 PROMPT = flags.DEFINE_string("prompt", None, "The question; <image> in it places an image.")
@@ -18,6 +19,9 @@ COST_WEIGHT = flags.DEFINE_float(
     "cost_weight", 0.0, "The price of visual tokens for the router; 0 is the paper's choice.", 0.0
 )
 MAX_VISUAL_TOKENS = flags.DEFINE_integer("max_visual_tokens", None, "Upper bound, all images together.", 1)
+ESCALATE = flags.DEFINE_string(
+    "escalate", "0", "A probability: an answer less certain is read again at the finest granularity. Or: calibrated."
+)
 MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 256, "Length of the longest answer, in tokens.", lower_bound=1)
 TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 is greedy.", lower_bound=0.0)
 TOP_P = flags.DEFINE_float("top_p", 1.0, "Sample from the smallest set of tokens with this probability.", 0.0, 1.0)
@@ -31,8 +35,16 @@ flags.adopt_module_key_flags(pictures)
 
 def granularity_of(text: str) -> str | int | list[str | int]:
     """The flag's value: "auto" -> "auto", "36" -> 36, "auto,36" -> ["auto", 36]."""
-    each = [int(part) if part.strip().isdecimal() else part.strip() for part in text.split(",")]
+    each = [named(part.strip()) for part in text.split(",")]
     return each[0] if len(each) == 1 else each
+
+
+def escalate_of(text: str) -> str | float:
+    """The flag's value: "calibrated", or "0.9" -> 0.9. Raises ValueError for anything else."""
+    try:
+        return text if text == "calibrated" else float(text)
+    except ValueError:
+        raise ValueError(f"--escalate={text}: give 0 (off), a probability or calibrated") from None
 
 
 def main() -> None:
@@ -45,6 +57,7 @@ def main() -> None:
         granularity=granularity_of(GRANULARITY.value),
         cost_weight=COST_WEIGHT.value,
         max_visual_tokens=MAX_VISUAL_TOKENS.value,
+        escalate=escalate_of(ESCALATE.value),
         max_new_tokens=MAX_NEW_TOKENS.value,
         temperature=TEMPERATURE.value,
         top_p=TOP_P.value,
@@ -67,9 +80,11 @@ def main() -> None:
         for number, (g, share) in enumerate(zip(each, shares, strict=True)):
             chances = "" if share is None else " (" + ", ".join(f"{k}: {p:.2f}" for k, p in share.items()) + ")"
             print(f"image {number}: {g} tokens a tile{chances}")
+    for read in answer.reads[:-1]:
+        print(f"first read at {read.granularity}: {read.visual_tokens} visual tokens, certainty {read.certainty:.4f}")
     times = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in answer.timings.items())
-    print(f"{answer.visual_tokens} visual tokens, {len(answer.token_ids)} new tokens, {times}, ", end="")
-    print(f"of which {compiling.seconds:.2f} s compiling")
+    counts = f"{answer.visual_tokens} visual tokens, {len(answer.token_ids)} new tokens"
+    print(f"{counts}, certainty {answer.certainty:.4f}, {times}, of which {compiling.seconds:.2f} s compiling")
 
 
 def command() -> None:

@@ -39,7 +39,8 @@ def table(report: dict[str, Any]) -> str:
     lines = [f"{'granularity':<12}" + "".join(f"{kind:>10}" for kind in kinds) + f"{'tokens':>10}{'seconds':>10}"]
     seconds = report["seconds"]["answer"]
     rows = [(g, accuracy["fixed"][g], tokens["fixed"][g], seconds["fixed"][g]) for g in accuracy["fixed"]]
-    rows += [(name, accuracy[name], tokens[name], seconds.get(name)) for name in ("random", "adaptive", "oracle")]
+    policies = "random", "adaptive", "escalation", "combined", "oracle"
+    rows += [(name, accuracy[name], tokens[name], seconds.get(name)) for name in policies]
     for name, right, cost, took in rows:
         shares = "".join(f"{right[kind]:>10.3f}" for kind in kinds)
         lines.append(f"{name:<12}{shares}{cost:>10.1f}" + ("" if took is None else f"{took:>10.4f}"))

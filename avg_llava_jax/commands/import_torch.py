@@ -13,7 +13,7 @@ from absl import flags
 from avg_llava_jax.commands import cli
 
 SOURCE = flags.DEFINE_string(
-    "source", None, "A folder or hub id: AVG-LLaVA or LLaVA-NeXT as released, `llava_next`, Llama, Mistral."
+    "source", None, "A folder or hub id: AVG-LLaVA, LLaVA-NeXT, LLaVA-OneVision, or a decoder to join with a tower."
 )
 OUTPUT = flags.DEFINE_string("output", None, "The checkpoint folder to write.")
 BASE = flags.DEFINE_string("base", None, "The base of an adapter: a checkpoint of ours or a PyTorch folder.")

@@ -24,6 +24,7 @@ COMMANDS = {
     "plan": "plan",
     "evaluate": "evaluate",
     "tradeoff": "tradeoff",
+    "calibrate": "calibrate",
     "benchmark": "benchmark",
     "score": "score",
     "import": "import_torch",

@@ -21,6 +21,7 @@ from avg_llava_jax import checkpoint, parameters, placement
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.convert import foreign
 from avg_llava_jax.data.feedback import read_feedback
+from avg_llava_jax.data.geometry import visual_count
 from avg_llava_jax.data.packing import Shape, load_tiles
 from avg_llava_jax.data.pipeline import EMPTY, collate_rows
 from avg_llava_jax.inference import programs
@@ -108,8 +109,12 @@ def model_of(config: ml_collections.ConfigDict) -> ModelConfig:
 
 def largest_shape(model: ModelConfig, tiles: int = 0, text: int = 512, answer: int = 128) -> Shape:
     """The batch shape of samples with one image of the largest mosaic (or of `tiles` tiles), without padding."""
-    width, height = max(model.pinpoints, key=math.prod)
-    return Shape(tiles or 1 + width * height // model.vision.image_size**2, 1, text, answer, 1.0)
+    largest = width, height = max(model.pinpoints, key=math.prod)
+    shape = Shape(tiles or 1 + width * height // model.vision.image_size**2, 1, text, answer, 1.0)
+    if tiles or not model.most_tiles:
+        return shape
+    shares = (visual_count(largest, model, g) / shape.visual(model, g) for g in model.granularities)
+    return dataclasses.replace(shape, fill=max(shares))  # a reduced mosaic fills a part of its tiles' room
 
 
 def train_step(config: ml_collections.ConfigDict, target: Target, shape: Shape) -> Plan:
@@ -211,8 +216,12 @@ def answers(
             ("prefill of 256 behind a prefix", min(256, length), capacity),
         ):
             by_slot = None if mesh.shape["data"] * mesh.shape["fsdp"] > 1 else array(slots)
-            chunk = programs.Chunk(by_slot, array(slots), array(slots), array(slots, size), array(slots, size))
-            program = programs.prefill.trace(model, params, cache, pool, chunk, window)
+            corners = (4,) if model.most_tiles else ()
+            places, weights = array(slots, size, *corners), array(slots, size, 4, dtype=jnp.float32)
+            chunk = programs.Chunk(
+                by_slot, array(slots), array(slots), array(slots, size), places, weights if corners else None
+            )
+            program = programs.prefill.trace(model, params, cache, pool, chunk, window, 1)
             yield Program(name, program, held, ("cache",))
 
         rows = programs.Rows(array(slots), array(slots), array(slots))

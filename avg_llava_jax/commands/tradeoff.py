@@ -1,10 +1,12 @@
-"""Plot accuracy against tokens and seconds for several prices of visual tokens.
+"""Plot accuracy against tokens and seconds for several prices of visual tokens, and the frontier of all policies.
 
     avg-llava tradeoff --data=test.json --images=DIR --workdir=OUT
 
 The plot has a point per cost weight (`Request.cost_weight`), the fixed granularities, a random one and the oracle.
 Every question is answered once at every granularity, by `avg-llava evaluate` or here; the weights only choose among
-these answers. The outputs are OUT/tradeoff.json and OUT/plots/tradeoff.png; an interrupted run resumes.
+these answers. The frontier (`eval.escalation.frontier`) compares the router, escalation and both together at every
+budget of visual tokens, every read counted, with the area under each curve. The outputs are OUT/tradeoff.json,
+OUT/plots/tradeoff.png and OUT/plots/frontier.png; an interrupted run resumes.
 """
 
 from __future__ import annotations
@@ -34,11 +36,23 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def frontier_table(found: dict[str, Any]) -> str:
+    """The frontier as text: a line per curve, its area and its accuracy at the costs of the fixed granularities."""
+    from avg_llava_jax.eval.escalation import accuracy_at
+
+    budgets = [point["cost"] for point in found["curves"]["fixed"]]
+    lines = [f"{'visual tokens':<18}{'area':>10}" + "".join(f"{budget:>10.1f}" for budget in budgets)]
+    for name, points in found["curves"].items():
+        reached = "".join(f"{accuracy_at(points, budget):>10.3f}" for budget in budgets)
+        lines.append(f"{name:<18}{found['areas'][name]:>10.4f}{reached}")
+    return "\n".join(lines)
+
+
 def main() -> None:
     weights = cli.weights_of(COST_WEIGHTS.value)
     import numpy as np
 
-    from avg_llava_jax.eval import evaluation, plots, policies, timing
+    from avg_llava_jax.eval import escalation, evaluation, plots, policies, timing
     from avg_llava_jax.files import write_whole
     from avg_llava_jax.inference.requests import Request
 
@@ -82,10 +96,13 @@ def main() -> None:
             for name, (picked, _) in ways.items()
         ],
         "router": policies.temperature(config, records),
+        "frontier": escalation.frontier(escalation.table(config, records)),
     }
     write_whole(workdir / "tradeoff.json", json.dumps(report, indent=1) + "\n")
     figure = plots.tradeoff(report, workdir / plots.PLOTS / "tradeoff.png")
+    plots.frontier(report["frontier"], workdir / plots.PLOTS / "frontier.png")
     print(table(report))
+    print(frontier_table(report["frontier"]))
     router = report["router"]
     print(
         f"the router's temperature: {router['temperature']:.2f} "

@@ -3,16 +3,17 @@
     [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Who?"}]}]
     mistral_instruct:  [INST] <image>\\nWho? [/INST]
 
-None of them has a system turn. Text of the roles system and developer precedes the first question, as in `server`:
+Text of the roles system and developer is ChatML's system turn; in the others it precedes the first question:
 
     [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who?"}]
     mistral_instruct:  [INST] Be brief.\\n\\nWho? [/INST]
+    chatml:            <|im_start|>system\\nBe brief.<|im_end|>\\n<|im_start|>user\\nWho?<|im_end|>\\n ...
 
 Other roles (tool), tools, parts that are neither text nor image, and turns that do not alternate raise an error. BOS is
 not part of a template: the tokenizer adds it.
 """
 
-from avg_llava_jax.data.conversation import LLAMA_3_SYSTEM, PLACEHOLDER, VICUNA_SYSTEM
+from avg_llava_jax.data.conversation import CHATML, LLAMA_3_SYSTEM, PLACEHOLDER, VICUNA_SYSTEM
 
 # Text of a turn: its parts in order, each image on its own line; stripped if it has an image, as in `_checked`.
 _SAID = """\
@@ -71,6 +72,35 @@ _TURNS = {
     ),
 }
 
+_CHATML = """\
+{%- set system = heard.system[:-2] or 'SYSTEM' -%}
+{{ '<|im_start|>systemUSER\\n' + system + '<|im_end|>END' if system }}
+{%- for message in turns -%}
+{%- set turn = namespace(text=said(message, ''), images='') -%}
+{%- if message['role'] == 'user' -%}FIRST{{ '<|im_start|>userUSER' + turn.images }}
+{%- else -%}{{ '<|im_start|>assistant' }}{%- endif -%}
+{{ '\\n' + turn.text + '<|im_end|>END' }}
+{%- endfor -%}
+{{ '<|im_start|>assistant\\n' if turns and turns[-1]['role'] == 'user' }}"""
+
+# Images that begin a question, taken out of its text.
+_IMAGES_FIRST = """\
+{%- for _ in range(turn.text.count('<image>')) -%}
+{%- if turn.text.startswith('<image>') -%}
+{%- set turn.images = turn.images + '<image>' -%}
+{%- set turn.text = turn.text[7:] -%}
+{%- if turn.text.startswith('\\n') -%}{%- set turn.text = turn.text[1:] -%}{%- endif -%}
+{%- endif -%}
+{%- endfor -%}"""
+
+for _name, _form in CHATML.items():
+    _TURNS[_name] = (
+        _CHATML.replace("FIRST", _IMAGES_FIRST if _form.user else "")
+        .replace("SYSTEM", _form.system or "")
+        .replace("USER", _form.user)
+        .replace("END", _form.end.replace("\n", "\\n"))
+    )
+
 
 # In front of a template that takes texts alone: what the messages say, parts and images, as texts.
 _AS_TEXTS = (
@@ -100,7 +130,7 @@ def chat_template(template: str, after_image: str) -> str | None:
 
     after_image: text written after an image, so that the library tokenizes the text behind it as `conversation` does.
     """
-    name = template.removeprefix("llava_")
+    name = "llama_3" if template == "llava_llama_3" else template
     if name not in _TURNS:
         return None
     said = _SAID.replace("NAME", name).replace("GAP", PLACEHOLDER + after_image).replace("IMAGE", PLACEHOLDER)

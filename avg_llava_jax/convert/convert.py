@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from avg_llava_jax import adapters, checkpoint, parameters
 from avg_llava_jax.config import ModelConfig
-from avg_llava_jax.convert import foreign, layouts, llava_next, model_card, peft, tensors
+from avg_llava_jax.convert import foreign, layouts, llava_next, model_card, peft, tensors, towers
 from avg_llava_jax.data.conversation import stop_ids
 from avg_llava_jax.data.tokenizer import Tokenizer, load_tokenizer
 from avg_llava_jax.files import whole, write_json
@@ -238,13 +238,13 @@ def export_released(
         write_json(
             folder / "generation_config.json", origin.get("generation_config", {"_from_model_config": True} | special)
         )
-        preprocessor = origin.get("preprocessor_config", layouts.clip_preprocessor(config.vision))
+        preprocessor = origin.get("preprocessor_config", towers.preprocessor(config.vision))
         write_json(folder / "preprocessor_config.json", preprocessor)
         if values["mm_vision_tower"] == str(tower):
             inside = folder / "vision_tower"
             inside.mkdir()
-            write_json(inside / "config.json", layouts.clip_config(config.vision))
-            write_json(inside / "preprocessor_config.json", layouts.clip_preprocessor(config.vision))
+            write_json(inside / "config.json", towers.write(config.vision))
+            write_json(inside / "preprocessor_config.json", towers.preprocessor(config.vision))
             exported.save(inside, shard_size, foreign.TOWER)
         (folder / model_card.CARD).write_text(card, encoding="utf-8")
 
@@ -259,7 +259,8 @@ def export_transformers(
 ) -> None:
     """Export a checkpoint for the transformers library; the arguments are those of `export_released`.
 
-    `LlavaNextForConditionalGeneration` always runs it at the finest granularity. With `trust_remote_code` the
+    `LlavaNextForConditionalGeneration`, or `LlavaOnevisionForConditionalGeneration` where the tower is a SigLIP, always
+    runs it at the finest granularity. With `trust_remote_code` the
     folder's own modeling_avg_llava.py adds scaler and router; the router's weights are in `router/`, which the library
     does not read. A LLaVA-NeXT that was imported but not trained is exported without router, as a LLaVA-NeXT.
 
@@ -284,20 +285,23 @@ def export_transformers(
     rows = max(config.language.vocab_size, image_token + 1)
     exported = Exported(config, loaded.params, source / foreign.UNUSED, dtype, router, rows, llava_next.stored_name)
     values = llava_next.to_config(config, origin.get("config", {}), image_token, rows, router)
+    if "vision_use_head" in values["vision_config"]:
+        values["vision_config"]["vision_use_head"] = exported.holds(foreign.HEAD)
+    processor = llava_next.processor(config)
     card = model_card.card(loaded, output, "transformers", router, model_card.read_report(source, report))
     with whole(output) as folder:
         exported.save(folder, shard_size, leave=(foreign.ROUTER,))
-        llava_next.save_tokenizer(folder, tokenizer, image_token, config.template)
+        llava_next.save_tokenizer(folder, tokenizer, image_token, config.template, processor["processor_class"])
         write_json(folder / "config.json", values | {"dtype": exported.dtype_name})
         stops = stop_ids(tokenizer, config.template)
         stops = stops[0] if len(stops) == 1 else list(stops)
         added = list(range(config.language.vocab_size, rows))
         suppressed = {"suppress_tokens": added} if added else {}
-        if origin.get("config", {}).get("model_type") == llava_next.MODEL_TYPE:
+        if origin.get("config", {}).get("model_type") in llava_next.STYLES:
             suppressed = origin.get("generation_config", {})
         write_json(folder / "generation_config.json", _special_ids(tokenizer, stops) | suppressed)
         write_json(folder / "preprocessor_config.json", llava_next.preprocessor(config))
-        write_json(folder / "processor_config.json", llava_next.processor(config))
+        write_json(folder / "processor_config.json", processor)
         if router:
             beside = folder / llava_next.ROUTER
             beside.mkdir()
@@ -370,6 +374,10 @@ class Exported:
         self._found = found
         self.tensors = {rename(name): announced for name, announced in found.items()}
         self._released = {rename(name): name for name in found}
+
+    def holds(self, prefix: str) -> bool:
+        """Whether a tensor has a name, in the released layout, that begins with `prefix`."""
+        return any(name.startswith(prefix) for name in self._found)
 
     def save(self, folder: pathlib.Path, shard_size: int, prefix: str = "", leave: Sequence[str] = ()) -> None:
         """Write the tensors whose names begin with `prefix`, which is removed, and with none of `leave`."""

@@ -1,4 +1,4 @@
-"""Reads PyTorch folders: AVG-LLaVA as released, LLaVA-NeXT in its own and in transformers' layout, and Llama with CLIP.
+"""Reads PyTorch folders: AVG-LLaVA as released, LLaVA-NeXT and LLaVA-OneVision, and a decoder with a vision tower.
 
 The reader is strict: an unknown tensor, a missing tensor, a wrong shape and an unsupported config value
 raise an error that names it. Tensors are read one at a time, directly to the devices that hold them.
@@ -30,14 +30,15 @@ Folder = str | os.PathLike[str]
 
 TOWER = "model.vision_tower.vision_tower."
 TOWER_LAYERS = TOWER + "vision_model.encoder.layers."
+HEAD = TOWER + "vision_model.head."
+"""Prefix of the pooling of a SigLIP, which is not run."""
 ROUTER = "model.router."
 
 Layout = Literal["released", "transformers", "language"]
 
 MODEL_TYPES: dict[str, Layout] = {
-    "llava_llama": "released",
-    "llava_mistral": "released",
-    llava_next.MODEL_TYPE: "transformers",
+    **dict.fromkeys(layouts.FAMILIES, "released"),
+    **dict.fromkeys(llava_next.STYLES, "transformers"),
     **dict.fromkeys(joined.MODEL_TYPES, "language"),
 }
 """`model_type` of a config.json -> layout of the folder; `language` is only a decoder, to join with a CLIP folder."""
@@ -92,10 +93,12 @@ def _tower_folder(folder: pathlib.Path, vision_tower: Folder | None) -> Folder |
     """The CLIP folder to read, None = none; raises where the layout needs one or does not take one."""
     layout = layout_of(folder)
     if layout == "transformers" and vision_tower is not None:
-        raise ValueError(f"{folder} is a {llava_next.MODEL_TYPE} and holds its vision encoder: drop vision_tower")
+        raise ValueError(f"{folder} holds its vision encoder: drop vision_tower")
     vision_tower = layouts.tower_folder(folder, vision_tower)
     if layout == "language" and vision_tower is None:
-        raise FileNotFoundError(f"{folder} is only a language model: give the CLIP folder to join as vision_tower")
+        raise FileNotFoundError(
+            f"{folder} is only a language model: give the CLIP or SigLIP folder to join as vision_tower"
+        )
     return vision_tower
 
 
@@ -346,6 +349,8 @@ def _ignored(config: ModelConfig) -> Iterator[str]:
         yield f"{TOWER_LAYERS}{layer}."
     yield f"{TOWER}vision_model.post_layernorm."
     yield f"{TOWER}vision_model.embeddings.position_ids"
+    if config.vision.encoder == "siglip":
+        yield HEAD
     for layer in range(config.language.layers):
         yield f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"
     if config.language.tied_embeddings:

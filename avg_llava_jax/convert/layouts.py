@@ -4,64 +4,58 @@ The reader is strict: a field that contradicts another or is not supported raise
 """
 
 import ast
-import math
+import itertools
 import os
 import pathlib
-from typing import Any, Literal
+import re
+from typing import Any
 
-from avg_llava_jax.config import (
-    LanguageConfig,
-    ModelConfig,
-    RopeScaling,
-    RouterConfig,
-    ScalerConfig,
-    VisionConfig,
-)
+from avg_llava_jax.config import ModelConfig, RouterConfig, ScalerConfig, VisionConfig
+from avg_llava_jax.convert import decoders, towers
+from avg_llava_jax.convert.decoders import check_fixed
 from avg_llava_jax.convert.tensors import read_json
+from avg_llava_jax.data.conversation import END, START, keeps_turns
 from avg_llava_jax.data.tokenizer import load_tokenizer
 
 Folder = str | os.PathLike[str]
 
-KNOWN_TOWERS = {"openai/clip-vit-large-patch14-336": VisionConfig()}
+KNOWN_TOWERS = {
+    "openai/clip-vit-large-patch14-336": VisionConfig(),
+    "google/siglip-so400m-patch14-384": VisionConfig(
+        image_size=384,
+        width=1152,
+        layers=27,
+        mlp_width=4304,
+        activation="gelu_tanh",
+        norm_eps=1e-6,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.5, 0.5, 0.5),
+        encoder="siglip",
+    ),
+}
 """Towers whose config is known without a folder; their weights need one unless the checkpoint holds them."""
-
-LANGUAGE_FIXED = {"hidden_act": "silu", "mlp_bias": False}
-"""Config fields of a decoder for which this model supports only one value."""
 
 FIXED = {
     "mm_projector_type": "mlp2x_gelu",
     "mm_patch_merge_type": "spatial_unpad",
-    "image_aspect_ratio": "anyres",
     "mm_vision_select_feature": "patch",
     "mm_use_im_start_end": False,
     "mm_use_im_patch_token": False,
-    **LANGUAGE_FIXED,
 }
 """Fields of a released config.json with only one supported value."""
 
-PREPROCESSOR_FIXED = {"do_rescale": True, "do_normalize": True, "resample": 3}
-"""Fields of a preprocessor_config.json with only one supported value; resample 3 is bicubic."""
+ONEVISION = "llava_qwen"
+"""`model_type` of a LLaVA-OneVision in the layout of its authors."""
 
-COUNTS = (
-    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *("num_key_value_heads", "head_dim", "vocab_size", "image_size", "patch_size"),
-)
-"""Config fields of encoder and decoder that are positive integers."""
-
-# Fields that a MistralConfig may omit and whose defaults differ from LlamaConfig's.
-MISTRAL = {
-    "intermediate_size": 14336,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131072,
-    "sliding_window": 4096,
-}
+FAMILIES = {"llava_llama": "llama", "llava_mistral": "mistral", ONEVISION: "qwen2"}
+"""`model_type` of a folder in this layout -> family of its decoder."""
 
 
 def read_config(folder: Folder, vision_tower: Folder | None, has_router: bool) -> ModelConfig:
-    """Build the model config from a released config.json and the config of its CLIP folder.
+    """Build the model config from a released config.json and the config of its tower's folder.
 
     With a router the config uses the released router attention (over tiles) and the released un-padding; without one,
-    this project's defaults.
+    this project's defaults. A LLaVA-OneVision uses the library's un-padding and reduces large mosaics.
 
     Raises:
       FileNotFoundError, ValueError: one line that names the folder or field.
@@ -75,10 +69,11 @@ def read_config(folder: Folder, vision_tower: Folder | None, has_router: bool) -
             f"{folder}/config.json: mm_hidden_size={values['mm_hidden_size']}, but the vision tower has {vision.width};"
             " give the CLIP folder of the checkpoint as vision_tower"
         )
+    mosaic = _mosaic(folder, values) | ({"unpad": "released"} if has_router else {})
     ladder = values.get("vis_token_granularity")
     scaler = ScalerConfig() if ladder is None else ScalerConfig(halvings=len(ladder) - 1)
-    language = llama(folder, values)
-    spoken = template(folder, "mistral" if values["model_type"] == "llava_mistral" else "llama")
+    family = FAMILIES[values["model_type"]]
+    language, spoken = decoders.read(folder / "config.json", values, family), template(folder, family)
     try:
         config = ModelConfig(
             vision=vision,
@@ -87,9 +82,9 @@ def read_config(folder: Folder, vision_tower: Folder | None, has_router: bool) -
                 attention="tiles" if has_router else "tokens", text_tokens=values.get("filtered_text_num", 32)
             ),
             language=language,
-            pinpoints=_pinpoints(folder, values),
-            unpad="released" if has_router else "exact",
+            pinpoints=_pinpoints(folder, values, vision.image_size),
             template=spoken,
+            **mosaic,
         )
     except ValueError as error:
         raise ValueError(f"{folder}/config.json: {error}") from None
@@ -101,29 +96,36 @@ def read_config(folder: Folder, vision_tower: Folder | None, has_router: bool) -
     return config
 
 
-def check_fixed(path: pathlib.Path, values: dict[str, Any], fixed: dict[str, Any], inside: str = "") -> None:
-    """Check that each field in `fixed` is absent or has its only supported value.
+def _mosaic(folder: pathlib.Path, values: dict[str, Any]) -> dict[str, Any]:
+    """Fields of `ModelConfig` that `image_aspect_ratio` sets: `anyres`, of a LLaVA-OneVision `anyres_max_9`."""
+    if values.get("model_type") != ONEVISION:
+        check_fixed(folder / "config.json", values, {"image_aspect_ratio": "anyres"})
+        return {}
+    return onevision_mosaic(folder / "config.json", "image_aspect_ratio", values.get("image_aspect_ratio"))
 
-    path, inside: file and prefix of the fields, for errors.
+
+def onevision_mosaic(path: pathlib.Path, key: str, value: Any) -> dict[str, Any]:
+    """Fields of `ModelConfig` by which LLaVA-OneVision packs its mosaics; `value` is `anyres_max_9`.
 
     Raises:
-      ValueError: names the first field with another value.
+      ValueError: another value; names the key.
     """
-    for key, only in fixed.items():
-        if values.get(key, only) != only:
-            raise ValueError(f"{path}: {inside}{key}={values[key]!r} is not supported, only {only!r}")
+    most = re.fullmatch(r"anyres_max_([1-9]\d*)", str(value))
+    if most is None:
+        raise ValueError(f"{path}: {key}={value!r} is not supported, only anyres_max_N, as anyres_max_9")
+    return {"unpad": "library", "most_tiles": int(most[1]), "several": "square"}
 
 
-def _check_counts(path: pathlib.Path, values: dict[str, Any]) -> None:
-    for key in COUNTS:
-        value = values.get(key)
-        if value is not None and (type(value) is not int or value < 1):
-            raise ValueError(f"{path}: {key}={value!r} is not a positive integer")
+def _pinpoints(folder: pathlib.Path, values: dict[str, Any], side: int) -> tuple[tuple[int, int], ...]:
+    """Pinpoints (width, height) from `image_grid_pinpoints`, a list of [width, height] or a string that holds one.
 
-
-def _pinpoints(folder: pathlib.Path, values: dict[str, Any]) -> tuple[tuple[int, int], ...]:
-    """Pinpoints (width, height) from `image_grid_pinpoints`, a string that holds a list of [width, height]."""
+    A string "(1x1),...,(6x6)" means all grids of tiles of `side` pixels between the two.
+    """
     given = values.get("image_grid_pinpoints")
+    span = re.fullmatch(r"\((\d+)x(\d+)\),\.\.\.,\((\d+)x(\d+)\)", given) if isinstance(given, str) else None
+    if span:
+        first, second, last, end = map(int, span.groups())
+        return tuple((x * side, y * side) for x in range(first, last + 1) for y in range(second, end + 1))
     try:
         pairs = ast.literal_eval(given) if isinstance(given, str) else given
         return tuple((int(width), int(height)) for width, height in pairs)
@@ -139,70 +141,10 @@ def _vision(folder: pathlib.Path, values: dict[str, Any], vision_tower: Folder |
     if vision_tower is None:
         if name not in KNOWN_TOWERS:
             raise FileNotFoundError(
-                f"{folder}/config.json names the vision tower {name!r}: give that CLIP folder as vision_tower"
+                f"{folder}/config.json names the vision tower {name!r}: give that CLIP or SigLIP folder as vision_tower"
             )
         return VisionConfig(**{**vars(KNOWN_TOWERS[name]), "select_layer": select})
-    return read_tower(vision_tower, select)
-
-
-def read_tower(vision_tower: Folder, select: int) -> VisionConfig:
-    """Build the encoder config from a CLIP folder; `select` is the index of the selected layer.
-
-    Raises:
-      FileNotFoundError, ValueError: not a CLIP folder, or a config that this model does not support.
-    """
-    path = pathlib.Path(vision_tower) / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"vision_tower {vision_tower} is not a CLIP folder: it has no config.json")
-    clip = read_json(path)
-    if clip.get("model_type") not in ("clip", "clip_vision_model"):
-        raise ValueError(f"{path}: model_type={clip.get('model_type')!r} is not a CLIP")
-    return clip_vision(path, clip.get("vision_config", clip), read_preprocessor(vision_tower), select)
-
-
-def read_preprocessor(folder: Folder) -> dict[str, Any]:
-    """Read the image preprocessing from preprocessor_config.json or from `image_processor` in processor_config.json.
-
-    Version 5 of the transformers library saves only the second file.
-
-    Raises:
-      FileNotFoundError: the folder has neither.
-      ValueError: the two contradict each other, or ask for a preprocessing that this model does not support.
-    """
-    folder = pathlib.Path(folder)
-    files = {folder / "processor_config.json": "image_processor", folder / "preprocessor_config.json": None}
-    found: dict[pathlib.Path, dict[str, Any]] = {}
-    for path, key in files.items():
-        values = read_json(path) if path.is_file() else {}
-        values = values.get(key, {}) if key else values
-        if type(values) is not dict:
-            raise ValueError(f"{path}: {key} does not hold a JSON object")
-        if values:
-            found[path] = values
-    if not found:
-        raise FileNotFoundError(
-            f"{folder} does not say how pixels are normalised: it has no preprocessor_config.json, and no"
-            " processor_config.json with an image_processor; copy the file published with the weights"
-        )
-    (path, chosen), *others = found.items()
-    _check_preprocessor(path, chosen)
-    for other, values in others:
-        for key in ("image_mean", "image_std"):
-            if values.get(key) != chosen[key]:
-                raise ValueError(f"{path} has {key}={chosen[key]}, {other} has {values.get(key)}: remove the wrong one")
-    return chosen
-
-
-def _check_preprocessor(path: pathlib.Path, values: dict[str, Any]) -> None:
-    check_fixed(path, values, PREPROCESSOR_FIXED)
-    for key in ("image_mean", "image_std"):
-        colour = values.get(key)
-        numbers = isinstance(colour, list) and len(colour) == 3 and all(type(x) in (int, float) for x in colour)
-        if not numbers or (key == "image_std" and min(colour) <= 0):
-            raise ValueError(f"{path}: {key}={colour!r} must be three numbers" + " over 0" * (key == "image_std"))
-    factor = values.get("rescale_factor", 1 / 255)
-    if type(factor) is not float or not math.isclose(factor, 1 / 255, rel_tol=1e-6):
-        raise ValueError(f"{path}: rescale_factor={factor!r} is not supported, only 1/255")
+    return towers.read_folder(vision_tower, select)
 
 
 def has_tokenizer(folder: Folder) -> bool:
@@ -229,107 +171,39 @@ def check_tokenizer(folder: Folder, rows: int) -> None:
         )
 
 
-def template(folder: Folder, family: Literal["llama", "mistral"]) -> str:
+def template(folder: Folder, family: str) -> str:
     """Conversation template of a model: the one that matches its tokenizer, else LLaVA's for its family.
 
     The tokenizer's own chat template decides: Llama 3's gives `llama_3`, one with USER and ASSISTANT `vicuna_v1`, one
-    with [INST] of a Mistral `mistral_instruct`, any other, such as ChatML, `tokenizer`. A tokenizer without chat
-    template is matched by its special tokens.
+    with [INST] of a Mistral `mistral_instruct`, that of LLaVA-OneVision in the transformers library `llava_onevision`,
+    a ChatML that rewrites earlier turns (Qwen3 drops their thoughts) `chatml`, any other `tokenizer`. A tokenizer
+    without chat template is matched by its special tokens.
 
     Raises:
-      ValueError: a ChatML tokenizer without a chat template.
+      ValueError: a ChatML tokenizer without a chat template, not of a Qwen.
     """
     folder = pathlib.Path(folder)
-    default = {"llama": "vicuna_v1", "mistral": "mistral_instruct"}[family]
+    default = {"mistral": "mistral_instruct"}.get(family, "vicuna_v1")
     if not has_tokenizer(folder):
         return default
     tokenizer = load_tokenizer(folder)
     if "<|start_header_id|>" in tokenizer.special_tokens:
         return "llama_3"
+    is_chatml = START in tokenizer.special_tokens
     if tokenizer.chat_template is None:
-        if "<|im_start|>" in tokenizer.special_tokens:
-            raise ValueError(f"{folder}: its tokenizer has <|im_start|> of ChatML and no chat template: add one")
-        return default
+        if not is_chatml:
+            return default
+        if family in ("qwen2", "qwen3"):
+            return {"qwen2": "qwen_1_5", "qwen3": "chatml"}[family]
+        raise ValueError(f"{folder}: its tokenizer has {START} of ChatML and no chat template: add one")
     said = tokenizer.apply_chat_template([{"role": "user", "content": "Who?"}], add_generation_prompt=True)
     if "USER:" in said and "ASSISTANT:" in said:
         return "vicuna_v1"
+    if f"{START}user \nWho?{END}{START}" in said:
+        return "llava_onevision"
+    if is_chatml and not keeps_turns(tokenizer):
+        return "chatml"
     return "mistral_instruct" if family == "mistral" and "[INST]" in said else "tokenizer"
-
-
-def clip_vision(path: pathlib.Path, clip: dict[str, Any], colours: dict[str, Any], select: int) -> VisionConfig:
-    """Build the encoder config from a CLIPVisionConfig and the result of `read_preprocessor`; `path` is for errors.
-
-    Raises:
-      ValueError: names the field that this model does not support.
-    """
-    _check_counts(path, clip)
-    # The defaults are those of CLIPVisionConfig, whose config.json may omit them.
-    vision = VisionConfig(
-        image_size=clip.get("image_size", 224),
-        patch_size=clip.get("patch_size", 32),
-        width=clip.get("hidden_size", 768),
-        layers=clip.get("num_hidden_layers", 12),
-        heads=clip.get("num_attention_heads", 12),
-        mlp_width=clip.get("intermediate_size", 3072),
-        activation=clip.get("hidden_act", "quick_gelu"),
-        norm_eps=clip.get("layer_norm_eps", 1e-5),
-        select_layer=select,
-        mean=tuple(colours["image_mean"]),
-        std=tuple(colours["image_std"]),
-    )
-    if vision.activation not in ("quick_gelu", "gelu"):
-        raise ValueError(f"{path}: hidden_act={vision.activation!r} is not supported, only 'quick_gelu' and 'gelu'")
-    return vision
-
-
-def llama(folder: pathlib.Path, values: dict[str, Any]) -> LanguageConfig:
-    """Build the decoder config from a LlamaConfig or MistralConfig; `folder` is for errors.
-
-    A Mistral's sliding window limits `max_length`: up to that length the window does not change attention.
-    """
-    _check_counts(pathlib.Path(folder) / "config.json", values)
-    if values.get("model_type", "").endswith("mistral"):
-        values = MISTRAL | values
-    limit = values.get("tokenizer_model_max_length") or values.get("max_position_embeddings", 2048)
-    # The defaults are those of LlamaConfig, whose config.json may omit them.
-    heads, width = values.get("num_attention_heads", 32), values.get("hidden_size", 4096)
-    rope = values.get("rope_parameters") or values.get("rope_scaling")
-    return LanguageConfig(
-        vocab_size=values.get("vocab_size", 32000),
-        width=width,
-        layers=values.get("num_hidden_layers", 32),
-        heads=heads,
-        kv_heads=values.get("num_key_value_heads") or heads,
-        head_dim=values.get("head_dim") or width // heads,
-        mlp_width=values.get("intermediate_size", 11008),
-        norm_eps=values.get("rms_norm_eps", 1e-6),
-        rope_theta=float((rope or {}).get("rope_theta", values.get("rope_theta", 10000.0))),
-        rope_scaling=_rope_scaling(folder, rope),
-        attention_bias=values.get("attention_bias", False),
-        tied_embeddings=values.get("tie_word_embeddings", False),
-        max_length=min(limit, values.get("sliding_window") or limit),
-    )
-
-
-def _rope_scaling(folder: pathlib.Path, rope: dict[str, Any] | None) -> RopeScaling | None:
-    kind = (rope or {}).get("rope_type", (rope or {}).get("type", "default"))
-    try:
-        match kind:
-            case "default":
-                return None
-            case "linear":
-                return RopeScaling("linear", float(rope["factor"]))
-            case "llama3":
-                return RopeScaling(
-                    "llama3",
-                    float(rope["factor"]),
-                    float(rope["low_freq_factor"]),
-                    float(rope["high_freq_factor"]),
-                    int(rope["original_max_position_embeddings"]),
-                )
-    except KeyError as error:
-        raise ValueError(f"{folder}/config.json: rope scaling {kind!r} lacks {error}") from None
-    raise ValueError(f"{folder}/config.json: rope scaling {kind!r} is not supported, only 'linear' and 'llama3'")
 
 
 def tower_folder(folder: Folder, vision_tower: Folder | None) -> Folder | None:
@@ -350,7 +224,10 @@ def released_config(config: ModelConfig, original: dict[str, Any], router: bool,
       ValueError: the released code cannot run this model; names the field.
     """
     language, vision = config.language, config.vision
-    only = {"head_dim": (language.head_dim, language.width // language.heads)}
+    only: dict[str, tuple[Any, Any]] = {"head_dim": (language.head_dim, language.width // language.heads)}
+    only |= {"qkv_bias": (language.qkv_bias, False), "qk_norm": (language.qk_norm, False)}
+    only |= {"vision.encoder": (vision.encoder, "clip"), "most_tiles": (config.most_tiles, 0)}
+    only |= {"several": (config.several, "anyres"), "vision.resample": (vision.resample, "bicubic")}
     if language.rope_scaling is not None:
         only["rope_scaling.kind"] = (language.rope_scaling.kind, "linear")
     if router:
@@ -359,6 +236,8 @@ def released_config(config: ModelConfig, original: dict[str, Any], router: bool,
             "router.heads": (config.router.heads, 8),
             "router.norm_eps": (config.router.norm_eps, 1e-5),
             "scaler.first_axis": (config.scaler.first_axis, "width"),
+            "scaler.grids": (config.scaler.grids, ()),
+            "scaler.halvings of odd sides": (sum(b != 2 * a for a, b in itertools.pairwise(config.tokens)), 0),
             "unpad": (config.unpad, "released"),
         }
     for field, (ours, theirs) in only.items():
@@ -373,8 +252,7 @@ def released_config(config: ModelConfig, original: dict[str, Any], router: bool,
         "attention_bias": language.attention_bias,
         "hidden_act": "silu",
         "hidden_size": language.width,
-        "image_aspect_ratio": "anyres",
-        "intermediate_size": language.mlp_width,
+            "intermediate_size": language.mlp_width,
         "max_position_embeddings": max(original.get("max_position_embeddings", 0), language.max_length),
         "mm_hidden_size": vision.width,
         "mm_patch_merge_type": "spatial_unpad",
@@ -410,47 +288,10 @@ def released_config(config: ModelConfig, original: dict[str, Any], router: bool,
     defaults = {"tokenizer_padding_side": "right", "use_cache": True}
     kept = {key: value for key, value in original.items() if key not in router_fields and key != "rope_parameters"}
     try:
-        same = _pinpoints(pathlib.Path(), original) == config.pinpoints
+        same = _pinpoints(pathlib.Path(), original, vision.image_size) == config.pinpoints
     except ValueError:
         same = False
     values["image_grid_pinpoints"] = (
         original["image_grid_pinpoints"] if same else str([list(size) for size in config.pinpoints])
     )
     return defaults | kept | values | (router_fields if router else {})
-
-
-def clip_config(vision: VisionConfig) -> dict[str, Any]:
-    """Build config.json of a CLIP folder, the inverse of `read_tower`."""
-    return {
-        "architectures": ["CLIPVisionModel"],
-        "model_type": "clip_vision_model",
-        "hidden_act": vision.activation,
-        "hidden_size": vision.width,
-        "image_size": vision.image_size,
-        "intermediate_size": vision.mlp_width,
-        "layer_norm_eps": vision.norm_eps,
-        "num_attention_heads": vision.heads,
-        "num_channels": 3,
-        "num_hidden_layers": vision.layers,
-        "patch_size": vision.patch_size,
-        "projection_dim": vision.width,
-    }
-
-
-def clip_preprocessor(vision: VisionConfig) -> dict[str, Any]:
-    """Build preprocessor_config.json of a CLIP folder: the preprocessing of one tile."""
-    side = vision.image_size
-    return {
-        "image_processor_type": "CLIPImageProcessor",
-        "crop_size": {"height": side, "width": side},
-        "do_center_crop": True,
-        "do_convert_rgb": True,
-        "do_normalize": True,
-        "do_rescale": True,
-        "do_resize": True,
-        "image_mean": list(vision.mean),
-        "image_std": list(vision.std),
-        "resample": 3,
-        "rescale_factor": 1 / 255,
-        "size": {"shortest_edge": side},
-    }

@@ -1,38 +1,41 @@
-"""The `llava_next` layout of the transformers library: tensor names, config.json, and the processor's files.
+"""The transformers library's `llava_next` and `llava_onevision`: tensor names, config.json, the processor's files.
 
 The reader accepts old names (as in the hub's files), new names, and mixtures:
 
     language_model.model.layers.0...     model.language_model.layers.0...      model.layers.0...
     language_model.lm_head.weight        lm_head.weight                        lm_head.weight
-    vision_tower.vision_model.X          model.vision_tower.X                  (CLIP).vision_model.X
+    vision_tower.vision_model.X          model.vision_tower.X                  (tower).vision_model.X
     multi_modal_projector.linear_1.bias  model.multi_modal_projector...        model.mm_projector.0.bias
     image_newline                        model.image_newline                   model.image_newline
 
-The right column is the released layout, which the parameter table uses; (CLIP) stands for
+The right column is the released layout, which the parameter table uses; (tower) stands for
 model.vision_tower.vision_tower. Export writes the left column, which every version reads.
 """
 
+import math
 import os
 import pathlib
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import tokenizers
 
-from avg_llava_jax.config import LanguageConfig, ModelConfig, RouterConfig, ScalerConfig, to_dict
-from avg_llava_jax.convert import layouts
+from avg_llava_jax.config import ModelConfig, RouterConfig, ScalerConfig, build, to_dict
+from avg_llava_jax.convert import decoders, layouts, towers
 from avg_llava_jax.convert.chat_templates import chat_template, with_images
 from avg_llava_jax.convert.tensors import read_json
+from avg_llava_jax.data.geometry import ALLOWED
 from avg_llava_jax.data.sentencepiece_json import write_tokenizer_json
 from avg_llava_jax.data.tokenizer import Tokenizer
 from avg_llava_jax.files import write_json
 
-MODEL_TYPE = "llava_next"
+ONEVISION = "llava_onevision"
 IMAGE = "<image>"
+PROCESSOR = "LlavaNextProcessor"
+CLIP = "clip_vision_model"
 
 MODELING = pathlib.Path(__file__).parents[1] / "assets" / "pytorch" / "modeling_avg_llava.py"
 """The PyTorch model that is exported with the weights; this package never imports it."""
-MODEL_CLASS = "AvgLlavaForConditionalGeneration"
 ROUTER = "router"
 """Folder of the router's weights, inside the exported folder."""
 ADAPTIVE = "avg_llava"
@@ -56,12 +59,66 @@ OUTWARD = (
     (r"^model\.(?=layers\.|norm\.|embed_tokens\.)", "language_model.model."),
 )
 
-FIXED = {
-    "vision_feature_select_strategy": "default",
-    "projector_hidden_act": "gelu",
-    "multimodal_projector_bias": True,
+FIXED = {"projector_hidden_act": "gelu", "multimodal_projector_bias": True}
+
+
+class Style(NamedTuple):
+    """A model class of the library.
+
+    name: of its classes, as in `LlavaNextProcessor`. text, tower: the library's default model types of its parts.
+    vision: its default vision config. strategy, layer: the default visual features. pinpoints: (height, width).
+    """
+
+    name: str
+    text: str
+    tower: str
+    vision: dict[str, int]
+    strategy: str
+    layer: int
+    pinpoints: list[list[int]]
+
+    @property
+    def adaptive(self) -> str:
+        """The class in modeling_avg_llava.py that adds scaler and router to this one."""
+        return "AvgLlava" + self.name.removeprefix("Llava").removeprefix("Next") + "ForConditionalGeneration"
+
+
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
+STYLES = {
+    "llava_next": Style(
+        *("LlavaNext", "llama", CLIP),
+        dict(zip(SIZES, (1024, 4096, 24, 16, 336, 14), strict=True)),
+        *("default", -2),
+        [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
+    ),
+    ONEVISION: Style(
+        *("LlavaOnevision", "qwen2", "siglip_vision_model"),
+        dict(zip(SIZES, (1152, 4304, 26, 16, 384, 14), strict=True)),
+        *("full", -1),
+        [[384 * rows, 384 * columns] for rows in range(1, 7) for columns in range(1, 7)],
+    ),
 }
-FAMILIES = ("llama", "mistral")
+"""By `model_type`. Pinpoints are (height, width), as in the library; the released layout and ModelConfig have (width,
+height)."""
+
+
+def style_of(config: ModelConfig) -> str:
+    """The `model_type` of the library's class that runs a model: of SigLIP's features all are used, of CLIP's not the
+    class token.
+
+    Raises:
+      ValueError: that class cuts or packs images in another way; names the field.
+    """
+    if not config.pinpoints:
+        raise ValueError("model.pinpoints=() cannot be exported: the transformers library needs pinpoints")
+    kind = ONEVISION if config.vision.encoder == "siglip" else "llava_next"
+    largest = max(width * height for width, height in config.pinpoints) / config.vision.image_size**2
+    most = config.most_tiles or (9 if kind == ONEVISION else 0)
+    if (most and kind != ONEVISION) or (most != config.most_tiles and math.sqrt(largest / most) > ALLOWED):
+        raise ValueError(f"model.most_tiles={config.most_tiles} cannot be exported as {kind}")
+    if (config.several == "square") != (kind == ONEVISION):
+        raise ValueError(f"model.several={config.several!r} cannot be exported as {kind}")
+    return kind
 
 
 def released_name(name: str) -> str:
@@ -81,7 +138,7 @@ def stored_name(name: str) -> str:
 
 
 def read_config(folder: str | os.PathLike[str]) -> ModelConfig:
-    """Build the model config from a llava_next config.json; without the key `ADAPTIVE`, with this project's defaults.
+    """Build the model config from a config.json of one of `STYLES`; without `ADAPTIVE`, with this project's defaults.
 
     Raises:
       ValueError: one line that names the field.
@@ -89,44 +146,53 @@ def read_config(folder: str | os.PathLike[str]) -> ModelConfig:
     folder = pathlib.Path(folder)
     path = folder / "config.json"
     values = read_json(path)
-    text, clip = values.get("text_config") or {}, values.get("vision_config") or {}
-    layouts.check_fixed(path, values, FIXED)
-    layouts.check_fixed(path, text, layouts.LANGUAGE_FIXED, "text_config.")
-    kind, tower = text.get("model_type", "llama"), clip.get("model_type", "clip_vision_model")
-    if kind not in FAMILIES:
-        raise ValueError(f"{path}: text_config.model_type={kind!r} is not supported, only {', '.join(FAMILIES)}")
-    if tower != "clip_vision_model":
-        raise ValueError(f"{path}: vision_config.model_type={tower!r} is not supported, only clip_vision_model")
-    select = values.get("vision_feature_layer", -2)
+    style = STYLES[values["model_type"]]
+    decoders.check_fixed(path, values, FIXED | {"vision_feature_select_strategy": style.strategy})
+    text, vision = values.get("text_config") or {}, values.get("vision_config") or style.vision
+    kind, tower = text.get("model_type", style.text), vision.get("model_type", style.tower)
+    if kind not in decoders.FAMILIES:
+        known = ", ".join(decoders.FAMILIES)
+        raise ValueError(f"{path}: text_config.model_type={kind!r} is not supported, only {known}")
+    if tower != style.tower:
+        raise ValueError(f"{path}: vision_config.model_type={tower!r} is not supported, only {style.tower}")
+    select = values.get("vision_feature_layer", style.layer)
     if not isinstance(select, int):
         raise ValueError(f"{path}: vision_feature_layer={select!r} is not supported, only one layer")
     tied = text.get("tie_word_embeddings", False) or values.get("tie_word_embeddings", False)
-    colours = layouts.read_preprocessor(folder)
-    known = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
-    clip = known | {"image_size": 336, "patch_size": 14} | clip
-    pinpoints = values.get("image_grid_pinpoints") or DEFAULT_PINPOINTS
+    colours = towers.read_preprocessor(folder)
+    pinpoints = values.get("image_grid_pinpoints") or style.pinpoints
     adaptive = values.get(ADAPTIVE, {})
-    template = adaptive.get("template") or layouts.template(folder, kind)
+    mosaic = {}
+    if values["model_type"] == ONEVISION:
+        key = "vision_aspect_ratio"
+        mosaic = layouts.onevision_mosaic(path, key, values.get(key, "anyres_max_9"))
     try:
         config = ModelConfig(
-            vision=layouts.clip_vision(path, clip, colours, select),
-            scaler=ScalerConfig(**adaptive.get("scaler", {})),
-            router=RouterConfig(**adaptive.get("router", {})),
-            language=layouts.llama(folder, text | {"tie_word_embeddings": tied}),
+            # The vision config of a LLaVA-NeXT may lack fields: early versions of the library saved differences alone.
+            vision=towers.read(path, vision if style.tower != CLIP else style.vision | vision, tower, colours, select),
+            scaler=build(ScalerConfig, adaptive.get("scaler", {}), f"{ADAPTIVE}.scaler"),
+            router=build(RouterConfig, adaptive.get("router", {}), f"{ADAPTIVE}.router"),
+            language=decoders.read(path, text | {"tie_word_embeddings": tied}, kind, "text_config."),
             pinpoints=tuple((int(width), int(height)) for height, width in pinpoints),
-            unpad=adaptive.get("unpad", "exact"),
-            template=template,
+            template=adaptive.get("template") or layouts.template(folder, kind),
+            **mosaic | ({"unpad": adaptive["unpad"]} if "unpad" in adaptive else {}),
         )
     except (TypeError, ValueError) as error:
         raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
-    cut = colours.get("image_grid_pinpoints", pinpoints)
-    if cut != pinpoints:
-        raise ValueError(f"{path}: image_grid_pinpoints={pinpoints}, but its processor cuts images by {cut}")
+    _check_processor(path, values, colours, config, pinpoints)
     return config
 
 
-DEFAULT_PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
-"""Pinpoints as (height, width), as in LlavaNextConfig; the released layout and ModelConfig have (width, height)."""
+def _check_processor(
+    path: pathlib.Path, values: dict[str, Any], colours: dict[str, Any], config: ModelConfig, pinpoints: list[list[int]]
+) -> None:
+    """Check that the folder's processor cuts images into the tiles that its config.json packs."""
+    cut = colours.get("image_grid_pinpoints", pinpoints)
+    if cut != pinpoints:
+        raise ValueError(f"{path}: image_grid_pinpoints={pinpoints}, but its processor cuts images by {cut}")
+    side, size = config.vision.image_size, colours.get("size")
+    if values["model_type"] == ONEVISION and size and set(size.values()) != {side}:
+        raise ValueError(f"{path}: vision_config.image_size={side}, but its processor makes tiles of {size}")
 
 
 def to_config(
@@ -141,82 +207,70 @@ def to_config(
     Raises:
       ValueError: the library cannot cut images into this model's tiles; names the field.
     """
-    if not config.pinpoints:
-        raise ValueError("model.pinpoints=() cannot be exported: the transformers library needs pinpoints")
-    if original.get("model_type") != MODEL_TYPE:
+    kind = style_of(config)
+    style = STYLES[kind]
+    if original.get("model_type") != kind:
         original = {}
-    language = config.language
-    text = {"model_type": "llama", "bos_token_id": 1, "eos_token_id": 2} | original.get("text_config", {})
-    text |= {
-        "attention_bias": language.attention_bias,
-        "head_dim": language.head_dim,
-        "hidden_size": language.width,
-        "intermediate_size": language.mlp_width,
-        "max_position_embeddings": max(text.get("max_position_embeddings", 0), language.max_length),
-        "num_attention_heads": language.heads,
-        "num_hidden_layers": language.layers,
-        "num_key_value_heads": language.kv_heads,
-        "rms_norm_eps": language.norm_eps,
-        "rope_parameters": _rope(language),
-        "rope_scaling": _rope(language) if language.rope_scaling else None,  # with the next, for versions before 5
-        "rope_theta": language.rope_theta,
-        "tie_word_embeddings": language.tied_embeddings,
-        "vocab_size": vocabulary,
-    }
+    text = decoders.write(config.language, original.get("text_config", {}), vocabulary)
     values = {
-        "architectures": ["LlavaNextForConditionalGeneration"],
-        "model_type": MODEL_TYPE,
+        "architectures": [f"{style.name}ForConditionalGeneration"],
+        "model_type": kind,
         "image_grid_pinpoints": [[height, width] for width, height in config.pinpoints],
-        "image_seq_length": config.granularities[-1],
+        "image_seq_length": config.tokens[-1],
         "image_token_index": image_token,
         "text_config": text,
-        "tie_word_embeddings": language.tied_embeddings,
-        "vision_config": original.get("vision_config", {}) | layouts.clip_config(config.vision),
+        "tie_word_embeddings": config.language.tied_embeddings,
+        "vision_config": original.get("vision_config", {}) | towers.write(config.vision),
         "vision_feature_layer": config.vision.select_layer,
+        "vision_feature_select_strategy": style.strategy,
     }
+    if kind == ONEVISION:
+        values["vision_aspect_ratio"] = _aspect(config)
+        # The library compares every token with it: an id that no text has.
+        values["video_token_index"] = original.get("video_token_index", vocabulary)
     original = {key: value for key, value in original.items() if key not in ("auto_map", ADAPTIVE)}
     if router:
-        values["auto_map"] = {"AutoModelForImageTextToText": f"{MODELING.stem}.{MODEL_CLASS}"}
+        values["auto_map"] = {"AutoModelForImageTextToText": f"{MODELING.stem}.{style.adaptive}"}
         values[ADAPTIVE] = {key: to_dict(config)[key] for key in ("scaler", "router", "unpad", "template")}
     return original | values | FIXED
 
 
-def _rope(language: LanguageConfig) -> dict[str, Any]:
-    scaling = language.rope_scaling
-    values: dict[str, Any] = {"rope_type": "default", "rope_theta": language.rope_theta}
-    if scaling is not None:
-        values |= {"rope_type": scaling.kind, "factor": scaling.factor}
-    if scaling is not None and scaling.kind == "llama3":
-        values |= {
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_max_length,
-        }
-    return values
+def _aspect(config: ModelConfig) -> str:
+    return f"anyres_max_{config.most_tiles or 9}"
 
 
 def preprocessor(config: ModelConfig) -> dict[str, Any]:
-    """Build preprocessor_config.json of a LlavaNextImageProcessor."""
-    return layouts.clip_preprocessor(config.vision) | {
-        "image_processor_type": "LlavaNextImageProcessor",
-        "processor_class": "LlavaNextProcessor",
+    """Build preprocessor_config.json of the library's image processor."""
+    name, side = STYLES[style_of(config)].name, config.vision.image_size
+    values = towers.preprocessor(config.vision) | {
+        "image_processor_type": f"{name}ImageProcessor",
+        "processor_class": f"{name}Processor",
         "do_pad": True,
         "image_grid_pinpoints": [[height, width] for width, height in config.pinpoints],
     }
+    return values if name == "LlavaNext" else values | {"size": {"height": side, "width": side}}
 
 
 def processor(config: ModelConfig) -> dict[str, Any]:
-    """Build processor_config.json of a LlavaNextProcessor."""
-    return {
-        "processor_class": "LlavaNextProcessor",
+    """Build processor_config.json of the library's processor."""
+    style = STYLES[style_of(config)]
+    values = {
+        "processor_class": f"{style.name}Processor",
         "image_token": IMAGE,
-        "num_additional_image_tokens": 1,
-        "patch_size": config.vision.patch_size,
-        "vision_feature_select_strategy": "default",
+        "vision_feature_select_strategy": style.strategy,
+    }
+    if style.name == "LlavaNext":
+        return values | {"num_additional_image_tokens": 1, "patch_size": config.vision.patch_size}
+    return values | {
+        "num_image_tokens": config.tokens[-1],
+        "video_token": "<video>",
+        "vision_aspect_ratio": _aspect(config),
     }
 
 
-def save_tokenizer(folder: pathlib.Path, tokenizer: Tokenizer, image_token: int, template: str) -> None:
+def save_tokenizer(
+    folder: pathlib.Path, tokenizer: Tokenizer, image_token: int, template: str, processor_class: str = PROCESSOR
+) -> None:
     """Write the chat template and tokenizer files with which the library produces the same ids as `conversation`.
 
     The library must read tokenizer.json unchanged (it rebuilds Llama tokenizers), so tokenizer_config.json names
@@ -231,13 +285,14 @@ def save_tokenizer(folder: pathlib.Path, tokenizer: Tokenizer, image_token: int,
     _begin_with_bos(folder / "tokenizer.json", tokenizer)
     values |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"]}
     write_json(path, values)
-    name_image_token(folder, image_token)
+    name_image_token(folder, image_token, processor_class)
     after_image = " " if tokenizer.encode("\na") != tokenizer.encode("\na", after_special=True) else ""
     chat = chat_template(template, after_image)
     if template == "tokenizer" and not tokenizer.writes_images:
         chat = with_images(tokenizer.chat_template, after_image)
     if chat is not None:
         (folder / "chat_template.jinja").write_text(chat, encoding="utf-8")
+        (folder / "chat_template.json").unlink(missing_ok=True)  # the library's processors prefer it
 
 
 def _begin_with_bos(path: pathlib.Path, tokenizer: Tokenizer) -> None:
@@ -259,7 +314,7 @@ def _begin_with_bos(path: pathlib.Path, tokenizer: Tokenizer) -> None:
     write_json(path, spec)
 
 
-def name_image_token(folder: pathlib.Path, token: int) -> None:
+def name_image_token(folder: pathlib.Path, token: int, processor_class: str = PROCESSOR) -> None:
     """Add the special token `<image>` with id `token` to the tokenizer files in `folder`, if they lack it."""
     entry = {
         "content": IMAGE,
@@ -272,7 +327,7 @@ def name_image_token(folder: pathlib.Path, token: int) -> None:
     path = folder / "tokenizer_config.json"
     values = read_json(path) if path.is_file() else {}
     values["added_tokens_decoder"] = values.get("added_tokens_decoder", {}) | {str(token): entry}
-    values |= {"extra_special_tokens": {"image_token": IMAGE}, "processor_class": "LlavaNextProcessor"}
+    values |= {"extra_special_tokens": {"image_token": IMAGE}, "processor_class": processor_class}
     write_json(path, values)
     path = folder / "tokenizer.json"
     if path.is_file():

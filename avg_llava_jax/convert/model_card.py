@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 from avg_llava_jax import parameters
 from avg_llava_jax.checkpoint import Loaded
+from avg_llava_jax.config import ModelConfig
+from avg_llava_jax.convert import llava_next
 from avg_llava_jax.convert.tensors import read_json
 from avg_llava_jax.files import portable
 
@@ -26,9 +28,9 @@ print(processor.batch_decode(model.generate(**inputs, max_new_tokens=64), skip_s
 
 BOTH = """\
 `trust_remote_code` runs this folder's `modeling_avg_llava.py`, which adds the router;
-`generate(..., granularity={middle})` overrides its choice. Without `trust_remote_code` the folder is a plain LLaVA-NeXT
+`generate(..., granularity={middle!r})` overrides its choice. Without `trust_remote_code` the folder is a plain {plain}
 that always uses {finest} tokens per tile: load it with
-`LlavaNextForConditionalGeneration.from_pretrained("{name}")`."""
+`{plain_class}.from_pretrained("{name}")`."""
 
 PIXELS = """\
 `image.convert("RGB")` is required: the model was trained on the colour stored under transparent pixels, like released
@@ -90,11 +92,11 @@ def _what(loaded: Loaded, router: bool) -> str:
     ladder = ", ".join(map(str, config.granularities))
     if router:
         begin = (
-            "An AVG-LLaVA ([Lan et al., Findings of ACL 2025](https://arxiv.org/abs/2410.02745)), a LLaVA-NeXT"
+            f"An AVG-LLaVA ([Lan et al., Findings of ACL 2025](https://arxiv.org/abs/2410.02745)), a {_plain(config)}"
             f" whose router reads image and question and chooses among {ladder} tokens per tile."
         )
     else:
-        begin = f"A LLaVA-NeXT without router, with {config.granularities[-1]} tokens per tile."
+        begin = f"A {_plain(config)} without router, with {config.tokens[-1]} tokens per tile."
     rows = {
         "parameters": f"{total / 1e6:,.1f} M",
         "tile": f"{config.vision.image_size} x {config.vision.image_size} pixels",
@@ -108,13 +110,25 @@ def _what(loaded: Loaded, router: bool) -> str:
     return begin + "\n\n" + _table(["", ""], [[key, value] for key, value in rows.items()])
 
 
+def _plain(config: ModelConfig) -> str:
+    """What the model is without its router."""
+    return "LLaVA-OneVision" if config.several == "square" else "LLaVA-NeXT"
+
+
 def _use(loaded: Loaded, name: str, layout: str, router: bool) -> str:
     if layout == "released":
         return RELEASED.format(name=name)
-    model_class = "AutoModelForImageTextToText" if router else "LlavaNextForConditionalGeneration"
+    plain_class = llava_next.STYLES[llava_next.style_of(loaded.config)].name + "ForConditionalGeneration"
+    model_class = "AutoModelForImageTextToText" if router else plain_class
     use = TRANSFORMERS.format(model_class=model_class, name=name, trust=", trust_remote_code=True" if router else "")
     ladder = loaded.config.granularities
-    both = BOTH.format(middle=ladder[len(ladder) // 2], finest=ladder[-1], name=name)
+    both = BOTH.format(
+        middle=ladder[len(ladder) // 2],
+        finest=loaded.config.tokens[-1],
+        name=name,
+        plain=_plain(loaded.config),
+        plain_class=plain_class,
+    )
     return "\n\n".join((use, PIXELS, both) if router else (use, PIXELS))
 
 

@@ -1,8 +1,8 @@
 """Conversations in the LLaVA format become token ids: IMAGE marks an image, labels mark the answers.
 
-A conversation is a list of turns `{"from": "human" | "gpt", "value": text}`. `<image>` in a human
-turn marks the position of an image; in the ids it is IMAGE. Where a text may hold that word itself, the
-value is the list of texts around the images, in which nothing is a marker:
+A conversation is a list of turns `{"from": "human" | "gpt", "value": text}`; the first may be from "system".
+`<image>` in a human turn marks the position of an image; in the ids it is IMAGE. Where a text may hold that word
+itself, the value is the list of texts around the images, in which nothing is a marker:
 
     "Is <image> larger than <image>?"   the same as   ["Is ", " larger than ", "?"]
     ["What does <image> mean?"]         a text without an image
@@ -14,15 +14,23 @@ Labels equal the ids of the answers and of the token that ends each answer; ever
     <s> system USER: <image> \\n Who? ASSISTANT: Ann </s>
                                                ~~~~~~~~~~  labelled
 
-Templates: `vicuna_v1`, `llama_3` (alias `llava_llama_3`), `mistral_instruct`, `plain` (image and
-caption, for connector pre-training) and `tokenizer` (the tokenizer's own chat template).
+    qwen_1_5, the same turns:
+
+    <|im_start|> system \n You are ... <|im_end|> \n <|im_start|> user \n <image> \n Who? <|im_end|> \n
+    <|im_start|> assistant \n Ann <|im_end|> \n
+                               ~~~~~~~~~~~~~~ labelled
+
+Templates: `vicuna_v1`, `llama_3` (alias `llava_llama_3`), `mistral_instruct`, ChatML in three forms (`chatml`,
+`qwen_1_5`, `llava_onevision`; see `CHATML`), `plain` (image and caption, for connector pre-training) and `tokenizer`
+(the tokenizer's own chat template). A system turn replaces that of ChatML and goes to the tokenizer's own template,
+if it has one; in the other templates its text stands before the first question.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from avg_llava_jax.data.errors import BadSample, half_character
 from avg_llava_jax.data.tokenizer import Tokenizer
@@ -32,7 +40,7 @@ IGNORE = -100  # label of a token that adds nothing to the loss
 PLACEHOLDER = "<image>"
 
 Turn = dict[str, Any]
-"""`from`: human or gpt. `value`: a text in which `<image>` marks images, or the list of texts around the images."""
+"""`from`: human, gpt, or system first. `value`: a text in which `<image>` marks images, or a list, see above."""
 
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -43,6 +51,27 @@ LLAMA_3_SYSTEM = (
     "You are able to understand the visual content that the user provides, "
     "and assist the user with a variety of tasks using natural language."
 )
+
+
+class ChatML(NamedTuple):
+    """A form of ChatML: the system turn where a conversation has none, the text after `user` and after a turn."""
+
+    system: str | None
+    user: str
+    end: str
+
+
+CHATML = {
+    "chatml": ChatML(None, "", "\n"),
+    "qwen_1_5": ChatML("You are a helpful assistant.", "", "\n"),
+    "llava_onevision": ChatML(None, " ", ""),
+}
+"""`chatml` is Qwen3's, `qwen_1_5` Qwen2's and that of LLaVA-OneVision in LLaVA's own code, `llava_onevision` the
+transformers library's: `<|im_start|>user <image>\\nWho?<|im_end|><|im_start|>assistant\\n`, images first.
+"""
+START, END = "<|im_start|>", "<|im_end|>"
+END_OF_TEXT = "<|endoftext|>"
+"""Stop token of GPT-2's and Qwen's tokenizers, beside the template's own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,10 +102,14 @@ _IMAGE = _Piece("", image=True)
 
 @dataclasses.dataclass(frozen=True)
 class _Said:
-    """A checked turn. texts: the texts around its images, one more than it has images."""
+    """A checked turn. role: system, human or gpt. texts: those around its images, one more than it has images."""
 
-    human: bool
+    role: str
     texts: tuple[str, ...]
+
+    @property
+    def human(self) -> bool:
+        return self.role == "human"
 
     @property
     def images(self) -> int:
@@ -90,7 +123,7 @@ class _Said:
         for number, text in enumerate(texts):
             if number:
                 yield _IMAGE
-            yield _Piece(text, labelled=not self.human)
+            yield _Piece(text, labelled=self.role == "gpt")
 
     def stripped(self) -> _Said:
         first, *rest = self.texts
@@ -108,13 +141,13 @@ def encode_conversation(
         contain none, all images precede the first question, each on its own line.
 
     Raises BadSample: `no_turns`, `malformed_turn`, `unknown_role`, `not_human_first`, `bad_order`,
-    `ends_on_human`, `empty_question`, `empty_answer`, `image_in_answer`, `image_count`; `not_plain`
+    `ends_on_human`, `empty_question`, `empty_answer`, `image_in_answer`, `image_in_system`, `image_count`; `not_plain`
     where template `plain` gets more than one question and one answer. Raises ValueError for an
     unknown template, and for a special token of the template that the tokenizer lacks.
     """
     turns = _checked(conversations, images, template)
     for number, turn in enumerate(turns):
-        if not turn.human and not turn.texts[0].strip():
+        if turn.role == "gpt" and not turn.texts[0].strip():
             raise BadSample("empty_answer", f"turn {number} is an answer without text")
     if turns[-1].human:
         raise BadSample("ends_on_human", "the last turn is a question without an answer")
@@ -150,9 +183,9 @@ def encode_raw(prompt: str | Sequence[str], tokenizer: Tokenizer) -> Tokens:
 
 
 def stop_ids(tokenizer: Tokenizer, template: str) -> tuple[int, ...]:
-    """Stop ids, ascending: the token that the template writes after an answer, and the tokenizer's EOS."""
-    turns = [_Said(True, ("a",)), _Said(False, ("b",))]
-    stops = {tokenizer.eos_id}
+    """Stop ids, ascending: the token that the template writes after an answer, the tokenizer's EOS, `END_OF_TEXT`."""
+    turns = [_Said("human", ("a",)), _Said("gpt", ("b",))]
+    stops = {tokenizer.eos_id, tokenizer.special_tokens.get(END_OF_TEXT, tokenizer.eos_id)}
     labelled = [piece for piece in _render(turns, tokenizer, template) if piece.labelled]
     stops.update(_special_id(piece.text, tokenizer) for piece in labelled if piece.special)
     if template == "plain":
@@ -170,7 +203,7 @@ def _texts(value: Any) -> tuple[str, ...] | None:
 
 
 def _checked(conversations: Sequence[Turn], images: int, template: str) -> list[_Said]:
-    """Validated turns: human and gpt alternate, no question is empty, each image has one place."""
+    """Validated turns: human and gpt alternate after the system, no question is empty, each image has one place."""
     if not isinstance(conversations, Sequence) or isinstance(conversations, str) or not conversations:
         raise BadSample("no_turns", "`conversations` must be a list of turns that is not empty")
     turns: list[_Said] = []
@@ -181,20 +214,25 @@ def _checked(conversations: Sequence[Turn], images: int, template: str) -> list[
             raise BadSample("malformed_turn", f"turn {number} needs the strings `from` and `value`")
         for text in texts:
             _whole(text, f"turn {number}")
-        if role not in ("human", "gpt"):
-            raise BadSample("unknown_role", f"turn {number} is from {role!r}; known are human and gpt")
-        if number == 0 and role != "human":
+        if role not in ("human", "gpt") and (role, number) != ("system", 0):
+            raise BadSample("unknown_role", f"turn {number} is from {role!r}; known are human, gpt, and system first")
+        if role == "gpt" and (not turns or turns[-1].role == "system"):
             raise BadSample("not_human_first", "the first turn is an answer")
-        said = _Said(role == "human", texts)
-        if number and said.human == turns[-1].human:
+        said = _Said(role, texts)
+        if number and role == turns[-1].role:
             raise BadSample("bad_order", f"turns {number - 1} and {number} are both from {role}")
-        if not said.human and said.images:
+        if role == "system" and said.images:
+            raise BadSample("image_in_system", f"turn {number} is from the system with {PLACEHOLDER} in it")
+        if role == "gpt" and said.images:
             raise BadSample("image_in_answer", f"turn {number} is an answer with {PLACEHOLDER} in it")
         turns.append(said)
+    question = int(turns[0].role == "system")
+    if question == len(turns):
+        raise BadSample("no_turns", "the only turn is from the system")
     found = sum(turn.images for turn in turns)
     if not found and images:
-        first, *rest = turns[0].texts
-        turns[0] = dataclasses.replace(turns[0], texts=("", *["\n"] * (images - 1), "\n" + first, *rest))
+        first, *rest = turns[question].texts
+        turns[question] = _Said("human", ("", *["\n"] * (images - 1), "\n" + first, *rest))
     elif found != images:
         raise BadSample("image_count", f"{images} images for {found} {PLACEHOLDER}")
     for number, turn in enumerate(turns):
@@ -202,9 +240,18 @@ def _checked(conversations: Sequence[Turn], images: int, template: str) -> list[
             turns[number] = turn.stripped()  # as the released code does where an image stands
         elif turn.human and not turn.texts[0].strip() and template != "plain":
             raise BadSample("empty_question", f"turn {number} is a question without text")
-    if template == "plain" and len(turns) > 2:
+    if template == "plain" and len(turns) > question + 2:
         raise BadSample("not_plain", f"template plain takes one question and one answer, not {len(turns)} turns")
     return turns
+
+
+def _without_system(turns: list[_Said]) -> list[_Said]:
+    """The turns with the system's text, if any, before the first question."""
+    if turns[0].role != "system":
+        return turns
+    system, question, *others = turns
+    first, *rest = question.texts
+    return [_Said("human", (f"{system.texts[0]}\n\n{first}", *rest)), *others]
 
 
 def _whole(text: str, what: str) -> None:
@@ -215,6 +262,11 @@ def _whole(text: str, what: str) -> None:
 
 def _render(turns: list[_Said], tokenizer: Tokenizer, template: str) -> list[_Piece]:
     """Renders turns as pieces of text. After a final human turn comes the header of the answer."""
+    if template in CHATML:
+        return list(_chatml(turns, CHATML[template]))
+    if template == "tokenizer":
+        return list(_own_template(turns, tokenizer))
+    turns = _without_system(turns)
     if template == "vicuna_v1":
         return list(_vicuna_v1(turns, tokenizer))
     if template in ("llama_3", "llava_llama_3"):
@@ -223,9 +275,7 @@ def _render(turns: list[_Said], tokenizer: Tokenizer, template: str) -> list[_Pi
         return list(_mistral_instruct(turns, tokenizer))
     if template == "plain":
         return list(_plain(turns))
-    if template == "tokenizer":
-        return list(_own_template(turns, tokenizer))
-    known = "vicuna_v1, llama_3 (llava_llama_3), mistral_instruct, plain, tokenizer"
+    known = f"vicuna_v1, llama_3 (llava_llama_3), mistral_instruct, {', '.join(CHATML)}, plain, tokenizer"
     raise ValueError(f"template {template!r} is not known; choose from {known}")
 
 
@@ -271,9 +321,40 @@ def _llama_3(turns: list[_Said]) -> Iterable[_Piece]:
     for turn in turns:
         yield from header("user" if turn.human else "assistant")
         yield from turn.stripped().pieces()
-        yield _Piece("<|eot_id|>", labelled=not turn.human, special=True)
+        yield _Piece("<|eot_id|>", labelled=turn.role == "gpt", special=True)
     if turns[-1].human:
         yield from header("assistant")
+
+
+def _chatml(turns: list[_Said], form: ChatML) -> Iterable[_Piece]:
+    if form.system is not None and turns[0].role != "system":
+        turns = [_Said("system", (form.system,)), *turns]
+    for turn in turns:
+        yield _Piece(START, special=True)
+        match turn.role:
+            case "system":
+                yield _Piece(f"system{form.user}\n{turn.texts[0]}")
+            case "human":
+                first, rest = _images_first(turn) if form.user else (0, turn)
+                yield _Piece(f"user{form.user}")
+                yield from [_IMAGE] * first
+                yield from rest.pieces("\n")
+            case "gpt":
+                yield _Piece("assistant\n")
+                yield from turn.pieces()
+        yield _Piece(END, labelled=turn.role == "gpt", special=True)
+        yield _Piece(form.end)
+    if turns[-1].human:
+        yield _Piece(START, special=True)
+        yield _Piece("assistant\n")
+
+
+def _images_first(turn: _Said) -> tuple[int, _Said]:
+    """The number of images that a turn begins with, each on its own line or not, and the rest of it."""
+    count, texts = 0, list(turn.texts)
+    while len(texts) > 1 and not texts[0]:
+        count, texts = count + 1, [texts[1].removeprefix("\n"), *texts[2:]]
+    return count, dataclasses.replace(turn, texts=tuple(texts))
 
 
 def _plain(turns: list[_Said]) -> Iterable[_Piece]:
@@ -285,8 +366,11 @@ def _plain(turns: list[_Said]) -> Iterable[_Piece]:
 
 def _own_template(turns: list[_Said], tokenizer: Tokenizer) -> Iterable[_Piece]:
     """An answer is the difference of two renderings: the turns up to and including it, less the turns before it."""
+    names = {"system": "system", "human": "user", "gpt": "assistant"}
+    if not tokenizer.takes_system:
+        turns = _without_system(turns)
     mark = _unused("".join(text for turn in turns for text in turn.texts))
-    messages = [{"role": "user" if turn.human else "assistant", "content": mark.join(turn.texts)} for turn in turns]
+    messages = [{"role": names[turn.role], "content": mark.join(turn.texts)} for turn in turns]
 
     def pieces(text: str, labelled: bool = False) -> list[_Piece]:
         found: list[_Piece] = []
@@ -294,10 +378,11 @@ def _own_template(turns: list[_Said], tokenizer: Tokenizer) -> Iterable[_Piece]:
             found += [_IMAGE] * bool(number) + _split_special(part, tokenizer)
         return [dataclasses.replace(piece, labelled=True) for piece in found] if labelled else found
 
-    whole = tokenizer.apply_chat_template(messages, add_generation_prompt=turns[-1].human)
+    ends_open = turns[-1].human
+    whole = tokenizer.apply_chat_template(messages, add_generation_prompt=ends_open)
     at = 0
     for number, turn in enumerate(turns):
-        if turn.human:
+        if turn.role != "gpt" or ends_open:  # a prompt has no labels
             continue
         before = tokenizer.apply_chat_template(messages[:number], add_generation_prompt=True)
         upto = tokenizer.apply_chat_template(messages[: number + 1])
@@ -319,6 +404,15 @@ def _own_template(turns: list[_Said], tokenizer: Tokenizer) -> Iterable[_Piece]:
 def _unused(text: str) -> str:
     """A character that `text` does not contain: it marks images in a template, which takes and gives text alone."""
     return next(mark for mark in map(chr, range(0xF0000, 0xFFFFE)) if mark not in text)  # a plane of private use
+
+
+def keeps_turns(tokenizer: Tokenizer) -> bool:
+    """Whether the tokenizer's own template renders earlier turns as before when later ones are added."""
+    turns = [_Said(role, ("a",)) for role in ("human", "gpt") * 2]
+    try:
+        return bool(list(_own_template(turns, tokenizer)))
+    except ValueError:
+        return False
 
 
 def _split_special(text: str, tokenizer: Tokenizer) -> list[_Piece]:

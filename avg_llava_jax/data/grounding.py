@@ -14,7 +14,7 @@ import numpy as np
 
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.data.errors import BadSample
-from avg_llava_jax.data.tiles import grid_of, placement
+from avg_llava_jax.data.tiles import grid_of, mosaic_box, placement
 from avg_llava_jax.data.tokenizer import Tokenizer
 
 WORDS = 2
@@ -50,9 +50,13 @@ def patch_centres(size: tuple[int, int], config: ModelConfig) -> np.ndarray:
     """
     width, height = size
     grid, side = config.vision.grid, config.vision.image_size
-    steps = (np.arange(grid) + 0.5) / grid
+    steps = (np.arange(grid) + 0.5) * config.vision.patch_size / side
     cell_x, cell_y = np.meshgrid(steps, steps)
-    whole = np.stack([cell_x * width, cell_y * height], axis=-1)
+    x0, y0, across, down = 0, 0, width, height
+    if not config.pinpoints:
+        y0, y1, x0, x1 = mosaic_box(size, config)
+        across, down = x1 - x0, y1 - y0
+    whole = np.stack([x0 + cell_x * across, y0 + cell_y * down], axis=-1)
     tiles = [whole.reshape(-1, 2)]
     rows, columns = grid_of(size, config)
     left, top, inner_width, inner_height = placement(size, (columns * side, rows * side)) if rows else (0, 0, 1, 1)

@@ -365,6 +365,17 @@ def resized(
     return image.resize((size[0], image.height), resample).resize(size, resample)
 
 
+def squared(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
+    """Pads an RGB image to a square with a colour, the image in its middle; of an odd rest the larger part follows.
+
+        4 x 1: rows of padding, image, padding, padding
+    """
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), colour)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
 def _upright_size(image: Image.Image) -> tuple[int, int]:
     width, height = image.size
     return (height, width) if _orientation(image) >= 5 else (width, height)

@@ -35,10 +35,10 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from avg_llava_jax.config import ModelConfig
+from avg_llava_jax.config import Granularity, ModelConfig
 from avg_llava_jax.data.conversation import IGNORE, IMAGE, Tokens
 from avg_llava_jax.data.errors import BadSample
-from avg_llava_jax.data.geometry import visual_count, visual_index
+from avg_llava_jax.data.geometry import visual_count, visual_index, visual_weight
 from avg_llava_jax.data.grounding import WORDS, Words, patch_words
 from avg_llava_jax.data.images import ImageRef
 from avg_llava_jax.data.tiles import Size, make_tiles, tile_count
@@ -93,16 +93,16 @@ class Shape:
     answer: int
     fill: float
 
-    def length(self, config: ModelConfig, granularity: int) -> int:
+    def length(self, config: ModelConfig, granularity: Granularity) -> int:
         """S, the packed length at one granularity, at most `max_length`."""
         return min(self.text + self.visual(config, granularity), config.language.max_length)
 
-    def visual(self, config: ModelConfig, granularity: int) -> int:
+    def visual(self, config: ModelConfig, granularity: Granularity) -> int:
         """Packed positions reserved for visual tokens and newlines."""
         return math.ceil(self.fill * self.tiles * _tile_bound(config, granularity))
 
 
-def shape_of(sample: Sample, config: ModelConfig, granularities: Sequence[int] | None = None) -> Shape:
+def shape_of(sample: Sample, config: ModelConfig, granularities: Sequence[Granularity] | None = None) -> Shape:
     """The smallest shape of the ladder that holds a sample at all these granularities (default: all).
 
     The ladder: T in 1..6, 8, 12, 16, 24, ...; I and L powers of two (L from 16, at most
@@ -114,7 +114,7 @@ def shape_of(sample: Sample, config: ModelConfig, granularities: Sequence[int] |
     limit = config.language.max_length
     layout = _layout(sample)
     text = min(len(layout.text), limit)
-    tiles = _step(max(1, sum(tile_count(size, config) for size in sample.sizes)))
+    tiles = _step(max(1, tiles_of(sample, config)))
     images = _power(max(1, len(sample.sizes)))
     room = min(max(16, _power(text)), limit)
     answers = int(np.count_nonzero(layout.labels[:limit] != IGNORE))
@@ -127,7 +127,7 @@ def shape_of(sample: Sample, config: ModelConfig, granularities: Sequence[int] |
     raise AssertionError("fill 1 holds every image")  # its bound counts every cell and newline
 
 
-def close_shape(sample: Sample, config: ModelConfig, granularities: Sequence[int] | None = None) -> Shape:
+def close_shape(sample: Sample, config: ModelConfig, granularities: Sequence[Granularity] | None = None) -> Shape:
     """What a sample needs at all these granularities (default: all), rounded up a little.
 
     There are many of these, for `pipeline.choose_shapes` to make few of; `shape_of` has few by itself, which are wider.
@@ -138,7 +138,7 @@ def close_shape(sample: Sample, config: ModelConfig, granularities: Sequence[int
     layout, limit = _layout(sample), config.language.max_length
     text = min(_eighth(max(16, min(len(layout.text), limit))), limit)
     answer = min(_eighth(max(4, int(np.count_nonzero(layout.labels[:limit] != IGNORE)))), text)
-    tiles = _step(max(1, sum(tile_count(size, config) for size in sample.sizes)))
+    tiles = _step(max(1, tiles_of(sample, config)))
     shares = [math.ceil(20 * _visual(sample, config, g) / (tiles * _tile_bound(config, g))) for g in granularities]
     return Shape(tiles, _power(max(1, len(sample.sizes))), text, answer, max(shares, default=0) / 20)
 
@@ -149,20 +149,31 @@ def merge(shapes: Iterable[Shape]) -> Shape:
     return Shape(*(max(column) for column in zip(*rows, strict=True)))
 
 
-def packed_length(sample: Sample, config: ModelConfig, granularity: int) -> int:
+def packed_length(sample: Sample, config: ModelConfig, granularity: Granularity) -> int:
     """Number of text tokens, visual tokens and newlines of a sample before truncation."""
     return len(sample.tokens.ids) - len(sample.sizes) + _visual(sample, config, granularity)
 
 
-def labels_left(sample: Sample, config: ModelConfig, granularity: int) -> int:
+def labels_left(sample: Sample, config: ModelConfig, granularity: Granularity) -> int:
     """Number of answer tokens that remain after truncation at a granularity."""
     placed = _place(_layout(sample), sample.sizes, config, [granularity] * len(sample.sizes))
     return int(np.count_nonzero(_target_at(_layout(sample), placed) >= 0))
 
 
-def check_labels(sample: Sample, config: ModelConfig, granularities: Sequence[int]) -> None:
+def tile_counts(sample: Sample, config: ModelConfig) -> list[int]:
+    """The number of tiles of each image of a sample."""
+    own = config.of(len(sample.sizes))
+    return [tile_count(size, own) for size in sample.sizes]
+
+
+def tiles_of(sample: Sample, config: ModelConfig) -> int:
+    """The number of tiles of a sample."""
+    return sum(tile_counts(sample, config))
+
+
+def check_labels(sample: Sample, config: ModelConfig, granularities: Sequence[Granularity]) -> None:
     """Raises BadSample `no_label_left` where truncation leaves no answer token at one of the granularities."""
-    for granularity in sorted(granularities, reverse=True):
+    for granularity in reversed(config.ascending(granularities)):
         if not labels_left(sample, config, granularity):
             need, limit = packed_length(sample, config, granularity), config.language.max_length
             raise BadSample(
@@ -182,7 +193,7 @@ def load_tiles(sample: Sample, config: ModelConfig) -> np.ndarray:
         image = ref.load()
         if image.size != tuple(size):
             raise BadSample("corrupt_image", f"{ref.name}: header says {size}, pixels are {image.size}")
-        parts.append(make_tiles(image, config))
+        parts.append(make_tiles(image, config.of(len(sample.sizes))))
     return np.concatenate(parts)
 
 
@@ -190,7 +201,7 @@ def collate(
     samples: Sequence[Sample],
     shape: Shape,
     config: ModelConfig,
-    granularities: Sequence[int] | None = None,
+    granularities: Sequence[Granularity] | None = None,
     tiles: Sequence[np.ndarray] | None = None,
 ) -> dict[str, np.ndarray | dict[int, np.ndarray]]:
     """Builds a batch of B samples with the static sizes of `shape`.
@@ -208,9 +219,14 @@ def collate(
     targets      int32 (B,A)         answer token ids, 0-padded
     target_at    {g: int32 (B,A)}    position that predicts the target, -1 absent or cut off
 
+    With `config.most_tiles` index is (B,S_g,4), four rows for each position, and
+
+    weight       {g: float32 (B,S_g,4)}  their weights, 0 in the padding
+
     Raises ValueError where a sample does not fit the shape.
     """
     granularities = tuple(config.granularities if granularities is None else granularities)
+    corners = (4,) if config.most_tiles else ()
     tiles = [load_tiles(sample, config) for sample in samples] if tiles is None else tiles
     count, limit = len(samples), config.language.max_length
     batch = {
@@ -219,18 +235,21 @@ def collate(
         "first_tile": np.full((count, shape.images), -1, np.int32),
         "text": np.zeros((count, shape.text), np.int32),
         "instruction": np.zeros((count, shape.text), bool),
-        "index": {g: np.zeros((count, shape.length(config, g)), np.int32) for g in granularities},
+        "index": {g: np.zeros((count, shape.length(config, g), *corners), np.int32) for g in granularities},
         "length": {g: np.zeros(count, np.int32) for g in granularities},
         "targets": np.zeros((count, shape.answer), np.int32),
         "target_at": {g: np.full((count, shape.answer), -1, np.int32) for g in granularities},
     }
+    if config.most_tiles:
+        batch["weight"] = {g: np.zeros(batch["index"][g].shape, np.float32) for g in granularities}
     for b, sample in enumerate(samples):
         layout = _layout(sample)
         first = _first_slots(sample, shape, config)
+        counts = tile_counts(sample, config)
         batch["pixels"][b, : len(tiles[b])] = tiles[b]
-        for image, (slot, size) in enumerate(zip(first, sample.sizes, strict=True)):
+        for image, (slot, count) in enumerate(zip(first, counts, strict=True)):
             batch["first_tile"][b, image] = slot
-            batch["tile_image"][b, slot : slot + tile_count(size, config)] = image
+            batch["tile_image"][b, slot : slot + count] = image
         text, labels = layout.text[:limit], layout.labels[:limit]
         _fits(sample, "text tokens", len(text), shape.text)
         batch["text"][b, : len(text)] = text
@@ -243,6 +262,8 @@ def collate(
             row = batch["index"][g][b]
             _fits(sample, f"packed tokens at granularity {g}", placed.length, len(row))
             _fill(row, placed, first, shape, config)
+            if config.most_tiles:
+                batch["weight"][g][b, : placed.length] = _weight(placed, sample.sizes, config, [g] * len(first))
             batch["length"][g][b] = placed.length
             batch["target_at"][g][b, : len(targets)] = _target_at(layout, placed)[: len(targets)]
     return batch
@@ -253,13 +274,15 @@ def collate_words(samples: Sequence[Sample], tiles: int, config: ModelConfig) ->
     batch = np.full((len(samples), tiles, config.vision.grid**2, WORDS), -1, np.int32)
     for row, sample in enumerate(samples):
         if sample.words and sample.sizes:
-            named = patch_words(sample.words, sample.sizes[0], config)
+            named = patch_words(sample.words, sample.sizes[0], config.of(len(sample.sizes)))
             batch[row, : len(named)] = named
     return batch
 
 
-def prompt_index(sample: Sample, shape: Shape, config: ModelConfig, choice: Sequence[int]) -> tuple[np.ndarray, int]:
-    """Packs a prompt with one granularity per image: its index, int32 (S,), and its packed length.
+def prompt_index(
+    sample: Sample, shape: Shape, config: ModelConfig, choice: Sequence[Granularity]
+) -> tuple[np.ndarray, int]:
+    """Packs a prompt with one granularity per image: its index, int32 (S,) or (S, 4), and its packed length.
 
     S is `shape.length` at the finest granularity of `choice`, or at the model's coarsest without images.
 
@@ -268,7 +291,7 @@ def prompt_index(sample: Sample, shape: Shape, config: ModelConfig, choice: Sequ
     """
     if len(choice) != len(sample.sizes):
         raise ValueError(f"{len(choice)} granularities for {len(sample.sizes)} images")
-    static = shape.length(config, max(choice, default=config.granularities[0]))
+    static = shape.length(config, config.ascending(choice)[-1] if choice else config.granularities[0])
     layout = _layout(sample)
     placed = _place(layout, sample.sizes, config, choice, cut=False)
     if placed.length > config.language.max_length:
@@ -278,9 +301,15 @@ def prompt_index(sample: Sample, shape: Shape, config: ModelConfig, choice: Sequ
         )
     _fits(sample, "text tokens", len(layout.text), shape.text)
     _fits(sample, "packed tokens", placed.length, static)
-    row = np.zeros(static, np.int32)
+    row = np.zeros((static, 4) if config.most_tiles else static, np.int32)
     _fill(row, placed, _first_slots(sample, shape, config), shape, config)
     return row, placed.length
+
+
+def prompt_weight(sample: Sample, config: ModelConfig, choice: Sequence[Granularity]) -> np.ndarray:
+    """Weights of the four rows of each position of a packed prompt, float32 (length, 4), with `config.most_tiles`."""
+    placed = _place(_layout(sample), sample.sizes, config, choice, cut=False)
+    return _weight(placed, sample.sizes, config, choice)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -325,9 +354,10 @@ def _layout(sample: Sample) -> _Layout:
 
 
 def _place(
-    layout: _Layout, sizes: Sequence[Size], config: ModelConfig, choice: Sequence[int], cut: bool = True
+    layout: _Layout, sizes: Sequence[Size], config: ModelConfig, choice: Sequence[Granularity], cut: bool = True
 ) -> _Placed:
-    visual = [visual_index(size, config, g) for size, g in zip(sizes, choice, strict=True)]
+    own = config.of(len(sizes))
+    visual = [visual_index(size, own, g) for size, g in zip(sizes, choice, strict=True)]
     counts = np.array([0] + [len(index) for index in visual])
     ends = np.cumsum(counts)  # visual tokens of the first k images
     text_at = np.arange(len(layout.text)) + ends[layout.images_before]
@@ -343,14 +373,28 @@ def _place(
 
 
 def _fill(row: np.ndarray, placed: _Placed, first: Sequence[int], shape: Shape, config: ModelConfig) -> None:
-    """Writes the index of one packed sequence into `row`, int32 (S,)."""
+    """Writes the index of one packed sequence into `row`, int32 (S,) or (S, 4)."""
     stride = config.pyramid_rows
     newline = shape.text + shape.tiles * stride
     kept = int(np.searchsorted(placed.text_at, placed.length))
-    row[placed.text_at[:kept]] = np.arange(kept)
+    row.T[..., placed.text_at[:kept]] = np.arange(kept)
     for start, visual, slot in zip(placed.image_at, placed.visual, first, strict=True):
         if start < placed.length:
             row[start : start + len(visual)] = np.where(visual < 0, newline, visual + (shape.text + slot * stride))
+
+
+def _weight(
+    placed: _Placed, sizes: Sequence[Size], config: ModelConfig, choice: Sequence[Granularity]
+) -> np.ndarray:
+    """Weights of the four rows of each packed position, float32 (length, 4): 1 0 0 0 for text."""
+    weight = np.zeros((placed.length, 4), np.float32)
+    weight[:, 0] = 1
+    own = config.of(len(sizes))
+    for start, size, granularity in zip(placed.image_at, sizes, choice, strict=True):
+        if start < placed.length:
+            shares = visual_weight(size, own, granularity)
+            weight[start : start + len(shares)] = shares
+    return weight
 
 
 def _target_at(layout: _Layout, placed: _Placed) -> np.ndarray:
@@ -362,7 +406,7 @@ def _target_at(layout: _Layout, placed: _Placed) -> np.ndarray:
 def _first_slots(sample: Sample, shape: Shape, config: ModelConfig) -> list[int]:
     """First tile slot of each image; images occupy consecutive slots."""
     _fits(sample, "images", len(sample.sizes), shape.images)
-    ends = np.cumsum([0] + [tile_count(size, config) for size in sample.sizes])
+    ends = np.cumsum([0, *tile_counts(sample, config)])
     _fits(sample, "tiles", int(ends[-1]), shape.tiles)
     return [int(end) for end in ends[:-1]]
 
@@ -372,15 +416,16 @@ def _fits(sample: Sample, what: str, need: int, room: int) -> None:
         raise ValueError(f"sample {sample.id} has {need} {what}, more than the {room} of its shape: use a larger shape")
 
 
-def _visual(sample: Sample, config: ModelConfig, granularity: int) -> int:
-    return sum(visual_count(size, config, granularity) for size in sample.sizes)
+def _visual(sample: Sample, config: ModelConfig, granularity: Granularity) -> int:
+    own = config.of(len(sample.sizes))
+    return sum(visual_count(size, own, granularity) for size in sample.sizes)
 
 
 @functools.lru_cache(maxsize=256)
-def _tile_bound(config: ModelConfig, granularity: int) -> int:
+def _tile_bound(config: ModelConfig, granularity: Granularity) -> int:
     """Upper bound of the packed tokens of one tile: its cells, and a newline for each row of cells."""
-    rows = {rows * columns: rows for rows, columns in config.grids}
-    return granularity + rows[granularity]
+    rows, columns = config.grid_at(granularity)
+    return rows * (columns + 1)
 
 
 def _power(count: int) -> int:

@@ -302,7 +302,7 @@ def collate_rows(
     batch["visual"] = np.zeros((len(samples), shape.images, len(granularities)), np.int32)
     for row, sample in enumerate(samples):
         for image, size in enumerate(sample.sizes):
-            batch["visual"][row, image] = [visual_count(size, config, g) for g in granularities]
+            batch["visual"][row, image] = [visual_count(size, config.of(len(sample.sizes)), g) for g in granularities]
     if words:
         batch["patch_words"] = collate_words(samples, shape.tiles, config)
     if stored is not None:

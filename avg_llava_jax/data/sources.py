@@ -115,6 +115,8 @@ class LlavaJson:
         if one and several and one != several:
             raise BadSample("malformed_record", f"record {index}: `image` is {one}, `images` is {several}: keep one")
         names = one or several
+        if record.get("video"):
+            raise BadSample("video", f"record {index} is about a video: only images are read, give frames as `images`")
         if names and self.store is None:
             raise ValueError(f"{self.path} names images: set data.images to their folder, zip or tar")
         return [self.store.ref(name) for name in names]

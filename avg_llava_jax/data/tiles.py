@@ -11,7 +11,8 @@
         |  3  |  4  |
         +-----+-----+
 
-Without pinpoints, tile 0 is the only tile.
+Without pinpoints, tile 0 is the only tile. With `ModelConfig.several` = `square` each image of several is padded to a
+square with the tower's mean colour, and this square is its only tile.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import numpy as np
 from PIL import Image
 
 from avg_llava_jax.config import ModelConfig
-from avg_llava_jax.data.images import resized
+from avg_llava_jax.data.images import resized, squared
 
 Size = tuple[int, int]  # (width, height) in pixels
 
@@ -83,12 +84,15 @@ def grid_of(size: Size, config: ModelConfig) -> tuple[int, int]:
 def mosaic_box(size: Size, config: ModelConfig) -> tuple[float, float, float, float]:
     """Box (top, bottom, left, right) of the mosaic, padding included, in pixels of the image.
 
-    Without pinpoints it is the box of the image. An image of 640 x 480 on 672 x 672 is resized by 1.05, so 84 rows of
-    padding equal 80 rows of the image: (-80, 560, 0, 640).
+    Without pinpoints it is the box of the tile: of the image, or of the square that it is padded to. An image of
+    640 x 480 on 672 x 672 is resized by 1.05, so 84 rows of padding equal 80 rows of the image: (-80, 560, 0, 640).
     """
     width, height = size
     if not config.pinpoints:
-        return 0.0, height, 0.0, width
+        side = max(width, height) if config.several == "square" else None
+        down, across = (height, width) if side is None else (side, side)
+        top, left = -((down - height) // 2), -((across - width) // 2)
+        return float(top), top + down, float(left), left + across
     target = best_resolution(size, config.pinpoints)
     left, top, placed_width, placed_height = placement(size, target)
     x, y = width / placed_width, height / placed_height
@@ -105,10 +109,13 @@ def make_tiles(image: Image.Image, config: ModelConfig) -> np.ndarray:
     """Cuts an RGB image into tiles: uint8 (T, H, W, 3), values not normalised.
 
     Tile 0 is the complete image squashed to one tile; the rest are the mosaic's tiles, row-major.
-    Both resizes are bicubic, by `images.resized`, so the pixels equal those in the training of the released weights.
+    Both resizes are by `images.resized` with the tower's filter, so the pixels equal those in the training of the
+    released weights.
     """
-    side = config.vision.image_size
-    overview = np.asarray(resized(image, (side, side)))
+    side, resample = config.vision.image_size, Image.Resampling[config.vision.resample.upper()]
+    if not config.pinpoints and config.several == "square":
+        image = squared(image, tuple(int(share * 255) for share in config.vision.mean))
+    overview = np.asarray(resized(image, (side, side), resample))
     rows, columns = grid_of(image.size, config)
     tiles = np.empty((1 + rows * columns, side, side, 3), np.uint8)
     tiles[0] = overview
@@ -116,7 +123,7 @@ def make_tiles(image: Image.Image, config: ModelConfig) -> np.ndarray:
         target = columns * side, rows * side
         left, top, width, height = placement(image.size, target)
         mosaic = np.zeros((rows * side, columns * side, 3), np.uint8)
-        mosaic[top : top + height, left : left + width] = np.asarray(resized(image, (width, height)))
+        mosaic[top : top + height, left : left + width] = np.asarray(resized(image, (width, height), resample))
         split = mosaic.reshape(rows, side, columns, side, 3).swapaxes(1, 2)
         tiles[1:] = split.reshape(rows * columns, side, side, 3)
     return tiles

@@ -42,8 +42,8 @@ class Tokenizer:
     vocab_size: number of embedding rows that the ids need, added tokens included.
     bos_id: None where the model's texts do not begin with BOS. eos_id, pad_id: never None.
     special_tokens: text of each special token -> its id.
-    chat_template: the tokenizer's own Jinja template, or None: from chat_template.jinja, tokenizer_config.json or
-        chat_template.json, which older versions of the transformers library write for a processor.
+    chat_template: the tokenizer's own Jinja template, or None: from chat_template.jinja, chat_template.json, which
+        older versions of the transformers library write for a processor, or tokenizer_config.json.
     """
 
     def __init__(self, folder: Path, config: dict[str, Any], backend: _JsonBackend | _SentencePieceBackend):
@@ -126,7 +126,7 @@ class Tokenizer:
         return {byte: i for i, byte in self._backend.bytes.items()}
 
     def apply_chat_template(self, messages: list[dict[str, str]], *, add_generation_prompt: bool = False) -> str:
-        """Renders `[{"role": "user" | "assistant", "content": text}]` with the tokenizer's own template.
+        """Renders `[{"role": "system" | "user" | "assistant", "content": text}]` with the tokenizer's own template.
 
         A template that expects parts gets `[{"type": "text", "text": text}]`.
 
@@ -144,6 +144,15 @@ class Tokenizer:
         content = [{"type": "image"}, {"type": "text", "text": "probe"}]
         try:
             return "<image>" in self._render([{"role": "user", "content": content}])
+        except ValueError:
+            return False
+
+    @functools.cached_property
+    def takes_system(self) -> bool:
+        """Whether its chat template writes the text of a system turn."""
+        messages = [{"role": "system", "content": "probe"}, {"role": "user", "content": "a"}]
+        try:
+            return "probe" in self.apply_chat_template(messages)
         except ValueError:
             return False
 
@@ -407,7 +416,7 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     path = folder / "chat_template.jinja"
     if path.is_file():
         return path.read_text(encoding="utf-8")
-    template = config.get("chat_template") or _read_json(folder / "chat_template.json").get("chat_template")
+    template = _read_json(folder / "chat_template.json").get("chat_template") or config.get("chat_template")
     if isinstance(template, list):  # several, by name
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
     return template

@@ -27,13 +27,12 @@ import numpy as np
 from tqdm import tqdm
 
 from avg_llava_jax import reuse
-from avg_llava_jax.config import ModelConfig
+from avg_llava_jax.config import ModelConfig, named
 from avg_llava_jax.data.conversation import PLACEHOLDER, encode_conversation, encode_prompt
 from avg_llava_jax.data.errors import BadSample
 from avg_llava_jax.data.feedback import asked
-from avg_llava_jax.data.packing import Sample, make_sample
+from avg_llava_jax.data.packing import Sample, make_sample, tiles_of
 from avg_llava_jax.data.sources import Source
-from avg_llava_jax.data.tiles import tile_count
 from avg_llava_jax.data.tokenizer import Tokenizer
 from avg_llava_jax.eval.policies import Choice, Record, by_key, choices
 from avg_llava_jax.files import differing, whole_lines
@@ -46,6 +45,8 @@ from avg_llava_jax.inference.model import Model, length_at, softmax, visual_toke
 from avg_llava_jax.inference.requests import Prepared, Request
 from avg_llava_jax.inference.tickets import Ticket
 
+DIGITS = 7
+"""Decimals of a certainty in a record."""
 DERIVED = ("report.json", "tradeoff.json", "skipped.jsonl", "plots")
 """Files beside the answers that are made from them."""
 MadeBy = dict[str, Any]
@@ -141,10 +142,11 @@ def answer_all(
     batch_size: slots, the answers decoded at once.
     skipped: gets `{"id", "reason", "detail"}` of each question whose image is damaged or that fits at no granularity.
 
-    Returns the records in the order of the questions: `id, kind, question, reference, answers {g: text, or
-    None where the prompt does not fit}, right {g: bool or grade}, visual_tokens {g: int}, scores (images, G),
-    probabilities (images, G), chosen (images,), answer (at the router's choice), adaptive {answer, right,
-    visual_tokens}`, and the question's `extra`; with a `file`, `made_by` {name: digest} as well.
+    Returns the records in the order of the questions: `id, kind, images (names), question, reference, answers {g: text,
+    or None where the prompt does not fit}, right {g: bool or grade}, certainty {g: probability, see `Read`},
+    visual_tokens {g: int}, scores (images, G), probabilities (images, G), chosen (images,), answer (at the router's
+    choice), adaptive {answer, right, certainty, visual_tokens}`, and the question's `extra`; with a `file`, `made_by`
+    {name: digest} as well.
 
     Raises:
       BadSample: a question cannot be asked, and there is no list `skipped`.
@@ -159,7 +161,7 @@ def answer_all(
 def _answer(model: Model, log: Log, max_new_tokens: int, slots: int) -> None:
     config, request = model.config, Request("", max_new_tokens=max_new_tokens)
     samples = [question.sample for question in log.todo]
-    tiles = max(sum(tile_count(size, config) for size in sample.sizes) for sample in samples)
+    tiles = max(tiles_of(sample, config) for sample in samples)
     longest = max(model.longest(Prepared(request, sample, (None,) * len(sample.sizes))) for sample in samples)
     engine = Engine(
         model,
@@ -235,7 +237,12 @@ class _Asked:
         if self._scores is None:
             self._free.result(0)
         answers = {
-            choice: None if ticket is None else model.tokenizer.decode(list(ticket.result(0).token_ids)).strip()
+            choice: None
+            if ticket is None
+            else (
+                model.tokenizer.decode(list(ticket.result(0).token_ids)).strip(),
+                round(ticket.result(0).certainty, DIGITS),
+            )
             for choice, ticket in self._tickets.items()
         }
         return make_record(model.config, self._question, self._scores, answers) | self._made_by
@@ -268,6 +275,8 @@ def settle(model: Model, questions: Sequence[Question], file: str | os.PathLike[
 
     def judge(record: Record) -> Record | str:
         before, name = record.get("made_by", {}), record["id"]
+        if "certainty" not in record:
+            return "an earlier version"
         alike = waiting.get(reuse.digest(before), {})
         if alike:
             return _graded_again(model.config, alike.pop(name if name in alike else next(iter(alike))), record)
@@ -280,8 +289,11 @@ def settle(model: Model, questions: Sequence[Question], file: str | os.PathLike[
 
 def _graded_again(config: ModelConfig, question: Question, record: Record) -> Record:
     """A stored record as `make_record` would make it for this question, whose prompt and images it answers."""
-    answers = {(int(g),) * len(record["chosen"]): text for g, text in record["answers"].items()}
-    answers[tuple(record["chosen"])] = record["answer"]
+    answers = {
+        (named(g),) * len(record["chosen"]): None if text is None else (text, record["certainty"][g])
+        for g, text in record["answers"].items()
+    }
+    answers[tuple(record["chosen"])] = record["answer"], record["adaptive"]["certainty"]
     scores = np.array(record["scores"], np.float32).reshape(-1, len(config.granularities))
     return make_record(config, question, scores, answers) | {"made_by": record["made_by"]}
 
@@ -359,42 +371,48 @@ def read_records(file: str | os.PathLike[str]) -> dict[str, Record]:
     """Records by id. A last line that an interruption left incomplete is removed from the file."""
     try:
         records = [json.loads(line) for line in whole_lines(file)]
-    except ValueError as error:
-        raise ValueError(f"{file} is not a file of answers ({error}); use another folder") from None
-    return {record["id"]: _with_int_keys(record) for record in records}
+        return {record["id"]: _with_names(record) for record in records}
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{file} is not a file of answers of this version ({error}); use another folder") from None
 
 
-def _with_int_keys(record: Record) -> Record:
-    by_granularity = ("answers", "right", "visual_tokens")
-    return record | {key: {int(g): value for g, value in record[key].items()} for key in by_granularity}
+def _with_names(record: Record) -> Record:
+    by_granularity = ("answers", "right", "certainty", "visual_tokens")
+    return record | {key: {named(g): value for g, value in record[key].items()} for key in by_granularity}
 
 
 def make_record(
-    config: ModelConfig, question: Question, scores: np.ndarray, answers: Mapping[Choice, str | None]
+    config: ModelConfig, question: Question, scores: np.ndarray, answers: Mapping[Choice, tuple[str, float] | None]
 ) -> Record:
     """The record of a question, see `answer_all`, from router scores (images, G) and its answers by choice.
 
-    answers: with all images at each granularity, and at the router's choice; None where the prompt does not fit.
+    answers: text and certainty with all images at each granularity, and at the router's choice; None where the prompt
+        does not fit.
     """
     sample, (choice,) = question.sample, choices(config, [scores])
     every = {g: (g,) * len(sample.sizes) for g in config.granularities}
-    texts = {g: answers[each] for g, each in every.items()}
+    found = {choice: (None, 0.0) if answer is None else answer for choice, answer in answers.items()}
+    texts = {g: found[each][0] for g, each in every.items()}
+    text, certainty = found[choice]
     return {
         "id": sample.id,
         "kind": sample.kind,
+        "images": [image.name for image in sample.images],
         "question": question.text,
         "reference": question.reference,
         "answers": texts,
         "right": {g: _right(text, question) for g, text in texts.items()},
+        "certainty": {g: found[each][1] for g, each in every.items()},
         "visual_tokens": {g: sum(visual_tokens(config, sample, each)) for g, each in every.items()},
         "scores": scores.tolist(),
         "probabilities": [softmax(image) for image in scores],
         "chosen": list(choice),
-        "answer": answers[choice],
+        "answer": text,
         **question.extra,
         "adaptive": {
-            "answer": answers[choice],
-            "right": _right(answers[choice], question),
+            "answer": text,
+            "right": _right(text, question),
+            "certainty": certainty,
             "visual_tokens": sum(visual_tokens(config, sample, choice)),
         },
     }
@@ -453,6 +471,7 @@ def answer_mixed(
                     "choice": list(choice),
                     "answer": text,
                     "right": _right(text, question),
+                    "certainty": 0.0 if answer is None else round(answer.certainty, DIGITS),
                     "visual_tokens": sum(visual_tokens(config, question.sample, choice)),
                     "made_by": by_id[question.sample.id].get("made_by"),
                 }

@@ -10,9 +10,9 @@ import jax
 import numpy as np
 from PIL import Image
 
-from avg_llava_jax.config import ModelConfig
+from avg_llava_jax.config import Granularity, ModelConfig
 from avg_llava_jax.data.conversation import IMAGE
-from avg_llava_jax.data.geometry import kept_cells
+from avg_llava_jax.data.geometry import borders
 from avg_llava_jax.data.tiles import Size, grid_of, mosaic_box, tile_count
 from avg_llava_jax.eval import routing
 from avg_llava_jax.inference import choosing
@@ -28,7 +28,7 @@ class Explanation:
     input_ids: (n,) prompt, IMAGE (-200) for each image.
     seq_len: (G + 1,) packed lengths: with every image at each granularity of the ladder, then as chosen.
     router_logits, router_pre_norm: (images, G).
-    router_choice: (images,) index into the ladder. router_choice_granularity: (images,) tokens per tile.
+    router_choice: (images,) index into the ladder. router_choice_granularity: (images,) its names.
     logits: {g or "router": (V,)} at the last position of the prompt, the scores of the first answer token. A
         granularity at which the prompt exceeds the model's length is left out.
     votes: (tiles, R + K, G) per image: each row's voter weight times its logits. The rows are a tile's pyramid,
@@ -104,7 +104,7 @@ def explain(model: AvgLlava, request: Request) -> Explanation:
 
     votes, at = [], 0
     for size in sample.sizes:
-        count = tile_count(size, config)
+        count = tile_count(size, config.of(images))
         votes.append(routed.votes[0, at : at + count])
         at += count
     text = [token for token in sample.tokens.ids if token != IMAGE]
@@ -128,7 +128,8 @@ def draw(explanation: Explanation, path: str | os.PathLike[str]) -> None:
     """Draw for each image its grid, probabilities and words; below, its votes by position at each granularity."""
     from matplotlib.figure import Figure
 
-    config, count = explanation.config, len(explanation.images)
+    count = len(explanation.images)
+    config = explanation.config.of(count)
     levels = config.granularities
     figure = Figure(figsize=(14, 7 * count), layout="constrained")
     for part, i in zip(np.atleast_1d(figure.subfigures(count, 1)), range(count), strict=True):
@@ -144,19 +145,18 @@ def draw(explanation: Explanation, path: str | os.PathLike[str]) -> None:
 
         maps = vote_maps(config, image.size, explanation.votes[i][:, :, chosen])
         bound = max(float(np.abs(cells).max()) for cells in maps.values()) or 1.0
-        top, bottom, left, right = mosaic_box(image.size, config)
         axes = below.subplots(1, len(levels), squeeze=False)[0]
         for axis, (g, cells) in zip(axes, maps.items(), strict=True):
             _backdrop(axis, image.convert("L"))
-            where = (left, right, bottom, top)
-            drawn = axis.imshow(cells, cmap="coolwarm", vmin=-bound, vmax=bound, alpha=0.65, extent=where)
+            y, x = borders(image.size, config, g, whole=True)
+            drawn = axis.pcolormesh(x, y, cells, cmap="coolwarm", vmin=-bound, vmax=bound, alpha=0.65)
             axis.set(xlim=(0, image.width), ylim=(image.height, 0), title=f"{g} tokens a tile")
         below.suptitle(f"votes of the image's rows for {levels[chosen]}, by position")
         below.colorbar(drawn, ax=axes, shrink=0.7)
     figure.savefig(path, dpi=100)
 
 
-def vote_maps(config: ModelConfig, size: Size, votes: np.ndarray) -> dict[int, np.ndarray]:
+def vote_maps(config: ModelConfig, size: Size, votes: np.ndarray) -> dict[Granularity, np.ndarray]:
     """votes (tiles, R + K) of one image for one granularity -> {level: votes of the mosaic's cells (rows, columns)}.
 
     Without pinpoints the mosaic is tile 0.
@@ -167,20 +167,17 @@ def vote_maps(config: ModelConfig, size: Size, votes: np.ndarray) -> dict[int, n
     maps = {}
     for (height, width), g in zip(config.grids, config.granularities, strict=True):
         offset = config.pyramid_offsets[g]
-        cells = tiles[:, offset : offset + g].reshape(rows, columns, height, width)
+        cells = tiles[:, offset : offset + height * width].reshape(rows, columns, height, width)
         maps[g] = cells.swapaxes(1, 2).reshape(rows * height, columns * width)
     return maps
 
 
-def draw_grid(axis: Any, config: ModelConfig, image: Image.Image, granularity: int) -> None:
+def draw_grid(axis: Any, config: ModelConfig, image: Image.Image, granularity: Granularity) -> None:
     """Draw the image, the borders of the cells that one granularity packs, and those of the tiles, on an axis."""
     _backdrop(axis, image)
     top, bottom, left, right = mosaic_box(image.size, config)
-    grid = dict(zip(config.granularities, config.grids, strict=True))[granularity]
     rows, columns = (max(1, n) for n in grid_of(image.size, config))
-    kept = kept_cells(image.size, config, granularity) if config.pinpoints else (0, grid[0], 0, grid[1])
-    ys = np.linspace(top, bottom, rows * grid[0] + 1)[kept[0] : kept[1] + 1]
-    xs = np.linspace(left, right, columns * grid[1] + 1)[kept[2] : kept[3] + 1]
+    ys, xs = borders(image.size, config, granularity)
     if len(xs) > 1 and len(ys) > 1:
         axis.hlines(ys, xs[0], xs[-1], color="white", linewidth=0.6, alpha=0.8)
         axis.vlines(xs, ys[0], ys[-1], color="white", linewidth=0.6, alpha=0.8)

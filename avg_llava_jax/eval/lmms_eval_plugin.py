@@ -17,6 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from avg_llava_jax import extras
+from avg_llava_jax.config import named
 from avg_llava_jax.data.images import MAX_PIXELS, image_ref
 from avg_llava_jax.eval.benchmarks.letters import offered
 from avg_llava_jax.inference.guides import Guide
@@ -171,6 +172,6 @@ def _positive(name: str, value: int | str) -> int:
 
 def _granularity(value: int | str, ladder: Sequence[int]) -> int | str:
     """`auto`, or one of the model's granularities: with any other, every question would fail."""
-    if value == "auto" or (str(value).isdecimal() and int(value) in ladder):
-        return value if value == "auto" else int(value)
+    if value == "auto" or named(str(value)) in ladder:
+        return named(str(value))
     raise ValueError(f"granularity={value!r} is not one of this model's: auto, {', '.join(map(str, ladder))}")

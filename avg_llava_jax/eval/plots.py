@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,7 +36,7 @@ def accuracy_against_tokens(report: dict[str, Any], path: Path) -> Path:
         axis.plot(
             [tokens["fixed"][g] for g in ladder], values, "o-", color=KINDS.get(kind), label=f"fixed, {kind}", alpha=0.6
         )
-    markers = {"adaptive": "*", "adaptive_paper": "P", "random": "X", "oracle": "D"}
+    markers = {"adaptive": "*", "adaptive_paper": "P", "escalation": "^", "combined": "s", "random": "X", "oracle": "D"}
     for name, marker in markers.items():
         if name in tokens:
             axis.plot(tokens[name], accuracy[name]["all"], marker, color="black", markersize=11, label=f"{name}, all")
@@ -94,6 +95,29 @@ def tradeoff(report: dict[str, Any], path: Path) -> Path:
     return _save(figure, path)
 
 
+FRONTIER = {
+    "fixed": ("o:", "tab:gray"),
+    "random": (":", "tab:brown"),
+    "router": ("-", "tab:blue"),
+    "escalation": ("-", "tab:green"),
+    "combined": ("-", "tab:red"),
+    "oracle": ("--", "black"),
+}
+
+
+def frontier(found: dict[str, Any], path: Path) -> Path:
+    """Accuracy against visual tokens, every read counted, for each curve of `escalation.frontier`."""
+    figure, axis = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+    for name, points in found["curves"].items():
+        style, colour = FRONTIER[name]
+        ordered = sorted((point["cost"], point["accuracy"]) for point in points)
+        axis.plot(*zip(*ordered, strict=True), style, color=colour, label=f"{name}, area {found['areas'][name]:.3f}")
+    axis.set(xlabel="visual tokens a question, every read counted", ylabel="accuracy")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    return _save(figure, path)
+
+
 def choices(report: dict[str, Any], path: Path) -> Path:
     """Shares of granularities that the router chose, for each kind of question and in the two controls."""
     shown = [("the router", report["chosen"])]
@@ -121,7 +145,7 @@ def voter(config: ModelConfig, weights: np.ndarray, path: Path) -> Path:
     )
     for axis, granularity, grid in zip(axes, config.granularities, config.grids, strict=False):
         start = config.pyramid_offsets[granularity]
-        image = weights[start : start + granularity].reshape(grid)
+        image = weights[start : start + math.prod(grid)].reshape(grid)
         drawn = axis.imshow(image, cmap="RdBu_r", vmin=-limit, vmax=limit, extent=(0, 1, 1, 0))
         axis.set(title=f"{granularity} a tile", xticks=[], yticks=[])
     axes[-1].bar(np.arange(config.router.text_tokens), weights[config.pyramid_rows :])
@@ -166,7 +190,8 @@ def examples(
             said = textwrap.shorten(f"{text}   ({record['adaptive']['visual_tokens']} visual tokens)", 60)
             caption = f"{asked}\n{said}"
             if record["right"][granularity] < 0.5:
-                finer = next(g for g in config.granularities if g > granularity and record["right"][g] >= 0.5)
+                ladder = config.granularities
+                finer = next(g for g in ladder[ladder.index(granularity) + 1 :] if record["right"][g] >= 0.5)
                 answer = textwrap.shorten(record["answers"][finer], 40, placeholder=" ...")
                 caption += f"\nwith {record['visual_tokens'][finer]}: {answer}"
             axis.set_title(caption.replace("$", r"\$"), fontsize=8)

@@ -1,5 +1,7 @@
 """Policies, ways to choose granularities (fixed, random, adaptive, oracle), scored from the answers at fixed ones.
 
+`escalation` has those that answer twice; `report` covers both.
+
 Records come from `evaluation.answer_all`. A choice is a tuple of granularities, one per image of a question.
 """
 
@@ -13,9 +15,10 @@ import numpy as np
 
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.data.tiles import Size
+from avg_llava_jax.eval import escalation
 from avg_llava_jax.inference import choosing
 
-Record = dict[str, Any]
+Record = escalation.Record
 Choice = tuple[int, ...]
 
 
@@ -79,6 +82,17 @@ def outcome(config: ModelConfig, records: Sequence[Record], picked: Sequence[Cho
             right.append(record["right"][granularity])
             cost.append(record["visual_tokens"][granularity])
         chosen.append(choice)
+    return _summary(config, records, right, cost, chosen)
+
+
+def _summary(
+    config: ModelConfig,
+    records: Sequence[Record],
+    right: Sequence[float],
+    cost: Sequence[float],
+    chosen: Sequence[Choice],
+) -> dict[str, Any]:
+    """`outcome` of grades, visual tokens and choices, one of each per record."""
     kinds = _kinds(records)
     shares = {}
     for kind, rows in kinds.items():
@@ -136,6 +150,11 @@ def report(
     """The content of report.json; granularities are strings, shares and accuracies lie in [0, 1].
 
     adaptive: the choices to report as adaptive; default those of the router in `answer_all`.
+
+    `escalation` begins at the coarsest granularity, `combined` at the router's choice under a cost weight; an answer of
+    either that is not certain enough is read again at the finest. `fitted` holds their cost weights (None = coarsest)
+    and thresholds: the cheapest that are at least as accurate as the best fixed granularity on one half of the
+    questions, measured on the other, in both directions.
     """
     if not records:
         raise ValueError("there is no question to report on")
@@ -149,16 +168,29 @@ def report(
         "adaptive": outcome(config, records, adaptive),
         "oracle": outcome(config, records, oracle_choices(config, records)),
     }
+    table, fitted = escalation.table(config, records), {}
+    for name, family in (("escalation", escalation.ESCALATION), ("combined", escalation.COMBINED)):
+        each = [escalation.cheapest(table, family, half) for half in (0, 1)]
+        found = escalation.crossed([escalation.followed(table, policy) for policy in each], table.half)
+        chosen = [
+            (config.granularities[place],) * len(record["chosen"])
+            for place, record in zip(found.last, records, strict=True)
+        ]
+        rest[name] = _summary(config, records, found.right, found.cost, chosen)
+        fitted[name] = [
+            {"cost_weight": weight if weight < float("inf") else None, "escalate": threshold}
+            for weight, threshold in each
+        ]
 
     def both(key: str) -> dict[str, Any]:
         return {"fixed": {g: part[key] for g, part in fixed.items()}} | {name: part[key] for name, part in rest.items()}
 
-    chosen = rest["adaptive"]["chosen"]
     return {
         "accuracy": both("accuracy"),
         "visual_tokens": both("visual_tokens"),
         "visual_tokens_by_kind": both("visual_tokens_by_kind"),
-        "chosen": chosen,
+        "chosen": rest["adaptive"]["chosen"],
+        "fitted": fitted,
         "seconds": {"answer": seconds},
         "n": len(records),
         "n_by_kind": {kind: len(rows) for kind, rows in _kinds(records).items()},

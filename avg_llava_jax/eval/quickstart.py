@@ -119,7 +119,8 @@ def table(report: dict[str, Any]) -> str:
     kinds = list(report["accuracy"]["adaptive"])
     fixed = report["accuracy"]["fixed"]
     rows = [(f"always {g}", fixed[g], report["visual_tokens"]["fixed"][g]) for g in fixed]
-    named = {"random": "random", "adaptive": "the router", "adaptive_paper": "the router, no ties", "oracle": "oracle"}
+    named = {"random": "random", "adaptive": "the router", "adaptive_paper": "the router, no ties"}
+    named |= {"escalation": "escalation", "combined": "router and escalation", "oracle": "oracle"}
     rows += [(title, report["accuracy"][name], report["visual_tokens"][name]) for name, title in named.items()]
     for name in ("shuffled_instruction", "shuffled_image"):
         rows.append((name.replace("_", " "), report[name]["accuracy"], report[name]["visual_tokens"]))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from avg_llava_jax.config import ModelConfig
-from avg_llava_jax.data.tiles import tile_count
+from avg_llava_jax.data.packing import tiles_of
 from avg_llava_jax.eval.evaluation import Question
 from avg_llava_jax.eval.policies import by_key
 from avg_llava_jax.inference.api import AvgLlava
@@ -43,7 +43,7 @@ def commonest(config: ModelConfig, questions: Sequence[Question], count: int) ->
         limit = config.language.max_length
         buckets = tuple(length_bucket(n, limit) for n in lengths) if max(lengths) <= limit else None
         text = length_bucket(len(sample.tokens.ids), limit)
-        return sum(tile_count(size, config) for size in sample.sizes), len(sample.sizes), text, buckets
+        return tiles_of(sample, config), len(sample.sizes), text, buckets
 
     rows = max(
         by_key(questions, sizes).values(), key=lambda rows: (sizes(questions[rows[0]])[-1] is not None, len(rows))

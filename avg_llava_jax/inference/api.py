@@ -11,6 +11,7 @@ finds them encoded, and the next turn of a conversation finds its prefix in the 
 from __future__ import annotations
 
 import os
+import pathlib
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
@@ -22,8 +23,9 @@ from avg_llava_jax import SHIPPED, checkpoint
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.convert.quantize import quantized
 from avg_llava_jax.data.conversation import PLACEHOLDER, Turn
-from avg_llava_jax.data.tiles import tile_count
+from avg_llava_jax.data.packing import tiles_of
 from avg_llava_jax.data.tokenizer import Tokenizer, load_tokenizer
+from avg_llava_jax.inference import calibration
 from avg_llava_jax.inference.buckets import STEPS, bucket
 from avg_llava_jax.inference.device import page_bytes
 from avg_llava_jax.inference.engine import Engine
@@ -95,7 +97,12 @@ class AvgLlava(Model):
         if not one_cpu.here():  # there the engine's layers share the memory of the stacked ones
             layers = language.unstack(params["language"]["layers"], free=True)
             params = params | {"language": params["language"] | {"layers": layers}}
-        return cls(loaded.config, params, load_tokenizer(loaded.tokenizer_folder), loaded.meta["step"])
+        model = cls(loaded.config, params, load_tokenizer(loaded.tokenizer_folder), loaded.meta["step"])
+        try:
+            model.calibration = calibration.read(pathlib.Path(path), model.step, quantize)
+        except ValueError as error:  # raised where a request needs it
+            model.calibration = error
+        return model
 
     def answer(self, images: ImageLike | Sequence[ImageLike], prompt: str | Sequence[Turn], **options: Any) -> Answer:
         """Answer one question about one image, several or none (`()`); `options` are the fields of `Request`."""
@@ -163,7 +170,7 @@ class AvgLlava(Model):
         """
         slots = bucket(tuple(2**n for n in range(12)), min(len(prepared), batch_size))
         length = max(map(self.longest, prepared))
-        tiles = max(sum(tile_count(size, self.config) for size in each.sample.sizes) for each in prepared)
+        tiles = max(tiles_of(each.sample, self.config) for each in prepared)
         if self._engine is not None:
             have = self._engine.buckets
             if have.slots >= slots and have.capacity >= length and have.pages >= tiles:

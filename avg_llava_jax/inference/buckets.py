@@ -22,6 +22,9 @@ SMALLEST_WINDOW = 128
 ROUTED_TEXT = 256
 MICRO_BATCH = 8
 
+VERIFIED = 32
+"""The most tokens that one prefill predicts along a draft."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Buckets:
@@ -31,7 +34,8 @@ class Buckets:
     lanes: parts of a mesh's batch axis; with several, prefill and decode take all slots, so that each device works on
         its own.
     prompts: prompts in one prefill. chunks: their positions, from a prompt's start. behind: positions of a prefill
-        that follows a cached prefix. windows: cache positions that are attended to. rows: slots in one decode.
+        that follows a cached prefix. verify: the longest chunk that may end in a draft. windows: cache positions that
+        are attended to. rows: slots in one decode.
     tiles: tiles in one encode. images: images in one route, each with at most `image_tiles` tiles. texts: text tokens
         of their prompts.
     greedy: whether greedy decoding has programs of its own, which compile faster and sort nothing.
@@ -44,6 +48,7 @@ class Buckets:
     prompts: tuple[int, ...]
     chunks: tuple[int, ...]
     behind: tuple[int, ...]
+    verify: int
     windows: tuple[int, ...]
     rows: tuple[int, ...]
     tiles: tuple[int, ...]
@@ -53,10 +58,14 @@ class Buckets:
     greedy: bool
 
     @property
-    def prefills(self) -> list[tuple[int, int, int]]:
-        """(prompts, chunk, window) of every prefill program; window 0 is a prompt without a cached prefix."""
+    def prefills(self) -> list[tuple[int, int, int, int]]:
+        """(prompts, chunk, window, ends) of every prefill program.
+
+        window 0: a prompt without a cached prefix. ends: positions that predict a token, several behind a draft.
+        """
         fresh = [(chunk, 0) for chunk in self.chunks]
         sizes = fresh + [(chunk, window) for chunk in self.behind for window in self.windows if window >= chunk]
+        sizes = [(*size, ends) for ends in (1, VERIFIED) for size in sizes if ends == 1 or size[0] <= self.verify]
         return [(prompts, *size) for prompts in self.prompts for size in sizes]
 
     @property
@@ -79,8 +88,8 @@ class Buckets:
 def server_buckets(config: ModelConfig, slots: int, chunk: int, pages: int, lanes: int = 1) -> Buckets:
     """Few buckets, for an engine that compiles every program before it answers.
 
-    For the 7B model, 8 slots and chunks of 256: prompts 1 4, chunks 64 256, windows 528 1040 2064 4112, rows 1 4 8,
-    tiles 3 4 5 8, images 1 4, texts 256 4096.
+    For the 7B model, 8 slots and chunks of 256: prompts 1 4, chunks 64 256, the first of which verify drafts, windows
+    528 1040 2064 4112, rows 1 4 8, tiles 3 4 5 8, images 1 4, texts 256 4096.
     """
     longest = config.language.max_length
     capacity = _multiple(longest + STEPS)
@@ -94,6 +103,7 @@ def server_buckets(config: ModelConfig, slots: int, chunk: int, pages: int, lane
         prompts=(slots,) if lanes > 1 else tuple(sorted({1, min(4, slots)})),
         chunks=chunks,
         behind=chunks,
+        verify=chunks[0],
         windows=_halves(capacity),
         rows=(slots,) if lanes > 1 else _powers(1, 4, slots),
         tiles=tuple(sorted({*counts, max(MICRO_BATCH, *counts)})),
@@ -125,6 +135,7 @@ def offline_buckets(
         prompts=(slots,) if lanes > 1 else tuple(sorted({1, min(8, slots)})),
         chunks=few_buckets(lengths, prompts) if prompts else lengths,
         behind=tuple(size for size in _powers(16, 4, 1024) if size <= capacity),
+        verify=capacity,
         windows=_powers(min(SMALLEST_WINDOW, capacity), 2, capacity),
         rows=(slots,) if lanes > 1 else tuple(sorted({1, slots})),
         tiles=tuple(sorted({*counts, most})) if slots == 1 else (max(counts), most),
@@ -208,9 +219,14 @@ def length_buckets(longest: int) -> tuple[int, ...]:
 
 
 def tile_counts(config: ModelConfig) -> set[int]:
-    """The numbers of tiles that an image may have, tile 0 included."""
+    """The numbers of tiles to encode at once: those that an image may have, tile 0 included.
+
+    Where these are many, as the 18 of LLaVA-OneVision, powers of two and the largest: few programs to compile.
+    """
     side = config.vision.image_size
-    return {1 + (width // side) * (height // side) for width, height in config.pinpoints} or {1}
+    alone = {1} if config.several == "square" or not config.pinpoints else set()
+    counts = alone | {1 + (width // side) * (height // side) for width, height in config.pinpoints}
+    return counts if len(counts) <= 8 else set(_powers(1, 2, max(counts)))
 
 
 def _powers(first: int, factor: int, last: int) -> tuple[int, ...]:

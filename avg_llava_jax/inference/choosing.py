@@ -15,13 +15,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from avg_llava_jax.config import ModelConfig
+from avg_llava_jax.config import Granularity, ModelConfig
 from avg_llava_jax.data.geometry import visual_count
 from avg_llava_jax.data.tiles import Size
 from avg_llava_jax.inference.requests import Prepared
 
 
-def choose(config: ModelConfig, prepared: Prepared, logits: np.ndarray) -> tuple[int, ...]:
+def choose(config: ModelConfig, prepared: Prepared, logits: np.ndarray) -> tuple[Granularity, ...]:
     """The granularity of each image: the requested one, or where that is "auto" the best by scores, price and budget.
 
     logits: router scores (images, G); may have no rows where every image's granularity was requested.
@@ -38,7 +38,30 @@ def choose(config: ModelConfig, prepared: Prepared, logits: np.ndarray) -> tuple
     return tuple(config.granularities[place] for place in places)
 
 
-def check_budget(config: ModelConfig, sizes: Sequence[Size], wanted: Sequence[int | None], budget: int | None) -> None:
+def finer(config: ModelConfig, prepared: Prepared, choice: Sequence[Granularity]) -> tuple[Granularity, ...]:
+    """The granularity of each image for the read that follows one at `choice`; empty where there is none.
+
+    It is the finest that fits into `max_length`, and into `max_visual_tokens` together with the first read. Images that
+    were finer already keep their granularity.
+    """
+    sample, budget, ladder = prepared.sample, prepared.request.max_visual_tokens, config.granularities
+    costs = token_costs(config, sample.sizes)
+    text = len(sample.tokens.ids) - len(sample.sizes)
+
+    def tokens(each: Sequence[Granularity]) -> int:
+        return sum(int(row[ladder.index(g)]) for row, g in zip(costs, each, strict=True))
+
+    for granularity in reversed(ladder):
+        found = tuple(max(granularity, g, key=ladder.index) for g in choice)
+        fits = text + tokens(found) <= config.language.max_length
+        if fits and (budget is None or tokens(choice) + tokens(found) <= budget):
+            return () if found == tuple(choice) else found
+    return ()
+
+
+def check_budget(
+    config: ModelConfig, sizes: Sequence[Size], wanted: Sequence[Granularity | None], budget: int | None
+) -> None:
     """Raise ValueError where no choice is within `max_visual_tokens`; it says how many tokens the cheapest takes."""
     if budget is None:
         return
@@ -50,7 +73,8 @@ def check_budget(config: ModelConfig, sizes: Sequence[Size], wanted: Sequence[in
 
 def token_costs(config: ModelConfig, sizes: Sequence[Size]) -> np.ndarray:
     """Visual tokens, newlines included, of images of (width, height) pixels at each granularity: int (images, G)."""
-    counts = [[visual_count(size, config, g) for g in config.granularities] for size in sizes]
+    own = config.of(len(sizes))
+    counts = [[visual_count(size, own, g) for g in config.granularities] for size in sizes]
     return np.array(counts, np.int64).reshape(len(sizes), len(config.granularities))
 
 

@@ -24,6 +24,7 @@ from avg_llava_jax.models.router import Routing
 class Part(NamedTuple):
     """A chunk of one prompt to prefill: ids, places int32 (n,), for positions start .. start + n - 1 of a slot.
 
+    weights: None, or float32 (n, 4) with places (n, 4), see `programs.Chunk`.
     then: what its first token depends on; None where more of the prompt follows.
     """
 
@@ -31,6 +32,7 @@ class Part(NamedTuple):
     start: int
     ids: np.ndarray
     places: np.ndarray
+    weights: np.ndarray | None
     then: Next | None
 
 
@@ -43,10 +45,12 @@ class Answering(NamedTuple):
 
 
 class Prefilled(NamedTuple):
-    """After chunks of prompts: logits (prompts, V), next tokens (prompts,), their scores; the row of each part."""
+    """After chunks of prompts: logits (prompts, V) of the last position of each, the tokens that its last `ends`
+    positions predict and their log-probabilities (prompts, ends), scores of the last; the row of each part."""
 
     logits: jax.Array
     tokens: jax.Array
+    chances: jax.Array
     scores: Scores | None
     rows: list[int]
 
@@ -102,7 +106,7 @@ class Device:
         jax.block_until_ready((self._cache, self._pool))
 
     def _warm_first(self, prompts: int, chunk: int) -> None:
-        self._first(self.prefill([], prompts, chunk, 0).logits, [], [])
+        self._first(self.prefill([], prompts, chunk, 0, 1).logits, [], [])
 
     def encode(self, tiles: Sequence[np.ndarray], pages: Sequence[int]) -> None:
         """Encode tiles uint8 (H, W, 3) into pages; there are at most `buckets.tiles[-1]` tiles."""
@@ -126,34 +130,44 @@ class Device:
             at[row, : len(own)], text[row, : len(ids)], lengths[row] = own, ids, len(ids)
         return programs.route(*self._model, self._pool, at, text, lengths)
 
-    def prefill(self, parts: Sequence[Part], prompts: int, chunk: int, window: int) -> Prefilled:
+    def prefill(self, parts: Sequence[Part], prompts: int, chunk: int, window: int, ends: int) -> Prefilled:
         """Prefill chunks of prompts.
 
         prompts, chunk, window: buckets, at least the number of parts, their longest, and their last position + 1.
+        ends: 1, or VERIFIED where prompts end in drafts.
         """
         # On several lanes row i is slot i, so that each device reads and writes its own slots.
         by_slot = self.buckets.lanes > 1
         rows = [part.slot for part in parts] if by_slot else list(range(len(parts)))
         slot, start = np.full(prompts, self.buckets.slots, np.int32), np.full(prompts, self.buckets.capacity, np.int32)
         length = np.zeros(prompts, np.int32)
-        ids, places = np.zeros((prompts, chunk), np.int32), np.full((prompts, chunk), programs.TEXT, np.int32)
+        corners = (4,) if self.model.config.most_tiles else ()
+        ids = np.zeros((prompts, chunk), np.int32)
+        places = np.full((prompts, chunk, *corners), programs.TEXT, np.int32)
+        weights = np.zeros(places.shape, np.float32) if corners else None
         for row, part in zip(rows, parts, strict=True):
             slot[row], start[row], length[row] = part.slot, part.start, len(part.ids)
             ids[row, : len(part.ids)], places[row, : len(part.ids)] = part.ids, part.places
-        arrays = programs.Chunk(None if by_slot else slot, start, length, ids, places)
-        self._cache, logits, tokens = programs.prefill(*self._model, self._cache, self._pool, arrays, window)
+            if weights is not None:
+                weights[row, : len(part.ids)] = part.weights
+        arrays = programs.Chunk(None if by_slot else slot, start, length, ids, places, weights)
+        self._cache, *found = programs.prefill(*self._model, self._cache, self._pool, arrays, window, ends)
         at, ended = [row for row, part in zip(rows, parts, strict=True) if part.then], [p.then for p in parts if p.then]
         if all(answer.greedy for answer in ended):
-            return Prefilled(logits, tokens, None, rows)
+            return Prefilled(*found, None, rows)
+        logits = found[0]
         return Prefilled(logits, *self._first(logits, at, ended), rows)
 
-    def _first(self, logits: jax.Array, rows: Sequence[int], answers: Sequence[Next]) -> tuple[jax.Array, Scores]:
+    def _first(
+        self, logits: jax.Array, rows: Sequence[int], answers: Sequence[Next]
+    ) -> tuple[jax.Array, jax.Array, Scores]:
         return programs.first(*self._model, logits, self._sampling(len(logits), rows, answers), self._stops)
 
     def decode(
         self, answers: Sequence[Answering], rows: int, window: int, steps: int
-    ) -> tuple[list[list[int]], list[list[TokenScore]]]:
-        """At most `steps` tokens of each answer, and their scores, by the program of the first `rows` slots."""
+    ) -> tuple[list[list[int]], list[list[float]], list[list[TokenScore]]]:
+        """At most `steps` tokens of each answer, their log-probabilities and their scores, by the program of the first
+        `rows` slots."""
         at, then = [answer.slot for answer in answers], [answer.then for answer in answers]
         state = np.zeros((3, rows), np.int32)
         for answer in answers:
@@ -161,12 +175,13 @@ class Device:
         sampling = self._sampling(rows, at, then)
         greedy = self.buckets.greedy and all(answer.greedy for answer in then)
         sizes = STEPS, window, greedy
-        self._cache, tokens, made, scores = programs.decode(
+        self._cache, tokens, chances, made, scores = programs.decode(
             *self._model, self._cache, programs.Rows(*state), sampling, self._stops, np.int32(steps), *sizes
         )
-        tokens, made = jax.device_get((tokens, made))
-        found = [tokens[row, : made[row]].tolist() for row in at]
-        return found, [scored(answer, scores, row, ids) for answer, row, ids in zip(then, at, found, strict=True)]
+        tokens, chances, made = jax.device_get((tokens, chances, made))
+        found, likely = ([part[row, : made[row]].tolist() for row in at] for part in (tokens, chances))
+        wanted = [scored(answer, scores, row, ids) for answer, row, ids in zip(then, at, found, strict=True)]
+        return found, likely, wanted
 
     def _sampling(self, count: int, rows: Sequence[int], answers: Sequence[Next]) -> Sampling:
         plain = not any(answer.shaped or answer.scored for answer in answers)

@@ -19,11 +19,11 @@ import numpy as np
 from avg_llava_jax.inference.buckets import bucket, offline_buckets, server_buckets
 from avg_llava_jax.inference.device import Answering, Device, Part, lanes_of, page_bytes
 from avg_llava_jax.inference.image_pages import ImagePages
-from avg_llava_jax.inference.job import Images, Job, make_job, pack
+from avg_llava_jax.inference.job import Images, Job, escalate, make_job, pack
 from avg_llava_jax.inference.model import Model, without_end
 from avg_llava_jax.inference.requests import Answer, Prepared, Request
 from avg_llava_jax.inference.sampling import scored
-from avg_llava_jax.inference.scheduler import Scheduler
+from avg_llava_jax.inference.scheduler import Admission, Scheduler
 from avg_llava_jax.inference.stats import Counters, Stats
 from avg_llava_jax.inference.tickets import Cancelled, QueueFull, Ticket
 
@@ -265,7 +265,7 @@ class Engine:
                 job.ticket.scores = list(job.scores)
                 try:
                     pack(self.config, job, self.buckets.pages)
-                    job.ticket.visual_tokens = len(job.ids) - len(job.text)
+                    job.ticket.visual_tokens = job.visual
                 except ValueError as error:
                     self._end(job, error)
         return encode or route
@@ -300,6 +300,7 @@ class Engine:
                     continue
                 admitted += 1
                 self._routed.remove(job)
+                self._count(job, place)
                 if place.source is not None:
                     # The target of a copy to come does not hold the prefix yet; its source does, if not overwritten.
                     source = copies.get(place.source, place.source)
@@ -308,14 +309,17 @@ class Engine:
                         copies, longest, source = {}, 0, place.source
                     copies[place.slot] = source
                     longest = max(longest, place.shared)
-                visual = len(job.ids) - len(job.text)
-                self._counters.add(admitted=1, visual_tokens=visual)
-                self._counters.add(prefix_hits=int(place.shared > 1), prefix_tokens=place.shared)
-                self._counters.read_at(job.choice)
+            self._counters.add(admitted=admitted)
             if not (self._patient and admitted):
                 break
             partial = False
         self._copy(copies, longest)
+
+    def _count(self, job: Job, place: Admission) -> None:
+        """Count a prompt that got a slot, or one that is packed again in its slot."""
+        self._counters.add(visual_tokens=job.visual)
+        self._counters.add(prefix_hits=int(place.shared > 1), prefix_tokens=place.shared)
+        self._counters.read_at(job.choice)
 
     def _copy(self, copies: dict[int, int], longest: int) -> None:
         """Copy prefixes of up to `longest` positions between slots, {target: source}, in this order."""
@@ -336,25 +340,36 @@ class Engine:
             parts = []
             for job, start, length in zip(prefill.works, prefill.starts, prefill.lengths, strict=True):
                 then = job.next() if start + length == len(job.keys) else None
-                ids, places = job.ids[start : start + length], job.places[start : start + length]
-                parts.append(Part(job.slot, start, ids, places, then))
-            after = self._device.prefill(parts, prefill.prompts, prefill.chunk, prefill.window)
-            calls.append((prefill.works, self._scheduler.prefilled(prefill), parts, after))
+                now = slice(start, start + length)
+                weights = None if job.weights is None else job.weights[now]
+                parts.append(Part(job.slot, start, job.ids[now], job.places[now], weights, then))
+            after = self._device.prefill(parts, prefill.prompts, prefill.chunk, prefill.window, prefill.ends)
+            self._scheduler.prefilled(prefill)
+            calls.append((prefill, parts, after))
             if not self._patient:
                 break
-        for works, ended, parts, after in calls:
-            if not ended:
+        done = set()
+        for prefill, parts, after in calls:
+            if not any(prefill.predicts):
                 continue  # without waiting for the device
-            tokens = np.asarray(after.tokens)
-            for job, part, row in zip(works, parts, after.rows, strict=True):
-                if job in ended:
-                    job.tokens.append(int(tokens[row]))
+            tokens, chances = jax.device_get((after.tokens, after.chances))
+            for job, part, row, count in zip(prefill.works, parts, after.rows, prefill.predicts, strict=True):
+                if not count or job in done:  # the rest of a draft that is dropped
+                    continue
+                held = self._scheduler.predicted(job, tokens[row, -count:].tolist())
+                job.chances += chances[row, -count:][:held].tolist()
+                if len(job.tokens) <= job.draft:
+                    continue  # more of its draft follows
+                done.add(job)
+                self._counters.add(verified_tokens=job.draft)
+                if part.then is not None:
                     job.token_scores += scored(part.then, after.scores, row, job.tokens)
-                    job.reached("first")
-                    if job.ticket.keep_logits:
-                        job.ticket.logits = np.asarray(after.logits)[row]
+                job.reached("first")
+                if job.ticket.keep_logits:
+                    job.ticket.logits = np.asarray(after.logits)[row]
+                if not job.finer:
                     self._let_go(job)
-                    self._show(job)
+                self._show(job)
 
     def _decode(self) -> None:
         """Decode a few tokens of every answer."""
@@ -362,14 +377,18 @@ class Engine:
         if decode is None:
             return
         answers = [Answering(job.slot, job.cached, job.next()) for job in decode.works]
-        made, scores = self._device.decode(answers, decode.rows, decode.window, decode.steps)
-        for job, tokens, of_tokens in zip(decode.works, made, scores, strict=True):
+        made, chances, scores = self._device.decode(answers, decode.rows, decode.window, decode.steps)
+        for job, tokens, likely, of_tokens in zip(decode.works, made, chances, scores, strict=True):
             self._scheduler.decoded(job, tokens)
+            job.chances += likely
             job.token_scores += of_tokens
             self._show(job)
 
     def _show(self, job: Job) -> None:
-        """Stream new text, and end the answer at a stop string, a stop id, the end of its guide or its limit."""
+        """Stream new text, and end the answer at a stop string, a stop id, the end of its guide or its limit.
+
+        An answer that may escalate holds its text until it is whole and certain.
+        """
         complete = job.tokens[-1] in self.model.stop_ids
         if job.matcher is not None and not complete:
             try:
@@ -379,10 +398,22 @@ class Engine:
                 return
             complete = job.matcher.complete
         last = complete or len(job.tokens) >= job.limit
+        text = None
         if last or job.each_token or job.prepared.request.stop or not self._patient:
             text = job.stream.feed(without_end(job.tokens, self.model.stop_ids), last)
+        ended = last or job.stream.stopped
+        certainty = job.certainty(len(job.stream.ids) if job.stream.stopped else len(job.tokens))
+        read = self.model.read_of(job.prepared, job.choice, certainty)
+        if job.finer:
+            if certainty < job.prepared.request.escalate:
+                job.reads.append(read)
+                self._escalate(job, ended)
+                return
+            job.held += text or ""
+            text = job.held if ended else None
+        if text is not None:
             job.ticket.show(text, len(job.stream.ids), job.token_scores)
-        if not last and not job.stream.stopped:
+        if not ended:
             return
         job.reached("ended")
         stopped = job.stream.stopped or complete
@@ -390,8 +421,7 @@ class Engine:
             job.stream.text,
             job.stream.ids,
             "stop" if stopped else "length",
-            job.prepared,
-            job.choice,
+            [*job.reads, read],
             job.scores,
             job.timings(),
             job.token_scores,
@@ -403,6 +433,17 @@ class Engine:
             token_count=len(job.tokens) - 1,
         )
         self._end(job, answer)
+
+    def _escalate(self, job: Job, ended: bool) -> None:
+        """Prefill a job's prompt again at finer granularities, in its slot, from the pages that it holds."""
+        self._counters.add(tokens=len(job.tokens))
+        escalate(self.model, job, self.buckets.pages, ended)
+        self._counters.add(escalated=1, draft_tokens=job.draft)
+        place = self._scheduler.again(job)
+        self._count(job, place)
+        job.ticket.visual_tokens = sum(read.visual_tokens for read in job.reads) + job.visual
+        if place.source is not None:
+            self._copy({place.slot: place.source}, place.shared)
 
     def _end(self, job: Job, outcome: Answer | Exception) -> None:
         """Remove a request from whatever stage it is in, and end its ticket."""

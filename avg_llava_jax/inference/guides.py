@@ -75,11 +75,11 @@ class Guide:
 
     @classmethod
     def json(cls, schema: dict[str, Any] | bool | None = None) -> Guide:
-        """JSON by a JSON schema; None = any JSON object."""
+        """JSON by a JSON schema, see `strict`; None = any JSON object."""
         schema = {"type": "object"} if schema is None else schema
         if not isinstance(schema, dict):
             raise ValueError("a JSON schema must be an object")
-        return cls._of({"json_schema": schema | {"x-guidance": COMPACT}})
+        return cls._of({"json_schema": strict(schema)})
 
     @classmethod
     def _lark(cls, text: str) -> Guide:
@@ -89,6 +89,32 @@ class Guide:
     def _of(cls, answer: dict[str, Any]) -> Guide:
         start = {"lark_grammar": 'start: " "? @answer'}
         return cls(json.dumps({"grammars": [start, answer | {"name": "answer"}]}))
+
+
+def strict(schema: dict[str, Any]) -> dict[str, Any]:
+    """A JSON schema as its author means it: compact, and objects have the properties that it names, and no others.
+
+    JSON schema allows any others where an object has no `additionalProperties`, and a model that may write more will.
+    A schema with `allOf`, whose parts name properties for each other, stays as it is.
+    """
+
+    def closed(part: Any) -> Any:
+        if not isinstance(part, dict):
+            return part
+        found = {}
+        for key, value in part.items():
+            if key in ("items", "additionalProperties"):
+                value = closed(value)
+            elif key in ("anyOf", "oneOf", "prefixItems") and isinstance(value, list):
+                value = [closed(each) for each in value]
+            elif key in ("properties", "$defs", "definitions") and isinstance(value, dict):
+                value = {name: closed(each) for name, each in value.items()}
+            found[key] = value
+        if "properties" in part and not {"additionalProperties", "patternProperties", "$ref"} & part.keys():
+            found["additionalProperties"] = False
+        return found
+
+    return (schema if '"allOf"' in json.dumps(schema) else closed(schema)) | {"x-guidance": COMPACT}
 
 
 class Matcher:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 
 import numpy as np
 
-from avg_llava_jax.config import ModelConfig
+from avg_llava_jax.config import Granularity, ModelConfig
 from avg_llava_jax.data.conversation import IMAGE
-from avg_llava_jax.data.packing import Sample, Shape, load_tiles, prompt_index
-from avg_llava_jax.data.tiles import tile_count
+from avg_llava_jax.data.packing import Sample, Shape, load_tiles, prompt_index, prompt_weight, tile_counts, tiles_of
 from avg_llava_jax.inference import choosing
 from avg_llava_jax.inference.guides import Matcher
 from avg_llava_jax.inference.image_pages import Digest, digest_of
 from avg_llava_jax.inference.model import Model, check_length, visual_tokens
 from avg_llava_jax.inference.programs import TEXT
-from avg_llava_jax.inference.requests import Prepared, TokenScore
+from avg_llava_jax.inference.requests import Prepared, Read, TokenScore
 from avg_llava_jax.inference.sampling import Next
 from avg_llava_jax.inference.scheduler import Work
 from avg_llava_jax.inference.text_stream import TextStream
@@ -32,7 +32,11 @@ class Job(Work):
 
     images: digest and tiles of each image. pages: pages of each image's tiles, None while it holds none.
     text: int32 (L,), ids of the prompt without its images. scores: router scores (G,) of the images routed so far.
-    choice: granularity of each image. ids, places: int32 (S,), the packed prompt, see `programs.Chunk`.
+    choice: granularity of each image. ids, places: int32 (S,), the packed prompt and its draft, see `programs.Chunk`;
+        with `config.most_tiles` places is (S, 4), with weights float32 (S, 4).
+    finer: granularities of the read that follows where this one is not certain enough; empty = none.
+    chances: log-probability of each of `tokens`. held: text that is not shown before its read is certain.
+    reads: earlier reads that were not certain enough.
     matcher: follows the request's guide. token_scores: the scores of the answer's tokens, where they are wanted.
     times: the clock in seconds when it reached each stage.
     """
@@ -46,9 +50,14 @@ class Job(Work):
     token_scores: list[TokenScore] = dataclasses.field(default_factory=list)
     pages: list[list[int]] | None = None
     scores: list[np.ndarray] = dataclasses.field(default_factory=list)
-    choice: tuple[int, ...] = ()
+    choice: tuple[Granularity, ...] = ()
     ids: np.ndarray | None = None
     places: np.ndarray | None = None
+    weights: np.ndarray | None = None
+    finer: tuple[Granularity, ...] = ()
+    chances: list[float] = dataclasses.field(default_factory=list)
+    held: str = ""
+    reads: list[Read] = dataclasses.field(default_factory=list)
     times: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
@@ -60,10 +69,24 @@ class Job(Work):
         """The number of images to route yet: where the router chooses for one image, it scores all of them."""
         return len(self.images) - len(self.scores) if None in self.prepared.choice else 0
 
+    @property
+    def visual(self) -> int:
+        """Visual tokens of its packed prompt."""
+        return len(self.ids) - len(self.text) - self.draft
+
     def next(self) -> Next:
         """What its next token depends on."""
         allowed = None if self.matcher is None else self.matcher.allowed()
         return Next(self.prepared.request, self.limit, self.text, self.tokens, allowed)
+
+    def certainty(self, count: int) -> float:
+        """The lowest probability of the first `count` tokens, up to the token that makes it read again: see `Read`."""
+        least = 1.0
+        for chance in self.chances[:count]:
+            least = min(least, math.exp(chance))
+            if self.finer and least < self.prepared.request.escalate:
+                break
+        return least
 
     def reached(self, stage: str) -> None:
         self.times[stage] = time.perf_counter()
@@ -78,7 +101,7 @@ class Job(Work):
 
 def read_images(config: ModelConfig, sample: Sample) -> Images:
     """Load a request's images and cut them into tiles. Raises BadSample where one cannot be read."""
-    counts = [tile_count(size, config) for size in sample.sizes]
+    counts = tile_counts(sample, config)
     tiles = np.split(load_tiles(sample, config), np.cumsum(counts)[:-1]) if counts else []
     return [(digest_of(part, size), part) for part, size in zip(tiles, sample.sizes, strict=True)]
 
@@ -91,7 +114,7 @@ def make_job(
     images: the result of `read_images`, None = load them here. submitted: the clock in seconds. most_tiles: pages.
     """
     sample = prepared.sample
-    count = sum(tile_count(size, model.config) for size in sample.sizes)
+    count = tiles_of(sample, model.config)
     if count > most_tiles:
         raise ValueError(f"the images have {count} tiles, the engine holds {most_tiles}: send fewer images")
     guide = prepared.request.guide
@@ -112,30 +135,58 @@ def pack(config: ModelConfig, job: Job, pages: int) -> None:
 
     Raises ValueError where the prompt is too long at the chosen granularities.
     """
-    sample = job.prepared.sample
     logits = np.array(job.scores, np.float32).reshape(-1, len(config.granularities))
     job.choice = choosing.choose(config, job.prepared, logits)
-    check_length(config, sample, job.choice)
+    check_length(config, job.prepared.sample, job.choice)
+    job.finer = choosing.finer(config, job.prepared, job.choice) if job.prepared.request.escalate else ()
+    _pack(config, job, pages)
+
+
+def escalate(model: Model, job: Job, pages: int, ended: bool) -> None:
+    """Pack a job's prompt again at its finer granularities, with its tokens so far as the draft. ended: they are whole.
+
+    Only an answer of the best tokens has a draft: predictions of a prefill know no sampling, penalties or guides.
+    """
+    draft = job.tokens[: len(job.tokens) - ended] if job.next().greedy else []
+    job.choice, job.finer, job.chances, job.token_scores, job.held = job.finer, (), [], [], ""
+    job.stream.restart()
+    if job.matcher is not None:
+        job.matcher = model.matcher(job.prepared.request.guide)
+    _pack(model.config, job, pages)
+    draft = draft[: job.limit - 1]
+    job.keys = np.append(job.keys, np.array(draft, np.int64))
+    job.ids = np.append(job.ids, np.array(draft, np.int32))
+    text = np.full((len(draft), *job.places.shape[1:]), TEXT, np.int32)
+    job.places = np.concatenate([job.places, text])
+    if job.weights is not None:
+        job.weights = np.concatenate([job.weights, np.zeros(text.shape, np.float32)])  # text has no use for them
+    job.draft = len(draft)
+
+
+def _pack(config: ModelConfig, job: Job, pages: int) -> None:
+    """Pack a job's prompt at its granularities: `ids`, `places`, `weights`, `keys` and `limit`."""
+    sample = job.prepared.sample
     own = [page for image in job.pages or () for page in image]
     shape = Shape(max(1, len(own)), max(1, len(sample.sizes)), len(job.text), 1, 1.0)
     index, length = prompt_index(sample, shape, config, job.choice)
     job.ids, job.places = places_of(config, index[:length], job.text, own, pages)
+    job.weights = prompt_weight(sample, config, job.choice) if config.most_tiles else None
     visual = visual_tokens(config, sample, job.choice)
     images = iter(zip(job.digests, job.choice, visual, strict=True))
     keys: list[int] = []
     for token in sample.tokens.ids:
         if token == IMAGE:
             digest, granularity, count = next(images)
-            keys += [image_key(digest, granularity)] * count
+            keys += [image_key(digest, config.pyramid_offsets[granularity])] * count
         else:
             keys.append(token)
     job.keys = np.array(keys, np.int64)
     job.limit = min(job.prepared.request.max_new_tokens, config.language.max_length - length + 1)
 
 
-def image_key(digest: Digest, granularity: int) -> int:
-    """The scheduler's key of an image at a granularity: negative, 63 bits of its digest."""
-    return -1 - ((int.from_bytes(digest[:8], "little") ^ granularity * 0x9E3779B97F4A7C15) % 2**63)
+def image_key(digest: Digest, offset: int) -> int:
+    """The scheduler's key of an image at a granularity, given by its first pyramid row: negative, 63 bits."""
+    return -1 - ((int.from_bytes(digest[:8], "little") ^ offset * 0x9E3779B97F4A7C15) % 2**63)
 
 
 def places_of(
@@ -143,8 +194,8 @@ def places_of(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Translate a sample's packed index into text ids and places in a pool of `pages` pages: int32 (n,) each.
 
-    index: int (n,) of `packing`, which counts the sample's own tables: text int (L,), one tile slot per page of `own`
-    (at least one), newline.
+    index: int (n,) or (n, 4) of `packing`, which counts the sample's own tables: text int (L,), one tile slot per page
+    of `own` (at least one), newline. Places have its shape.
 
     With R = 7, two tiles in pages 4 and 2 of 10, and text 7 8 9:
 
@@ -153,7 +204,8 @@ def places_of(
     """
     stride = config.pyramid_rows
     is_text = index < len(text)
-    ids = np.append(text, 0)[np.where(is_text, index, len(text))].astype(np.int32)
+    first = index if index.ndim == 1 else index[:, 0]
+    ids = np.append(text, 0)[np.minimum(first, len(text))].astype(np.int32)
     tile, row = np.divmod(index - len(text), stride)
     slots = own or [0]
     page = np.array([*slots, pages])[np.where(is_text, len(slots), tile)]

@@ -16,8 +16,9 @@ from avg_llava_jax.data.geometry import visual_count
 from avg_llava_jax.data.packing import Sample, make_sample, packed_length
 from avg_llava_jax.data.tokenizer import Tokenizer
 from avg_llava_jax.inference import choosing
+from avg_llava_jax.inference.calibration import Calibration
 from avg_llava_jax.inference.guides import Guide, Matcher
-from avg_llava_jax.inference.requests import Answer, Granularity, Prepared, Request, TokenScore, as_ref
+from avg_llava_jax.inference.requests import Answer, Granularity, Prepared, Read, Request, TokenScore, as_ref
 from avg_llava_jax.models import language
 from avg_llava_jax.models.avg_llava import Params
 
@@ -33,7 +34,7 @@ class PromptTooLong(ValueError):
 class Model:
     """A model to answer with: `config`, `params`, `tokenizer` and `step`, the training steps of the parameters.
 
-    stop_ids: tokens that end an answer.
+    stop_ids: tokens that end an answer. calibration: thresholds for `Request.escalate`, or the error of reading them.
 
     Raises:
       ValueError: the tokenizer has more ids than the model's vocabulary.
@@ -47,6 +48,7 @@ class Model:
             )
         self.config, self.params, self.tokenizer, self.step = config, params, tokenizer, step
         self.stop_ids = stop_ids(tokenizer, config.template)
+        self.calibration: Calibration | ValueError | None = None
 
     @functools.cached_property
     def unstacked(self) -> Params:
@@ -65,7 +67,8 @@ class Model:
             return self
         shorter = dataclasses.replace(self.config.language, max_length=max_length)
         model = Model(dataclasses.replace(self.config, language=shorter), self.params, self.tokenizer, self.step)
-        model.stop_ids, model.__dict__["unstacked"] = self.stop_ids, self.unstacked
+        model.stop_ids, model.calibration = self.stop_ids, self.calibration
+        model.__dict__["unstacked"] = self.unstacked
         return model
 
     def prepare(self, request: Request) -> Prepared:
@@ -86,6 +89,8 @@ class Model:
             raise ValueError("the prompt is empty")
         sample = make_sample("request", tokens, refs)
         choice = self._wanted(request.granularity, len(refs))
+        if request.escalate == "calibrated":
+            request = dataclasses.replace(request, escalate=self._calibrated(request, choice))
         choosing.check_budget(self.config, sample.sizes, choice, request.max_visual_tokens)
         if len(tokens.ids) - len(refs) > self.config.language.max_length or None not in choice:
             check_length(self.config, sample, [g or self.config.granularities[0] for g in choice])
@@ -104,12 +109,28 @@ class Model:
             if one != "auto" and (isinstance(one, bool) or one not in self.config.granularities):
                 ladder = ", ".join(map(str, self.config.granularities))
                 raise ValueError(f"granularity={one!r}: choose auto, {ladder}")
-        return tuple(None if one == "auto" else int(one) for one in each)
+        return tuple(None if one == "auto" else one for one in each)
+
+    def _calibrated(self, request: Request, choice: Sequence[int | None]) -> float:
+        """The calibrated threshold of a request that begins at `choice`."""
+        if isinstance(self.calibration, ValueError):
+            raise self.calibration
+        if self.calibration is None:
+            raise ValueError("escalate=calibrated: the checkpoint has no calibration; avg-llava calibrate makes one")
+        begins = {"auto" if granularity is None else str(granularity) for granularity in choice}
+        known = self.calibration.thresholds
+        if len(begins) > 1 or not begins <= known.keys() or ("auto" in begins and request.cost_weight):
+            raise ValueError(
+                f"escalate=calibrated is known for granularity={' or '.join(known)} of all images with cost_weight=0, "
+                f"not for granularity={request.granularity!r} with cost_weight={request.cost_weight:g}"
+            )
+        return known[begins.pop()] if begins else 0.0
 
     def longest(self, prepared: Prepared) -> int:
         """The most positions of a request: its prompt at the finest granularities it may get, and its answer."""
         config, finest = self.config, self.config.granularities[-1]
-        prompt = length_at(config, prepared.sample, [g or finest for g in prepared.choice])
+        escalates = bool(prepared.request.escalate)
+        prompt = length_at(config, prepared.sample, [finest if escalates else g or finest for g in prepared.choice])
         if None in prepared.choice and prepared.request.max_visual_tokens is not None:
             text = len(prepared.sample.tokens.ids) - len(prepared.choice)
             prompt = min(prompt, text + prepared.request.max_visual_tokens)
@@ -120,37 +141,45 @@ class Model:
         text: str,
         ids: Sequence[int],
         finish: Literal["stop", "length"],
-        prepared: Prepared,
-        choice: tuple[int, ...],
+        reads: Sequence[Read],
         scores: Sequence[np.ndarray],
         timings: dict[str, float],
         logprobs: Sequence[TokenScore] = (),
     ) -> Answer:
-        """The answer of a request that has ended; scores: router scores (G,) of each image, empty if not routed."""
+        """The answer of a request that has ended.
+
+        reads: all of them, the one that gave the answer last. scores: router scores (G,) of each image, empty if not
+        routed.
+        """
         shares = tuple(dict(zip(self.config.granularities, softmax(row), strict=True)) for row in scores)
         return Answer(
             text=text,
-            granularity=_single(choice),
-            visual_tokens=sum(visual_tokens(self.config, prepared.sample, choice)),
+            granularity=reads[-1].granularity,
+            visual_tokens=sum(read.visual_tokens for read in reads),
             probabilities=_single(shares),
             timings=timings,
             token_ids=tuple(ids),
             finish=finish,
+            reads=tuple(reads),
             logprobs=tuple(logprobs[: len(ids)]),
         )
 
+    def read_of(self, prepared: Prepared, choice: tuple[int, ...], certainty: float) -> Read:
+        """The read of a request at one granularity per image."""
+        return Read(_single(choice), sum(visual_tokens(self.config, prepared.sample, choice)), certainty)
 
-def length_at(config: ModelConfig, sample: Sample, choice: Sequence[int]) -> int:
+
+def length_at(config: ModelConfig, sample: Sample, choice: Sequence[Granularity]) -> int:
     """Packed length of a prompt at one granularity per image; may exceed `max_length`."""
     return len(sample.tokens.ids) - len(sample.sizes) + sum(visual_tokens(config, sample, choice))
 
 
-def visual_tokens(config: ModelConfig, sample: Sample, choice: Sequence[int]) -> list[int]:
+def visual_tokens(config: ModelConfig, sample: Sample, choice: Sequence[Granularity]) -> list[int]:
     """Visual tokens, newlines included, of each image."""
-    return [visual_count(size, config, g) for size, g in zip(sample.sizes, choice, strict=True)]
+    return [visual_count(size, config.of(len(sample.sizes)), g) for size, g in zip(sample.sizes, choice, strict=True)]
 
 
-def check_length(config: ModelConfig, sample: Sample, choice: Sequence[int]) -> None:
+def check_length(config: ModelConfig, sample: Sample, choice: Sequence[Granularity]) -> None:
     """Raise PromptTooLong where a prompt exceeds `max_length`; it says which granularity would fit."""
     need, limit = length_at(config, sample, choice), config.language.max_length
     if need <= limit:

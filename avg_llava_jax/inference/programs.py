@@ -103,6 +103,7 @@ class Chunk(NamedTuple):
     slot, start, length: int (B,): row i holds positions start .. start + length - 1 of the prompt in its slot. slot is
         None where row i is slot i. A padding row has a slot or a start outside of the cache.
     ids: int (B, S), token ids where `places` is TEXT. places: int (B, S), see `TEXT`.
+    weights: None, or fp32 (B, S, 4) with places int (B, S, 4), where `config.most_tiles` reduces mosaics.
     """
 
     slot: jax.Array | None
@@ -110,6 +111,7 @@ class Chunk(NamedTuple):
     length: jax.Array
     ids: jax.Array
     places: jax.Array
+    weights: jax.Array | None = None
 
 
 class Rows(NamedTuple):
@@ -157,7 +159,7 @@ def route(
     return avg_llava.route(config, params, pyramid, avg_llava.embed(config, params, text), batch)
 
 
-@functools.partial(sharding.jit, static_argnums=(0, 5), donate_argnums=2)
+@functools.partial(sharding.jit, static_argnums=(0, 5, 6), donate_argnums=2)
 def prefill(
     config: ModelConfig,
     params: Params,
@@ -165,38 +167,54 @@ def prefill(
     pool: jax.Array,
     chunk: Chunk,
     window: int,
-) -> tuple[Cache, jax.Array, jax.Array]:
+    ends: int,
+) -> tuple[Cache, jax.Array, jax.Array, jax.Array]:
     """Prefill one chunk of each row's prompt into its slot.
 
     window: cache positions that are attended to, at least start + S of each row; 0 where every chunk starts its
-    prompt, and attends only to itself.
+    prompt, and attends only to itself. ends: E, how many of each chunk's last positions predict a token: 1, or more
+    where the chunk ends in a draft of the answer.
 
-    Returns the cache, and for each chunk's last position the logits (B, V) and the best token int (B,).
+    Returns the cache, the logits (B, V) at each chunk's last position, and for its last E positions the best token
+    int (B, E) and its log-probability fp32 (B, E). Where a chunk is shorter than E, only the last ones are real.
     """
-    x = assemble(config, params, pool, chunk.ids, chunk.places)
+    x = assemble(config, params, pool, chunk)
     span = Span(chunk.start, chunk.slot, window)
-    last = jnp.maximum(chunk.length - 1, 0)
+    last = jnp.maximum(chunk.length[:, None] - ends + jnp.arange(ends), 0)
     hidden, cache = language.decoder(config.language, params["language"], x, cache, span, last)
-    logits = avg_llava.unembed(config, params, hidden[:, 0])
-    return spread(cache), logits, jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = avg_llava.unembed(config, params, hidden)
+    tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return spread(cache), logits[:, -1], tokens, log_probability(logits, tokens)
 
 
 @functools.partial(sharding.jit, static_argnums=0)
 def first(
     config: ModelConfig, params: Params, logits: jax.Array, sampling: Sampling, stops: jax.Array
-) -> tuple[jax.Array, Scores]:
-    """The first token (B,) of answers, and its scores (B, 1), from the logits (B, V) at the end of their prompts."""
+) -> tuple[jax.Array, jax.Array, Scores]:
+    """The first token of answers, its log-probability and its scores, (B, 1) each, from the logits (B, V) at the end of
+    their prompts."""
     none = jnp.zeros_like(sampling.limit)
     token, scores = choose(logits, sampling, counted(sampling.shaping, logits.shape[1]), none, stops)
-    return token, jax.tree.map(lambda array: array[:, None], scores)
+    found = token, log_probability(logits, token), scores
+    return jax.tree.map(lambda array: array[:, None], found)
 
 
-def assemble(config: ModelConfig, params: Params, pool: jax.Array, ids: jax.Array, places: jax.Array) -> jax.Array:
-    """Packed embeddings (B, S, D): text by `ids`, visual tokens and newlines by `places`, int (B, S) each."""
-    rows = pool.reshape(-1, pool.shape[-1])
-    text = avg_llava.embed(config, params, ids)
+def log_probability(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Log-probabilities fp32 (...) of tokens int (...) by logits (..., V) as they are."""
+    return jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0] - jax.nn.logsumexp(logits, axis=-1)
+
+
+def assemble(config: ModelConfig, params: Params, pool: jax.Array, chunk: Chunk) -> jax.Array:
+    """Packed embeddings (B, S, D) of chunks: text by `ids`, visual tokens and newlines by `places`."""
+    rows, places = pool.reshape(-1, pool.shape[-1]), chunk.places
+    text = avg_llava.embed(config, params, chunk.ids)
     newline = params["image_newline"].astype(text.dtype)
-    visual = jnp.where((places == len(rows))[..., None], newline, _taken(rows, places).astype(text.dtype))
+    if chunk.weights is None:
+        taken = _taken(rows, places)
+    else:
+        taken = _taken(rows, places.reshape(len(places), -1)).reshape(*places.shape, -1)
+        taken, places = avg_llava.blend(taken, chunk.weights), places[..., 0]
+    visual = jnp.where((places == len(rows))[..., None], newline, taken.astype(text.dtype))
     return jnp.where((places == TEXT)[..., None], text, visual)
 
 
@@ -212,13 +230,14 @@ def decode(
     most: int,
     window: int,
     greedy: bool,
-) -> tuple[Cache, jax.Array, jax.Array, Scores | None]:
+) -> tuple[Cache, jax.Array, jax.Array, jax.Array, Scores | None]:
     """Decode tokens of the first B slots until every row is done, at most `steps` (a traced scalar, up to `most`).
 
     stops: int (n,), stop ids, which end a row and are kept. window: at least the cached positions and `most` more.
     greedy: every row is greedy and its shaping neutral; the program chooses the best token and computes no scores.
 
-    Returns the cache, tokens int (B, most), the number of real ones in each row int (B,), and their scores (B, most).
+    Returns the cache, tokens int (B, most), their log-probabilities fp32 (B, most), the number of real ones in each row
+    int (B,), and their scores (B, most).
     """
     capacity, row = cache[0].k.shape[2], jnp.arange(len(rows.last))
 
@@ -227,7 +246,7 @@ def decode(
         return (step < steps) & ~jnp.all(done)
 
     def one_token(carry: tuple) -> tuple:
-        step, cache, rows, done, tokens, counts, scores = carry
+        step, cache, rows, done, tokens, chances, counts, scores = carry
         x = avg_llava.embed(config, params, rows.last)[:, None]
         span = Span(jnp.where(done, capacity, rows.cached), None, window)
         hidden, cache = language.decoder(config.language, params["language"], x, cache, span)
@@ -240,16 +259,18 @@ def decode(
             counts = Counts(counts.asked, counts.written.at[row, token].add(made))
             scores = jax.tree.map(lambda all_steps, one: all_steps.at[:, step].set(one), scores, new)
         tokens = tokens.at[row, step].set(token)
+        chances = chances.at[row, step].set(log_probability(logits, token))
         rows = Rows(jnp.where(done, rows.last, token), rows.cached + made, rows.count + made)
         done = done | jnp.isin(token, stops) | (rows.count >= sampling.limit)
-        return step + 1, cache, rows, done, tokens, counts, scores
+        return step + 1, cache, rows, done, tokens, chances, counts, scores
 
     done = rows.count >= sampling.limit
-    start = jnp.zeros((), jnp.int32), cache, rows, done, jnp.zeros((len(row), most), jnp.int32)
+    none = jnp.zeros((len(row), most))
+    start = jnp.zeros((), jnp.int32), cache, rows, done, none.astype(jnp.int32), none
     counts = None if greedy else counted(sampling.shaping, config.language.vocab_size)
     scores = None if greedy else _no_scores(len(row), most, config.language.vocab_size)
-    _, cache, end, _, tokens, _, scores = jax.lax.while_loop(unfinished, one_token, (*start, counts, scores))
-    return spread(cache), tokens, end.count - rows.count, scores
+    _, cache, end, _, tokens, chances, _, scores = jax.lax.while_loop(unfinished, one_token, (*start, counts, scores))
+    return spread(cache), tokens, chances, end.count - rows.count, scores
 
 
 @functools.partial(sharding.jit, static_argnums=(0, 5), donate_argnums=2)

@@ -15,7 +15,7 @@ from avg_llava_jax.data.packing import Sample
 from avg_llava_jax.inference.guides import Guide
 
 ImageLike = str | os.PathLike[str] | bytes | Image.Image | ImageRef
-Granularity = Literal["auto"] | int
+Granularity = Literal["auto"] | int | str
 TOP, BIASES = 20, 300
 """The most log-probabilities and biases of a token that a request may ask for, as in OpenAI's API."""
 
@@ -34,6 +34,9 @@ class Request:
         (visual tokens of the image at g / those at the finest g). 0 is the paper's choice; a large one is the coarsest.
     max_visual_tokens: the most visual tokens of all images together, newlines included; None = no bound.
         See `choosing`.
+    escalate: a probability, 0 = off. An answer whose certainty (`Read.certainty`) is below it is dropped, and the
+        request is answered at the finest granularity at which the prompt fits and the tokens of both reads are within
+        `max_visual_tokens`. Only the last read streams. "calibrated": what `avg-llava calibrate` fitted.
     max_new_tokens: tokens to generate at most; fewer where prompt and answer reach the model's `max_length`.
     temperature: 0 = greedy. top_p: in (0, 1], 1 = off. top_k: 0 = off.
     min_p: drop tokens less likely than this share of the best; in [0, 1], 0 = off.
@@ -57,6 +60,7 @@ class Request:
     granularity: Granularity | Sequence[Granularity] = "auto"
     cost_weight: float = 0.0
     max_visual_tokens: int | None = None
+    escalate: float | Literal["calibrated"] = 0.0
     max_new_tokens: int = 256
     temperature: float = 0.0
     top_p: float = 1.0
@@ -85,6 +89,11 @@ class Request:
         for name, valid, rule in (
             ("cost_weight", 0 <= self.cost_weight < float("inf"), "0 (off) or more, and finite"),
             ("max_visual_tokens", self.max_visual_tokens is None or self.max_visual_tokens >= 1, "at least 1, or None"),
+            (
+                "escalate",
+                self.escalate == "calibrated" or (not isinstance(self.escalate, str) and 0 <= self.escalate <= 1),
+                "0 (off), a probability or calibrated",
+            ),
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
             ("temperature", self.temperature >= 0, "0 (greedy) or more"),
             ("top_p", 0 < self.top_p <= 1, "over 0 and at most 1"),
@@ -115,17 +124,32 @@ class TokenScore(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
+class Read:
+    """One granularity at which a request was answered.
+
+    granularity, visual_tokens: as in `Answer`, of this read alone.
+    certainty: the lowest probability that the model gave to a token of the answer, its end included, before temperature
+        and the like. A read that was dropped ends at the first token below `Request.escalate`.
+    """
+
+    granularity: int | tuple[int, ...] | None
+    visual_tokens: int
+    certainty: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Answer:
     """The answer to a request.
 
     granularity: tokens per tile; a tuple with one entry per image where there are several, None without images.
-    visual_tokens: packed tokens of all images, newlines included.
+    visual_tokens: packed tokens of all images and all reads, newlines included.
     probabilities: {granularity: probability} by the router; a tuple of these for several images; None
         where the router did not run, because there is no image or every granularity was requested.
     timings: seconds of `queue`, `encode` (load, encode, route), `prefill` (the wait for a slot included), `decode` and
         `total`. The first use of a bucket includes its compilation.
     token_ids: generated ids, without the stop id that ended the answer.
     finish: "stop" (a stop id, a stop string or a complete guide) or "length".
+    reads: each read, coarse to fine; the last one gave the answer.
     logprobs: the score of each of `token_ids`, () where `Request.logprobs` is None.
     """
 
@@ -136,12 +160,21 @@ class Answer:
     timings: dict[str, float]
     token_ids: tuple[int, ...]
     finish: Literal["stop", "length"]
+    reads: tuple[Read, ...]
     logprobs: tuple[TokenScore, ...] = ()
+
+    @property
+    def certainty(self) -> float:
+        """The certainty of the answer, see `Read`."""
+        return self.reads[-1].certainty
 
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A checked, tokenized request. choice: the requested granularity of each image, None where the router chooses."""
+    """A checked, tokenized request, with `escalate` as a number.
+
+    choice: the requested granularity of each image, None where the router chooses.
+    """
 
     request: Request
     sample: Sample

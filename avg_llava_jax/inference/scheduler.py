@@ -11,6 +11,12 @@ token id, or for every visual token of an image a negative number that stands fo
 (Real prefixes are longer: fewer than `WORTH_COPYING` shared positions are prefilled again.) Prompts prefill in chunks,
 each in turn, so that a long prompt does not stall the others. Prompts whose next chunk has the same size prefill
 together.
+
+A prompt may end in a draft of its answer, whose tokens prefill with it. Every position from the prompt's last predicts
+a token; predictions hold up to the first that differs from the draft, so they are the tokens that decoding would give:
+
+    prompt 7 8 -72 -72 9, draft 5 6 4    keys 7 8 -72 -72 9  5  6  4
+                                         predictions         5  3  1  2    hold: 5 3; cached: 7 8 -72 -72 9 5
 """
 
 from __future__ import annotations
@@ -21,7 +27,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from avg_llava_jax.inference.buckets import STEPS, Buckets, bucket, chunk_bucket
+from avg_llava_jax.inference.buckets import STEPS, VERIFIED, Buckets, bucket, chunk_bucket
 
 STEPS_BETWEEN_CHUNKS = 4
 NO_KEYS = np.zeros(0, np.int64)
@@ -36,19 +42,26 @@ LONGEST_BEHIND = 512
 class Work:
     """The scheduler's state of a request.
 
-    keys: int64 (S,), one per position of its prompt. limit: tokens to generate at most, at least 1.
+    keys: int64 (S,), one per position of its prompt and of the draft behind it. draft: tokens of the draft.
+    limit: tokens to generate at most, at least 1.
     slot: None before it has one. cached: positions of its slot that hold its prompt and answer.
     tokens: generated so far; the newest is not cached. each_token: whether to stream token by token.
     waits_for: a work that is prefilling a prefix which this one shares.
     """
 
     keys: np.ndarray = dataclasses.field(default_factory=lambda: NO_KEYS)
+    draft: int = 0
     limit: int = 1
     slot: int | None = None
     cached: int = 0
     tokens: list[int] = dataclasses.field(default_factory=list)
     each_token: bool = False
     waits_for: Work | None = None
+
+    @property
+    def prompt(self) -> int:
+        """Positions of the prompt, without the draft."""
+        return len(self.keys) - self.draft
 
 
 @dataclasses.dataclass
@@ -72,14 +85,19 @@ class Admission:
 
 @dataclasses.dataclass(frozen=True)
 class Prefill:
-    """Prompts that prefill together, `lengths[i]` positions from `starts[i]` each, and the size of their program."""
+    """Prompts that prefill together, `lengths[i]` positions from `starts[i]` each, and the size of their program.
+
+    predicts: how many of the last positions of each predict a token, 0 before the end of its prompt.
+    """
 
     works: list[Work]
     starts: list[int]
     lengths: list[int]
+    predicts: list[int]
     prompts: int
     chunk: int
     window: int
+    ends: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +135,7 @@ class Scheduler:
         free = [slot for slot in self.slots if slot.work is None]
         if not free or (work.waits_for is not None and work.waits_for in self.reading):
             return None
-        shares = {slot.number: _shared(slot.keys, work.keys) for slot in self.slots}
+        shares = self._shares(work)
         best = max(self.slots, key=lambda slot: shares[slot.number])
         coming = {_shared(other.keys, work.keys): other for other in self.reading}
         if coming and max(coming) >= shares[best.number] + WORTH_COPYING:
@@ -126,6 +144,20 @@ class Scheduler:
         own = max(free, key=lambda slot: shares[slot.number])
         if 2 * shares[own.number] <= len(own.keys):
             own = min(free, key=lambda slot: (slot.used, slot.number))
+        return self._assign(work, own, shares)
+
+    def again(self, work: Work) -> Admission:
+        """Prefill the new keys of a work that decodes, in its own slot, which keeps what both prompts share."""
+        self.decoding.remove(work)
+        work.tokens = []
+        return self._assign(work, self.slots[work.slot], self._shares(work))
+
+    def _shares(self, work: Work) -> dict[int, int]:
+        """Positions of the work's prompt that each slot holds."""
+        return {slot.number: _shared(slot.keys, work.keys[: work.prompt]) for slot in self.slots}
+
+    def _assign(self, work: Work, own: Slot, shares: dict[int, int]) -> Admission:
+        best = max(self.slots, key=lambda slot: shares[slot.number])
         shared, source = shares[own.number], None
         if shares[best.number] >= shared + WORTH_COPYING:
             shared, source = shares[best.number], best.number
@@ -165,23 +197,37 @@ class Scheduler:
         """
         if not self.reading:
             return None
-        by_size: dict[tuple[int, int], list[Work]] = {}
+        by_size: dict[tuple[int, int, int], list[Work]] = {}
         for work in self.reading:
             by_size.setdefault(self._size(work), []).append(work)
         size = max(by_size, key=lambda size: len(by_size[size])) if fullest else next(iter(by_size))
-        (chunk, window), works = size, by_size[size][: self.buckets.prompts[-1]]
+        (chunk, window, ends), works = size, by_size[size][: self.buckets.prompts[-1]]
         # A chunk that would end after the slot's capacity starts earlier, and prefills some positions again.
         starts = [min(work.cached, self.buckets.capacity - chunk) for work in works]
-        lengths = [min(chunk, len(work.keys) - start) for work, start in zip(works, starts, strict=True)]
-        return Prefill(works, starts, lengths, bucket(self.buckets.prompts, len(works)), chunk, window)
+        lengths = [min(chunk, self._stop(work) - start) for work, start in zip(works, starts, strict=True)]
+        predicts = [
+            max(0, start + length - max(work.cached, work.prompt - 1))
+            for work, start, length in zip(works, starts, lengths, strict=True)
+        ]
+        return Prefill(works, starts, lengths, predicts, bucket(self.buckets.prompts, len(works)), chunk, window, ends)
 
-    def _size(self, work: Work) -> tuple[int, int]:
-        """(chunk, window) of the next chunk of a prompt."""
-        left = len(work.keys) - work.cached
+    def _stop(self, work: Work) -> int:
+        """The position before which the next chunk of a work ends; in a draft it predicts at most `VERIFIED` tokens."""
+        if not work.draft:
+            return len(work.keys)
+        longest = self.buckets.verify if not work.cached else min(self.buckets.verify, LONGEST_BEHIND)
+        known = max(work.cached, work.prompt - 1)
+        stop = min(len(work.keys), known + min(VERIFIED, longest))
+        return stop if stop - work.cached <= longest else known
+
+    def _size(self, work: Work) -> tuple[int, int, int]:
+        """(chunk, window, ends) of the next chunk of a work."""
+        stop = self._stop(work)
+        left, ends = stop - work.cached, VERIFIED if stop > work.prompt else 1
         if not work.cached:
-            return chunk_bucket(self.buckets.chunks, left), 0
+            return chunk_bucket(self.buckets.chunks, left), 0, ends
         chunk = chunk_bucket(self.buckets.behind, min(left, LONGEST_BEHIND))
-        return chunk, bucket(self.buckets.windows, min(work.cached + chunk, self.buckets.capacity))
+        return chunk, bucket(self.buckets.windows, min(work.cached + chunk, self.buckets.capacity)), ends
 
     def prefilled(self, prefill: Prefill) -> list[Work]:
         """Record that a prefill is in the cache. Returns the works whose prompt is complete, which now decode."""
@@ -196,6 +242,25 @@ class Scheduler:
             else:
                 self.reading.append(work)
         return ended
+
+    def predicted(self, work: Work, tokens: Sequence[int]) -> int:
+        """Record the tokens that the last prefill of a work predicts. Returns how many of them hold.
+
+        Where one differs from the draft, the rest of the draft is dropped, and the answer decodes. The prefill is over
+        once there is one token more than the draft has.
+        """
+        draft = work.keys[work.prompt + len(work.tokens) :][: len(tokens)]
+        agreed = common(np.array(tokens), draft)
+        held = min(agreed + 1, len(tokens))
+        work.tokens += tokens[:held]
+        if agreed < len(draft):
+            work.cached = work.prompt + len(work.tokens) - 1
+            work.keys, work.draft = work.keys[: work.cached], len(work.tokens) - 1
+            self.slots[work.slot].keys = work.keys
+            if work in self.reading:
+                self.reading.remove(work)
+                self.decoding.append(work)
+        return held
 
     def next_decode(self) -> Decode | None:
         """All answers that decode; fewer steps where prompts wait for prefill."""

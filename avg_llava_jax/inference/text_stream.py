@@ -26,6 +26,10 @@ class TextStream:
         self._decode = decode
         self._stop = tuple(stop)
 
+    def restart(self) -> None:
+        """Start over, as for another answer."""
+        self.text, self.ids, self.stopped = "", [], False
+
     def feed(self, ids: Sequence[int], final: bool = False) -> str:
         """The new piece of text, given all tokens so far. final: no more tokens will come."""
         if self.stopped:

@@ -17,7 +17,7 @@ from jaxtyping import Array, ArrayLike, Float, Int, Key, UInt8
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.models import language, linear, one_cpu
 from avg_llava_jax.models.connector import Connector
-from avg_llava_jax.models.encoder import Encoder
+from avg_llava_jax.models.encoder import encoder
 from avg_llava_jax.models.router import Router, Routing
 from avg_llava_jax.models.scaler import scale
 from avg_llava_jax.models.stack import Remat
@@ -29,9 +29,9 @@ def init(config: ModelConfig, rng: Key[ArrayLike, ""]) -> Params:
     """Fresh fp32 parameters. Under `jax.eval_shape` only shapes are traced, nothing is computed."""
     rngs = jax.random.split(rng, 5)
     side, width = config.vision.image_size, config.language.width
-    finest = config.granularities[-1]
+    finest = config.tokens[-1]
     return {
-        "encoder": Encoder(config.vision).init(rngs[0], jnp.zeros((1, side, side, 3), jnp.uint8))["params"],
+        "encoder": encoder(config.vision).init(rngs[0], jnp.zeros((1, side, side, 3), jnp.uint8))["params"],
         "connector": Connector(width).init(rngs[1], jnp.zeros((1, finest, config.vision.width)))["params"],
         "image_newline": jax.random.normal(rngs[2], (width,)) * width**-0.5,
         "router": Router(config).init(
@@ -61,8 +61,8 @@ def encode_images(
     """Encode and connect every tile."""
     batch, tiles = pixels.shape[:2]
 
-    def encode(pixels: jax.Array) -> jax.Array:
-        return Encoder(config.vision, remat).apply({"params": params["encoder"]}, pixels)
+    def encode(pixels: UInt8[ArrayLike, "M H W 3"]) -> Float[Array, "M P E"]:
+        return encoder(config.vision, remat).apply({"params": params["encoder"]}, pixels)
 
     tiled = pixels.reshape(-1, *pixels.shape[2:])
     if linear.differs_by_row(params["encoder"]["layers"]):
@@ -114,7 +114,8 @@ def assemble(
     params: Params,
     pyramid: Float[ArrayLike, "B T R D"],
     text: Float[ArrayLike, "B L D"],
-    index: Int[ArrayLike, "B S"],
+    index: Int[ArrayLike, "B S *corners"],
+    weight: Float[ArrayLike, "B S 4"] | None = None,
 ) -> Float[Array, "B S D"]:
     """Pack text, visual tokens and newlines into one sequence: a single gather.
 
@@ -125,11 +126,20 @@ def assemble(
         L+T*R                   the learned newline
 
     With L=3, T=1, R=7, index [0, 3, 10, 1, 2] packs: text 0, the coarsest visual token, the newline, text 1, text 2.
+    With weight (B, S, 4), index is (B, S, 4), and each position the weighted sum of its four rows.
     """
     newline = jnp.broadcast_to(params["image_newline"].astype(text.dtype), (len(text), 1, text.shape[-1]))
     visual = pyramid.reshape(len(text), -1, text.shape[-1])
     rows = jnp.concatenate([text, visual.astype(text.dtype), newline], axis=1)
-    return jnp.take_along_axis(rows, index[..., None], axis=1)
+    if weight is None:
+        return jnp.take_along_axis(rows, index[..., None], axis=1)
+    corners = jnp.take_along_axis(rows, index.reshape(len(index), -1)[..., None], axis=1)
+    return blend(corners.reshape(*index.shape, -1), weight)
+
+
+def blend(corners: Float[ArrayLike, "B S 4 D"], weight: Float[ArrayLike, "B S 4"]) -> Float[Array, "B S D"]:
+    """The weighted sums, in fp32, of four rows each."""
+    return jnp.sum(corners.astype(jnp.float32) * weight[..., None], axis=2).astype(corners.dtype)
 
 
 def decoder(

@@ -1,4 +1,6 @@
-"""The language model: a Llama-family decoder. `decoder` walks its layers for training, scoring, prefill and decode.
+"""The language model: a decoder of the Llama family, Qwen's included.
+
+`decoder` walks its layers for training, scoring, prefill and decode.
 
     ids (B, S) --embed--> x (B, S, D) --decoder--> hidden (B, S, D) --unembed--> logits (B, S, V)
 
@@ -67,8 +69,8 @@ class DecoderLayer(nn.Module):
 
     Without a cache: causal, each row a whole sequence.
     With a cache: keys and values of x are written at `span`, then queries attend to the prefix written before as well.
-    With `last`: keys and values of all S tokens are written, but only the token at index `last` of each row
-    is computed further, (B, 1, D): the MLP, two projections and the attention of all others are skipped.
+    With `last`: keys and values of all S tokens are written, but only the tokens at indices `last` of each row are
+    computed further: the MLP, two projections and the attention of all others are skipped.
     """
 
     config: LanguageConfig
@@ -81,25 +83,30 @@ class DecoderLayer(nn.Module):
         positions: Int[ArrayLike, "B S"],
         cache: LayerCache | None = None,
         span: Span | None = None,
-        last: Int[ArrayLike, " B"] | None = None,
+        last: Int[ArrayLike, "B E"] | None = None,
     ) -> tuple[Float[Array, "B _ D"], LayerCache | None]:
         config = self.config
         y = nn.RMSNorm(config.norm_eps, name="norm1")(x)
 
         def heads(name: str, count: int) -> jax.Array:
-            y_out = Linear(count * config.head_dim, use_bias=config.attention_bias, name=name)(y)
+            bias = config.attention_bias or config.qkv_bias
+            y_out = Linear(count * config.head_dim, use_bias=bias, name=name)(y)
             return rearrange(y_out, "b s (h d) -> b s h d", h=count)
 
-        k, v = rotate(heads("k", config.kv_heads), *rope), heads("v", config.kv_heads)
+        def placed(name: str, count: int) -> jax.Array:
+            x = heads(name, count)
+            return rotate(nn.RMSNorm(config.norm_eps, name=name + "_norm")(x) if config.qk_norm else x, *rope)
+
+        k, v = placed("k", config.kv_heads), heads("v", config.kv_heads)
         if cache is not None:
             cache = cache.write(k, v, span)
         if last is not None:
             x, y, positions, *rope = (_at(part, last) for part in (x, y, positions, *rope))
-        q = rotate(heads("q", config.heads), *rope)
+        q = placed("q", config.heads)
         if cache is None or (span.window == 0 and last is None):
             y = self_attention(q, k, v, causal=True)
         else:
-            # With `last`, the query of a prompt from position 0 attends to the keys just written to the cache.
+            # With `last`, the queries of a prompt from position 0 attend to the keys just written to the cache.
             window = span.window or (k.shape[1] if span.window == 0 else None)
             y = cached_attention(q, cache, dataclasses.replace(span, window=window), positions)
         y = Linear(config.width, use_bias=config.attention_bias, name="out")(rearrange(y, "b s h d -> b s (h d)"))
@@ -112,9 +119,9 @@ class DecoderLayer(nn.Module):
         return constrain(x + y, "batch", None, None), cache
 
 
-def _at(x: Shaped[ArrayLike, "B S *rest"], place: Int[ArrayLike, " B"]) -> Shaped[Array, "B 1 *rest"]:
-    """x at one index per row."""
-    return jnp.take_along_axis(x, place.reshape(-1, *[1] * (x.ndim - 1)), axis=1)
+def _at(x: Shaped[ArrayLike, "B S *rest"], place: Int[ArrayLike, "B E"]) -> Shaped[Array, "B E *rest"]:
+    """x at some indices of each row."""
+    return jnp.take_along_axis(x, place.reshape(*place.shape, *[1] * (x.ndim - 2)), axis=1)
 
 
 def decoder(
@@ -123,7 +130,7 @@ def decoder(
     x: Float[ArrayLike, "B S D"],
     cache: Cache | None = None,
     span: Span | None = None,
-    last: Int[ArrayLike, " B"] | None = None,
+    last: Int[ArrayLike, "B E"] | None = None,
     remat: Remat = "none",
 ) -> tuple[Float[Array, "B _ D"], Cache | None]:
     """Walk embeddings through all layers and the final norm.
@@ -133,11 +140,11 @@ def decoder(
     Args:
       x: packed embeddings.
       cache, span: where keys and values are written, and which positions are attended to; None for whole sequences.
-      last: with a cache: the one index of each row whose hidden state is needed. The last layer computes
-        only that one, which saves an eighth of the work of 8 layers, 1/32 of 32.
+      last: with a cache: the indices of each row whose hidden states are needed. The last layer computes only these,
+        which saves an eighth of the work of 8 layers, 1/32 of 32.
       remat: what the backward pass recomputes, see `stack.Remat`; for stacked layers without a cache.
     Returns:
-      hidden (B, S, D), or (B, 1, D) with `last`, and the updated cache (None without one).
+      hidden (B, S, D), or (B, E, D) with `last`, and the updated cache (None without one).
     """
     positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
     if span is not None and span.window != 0:

@@ -89,7 +89,7 @@ class Router(nn.Module):
           dropout: one key per sample; None = no dropout.
         """
         config, router = self.config, self.config.router
-        finest = config.granularities[-1]
+        finest = config.tokens[-1]
         images = first_tile.shape[1]
 
         tile0 = jax.vmap(lambda tiles, at: tiles[at, -finest:])(pyramid, jnp.maximum(first_tile, 0))

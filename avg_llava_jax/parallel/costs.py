@@ -22,9 +22,10 @@ def encoder_flops(config: ModelConfig, tiles: int) -> int:
     """FLOPs of a forward pass of encoder and connector over `tiles` tiles: 2 x M x N x K of every product."""
     vision, patches, width = config.vision, config.vision.grid**2, config.language.width
     layer = 2 * vision.width * (4 * vision.width + 2 * vision.mlp_width)  # per token
-    attention = 4 * (1 + patches) ** 2 * vision.width
+    positions = patches + (vision.encoder == "clip")  # the class token
+    attention = 4 * positions**2 * vision.width
     connector = 2 * width * (vision.width + width)  # per patch
-    layers = vision.used_layers * (layer * (1 + patches) + attention)
+    layers = vision.used_layers * (layer * positions + attention)
     return tiles * (layers + patches * (2 * _pixels(config) * vision.width + connector))
 
 

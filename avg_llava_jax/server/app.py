@@ -201,7 +201,7 @@ class Service:
     async def _reply(self, request: Request, stack: contextlib.AsyncExitStack) -> Response:
         """The response, once its first piece is there. `stack` releases what it holds after the response is sent."""
         begin = time.perf_counter()
-        endpoint = ENDPOINTS[request.scope["route"].path]
+        endpoint = ENDPOINTS[request.scope["path"]]
         who = request.client.host if request.client else ""
         try:
             self._check_headers(request)

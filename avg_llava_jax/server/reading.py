@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import secrets
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -61,9 +62,21 @@ def _stops(value: Any, path: str) -> list[str]:
 
 def _levels(value: Any, path: str) -> Granularity | list[Granularity]:
     """`Model.prepare` checks that the model has them."""
-    levels = value if isinstance(value, list) else [value]
-    if not all(one == "auto" or (isinstance(one, (int, float)) and not isinstance(one, bool)) for one in levels):
+
+    def name(one: Any) -> bool:
+        if isinstance(one, str):
+            return one == "auto" or re.fullmatch(r"\d+x\d+", one) is not None
+        return isinstance(one, (int, float)) and not isinstance(one, bool)
+
+    if not all(map(name, value if isinstance(value, list) else [value])):
         raise Refusal(400, f'{path}={short(value)} must be "auto", a number or a list of these', path)
+    return value
+
+
+def _threshold(value: Any, path: str) -> float | str:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if value != "calibrated" and not (number and 0 <= value <= 1):
+        raise Refusal(400, f'{path}={short(value)} must be in 0 .. 1, or "calibrated"', path)
     return value
 
 
@@ -116,6 +129,12 @@ LOOKING = (
     Field("granularity", Parsed('`"auto"`, tokens a tile, or a list of these, one per image', _levels)),
     Field("cost_weight", Number(0, 1000), sets="cost_weight", about="the price of visual tokens for the router"),
     Field("max_visual_tokens", Number(1, MANY, whole=True), sets="max_visual_tokens", about="of all images together"),
+    Field(
+        "escalate",
+        Parsed('0 .. 1, or `"calibrated"`', _threshold),
+        sets="escalate",
+        about="an answer less certain is given again at the finest granularity",
+    ),
 )
 """Our own fields."""
 
@@ -330,9 +349,9 @@ def conversation(
         raise Refusal(400, f"{where} must end with a message from the user", where)
     if said[0].role != "human":
         raise Refusal(400, "the first message after the system's must be from the user", where)
-    if system:
-        said[0].texts[0] = "\n".join([*system, "", said[0].texts[0]])
     turns = [{"from": one.role, "value": [""] if one.role == "gpt" and one.blank else one.texts} for one in said]
+    if system:
+        turns.insert(0, {"from": "system", "value": ["\n".join(system)]})
     check_characters((text for turn in turns for text in turn["value"]), config, where)
     return turns, [image for one in said for image in one.images], [detail for one in said for detail in one.details]
 

@@ -6,16 +6,19 @@
 Our extensions of OpenAI's fields are `usage.visual_tokens` and `usage.granularity`, and `avg_llava` on the completion
 and on the last chunk with a choice:
 
-    {"granularity": 16, "visual_tokens": 75, "probabilities": {"4": 0.1, ...}, "timings": {"encode": 0.02, ...},
+    {"granularity": 16, "visual_tokens": 75, "certainty": 0.98, "probabilities": {"4": 0.1, ...},
+     "timings": {"encode": 0.02, ...}, "reads": [{"granularity": 16, "visual_tokens": 75, "certainty": 0.98}],
      "images": [{"granularity": 16, "probabilities": ..., "visual_tokens": 75, "finest": 280, "size": [640, 480],
-                 "tiles": LATTICE, "cells": LATTICE}]}
+                 "tiles": LATTICE, "cells": LATTICE, "borders": {"x": [0, 80, ...], "y": ...}}]}
 
 A LATTICE is the position of tiles or cells in pixels of the upright image, {left, top, width, height, columns, rows}.
-Tiles include their padding, so they may extend beyond the image; cells exclude those that un-padding removes.
+Tiles include their padding, so they may extend beyond the image; cells exclude those that un-padding removes. `borders`
+has the borders of the cells, which need not be equally wide.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import secrets
 import time
@@ -23,8 +26,8 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from avg_llava_jax.config import ModelConfig
-from avg_llava_jax.data.geometry import kept_cells, visual_count
+from avg_llava_jax.config import Granularity, ModelConfig
+from avg_llava_jax.data.geometry import borders, visual_count
 from avg_llava_jax.data.tiles import Size, grid_of, mosaic_box
 from avg_llava_jax.inference.model import Model
 from avg_llava_jax.inference.requests import Answer, TokenScore
@@ -144,7 +147,7 @@ class Reply:
         return scores.chat(found, self._tokenizer) if found else None
 
     def _seen(self, answer: Answer) -> dict[str, Any]:
-        config, shares = self._config, _each(answer.probabilities)
+        config, shares = self._config.of(len(self._ask.sizes)), _each(answer.probabilities)
         images = [
             {
                 "granularity": granularity,
@@ -159,37 +162,37 @@ class Reply:
         return {
             "granularity": answer.granularity,
             "visual_tokens": answer.visual_tokens,
+            "certainty": answer.certainty,
+            "reads": [dataclasses.asdict(read) for read in answer.reads],
             "probabilities": answer.probabilities or None,
             "timings": answer.timings,
             "images": images,
         }
 
 
-def lattices(size: Size, config: ModelConfig, granularity: int) -> dict[str, dict[str, float]]:
-    """{"tiles": ..., "cells": ...} of an image at one granularity, see the module's docstring.
+def lattices(size: Size, config: ModelConfig, granularity: Granularity) -> dict[str, dict[str, Any]]:
+    """{"tiles": ..., "cells": ..., "borders": ...} of an image at one granularity, see the module's docstring.
 
     Example: tiles of 2 x 2 cells, a mosaic of one row of two tiles, an image of the mosaic's size, 64 x 32 pixels:
 
-        tiles  left 0, top 0, width 64, height 32, columns 2, rows 1
-        cells  left 0, top 0, width 64, height 32, columns 4, rows 2
+        tiles    left 0, top 0, width 64, height 32, columns 2, rows 1
+        cells    left 0, top 0, width 64, height 32, columns 4, rows 2
+        borders  x 0 16 32 48 64, y 0 16 32
     """
     top, bottom, left, right = mosaic_box(size, config)
     rows, columns = (max(1, n) for n in grid_of(size, config))
-    tiles = {"left": left, "top": top, "width": right - left, "height": bottom - top, "columns": columns, "rows": rows}
-    tile_rows, tile_columns = dict(zip(config.granularities, config.grids, strict=True))[granularity]
-    above, below, before, behind = 0, tile_rows, 0, tile_columns
-    if config.pinpoints:
-        above, below, before, behind = kept_cells(size, config, granularity)
-    height, width = (bottom - top) / (rows * tile_rows), (right - left) / (columns * tile_columns)
-    cells = {
-        "left": left + before * width,
-        "top": top + above * height,
-        "width": (behind - before) * width,
-        "height": (below - above) * height,
-        "columns": behind - before,
-        "rows": below - above,
+    y, x = (edges.tolist() for edges in borders(size, config, granularity))
+    return {
+        "tiles": {
+            **{"left": left, "top": top, "width": right - left, "height": bottom - top},
+            **{"columns": columns, "rows": rows},
+        },
+        "cells": {
+            **{"left": x[0], "top": y[0], "width": x[-1] - x[0], "height": y[-1] - y[0]},
+            **{"columns": len(x) - 1, "rows": len(y) - 1},
+        },
+        "borders": {"x": x, "y": y},
     }
-    return {"tiles": tiles, "cells": cells}
 
 
 def event(values: dict[str, Any], name: str | None = None) -> str:

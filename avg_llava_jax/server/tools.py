@@ -16,7 +16,7 @@ import secrets
 from collections.abc import Sequence
 from typing import Any
 
-from avg_llava_jax.inference.guides import COMPACT, Guide
+from avg_llava_jax.inference.guides import Guide, strict
 from avg_llava_jax.server.fields import (
     ANYTHING,
     FLAG,
@@ -139,9 +139,9 @@ def _guide(functions: Sequence[dict[str, Any]], may_talk: bool, several: bool) -
     for number, function in enumerate(functions):
         head = json.dumps(f'{CALL}{{"name": "{function["name"]}", "arguments": ')
         lines.append(f"call_{number}: {head} @arguments_{number} {json.dumps('}' + CALL_END)}")
-        schema = {"type": "object"} | function.get("parameters", NO_PARAMETERS) | {"x-guidance": COMPACT}
-        guided(lambda schema: Guide.json(schema), schema, f"tools[{number}].function.parameters")
-        grammars.append({"name": f"arguments_{number}", "json_schema": schema})
+        schema = {"type": "object"} | function.get("parameters", NO_PARAMETERS)
+        guided(Guide.json, schema, f"tools[{number}].function.parameters")
+        grammars.append({"name": f"arguments_{number}", "json_schema": strict(schema)})
     return guided(Guide, json.dumps({"grammars": [{"lark_grammar": "\n".join(lines)}, *grammars]}), "tools")
 
 

@@ -1,5 +1,6 @@
 """Training curves of a run as a figure."""
 
+import math
 from pathlib import Path
 
 import matplotlib
@@ -58,7 +59,7 @@ def training_curves(workdir: str | Path) -> Path | None:
 def _named(rows: list[dict], prefix: str) -> list[str]:
     """The metrics `prefix/<granularity>`, in ascending order."""
     names = {name for row in rows for name in row if name.startswith(prefix)}
-    return sorted(names, key=lambda name: int(name.removeprefix(prefix)))
+    return sorted(names, key=lambda name: math.prod(map(int, name.removeprefix(prefix).split("x"))))
 
 
 def _smooth(values: tuple[float, ...]) -> list[float]:

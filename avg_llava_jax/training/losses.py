@@ -22,23 +22,25 @@ def answer_nll(
     params: avg_llava.Params,
     pyramid: Float[ArrayLike, "B T R D"],
     text: Float[ArrayLike, "B L D"],
-    index: Int[ArrayLike, "B S"],
+    index: Int[ArrayLike, "B S *corners"],
     target_at: Int[ArrayLike, "B A"],
     targets: Int[ArrayLike, "B A"],
     remat: Remat = "none",
+    weight: Float[ArrayLike, "B S corners"] | None = None,
 ) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
     """Negative log-likelihood of each sample's answer at one granularity.
 
     Logits are computed only at the A positions that predict an answer token, not at all S.
 
     Args:
-      index: see `avg_llava.assemble`.
+      index, weight: see `avg_llava.assemble`.
       target_at: the packed position whose next token is the target, -1 = none.
       targets: token ids.
     Returns:
       the sum over the answer in nats, and the number of its tokens, both fp32.
     """
-    hidden = avg_llava.decoder(config, params, avg_llava.assemble(params, pyramid, text, index), remat=remat)
+    packed = avg_llava.assemble(params, pyramid, text, index, weight)
+    hidden = avg_llava.decoder(config, params, packed, remat=remat)
     at = jnp.take_along_axis(hidden, jnp.maximum(target_at, 0)[..., None], axis=1)
     log_probs = jax.nn.log_softmax(avg_llava.unembed(config, params, at))
     # Summed rather than looked up, so that each device reads its own part of the vocabulary.
@@ -65,14 +67,22 @@ def granularity_nll(
     shared = (batch["targets"], remat)
     if execution == "vmap":
         longest = max(batch["index"][g].shape[1] for g in granularities)
-        index = jnp.stack(
-            [jnp.pad(batch["index"][g], ((0, 0), (0, longest - batch["index"][g].shape[1]))) for g in granularities]
-        )
-        target_at = jnp.stack([batch["target_at"][g] for g in granularities])
-        return jax.vmap(lambda i, t: answer_nll(config, params, pyramid, text, i, t, *shared))(index, target_at)
 
+        def padded(name: str) -> Array:
+            """One array of the arrays (B, S_g, ...) of all granularities: (G, B, S, ...)."""
+            arrays = [batch[name][g] for g in granularities]
+            ends = [[(0, 0), (0, longest - each.shape[1]), *[(0, 0)] * (each.ndim - 2)] for each in arrays]
+            return jnp.stack([jnp.pad(each, end) for each, end in zip(arrays, ends, strict=True)])
+
+        target_at = jnp.stack([batch["target_at"][g] for g in granularities])
+        weight = padded("weight") if "weight" in batch else None
+        return jax.vmap(lambda i, t, w: answer_nll(config, params, pyramid, text, i, t, *shared, w))(
+            padded("index"), target_at, weight
+        )
+
+    weights = batch.get("weight", {})
     parts = [
-        answer_nll(config, params, pyramid, text, batch["index"][g], batch["target_at"][g], *shared)
+        answer_nll(config, params, pyramid, text, batch["index"][g], batch["target_at"][g], *shared, weights.get(g))
         for g in granularities
     ]
     sums, counts = zip(*parts, strict=True)

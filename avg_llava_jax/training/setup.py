@@ -192,10 +192,9 @@ def override(model: ModelConfig, overrides: Mapping[str, Any]) -> ModelConfig:
 
 def granularities(config: TrainConfig, model: ModelConfig) -> tuple[int, ...]:
     """The granularities that the phase trains, ascending; unset means all."""
-    chosen = tuple(sorted(config.granularities)) or model.granularities
-    if not set(chosen) <= set(model.granularities):
-        raise ValueError(f"granularities={chosen}: this model has {model.granularities}")
-    return chosen
+    if not set(config.granularities) <= set(model.granularities):
+        raise ValueError(f"granularities={config.granularities}: this model has {model.granularities}")
+    return model.ascending(config.granularities) or model.granularities
 
 
 def packed_granularities(config: TrainConfig, model: ModelConfig) -> tuple[int, ...]:

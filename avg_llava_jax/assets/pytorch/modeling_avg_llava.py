@@ -1,14 +1,15 @@
-"""AVG-LLaVA for PyTorch: a LLaVA-NeXT that chooses the number of visual tokens per tile for each image.
+"""AVG-LLaVA for PyTorch: a LLaVA that chooses the number of visual tokens per tile for each image.
 
     processor = AutoProcessor.from_pretrained(FOLDER)
     model = AutoModelForImageTextToText.from_pretrained(FOLDER, trust_remote_code=True)
     model.generate(**processor(images=image.convert("RGB"), text=prompt, return_tensors="pt"), max_new_tokens=64)
 
 Lan et al., "AVG-LLaVA: An Efficient Large Multimodal Model with Adaptive Visual Granularity", Findings of ACL 2025.
-This file needs only torch and transformers. The weights are those of a `LlavaNextForConditionalGeneration`, which
-reads the same folder and always uses the finest granularity, and the router's, in a separate file.
+This file needs only torch and transformers. The weights are those of a `LlavaNextForConditionalGeneration` or a
+`LlavaOnevisionForConditionalGeneration`, which reads the same folder and always uses the finest granularity, and the
+router's, in a separate file.
 
-The stock LlavaNextProcessor prepares prompts: it writes the image tokens of the finest granularity, and this model
+The stock processor prepares prompts: it writes the image tokens of the finest granularity, and this model
 replaces them by the visual tokens of the granularity that the router chooses:
 
     input_ids    w w i i i i i i i i i i i i w w w      i: image token, w: text
@@ -16,12 +17,12 @@ replaces them by the visual tokens of the granularity that the router chooses:
 
 Dims: B prompts, S packed length, T tiles of one image, P patches of a tile, R rows of its pyramid (P + P/2 + ...), D
 width of the language model, K text tokens that the router reads, G granularities. A granularity is named by its tokens
-per tile.
+per tile, or "ROWSxCOLUMNS" where two have equally many.
 """
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -29,7 +30,12 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
+from transformers import (
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+)
 from transformers.models.llava_next.modeling_llava_next import (
     LlavaNextCausalLMOutputWithPast,
     get_anyres_image_grid_shape,
@@ -41,7 +47,7 @@ ROUTER_FILE = "router/model.safetensors"
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 IGNORE = -100
 
-# The files have LLaVA-NeXT's old tensor names. The library translates them for its own class, but not for a subclass.
+# The files have old tensor names. The library translates them for its own class, but not for a subclass.
 # Dots are not escaped, as in the library: some versions write the patterns back as names when they save.
 KEY_MAPPING = {
     "^language_model.lm_head": "lm_head",
@@ -52,7 +58,8 @@ KEY_MAPPING = {
 }
 
 Size = tuple[int, int]  # (height, width) in pixels, as the processor's `image_sizes`
-Granularity = int | Sequence[int] | None
+Name = int | str
+Granularity = Name | Sequence[Name] | None
 
 
 class Router(nn.Module):
@@ -61,23 +68,24 @@ class Router(nn.Module):
     def __init__(
         self,
         width: int,
-        granularities: Sequence[int],
+        tokens: Sequence[int],
         attention: str,
         text_tokens: int,
         heads: int,
         dropout: float,
         norm_eps: float,
     ):
-        """attention: `tokens` attends over the rows of one tile, `tiles` over the tiles, separately for each row."""
+        """tokens: per tile, ascending. attention: `tokens` attends over the rows of one tile, `tiles` over the tiles,
+        separately for each row."""
         super().__init__()
-        self.finest, self.text_tokens = granularities[-1], text_tokens
-        rows = sum(granularities) + text_tokens
+        self.finest, self.text_tokens = tokens[-1], text_tokens
+        rows = sum(tokens) + text_tokens
         self.merger = nn.TransformerEncoderLayer(
             width, heads, width, dropout, layer_norm_eps=norm_eps, batch_first=attention == "tokens"
         )
-        self.router = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, len(granularities)))
+        self.router = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, len(tokens)))
         self.voter = nn.Parameter(torch.randn(rows, 1) * rows**-0.5)
-        self.norm = nn.LayerNorm(len(granularities), eps=norm_eps)
+        self.norm = nn.LayerNorm(len(tokens), eps=norm_eps)
 
     def forward(self, pyramid: Tensor, text: Tensor) -> Tensor:
         """Pyramid (T, R, D) of one image and text embeddings (n, D) -> scores (G,) in fp32; the highest one wins."""
@@ -97,7 +105,8 @@ class Router(nn.Module):
 class AvgLlavaOutput(LlavaNextCausalLMOutputWithPast):
     """Output for prompts with images. Logits, labels and mask have the packed length, up to the last text token.
 
-    granularities: int (images,), the granularity of each image. router_logits: (images, G), None where granularities
+    granularities: int (images,), the granularity of each image; where names are ROWSxCOLUMNS, its place in
+    `model.granularities`. router_logits: (images, G), None where granularities
     were given. attention_mask: bool (B, S), False where a shorter row is padded on the left.
     """
 
@@ -116,31 +125,41 @@ class Packed(NamedTuple):
     router_logits: Tensor | None
 
 
-class AvgLlavaForConditionalGeneration(LlavaNextForConditionalGeneration):
-    """`LlavaNextForConditionalGeneration` with a scaler and a router.
+class Adaptive:
+    """A scaler and a router for a model class of the library.
 
-    `forward` and `generate` take one more argument, `granularity`: None lets the router choose for each image, a
-    number sets it for all images, a list for each image. `config.avg_llava` configures scaler and router.
+    `forward` and `generate` take one more argument, `granularity`: None lets the router choose for each image, a name
+    sets it for all images, a list for each image. `config.avg_llava` configures scaler and router.
     """
 
     _auto_class = "AutoModelForImageTextToText"
     _keys_to_ignore_on_load_missing = (r"^router\.",)  # loaded from ROUTER_FILE
 
-    def __init__(self, config: LlavaNextConfig):
+    def __init__(self, config: LlavaNextConfig | LlavaOnevisionConfig):
         super().__init__(config)
         settings, vision = config.avg_llava, config.vision_config
         self.unpad = settings["unpad"]
-        rows = columns = self.side = vision.image_size // vision.patch_size
-        self.grids = {rows * columns: (rows, columns)}  # granularity -> (rows, columns) of a tile, finest first
-        self.halves_width = []
-        for level in range(settings["scaler"]["halvings"]):
-            self.halves_width.append((level % 2 == 0) == (settings["scaler"]["first_axis"] == "width"))
-            rows, columns = (rows, columns // 2) if self.halves_width[-1] else (rows // 2, columns)
-            self.grids[rows * columns] = rows, columns
-        self.granularities = sorted(self.grids)
-        self.router = Router(config.text_config.hidden_size, self.granularities, **settings["router"])
+        self.most_tiles = int(getattr(config, "vision_aspect_ratio", "0").removeprefix("anyres_max_"))
+        self.side = vision.image_size // vision.patch_size
+        self.given = settings["scaler"].get("grids", [])
+        ladder = [(n, n) if isinstance(n, int) else tuple(n) for n in self.given] or self.halved(**settings["scaler"])
+        ladder.sort(key=lambda grid: (math.prod(grid), grid))
+        tokens = [math.prod(grid) for grid in ladder]
+        names = tokens if len(set(tokens)) == len(tokens) else [f"{rows}x{columns}" for rows, columns in ladder]
+        self.grids = dict(zip(names, ladder, strict=True))  # granularity -> (rows, columns) of a tile, ascending
+        self.granularities = names
+        self.router = Router(config.text_config.hidden_size, tokens, **settings["router"])
         self._keys_to_ignore_on_save = [f"router.{name}" for name in self.router.state_dict()]
         self.post_init()
+
+    def halved(self, halvings: int, first_axis: str, **_) -> list[Size]:
+        """(rows, columns) of each level, finest first; of an odd side the last row or column is alone in its pair."""
+        grids = [(self.side, self.side)]
+        for level in range(halvings):
+            rows, columns = grids[-1]
+            width = (level % 2 == 0) == (first_axis == "width")
+            grids.append((rows, -(-columns // 2)) if width else (-(-rows // 2), columns))
+        return grids
 
     @classmethod
     def from_pretrained(cls, folder, *args, **kwargs):
@@ -170,12 +189,15 @@ class AvgLlavaForConditionalGeneration(LlavaNextForConditionalGeneration):
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         granularity: Granularity = None,
+        batch_num_images: Tensor | None = None,
         **kwargs,
     ) -> LlavaNextCausalLMOutputWithPast:
         """Next-token logits; with `pixel_values`, those of the packed sequence in an `AvgLlavaOutput`.
 
-        Raises ValueError as `pack`.
+        Raises ValueError as `pack`, and for videos.
         """
+        if kwargs.get("pixel_values_videos") is not None:
+            raise ValueError("this model reads images, not videos: give frames as images")
         if pixel_values is None:
             return super().forward(
                 input_ids=input_ids,
@@ -186,7 +208,9 @@ class AvgLlavaForConditionalGeneration(LlavaNextForConditionalGeneration):
                 logits_to_keep=logits_to_keep,
                 **kwargs,
             )
-        packed = self.pack(input_ids, pixel_values, image_sizes, attention_mask, labels, granularity)
+        packed = self.pack(
+            input_ids, pixel_values, image_sizes, attention_mask, labels, granularity, batch_num_images
+        )
         output = super().forward(
             inputs_embeds=packed.embeds,
             attention_mask=packed.mask,
@@ -210,12 +234,15 @@ class AvgLlavaForConditionalGeneration(LlavaNextForConditionalGeneration):
         image_sizes: Tensor | None = None,
         attention_mask: Tensor | None = None,
         granularity: Granularity = None,
+        batch_num_images: Tensor | None = None,
         **kwargs,
     ):
         """As the library's: token ids that begin with the given `input_ids`. Raises ValueError as `pack`."""
         if pixel_values is None:
             return super().generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
-        packed = self.pack(input_ids, pixel_values, image_sizes, attention_mask, granularity=granularity)
+        packed = self.pack(
+            input_ids, pixel_values, image_sizes, attention_mask, None, granularity, batch_num_images
+        )
         output = super().generate(inputs_embeds=packed.embeds, attention_mask=packed.mask, **kwargs)
         new = output if isinstance(output, Tensor) else output.sequences
         whole = torch.cat([input_ids.repeat_interleave(len(new) // len(input_ids), 0), new], 1)
@@ -232,21 +259,26 @@ class AvgLlavaForConditionalGeneration(LlavaNextForConditionalGeneration):
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         granularity: Granularity = None,
+        batch_num_images: Tensor | None = None,
     ) -> Packed:
         """Encode every image once, choose its granularity, and replace its image tokens by its visual tokens.
 
-        The router reads all text of a row that has no label: with labels, the instruction.
+        The router reads all text of a row that has no label: with labels, the instruction. batch_num_images: of a
+        LLaVA-OneVision, the images of each prompt; several in one are a padded square each, without tiles.
 
         Raises ValueError where a granularity is not one of the model's, `granularity` has another length than the
         images, or `input_ids` do not have the image tokens of the processor.
         """
         sizes = [tuple(size) for size in torch.as_tensor(image_sizes).tolist()]
+        if batch_num_images is not None:
+            together = [int(n) for n in batch_num_images for _ in range(int(n))]
+            sizes = [size if n == 1 else None for size, n in zip(sizes, together, strict=True)]
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         rows = [ids[kept.bool()] for ids, kept in zip(input_ids, mask, strict=True)]
         targets = input_ids.new_full(input_ids.shape, IGNORE) if labels is None else labels
         targets = [row[kept.bool()] for row, kept in zip(targets, mask, strict=True)]
         pyramids = self.see(pixel_values, sizes)
-        wanted = list(granularity) if isinstance(granularity, Sequence) else [granularity] * len(sizes)
+        wanted = list(granularity) if isinstance(granularity, (list, tuple)) else [granularity] * len(sizes)
         if len(wanted) != len(sizes):
             raise ValueError(f"granularity={granularity!r} names {len(wanted)} for {len(sizes)} images")
 
@@ -275,69 +307,123 @@ class AvgLlavaForConditionalGeneration(LlavaNextForConditionalGeneration):
             labels=None
             if labels is None
             else torch.stack([F.pad(row, (longest - len(row), 0), value=IGNORE) for row in packed_targets]),
-            granularities=torch.tensor(wanted, device=input_ids.device),
+            granularities=torch.tensor(
+                [self.granularities.index(name) if isinstance(name, str) else name for name in wanted],
+                device=input_ids.device,
+            ),
             router_logits=torch.stack(scores) if len(scores) == len(sizes) else None,
         )
 
-    def see(self, pixel_values: Tensor, sizes: Sequence[Size]) -> list[dict[int, Tensor]]:
+    def see(self, pixel_values: Tensor, sizes: Sequence[Size | None]) -> list[dict[Name, Tensor]]:
         """Encode, project and pool all tiles at once: for each image {granularity: (T, rows, columns, D)}.
 
         pixel_values: (images, max tiles, 3, H, W); the first T tiles of an image are real, the rest padding. The scaler
-        averages pairs of neighbours, alternately along the two axes.
+        averages pairs of neighbours, alternately along the two axes; or windows of the patches, for a list of grids.
         """
         counts = [1 + math.prod(self.tile_grid(size)) for size in sizes]
         tiles = torch.cat([image[:count] for image, count in zip(pixel_values, counts, strict=True)])
         seen = self.model.vision_tower(tiles.to(self.dtype), output_hidden_states=True, return_dict=True)
-        features = self.model.multi_modal_projector(seen.hidden_states[self.config.vision_feature_layer][:, 1:])
-        level = features.unflatten(1, (self.side, self.side))
-        levels = [level]
-        for halve_width in self.halves_width:
-            level = level.unflatten(2, (-1, 2)).mean(3) if halve_width else level.unflatten(1, (-1, 2)).mean(2)
-            levels.append(level)
-        split = [level.split(counts) for level in levels]
-        return [dict(zip(self.grids, image, strict=True)) for image in zip(*split, strict=True)]
+        patches = seen.hidden_states[self.config.vision_feature_layer]
+        if self.config.vision_feature_select_strategy == "default":
+            patches = patches[:, 1:]
+        level = self.model.multi_modal_projector(patches).unflatten(1, (self.side, self.side)).permute(0, 3, 1, 2)
+        patches, levels = level, {}
+        for name, grid in reversed(self.grids.items()):
+            if self.given:
+                level = F.adaptive_avg_pool2d(patches, grid)
+            elif grid != level.shape[2:]:
+                pair = [-(-fine // coarse) for fine, coarse in zip(level.shape[2:], grid, strict=True)]
+                level = F.avg_pool2d(level, pair, ceil_mode=True)
+            levels[name] = level.permute(0, 2, 3, 1).split(counts)
+        return [{name: split[image] for name, split in levels.items()} for image in range(len(sizes))]
 
-    def level(self, levels: dict[int, Tensor], granularity: int) -> Tensor:
+    def level(self, levels: dict[Name, Tensor], granularity: Name) -> Tensor:
         """The level of a pyramid at a granularity; raises ValueError, with the known ones, where it has none."""
         if granularity not in levels:
             raise ValueError(f"granularity={granularity!r} is not one of this model's: {self.granularities}")
         return levels[granularity]
 
-    def lay_out(self, tiles: Tensor, size: Size) -> Tensor:
+    def lay_out(self, tiles: Tensor, size: Size | None) -> Tensor:
         """Tiles (T, rows, columns, D) of an image -> its visual tokens (N, D).
 
-        The overview comes first, row-major, then the mosaic of the other tiles, cropped to the image, with a newline
-        after each row.
+        The overview comes first, row-major, then the mosaic of the other tiles, cropped to the image and reduced where
+        it has too many cells, with a newline after each row. One of several images is its overview and a newline.
         """
-        down, across = self.tile_grid(size)
-        mosaic = tiles[1:].unflatten(0, (down, across)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
-        top, bottom, left, right = self.kept_cells(size, *mosaic.shape[:2])
+        newline = self.model.image_newline.to(tiles.dtype)
+        if size is None:
+            return torch.cat([tiles[0].flatten(0, 1), newline[None]])
+        mosaic = tiles[1:].unflatten(0, self.tile_grid(size)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
+        top, bottom, left, right = self.kept_cells(size, tiles.shape[1:3])
         mosaic = mosaic[top:bottom, left:right]
-        newline = self.model.image_newline.to(tiles.dtype).expand(len(mosaic), 1, -1)
-        return torch.cat([tiles[0].flatten(0, 1), torch.cat([mosaic, newline], 1).flatten(0, 1)])
+        small = self.reduced(*mosaic.shape[:2], math.prod(tiles.shape[1:3]))
+        if small != mosaic.shape[:2]:
+            mosaic = F.interpolate(mosaic.permute(2, 0, 1)[None], small, mode="bilinear")[0].permute(1, 2, 0)
+        newlines = newline.expand(len(mosaic), 1, -1)
+        return torch.cat([tiles[0].flatten(0, 1), torch.cat([mosaic, newlines], 1).flatten(0, 1)])
 
-    def kept_cells(self, size: Size, rows: int, columns: int) -> Size | tuple[int, int, int, int]:
-        """Cells of a mosaic of rows x columns that un-padding keeps: (top, bottom, left, right), half open.
+    def reduced(self, rows: int, columns: int, tile: int) -> Size:
+        """Rows and columns of a mosaic's visual tokens: fewer where it has cells for more than `most_tiles` tiles."""
+        factor = math.sqrt(rows * columns / (self.most_tiles * tile)) if self.most_tiles else 0
+        return (rows, columns) if factor <= 1.1 else (max(1, int(rows // factor)), max(1, int(columns // factor)))
 
-        `exact` keeps every cell that holds a pixel of the image. `released` uses the aspect ratio in cells, which
-        crops the image where a cell is not square; weights that were trained with it need it.
+    def kept_cells(self, size: Size, grid: Size) -> tuple[int, int, int, int]:
+        """Cells of a mosaic that un-padding keeps: (top, bottom, left, right), half open; grid: cells of a tile.
+
+        `exact` keeps every cell that holds a pixel of the image, `library` every cell that holds a patch which the
+        library keeps. `released` uses the aspect ratio in cells, which crops the image where a cell is not square;
+        weights that were trained with it need it.
         """
-        height, width = size
+        tiles = self.tile_grid(size)
         if self.unpad == "released":
-            if width / height > columns / rows:
-                cut = (rows - int(height * (columns / width))) // 2
-                return cut, rows - cut, 0, columns
-            cut = (columns - int(width * (rows / height))) // 2
-            return 0, rows, cut, columns - cut
-        high, wide = (n * self.config.vision_config.image_size for n in self.tile_grid(size))
-        shrunk_by_width = wide / width < high / height
-        new_height = min(math.ceil(height * (wide / width)), high) if shrunk_by_width else high
-        new_width = wide if shrunk_by_width else min(math.ceil(width * (high / height)), wide)
+            return self.cropped(size, tiles[0] * grid[0], tiles[1] * grid[1], int)
+        if self.unpad == "library":
+            patches = self.cropped(size, tiles[0] * self.side, tiles[1] * self.side, lambda n: int(round(n, 7)))
+        else:
+            patches = self.shown(size)
         kept = []
-        for whole, part, cells in ((high, new_height, rows), (wide, new_width, columns)):
-            before, cell = (whole - part) // 2, whole // cells
-            kept += [before // cell, -(-(before + part) // cell)]
+        for axis in range(2):
+            first, last = patches[2 * axis : 2 * axis + 2]
+            windows = [
+                (tile * self.side + start, tile * self.side + end)
+                for tile in range(tiles[axis])
+                for start, end in self.windows(grid[axis])
+            ]
+            cells = [i for i, (start, end) in enumerate(windows) if first < last and start < last and end > first]
+            kept += [cells[0], cells[-1] + 1] if cells else [0, 0]
         return tuple(kept)
+
+    def windows(self, cells: int) -> list[Size]:
+        """The patches that each of `cells` cells along a side of a tile averages: (first, last + 1)."""
+        side = self.side
+        if self.given:
+            return [(i * side // cells, -(-(i + 1) * side // cells)) for i in range(cells)]
+        width = next(2**n for n in range(side) if -(-side // 2**n) == cells)
+        return [(i * width, min((i + 1) * width, side)) for i in range(cells)]
+
+    def cropped(self, size: Size, rows: int, columns: int, whole: Callable) -> tuple[int, int, int, int]:
+        """What the image's aspect ratio leaves of a mosaic, the same cut on both sides; whole: rounds to an int."""
+        height, width = size
+        if width / height > columns / rows:
+            cut = (rows - whole(height * (columns / width))) // 2
+            return cut, rows - cut, 0, columns
+        cut = (columns - whole(width * (rows / height))) // 2
+        return 0, rows, cut, columns - cut
+
+    def shown(self, size: Size) -> tuple[int, int, int, int]:
+        """The patches of a mosaic that show a pixel of the image; a tile's last pixels may belong to no patch."""
+        (height, width), vision = size, self.config.vision_config
+        side, patch = vision.image_size, vision.patch_size
+        high, wide = (n * side for n in self.tile_grid(size))
+        by_width = wide / width < high / height
+        new_height = min(math.ceil(height * (wide / width)), high) if by_width else high
+        new_width = wide if by_width else min(math.ceil(width * (high / height)), wide)
+        found = []
+        for whole, part in ((high, new_height), (wide, new_width)):
+            tile, at = divmod((whole - part) // 2, side)
+            found.append(tile * self.side + min(at // patch, self.side))
+            tile, at = divmod((whole - part) // 2 + part, side)
+            found.append(tile * self.side + min(-(-at // patch), self.side))
+        return tuple(found)
 
     def places(self, rows: Sequence[Tensor], sizes: Sequence[Size]) -> list[list[tuple[int, int, int]]]:
         """Positions of the images of each row: (first, last + 1, image), images numbered across the batch.
@@ -365,13 +451,26 @@ class AvgLlavaForConditionalGeneration(LlavaNextForConditionalGeneration):
             )
         return found
 
-    def processor_count(self, size: Size) -> int:
-        """Number of image tokens that LlavaNextProcessor writes for an image, with the library's rounded un-padding."""
+    def processor_count(self, size: Size | None) -> int:
+        """Number of image tokens that the processor writes for an image, with the library's rounded un-padding."""
+        if size is None:
+            return self.side**2 + 1
         down, across = self.tile_grid(size)
         cells = unpad_image(torch.empty(1, down * self.side, across * self.side, device="meta"), size)
-        return self.side**2 + cells.shape[1] * (cells.shape[2] + 1)
+        rows, columns = self.reduced(*cells.shape[1:], self.side**2)
+        return self.side**2 + rows * (columns + 1)
 
-    def tile_grid(self, size: Size) -> tuple[int, int]:
-        """Grid (rows, columns) of the tiles in an image's mosaic."""
+    def tile_grid(self, size: Size | None) -> tuple[int, int]:
+        """Grid (rows, columns) of the tiles in an image's mosaic; none for one of several images."""
+        if size is None:
+            return 0, 0
         tile = self.config.vision_config.image_size
         return get_anyres_image_grid_shape(size, self.config.image_grid_pinpoints, tile)
+
+
+class AvgLlavaForConditionalGeneration(Adaptive, LlavaNextForConditionalGeneration):
+    """`LlavaNextForConditionalGeneration` with a scaler and a router, see `Adaptive`."""
+
+
+class AvgLlavaOnevisionForConditionalGeneration(Adaptive, LlavaOnevisionForConditionalGeneration):
+    """`LlavaOnevisionForConditionalGeneration` with a scaler and a router, see `Adaptive`; without videos."""

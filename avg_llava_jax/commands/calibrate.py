@@ -1,0 +1,74 @@
+"""Fit the thresholds of --escalate=calibrated on held-out questions, with a guarantee.
+
+    avg-llava calibrate --checkpoint=W --data=held_out.json --images=DIR --workdir=OUT --alpha=0.01 --delta=0.05
+
+With confidence 1 - delta, at most a share alpha of questions like these is answered worse with --escalate=calibrated
+than at the finest granularity, whatever their distribution. The thresholds, one for each --begin, are written to
+W/calibration.json. The questions must not have been trained on; of each picture, one counts. Their answers are kept in
+OUT, as those of `avg-llava evaluate`.
+"""
+
+from __future__ import annotations
+
+import pathlib
+
+from absl import flags
+
+from avg_llava_jax.commands import cli, evaluate
+
+ALPHA = flags.DEFINE_float("alpha", 0.01, "The largest share of questions that may be answered worse.", 1e-6, 0.999999)
+DELTA = flags.DEFINE_float("delta", 0.05, "The probability that the share is larger.", 1e-12, 0.999999)
+BEGIN = flags.DEFINE_list("begin", None, "Where answers begin: tokens per tile, auto. Default: the coarsest and auto.")
+flags.adopt_module_key_flags(evaluate)
+
+
+def main() -> None:
+    import numpy as np
+
+    from avg_llava_jax.eval import calibration, escalation
+    from avg_llava_jax.inference.calibration import Calibration
+
+    model = cli.load_model()
+    *coarse, finest = [str(g) for g in model.config.granularities]
+    begins = list(dict.fromkeys(BEGIN.value or [*coarse[:1], "auto"]))
+    for begin in begins:
+        if begin not in (*coarse, "auto"):
+            raise ValueError(f"--begin={begin}: choose {', '.join(coarse)}, auto")
+    _, answered, _ = evaluate.answered(model)
+    seen = [record for record in answered if record["images"]]
+    rows = calibration.one_of_each([tuple(record["images"]) for record in seen], evaluate.SEED.value)
+    records = [seen[row] for row in rows]
+    print(f"{len(answered)} questions, {len(records)} of them independent")
+    delta = DELTA.value / len(begins)  # each threshold takes a part of it, so that all hold together
+    print(f"alpha={ALPHA.value:g}, delta={delta:g} each: {calibration.questions_needed(ALPHA.value, delta)} are needed")
+
+    table = escalation.table(model.config, records)
+    fine = table.right[np.arange(len(records)), table.finest]
+    thresholds = {}
+    for begin in begins:
+        first = [
+            record["adaptive"] if begin == "auto" else {key: record[key][int(begin)] for key in ("right", "certainty")}
+            for record in records
+        ]
+        right, certainty = (np.array([each[key] for each in first], float) for key in ("right", "certainty"))
+        threshold = calibration.fit(certainty, right < fine, ALPHA.value, delta)
+        again = certainty < threshold
+        thresholds[begin] = threshold
+        print(
+            f"{begin:>6}: escalate={threshold:.6f}, {again.mean():.1%} escalate, "
+            f"accuracy {np.where(again, fine, right).mean():.4f}, always {finest} {fine.mean():.4f}"
+        )
+    found = Calibration(
+        step=model.step,
+        quantize=cli.QUANTIZE.value,
+        alpha=ALPHA.value,
+        delta=DELTA.value,
+        questions=len(records),
+        data=evaluate.DATA.value,
+        thresholds=thresholds,
+    )
+    print(found.write(pathlib.Path(cli.CHECKPOINT.value)))
+
+
+def command() -> None:
+    cli.run(main, required=["data", "workdir"])

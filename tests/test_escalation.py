@@ -1,0 +1,141 @@
+"""Escalation in the engine: the answer is the finer read's own, token for token, and nothing is encoded or compiled."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from avg_llava_jax.inference import engine as engine_module
+from avg_llava_jax.inference.api import AvgLlava
+from avg_llava_jax.inference.buckets import VERIFIED
+from avg_llava_jax.inference.engine import Engine
+from avg_llava_jax.inference.requests import Request
+from avg_llava_jax.inference.stress import compilations
+from tests.random_model import random_model
+
+
+@pytest.fixture(scope="module")
+def model(tiny, tokenizer):
+    return AvgLlava(tiny, jax.device_put(random_model(tiny, tokenizer).params, jax.devices()[0]), tokenizer)
+
+
+@pytest.fixture(scope="module")
+def engine(model):
+    engine = Engine(model, slots=4, chunk=32, image_cache_bytes=2**18)
+    engine.warm_up()
+    return engine
+
+
+def run(engine, requests):
+    tickets = [engine.submit(request) for request in requests]
+    while engine.step():
+        pass
+    return [ticket.result(0) for ticket in tickets]
+
+
+def alone(model, request, granularity):
+    """The answer at a granularity, without escalation."""
+    return model.answer_batch([dataclasses.replace(request, granularity=granularity, escalate=0.0)])[0]
+
+
+def test_the_answer_is_that_of_the_finest_granularity(model, engine, photos):
+    """Among others in four slots: by the router, several images, sampled, with stop strings, cut by its limit."""
+    whole = alone(model, Request("Who stands left of 4?", photos[0], max_new_tokens=24), 16).text
+    requests = [
+        Request("Who stands left of 4?", photos[0], granularity=4, escalate=1.0, max_new_tokens=24),
+        Request("Who stands left of 4?", photos[0], granularity=4, escalate=1.0, max_new_tokens=24, stop=[whole[5:7]]),
+        Request("What is the weather?", (), escalate=1.0, max_new_tokens=12),
+        Request("Compare <image> with <image>.", photos[1:3], cost_weight=9.0, escalate=1.0, max_new_tokens=12),
+        Request("Who?", photos[3], granularity=8, escalate=1.0, temperature=1.3, seed=4, max_new_tokens=16),
+        Request("What is the team's colour?", photos[1], granularity=4, escalate=1.0, max_new_tokens=1),
+        Request("Tell me more of it, " * 5, photos[0], granularity=4, max_new_tokens=40),
+        Request("Who stands left of 5?", photos[2], granularity=4, escalate=1.0, max_new_tokens=200),
+    ]
+    before = engine.stats()
+    with compilations() as compiled:
+        together = run(engine, requests)
+        assert compiled() == 0
+    for request, answer in zip(requests, together, strict=True):
+        finest = alone(model, request, 16 if request.escalate else 4)
+        assert (answer.token_ids, answer.text, answer.finish) == (finest.token_ids, finest.text, finest.finish)
+        assert answer.granularity == finest.granularity
+        assert answer.certainty == pytest.approx(finest.certainty, abs=1e-4)
+        assert answer.visual_tokens == sum(read.visual_tokens for read in answer.reads)
+        escalated = bool(request.images) and request.escalate > 0
+        assert len(answer.reads) == 1 + escalated and answer.reads[-1].visual_tokens == finest.visual_tokens
+    after = engine.stats()
+    assert after.escalated - before.escalated == 6
+    assert after.image_misses - before.image_misses == 4, "each picture is encoded once"
+    assert after.finished - before.finished == len(requests) == after.admitted - before.admitted
+
+
+@pytest.mark.parametrize("agreed", [0, 1, 2, VERIFIED - 1, VERIFIED, VERIFIED + 5, 200])
+def test_a_draft_is_kept_as_far_as_it_agrees(model, engine, photos, monkeypatch, agreed):
+    """Drafts that agree in their first tokens, in a short and in a chunked prompt; the slot serves a next question."""
+    prompts = ("Who stands left of 4?", "You are a careful referee. " * 4 + "Who stands left of 4?")
+    requests = [Request(p, photos[0], granularity=4, escalate=1.0, max_new_tokens=64) for p in prompts]
+    finest = [alone(model, request, 16) for request in requests]
+    drafts = {request.prompt: [*answer.token_ids] for request, answer in zip(requests, finest, strict=True)}
+    escalate = engine_module.escalate
+
+    def drafted(config, job, pages, ended):
+        right = drafts[job.prepared.request.prompt]
+        wrong = [(token + 1) % 600 for token in right[agreed : agreed + 1]]
+        job.tokens = right[:agreed] + wrong + [7, 8, 9]
+        escalate(config, job, pages, False)
+
+    with monkeypatch.context() as patch, compilations() as compiled:
+        patch.setattr(engine_module, "escalate", drafted)
+        before = engine.stats()
+        found = run(engine, requests)
+        assert compiled() == 0
+    assert [answer.token_ids for answer in found] == [answer.token_ids for answer in finest]
+    kept = [min(agreed, len(answer.token_ids) - 1) for answer in finest]
+    assert engine.stats().verified_tokens - before.verified_tokens == sum(kept)
+    turns = [{"from": "human", "value": prompts[0]}, {"from": "gpt", "value": found[0].text}]
+    follow = Request([*turns, {"from": "human", "value": "Sure?"}], photos[0], granularity=16, max_new_tokens=8)
+    assert run(engine, [follow])[0].token_ids == alone(model, follow, 16).token_ids
+
+
+def test_only_an_uncertain_answer_escalates_at_its_first_uncertain_token(model, engine, photos):
+    """Of some questions, one whose first token is not its least certain one."""
+    asked = [Request(f"Who wears {number}?", photos[0], granularity=4, max_new_tokens=24) for number in range(6)]
+    ones = run(engine, [dataclasses.replace(request, max_new_tokens=1) for request in asked])
+    found = zip(asked, ones, run(engine, asked), strict=True)
+    request, one, coarse = next(each for each in found if each[1].certainty > 1.01 * each[2].certainty)
+    trusted = dataclasses.replace(request, escalate=coarse.certainty * 0.999)
+    doubted = dataclasses.replace(request, escalate=min(1.0, coarse.certainty * 1.001))
+    kept, dropped = run(engine, [trusted, doubted])
+    assert kept.token_ids == coarse.token_ids and kept.granularity == 4 and len(kept.reads) == 1
+    assert dropped.granularity == 16 and [read.granularity for read in dropped.reads] == [4, 16]
+    assert dropped.reads[0].certainty == pytest.approx(coarse.certainty, rel=1e-4)
+    first = run(engine, [dataclasses.replace(request, escalate=1.0)])[0].reads[0].certainty
+    assert first == pytest.approx(one.certainty, rel=1e-4)
+
+
+def test_certainty_is_the_lowest_probability(model, photos):
+    prepared = model.prepare(Request("Who?", photos[0], granularity=8, max_new_tokens=1))
+    (logits,) = model.first_logits([prepared])
+    (answer,) = model.answer_prepared([prepared])
+    assert answer.certainty == pytest.approx(float(np.exp(logits.max() - np.logaddexp.reduce(logits))), abs=1e-5)
+
+
+def test_a_stream_shows_the_last_read_alone(model, photos):
+    options = {"granularity": 4, "max_new_tokens": 24}
+    for escalate, granularity in ((1.0, 16), (1e-9, 4)):
+        stream = model.stream(photos[0], "Who stands left of 4?", escalate=escalate, **options)
+        pieces = list(stream)
+        finest = model.answer(photos[0], "Who stands left of 4?", **options | {"granularity": granularity})
+        assert "".join(pieces) == finest.text == stream.answer.text
+        assert len(pieces) > 1 or granularity == 4, "a read that may be dropped is shown once it is certain"
+
+
+def test_both_reads_are_within_the_budget(model, photos):
+    request = Request("Who?", photos[0], granularity=4, escalate=1.0, max_new_tokens=4)
+    reads = {g: alone(model, request, g).visual_tokens for g in model.config.granularities}
+    for budget, granularity in ((reads[4] + reads[16], 16), (reads[4] + reads[16] - 1, 8), (reads[4], 4)):
+        answer = model.answer_batch([dataclasses.replace(request, max_visual_tokens=budget)])[0]
+        assert answer.granularity == granularity and answer.visual_tokens <= budget
+    with pytest.raises(ValueError, match=r"escalate=1.5 must be 0 \(off\), a probability or calibrated"):
+        Request("Who?", escalate=1.5)
