@@ -6,10 +6,18 @@
 
 A training workdir is such a folder; a published one holds only `params` and `checksums`. Readers use the
 newest step. `load` also reads PyTorch folders, see `foreign`.
+
+A run of adapters, or of a router on int8 weights, does not store the frozen weights again (`adapters.divide`). Its
+config.json refers to the folder that holds them:
+
+    "base": {"path": ..., "vision_tower": ... | null, "digest": ...}
+
+A relative path counts from the folder of config.json. The digest covers the base's encoder and language model.
 """
 
 import dataclasses
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -24,9 +32,9 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from avg_llava_jax import parameters, stored
+from avg_llava_jax import adapters, parameters, stored
 from avg_llava_jax.config import ModelConfig, from_dict, to_dict
-from avg_llava_jax.convert import foreign
+from avg_llava_jax.convert import foreign, peft
 from avg_llava_jax.data.tokenizer import load_tokenizer
 from avg_llava_jax.files import refuse_buckets, write_whole
 from avg_llava_jax.parallel import hosts, sharding
@@ -44,7 +52,8 @@ Folder = str | os.PathLike[str]
 class Loaded(NamedTuple):
     """A model as `load` returns it.
 
-    meta: `step` (int), `training` (the config it was trained with, or None), `granularities_trained` (list or None).
+    meta: `step` (int), `training` (the config it was trained with, or None), `granularities_trained` (list or None),
+        and `base` of a folder that refers to one.
     """
 
     config: ModelConfig
@@ -70,8 +79,9 @@ def save_config(
     config: ModelConfig,
     training: dict[str, Any] | None = None,
     granularities_trained: list[int] | None = None,
+    base: dict[str, Any] | None = None,
 ) -> None:
-    """Write config.json atomically; creates the folder.
+    """Write config.json atomically; creates the folder. base: as `refer` returns it.
 
     Raises:
       ValueError: the folder already holds a model of another config; names the first field that differs.
@@ -88,7 +98,7 @@ def save_config(
         "model": to_dict(config),
         "training": training,
         "granularities_trained": granularities_trained,
-    }
+    } | ({"base": base} if base else {})
     write_whole(path, json.dumps(values, indent=2) + "\n")
 
 
@@ -147,7 +157,7 @@ def load(
 ) -> Loaded:
     """Load a model from a checkpoint folder (its newest readable step) or from a PyTorch folder.
 
-    Every device reads only its own shards.
+    Every device reads only its own shards. A folder that refers to a base gives the whole model, adapters included.
 
     Args:
       path: the folder.
@@ -163,6 +173,8 @@ def load(
     folder = pathlib.Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(f"checkpoint folder {folder} does not exist")
+    if peft.is_adapter(folder):
+        return load_adapter(folder, peft.base_of(folder), vision_tower, mesh, dtype)
     if foreign.is_foreign(folder):
         config, params, trained = foreign.load(folder, vision_tower, mesh, dtype, seed)
         meta = {"step": 0, "training": None, "granularities_trained": trained}
@@ -174,16 +186,106 @@ def load(
     available = steps(folder)
     if not available:
         raise FileNotFoundError(f"{folder} has no complete step under {STEPS}/")
+    base = load_base(folder, mesh, dtype) if values.get("base") else None
+    wanted = parameters.abstract(config)
+    if base is not None:
+        wanted, frozen = adapters.divide(wanted)
+        stored.require(f"{values['base']['path']}, base of {folder}", parameters.flat(base), parameters.flat(frozen))
     for step in reversed(available):
         place = _step(folder, step)
         shapes, sums = stored.shapes(place / "params"), _checksums(place)
         if hosts.agree(shapes is not None and sums is not None):
-            stored.require(f"{folder}, step {step}", shapes, parameters.flat(parameters.abstract(config)))
+            where = f"{folder}, step {step}"
+            found = {path: leaf for path, leaf in shapes.items() if adapters.is_leaf(path)} if base else {}
+            adapters.require(where, found, config)
+            stored.require(where, shapes, parameters.flat(wanted) | found)
             params = stored.read(place / "params", _targets(shapes, mesh, dtype), sums.get("params", {}))
             if params is not None:
+                params = parameters.merge(params, base or {})
                 return Loaded(config, params, folder / TOKENIZER, {"step": step, **values})
         logger.warning("checkpoint %s is damaged; trying the step before it", _step(folder, step))
     raise ValueError(f"{folder}: none of the steps {available} is readable")
+
+
+def load_adapter(
+    folder: Folder,
+    base: Folder,
+    vision_tower: Folder | None = None,
+    mesh: Mesh | None = None,
+    dtype: parameters.Dtype = None,
+) -> Loaded:
+    """Load a base with the adapter of a peft folder on it; the other arguments are those of `load` for the base.
+
+    Raises:
+      FileNotFoundError, ValueError: as `load`, or the adapter is damaged or belongs to another base.
+    """
+    loaded = load(base, vision_tower, mesh, dtype)
+    reference = loaded.meta.get("base") or refer(base, vision_tower)
+    params = peft.load(folder, loaded.config, loaded.params)
+    return loaded._replace(params=params, meta=loaded.meta | {"step": 0, "training": None, "base": reference})
+
+
+def refer(folder: Folder, vision_tower: Folder | None = None) -> dict[str, Any]:
+    """The reference to a base for config.json; arguments as `load`.
+
+    Raises:
+      ValueError: the folder refers to a base itself.
+    """
+    towers = vision_tower and str(pathlib.Path(vision_tower).resolve())
+    return {"path": str(pathlib.Path(folder).resolve()), "vision_tower": towers, "digest": digest(folder, vision_tower)}
+
+
+def digest(folder: Folder, vision_tower: Folder | None = None) -> str:
+    """A digest of the encoder and the language model as a folder stores them: names, dtypes and every byte.
+
+    Of a checkpoint it is that of the stored checksums, of a PyTorch folder that of its tensors. Arguments as `load`.
+
+    Raises:
+      ValueError: a checkpoint refers to a base itself, or was saved without checksums.
+    """
+    folder = pathlib.Path(folder)
+    if foreign.is_foreign(folder):
+        return foreign.digest(folder, vision_tower)
+    if read_config(folder)[1].get("base"):
+        raise ValueError(f"{folder} refers to a base itself: fold its adapters in with avg-llava merge")
+    available = steps(folder)
+    if not available:
+        raise FileNotFoundError(f"{folder} has no complete step under {STEPS}/")
+    sums = (_checksums(_step(folder, available[-1])) or {}).get("params", {})
+    held = {name: value for name, value in sums.items() if name.split("/")[0] in parameters.ADAPTERS}
+    if not held:
+        raise ValueError(f"{folder} was saved without checksums: avg-llava publish makes a copy with them")
+    return hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def load_base(folder: Folder, mesh: Mesh | None = None, dtype: parameters.Dtype = None) -> parameters.Params:
+    """Load the base that a checkpoint folder refers to: encoder and language model, see `load`.
+
+    Raises:
+      FileNotFoundError, ValueError: the base is gone, or is not the one that the folder was trained on.
+    """
+    folder = pathlib.Path(folder)
+    reference = read_config(folder)[1]["base"]
+    path, towers = (each and folder / each for each in (reference["path"], reference.get("vision_tower")))
+    if not path.is_dir():
+        raise FileNotFoundError(
+            f"{folder / CONFIG} refers to its base {path}, which does not exist: put it there, or change base.path"
+        )
+    if digest(path, towers) != reference["digest"]:
+        raise ValueError(
+            f"{path} is not the base that {folder} was trained on: its weights are others; give base.path in "
+            f"{folder / CONFIG} the right folder"
+        )
+    return adapters.divide(load(path, towers, mesh, dtype).params)[1]
+
+
+def stored_adapters(folder: Folder) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of the adapters in the newest readable step of a checkpoint folder, by path."""
+    for step in reversed(steps(folder)):
+        shapes = stored.shapes(_step(pathlib.Path(folder), step) / "params")
+        if shapes is not None:
+            return {path: leaf for path, leaf in shapes.items() if adapters.is_leaf(path)}
+    return {}
 
 
 def _step(folder: pathlib.Path, step: int) -> pathlib.Path:
@@ -276,7 +378,8 @@ class Manager:
     def save(self, step: int, params: parameters.Params, optimizer: Any = None, data: Stateful | None = None) -> None:
         """Start saving a step; the arrays are copied before this returns and may then be donated.
 
-        `params` include the frozen ones. Raises the error of an earlier save that failed.
+        `params` include the frozen ones, except those of a base that config.json refers to. Raises the error of an
+        earlier save that failed.
         """
         if step == self._last or step in steps(self.folder):
             return

@@ -23,6 +23,9 @@ Params = dict[str, Any]
 COMPONENTS = ("encoder", "connector", "router", "language")
 """The learning-rate groups; `connector` includes the image newline."""
 
+ADAPTERS = {"encoder": "encoder_lora", "language": "language_lora"}
+"""The components of low-rank adapters, by the component they stand on, see `adapters`."""
+
 TRAINED_IN = {
     "grounding": ("encoder", "connector", "language"),
     "connector": ("connector",),
@@ -42,9 +45,10 @@ class Row:
 
     path: its place in the tree, "language/layers/q/kernel".
     axes: the logical name of each of its axes, see `placement.MESH_AXES`.
-    component: one of `COMPONENTS`.
-    torch: its name in a released checkpoint; `{n}` is the layer, one tensor per index of the first axis. Scales of
-        quantized weights (`convert.quantize`) have none: "".
+    component: one of `COMPONENTS` or of `ADAPTERS`.
+    torch: its name in a released checkpoint; `{n}` is the layer, one tensor per index of the first axis. An adapter's
+        name is peft's without the prefix `base_model.model.`. Scales of quantized weights (`convert.quantize`) and of
+        adapters have none: "".
     form: the layout of the PyTorch tensor (of one layer):
         `same`         the layout of this parameter
         `transposed`   a linear weight, (out, in)
@@ -63,6 +67,11 @@ class Row:
     def layered(self) -> bool:
         """Whether the first axis runs over layers."""
         return self.axes[0] == "layers"
+
+    @property
+    def constant(self) -> bool:
+        """Whether it is the scale of an adapter, fp32, which no phase trains."""
+        return self.path.endswith("/lora_scale")
 
     @property
     def spec(self) -> PartitionSpec:
@@ -148,6 +157,18 @@ def _scales(row: Row) -> Row:
     return Row(row.path + "_scale", axes, row.component, "", "same")
 
 
+def _adapter(row: Row) -> tuple[Row, ...]:
+    """The rows of an adapter on a kernel (into, out): A (into, r), B (r, out) and a scale; s (x @ A) @ B is added."""
+    layers, into, out = row.axes
+    node, component = row.path.removesuffix("kernel"), ADAPTERS[row.component]
+    torch = row.torch.removesuffix("weight")
+    return (
+        Row(node + "lora_a", (layers, into, None), component, torch + "lora_A.weight", "transposed"),
+        Row(node + "lora_b", (layers, None, out), component, torch + "lora_B.weight", "transposed"),
+        Row(node + "lora_scale", (layers,), component, "", "same"),
+    )
+
+
 def _table() -> dict[str, Row]:
     rows: list[Row] = [
         Row("encoder/patch_embed/kernel", (None, "width"), "encoder", f"{EMBED}.patch_embedding.weight", "patches"),
@@ -194,6 +215,8 @@ def _table() -> dict[str, Row]:
         *_linear("language/unembed", "lm_head", "width", "vocab"),
     ]  # fmt: skip
     rows += [_scales(row) for row in rows if re.fullmatch("language/(.*/kernel|embed)", row.path)]
+    linears = [row for row in rows if re.fullmatch("(encoder|language)/layers/.*/kernel", row.path)]
+    rows += [each for row in linears for each in _adapter(row)]
     table = {row.path: row for row in rows}
     if len(table) != len(rows):
         raise AssertionError("two rows of the parameter table have the same path")
@@ -209,7 +232,8 @@ Dtype = Any
 
 def dtype_of(path: str, wanted: Dtype, stored: Any) -> Any:
     """The dtype of one parameter; dtype_of("router/voter", {"router": float32, ...}, float16) is float32."""
-    return (wanted[TABLE[path].component] if isinstance(wanted, Mapping) else wanted) or stored
+    row = TABLE[path]
+    return stored if row.constant else (wanted[row.component] if isinstance(wanted, Mapping) else wanted) or stored
 
 
 @functools.cache  # tracing a 7B takes a second; the tree is shared, so callers must not change it
@@ -270,13 +294,14 @@ def torch_parts(params: Params) -> dict[str, list[Part]]:
     """The parameters of each PyTorch tensor, by its name; three where query, key and value are stacked.
 
     Raises:
-      ValueError: the parameters are quantized.
+      ValueError: the parameters are quantized, or have adapters.
     """
     parts: dict[str, list[Part]] = {}
     leaves = flat(params)
     for path, row in describe(params).items():
         if not row.torch:
-            raise ValueError(f"parameter {path!r} belongs to quantized weights: use the weights they were made from")
+            of = "an adapter: fold it in first" if row.constant else "quantized weights: use those they were made from"
+            raise ValueError(f"parameter {path!r} belongs to {of}")
         for layer in range(leaves[path].shape[0]) if row.layered else (None,):
             parts.setdefault(row.torch.format(n=layer), []).append(Part(row, layer))
     return {name: sorted(group, key=lambda part: part.row.form) for name, group in parts.items()}
@@ -300,11 +325,13 @@ def split(params: Params, trainable: Collection[str]) -> tuple[Params, Params]:
     """Split parameters into those of the `trainable` components and the others, two disjoint trees.
 
     split({"connector": c, "router": r, ...}, ["router"]) -> {"router": r}, {"connector": c, ...}
+
+    The constants of a trainable component are among the others.
     """
-    unknown = sorted(set(trainable) - set(COMPONENTS))
+    unknown = sorted(set(trainable) - {*COMPONENTS, *ADAPTERS.values()})
     if unknown:
         raise ValueError(f"unknown component {unknown[0]!r}; the components are {', '.join(COMPONENTS)}")
-    learns = {path: row.component in trainable for path, row in describe(params).items()}
+    learns = {path: row.component in trainable and not row.constant for path, row in describe(params).items()}
     leaves = flat(params)
     return (
         unflat({path: leaf for path, leaf in leaves.items() if learns[path]}),

@@ -2,7 +2,7 @@
 
     config, files, extras, placement
     data      models              data without JAX, models without NumPy and Pillow
-    parameters
+    parameters, adapters
     parallel
     checkpoint, stored, reuse, convert
     training  inference
@@ -32,7 +32,7 @@ ROOT = "avg_llava_jax"
 LAYERS = (
     ({"config", "files", "extras", "placement"},),
     ({"data"}, {"models"}),
-    ({"parameters"},),
+    ({"parameters", "adapters"},),
     ({"parallel"},),
     ({"checkpoint", "stored", "reuse", "convert"},),
     ({"training"}, {"inference"}),

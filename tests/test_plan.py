@@ -13,6 +13,7 @@ from jax.experimental.pallas import tpu as pallas
 from jax.sharding import NamedSharding, PartitionSpec
 
 from avg_llava_jax.commands import planning
+from avg_llava_jax.configs import avg_llava_7b, avg_llava_7b_router, jersey
 from avg_llava_jax.parallel import chips, sharding
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -104,6 +105,29 @@ def test_what_is_kept_alone_does_not_fit():
     assert code == 0, error
     assert out.startswith("train step on h100:4x2, 8 devices\n") and "trying" not in out
     assert out.rstrip().endswith("take a larger topology")
+
+
+def test_adapters_and_int8_are_tried_last():
+    def flags(module, **values):
+        config = module.get_config()
+        config.update_from_flattened_dict(values)
+        return [flag.replace("--config.", "") for flag, _ in planning.frozen_knobs(config, 1)]
+
+    low = "optimizer.lora.rank=64 compute_dtype=bfloat16 remat=full"
+    whole = [low, f"{low} quantize=int8", f"{low} quantize=int8 optimizer.accumulate=128"]
+    assert flags(avg_llava_7b) == whole
+    assert flags(avg_llava_7b_router, batch_size=1) == ["quantize=int8"]
+    assert flags(avg_llava_7b_router, quantize="int8") == []
+
+
+def test_less_is_held_with_adapters_on_int8():
+    config, target = jersey.get_config("tiny"), chips.Target("here", jax.devices()[:1], memory=None)
+    config.phase = "multi_granularity"
+    tried = [config, *(other for _, other in planning.frozen_knobs(config, 1))]
+    for other in tried[1:]:
+        other.optimizer.lora.rank = 2  # of a model this small
+    held = [planning.lasting(other, target) for other in tried]
+    assert held[0] > held[1] > held[2] == held[3]  # more micro-batches change activations alone
 
 
 def test_what_fits_is_computed():

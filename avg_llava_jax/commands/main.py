@@ -19,6 +19,7 @@ COMMANDS = {
     "serve": "serve",
     "train": "train",
     "feedback": "feedback",
+    "merge": "merge",
     "publish": "publish",
     "plan": "plan",
     "evaluate": "evaluate",

@@ -122,6 +122,14 @@ def train_step(config: ml_collections.ConfigDict, target: Target, shape: Shape) 
     return plan(training(config, model_of(config), target, shape), target)
 
 
+def lasting(config: ml_collections.ConfigDict, target: Target) -> int:
+    """Bytes per device that persist between training steps, parameters and optimizer, from shapes alone."""
+    settings = training_config.read(config)
+    mesh = sharding.make_mesh(dataclasses.asdict(settings.mesh), target.devices)
+    step = Step(settings, model_of(config), mesh)
+    return size((step.params, step.state))
+
+
 def training(config: ml_collections.ConfigDict, model: ModelConfig, target: Target, shape: Shape) -> Program:
     """The training step of a model on batches of one shape."""
     config = training_config.read(config)
@@ -297,15 +305,37 @@ def size(tree: Any) -> int:
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
-def knobs(config: ml_collections.ConfigDict, devices: int) -> Iterator[tuple[str, ml_collections.ConfigDict]]:
-    """Settings with which the same step needs less memory, the cheapest first: flags, and the config with them."""
+Knob = tuple[str, ml_collections.ConfigDict]
+"""Flags, and the config with them."""
 
-    def turned(flags: dict[str, Any]) -> tuple[str, ml_collections.ConfigDict]:
-        other = config.copy_and_resolve_references()
-        other.update_from_flattened_dict(flags)
-        return " ".join(f"--config.{key}={value}" for key, value in flags.items()), other
+RANK = 64
+"""The rank of the adapters that a plan tries where full tuning does not fit."""
 
-    sizes = config.mesh
+
+def _turned(config: ml_collections.ConfigDict, flags: dict[str, Any]) -> Knob:
+    other = config.copy_and_resolve_references()
+    other.update_from_flattened_dict(flags)
+    return " ".join(f"--config.{key}={value}" for key, value in flags.items()), other
+
+
+def frozen_knobs(config: ml_collections.ConfigDict, devices: int) -> Iterator[Knob]:
+    """Settings that train less than `config` does, or hold what is frozen as int8: adapters, an int8 base, or both."""
+    whole = config.phase == "multi_granularity" and not config.optimizer.lora.rank
+    flags = {"optimizer.lora.rank": RANK, "compute_dtype": "bfloat16", "remat": "full"} if whole else {}
+    if whole:
+        yield _turned(config, flags)
+    if config.phase != "grounding" and not config.quantize:
+        flags["quantize"] = "int8"
+        yield _turned(config, flags)
+    copies = devices // abs(config.mesh.tensor)
+    accumulate = config.batch_size // copies
+    if flags and config.batch_size % copies == 0 and accumulate > config.optimizer.accumulate:
+        yield _turned(config, flags | {"optimizer.accumulate": accumulate})
+
+
+def knobs(config: ml_collections.ConfigDict, devices: int) -> Iterator[Knob]:
+    """Settings with which the same step needs less memory, the cheapest first."""
+    turned, sizes = functools.partial(_turned, config), config.mesh
     if config.phase != "rglf" and config.remat != "full":  # RGLF has no backward pass through the model
         yield turned({"remat": "full"})
     least = {"remat": "full"} if config.phase != "rglf" and config.remat != "full" else {}

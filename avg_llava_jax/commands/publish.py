@@ -2,8 +2,9 @@
 
     avg-llava publish --checkpoint=WORKDIR --output=FOLDER
 
-FOLDER gets config, tokenizer and the newest parameters. Absolute paths among the training settings are reduced to their
-last component, since they mean nothing on another machine.
+FOLDER gets config, tokenizer and the newest parameters; with adapters, it expects the folder of their base beside it.
+Absolute paths among the training settings are reduced to their last component, since they mean nothing on another
+machine.
 """
 
 import pathlib
@@ -23,6 +24,9 @@ def main() -> None:
     source, output = pathlib.Path(cli.CHECKPOINT.value), pathlib.Path(OUTPUT.value)
     loaded = checkpoint.load(source)
     meta = loaded.meta | {"training": portable(loaded.meta["training"])}
+    if base := meta.get("base"):
+        beside = {key: f"../{pathlib.Path(base[key]).name}" for key in ("path", "vision_tower") if base[key]}
+        meta["base"] = base | beside
     with whole(output, replace=True) as folder:
         convert.write_checkpoint(loaded._replace(meta=meta), folder)
         foreign.keep_unused(source, folder)

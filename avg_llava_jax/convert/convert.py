@@ -12,13 +12,14 @@ import shutil
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from avg_llava_jax import checkpoint, parameters
+from avg_llava_jax import adapters, checkpoint, parameters
 from avg_llava_jax.config import ModelConfig
-from avg_llava_jax.convert import foreign, layouts, llava_next, model_card, tensors, towers
+from avg_llava_jax.convert import foreign, layouts, llava_next, model_card, peft, tensors, towers
 from avg_llava_jax.data.conversation import stop_ids
 from avg_llava_jax.data.tokenizer import Tokenizer, load_tokenizer
 from avg_llava_jax.files import whole, write_json
@@ -103,14 +104,76 @@ def _check_known(source: pathlib.Path) -> None:
 
 
 def write_checkpoint(loaded: checkpoint.Loaded, folder: pathlib.Path) -> None:
-    """Write a model as a checkpoint folder without training state: config, tokenizer and parameters."""
-    checkpoint.save_config(folder, loaded.config, loaded.meta["training"], loaded.meta["granularities_trained"])
+    """Write a model as a checkpoint folder without training state: config, tokenizer and parameters.
+
+    A model with a `base` in its meta refers to it and stores the rest.
+    """
+    base, trained = loaded.meta.get("base"), loaded.meta["granularities_trained"]
+    params = adapters.divide(loaded.params)[0] if base else loaded.params
+    checkpoint.save_config(folder, loaded.config, loaded.meta["training"], trained, base)
     checkpoint.copy_tokenizer(loaded.tokenizer_folder, folder)
-    largest = max(leaf.nbytes for leaf in parameters.flat(loaded.params).values())
+    largest = max(leaf.nbytes for leaf in parameters.flat(params).values())
     with checkpoint.Manager(folder, at_once=1 + largest // 10**9) as manager:
-        manager.save(loaded.meta["step"], loaded.params)
+        manager.save(loaded.meta["step"], params)
         manager.wait()
     (folder / checkpoint.LOCK).unlink()
+
+
+def merge(source: Folder, output: Folder, dtype: Any = None) -> None:
+    """Fold the adapters of a checkpoint or of a peft folder into their base: a checkpoint that needs no base.
+
+    dtype: of the parameters, None = as stored. The sum W + s A B is computed in fp32.
+
+    Raises:
+      ValueError: the source has neither adapters nor a base.
+    """
+    loaded = checkpoint.load(source)
+    if not loaded.meta.get("base"):
+        raise ValueError(f"{source} has no adapters and refers to no base: there is nothing to fold in")
+    meta = {key: value for key, value in loaded.meta.items() if key != "base"}
+    params = adapters.folded(loaded.params)
+    if dtype is not None:
+        params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    with whole(output) as folder:
+        write_checkpoint(loaded._replace(params=params, meta=meta), folder)
+        foreign.keep_unused(source if not peft.is_adapter(source) else loaded.meta["base"]["path"], folder)
+
+
+def import_adapter(source: Folder, base: Folder, output: Folder, vision_tower: Folder | None = None) -> ModelConfig:
+    """Import a peft folder, or LLaVA's own adapter, as a checkpoint folder that refers to its base.
+
+    base: a checkpoint or a PyTorch folder. The other arguments, and errors, are those of `import_folder`.
+    """
+    source, vision_tower = local_folder(source), vision_tower and local_folder(vision_tower)
+    if not peft.is_adapter(source):
+        raise ValueError(f"{source} has no {peft.CONFIG}: --base is for the adapters of peft and of LLaVA")
+    with whole(output) as folder:
+        loaded = checkpoint.load_adapter(source, local_folder(base), vision_tower)
+        write_checkpoint(loaded, folder)
+        foreign.keep_unused(local_folder(base), folder, vision_tower)
+    return loaded.config
+
+
+def export_peft(
+    source: Folder,
+    output: Folder,
+    dtype: Any = None,
+    shard_size: int = SHARD_SIZE,
+    router: bool = True,
+    report: Folder | None = None,
+) -> None:
+    """Export a checkpoint's adapters, connector and router as a folder for the peft library, which loads it onto the
+    base in transformers' layout.
+
+    Raises:
+      ValueError: the checkpoint has no adapters, or an argument other than `router` is given, which has no effect.
+    """
+    if dtype is not None or report is not None or shard_size != SHARD_SIZE:
+        raise ValueError("--layout=peft takes no --dtype, --shard_size or --report: adapters are fp32, in one file")
+    loaded = checkpoint.load(source)
+    base = (loaded.meta.get("base") or {}).get("path")
+    with whole(output) as folder:
+        peft.save(folder, loaded.config, loaded.params, base if base and foreign.is_foreign(base) else None, router)
 
 
 def dry_run(source: Folder, vision_tower: Folder | None = None) -> str:
@@ -162,7 +225,7 @@ def export_released(
     origin = _origin(source)
     tower = pathlib.Path(output).absolute() / "vision_tower"
     values = layouts.released_config(config, origin.get("config", {}), router, str(tower))
-    loaded = checkpoint.load(source)
+    loaded = _folded(source)
     tokenizer = load_tokenizer(loaded.tokenizer_folder)
     exported = Exported(config, loaded.params, source / foreign.UNUSED, dtype, router)
     card = model_card.card(loaded, output, "released", router, model_card.read_report(source, report))
@@ -213,7 +276,7 @@ def export_transformers(
     source = pathlib.Path(source)
     config, _ = checkpoint.read_config(source)
     origin = _origin(source)
-    loaded = checkpoint.load(source)
+    loaded = _folded(source)
     if router and loaded.meta["training"] is None and origin and not _had_router(origin):
         logger.warning("%s: the router was never trained; exporting a LLaVA-NeXT without router", source)
         router = False
@@ -251,6 +314,12 @@ def export_transformers(
         output,
         model_card.CARD,
     )
+
+
+def _folded(source: Folder) -> checkpoint.Loaded:
+    """A checkpoint, its adapters folded in."""
+    loaded = checkpoint.load(source)
+    return loaded._replace(params=adapters.folded(loaded.params))
 
 
 def _special_ids(tokenizer: Tokenizer, eos: int | list[int]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ The reader is strict: an unknown tensor, a missing tensor, a wrong shape and an 
 raise an error that names it. Tensors are read one at a time, directly to the devices that hold them.
 """
 
+import hashlib
 import json
 import logging
 import os
@@ -175,6 +176,18 @@ def load(
     if lacking:
         leaves |= _fresh(config, lacking, dtype, leaves["language/embed"].dtype, seed)
     return Read(config, parameters.unflat(leaves), trained)
+
+
+def digest(folder: Folder, vision_tower: Folder | None = None) -> str:
+    """A digest of a folder's encoder and language model: name, dtype, shape and every byte; arguments as `load`."""
+    _, _, rows, catalog, _, _ = inspect(folder, vision_tower)
+    prefixes = {row.torch.partition("{n}")[0] for row in rows.values() if row.component in parameters.ADAPTERS}
+    found = hashlib.sha256()
+    for name in sorted(name for name in catalog.names if name.startswith(tuple(prefixes))):
+        tensor = np.ascontiguousarray(catalog.read(name))
+        found.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
+        found.update(tensor.reshape(-1).view(np.uint8).data)
+    return found.hexdigest()[:32]
 
 
 def _check_tied(config: ModelConfig, catalog: Catalog) -> None:

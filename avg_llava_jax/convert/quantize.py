@@ -63,5 +63,6 @@ def memory(params: parameters.Params) -> dict[str, int]:
     """Bytes of each component, summed over all devices; also accepts ShapeDtypeStructs."""
     total, leaves = dict.fromkeys(parameters.COMPONENTS, 0), parameters.flat(params)
     for path, row in parameters.describe(params).items():
-        total[row.component] += leaves[path].size * leaves[path].dtype.itemsize
+        base = row.component.removesuffix("_lora")
+        total[base] += leaves[path].size * leaves[path].dtype.itemsize
     return total

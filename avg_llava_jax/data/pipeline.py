@@ -126,7 +126,7 @@ class PlannedBatches:
         rows = range(self.batch_size) if self.rows is None else self.rows
         left_out = window.skipped[number % WINDOW :: len(window.batches)]
         skipped = [one for at, one in enumerate(left_out) if at % self.batch_size in rows]
-        shape = self._fit([member.sample for member in members] or [EMPTY])
+        shape = self.fit([member.sample for member in members] or [EMPTY])
 
         records, samples, stored = [""] * len(rows), [EMPTY] * len(rows), [self._nothing] * len(rows)
         tiles = [self._tiles(EMPTY, self._nothing)] * len(rows)
@@ -194,7 +194,7 @@ class PlannedBatches:
         wide = merge(shape_of(sample, self.config, self.granularities) for sample in samples)
         return choose_shapes(found, self.shapes, self.config, self.granularities), wide
 
-    def _fit(self, samples: Sequence[Sample]) -> Shape:
+    def fit(self, samples: Sequence[Sample]) -> Shape:
         """The cheapest shape of the ladder that holds these samples; where none does, a wide shape.
 
         Few of the records that the survey did not see are larger than all that it saw, and those share one more shape.
@@ -249,7 +249,7 @@ class PlannedBatches:
         read = [self._read(at) for at in range(start, min(end, sum(self.sizes)) if self.once else end)]
         members = [one for one in read if isinstance(one, Member)]
         # A stable sort: samples of the same shape stay in Grain's order.
-        members.sort(key=lambda member: _cost(self._fit([member.sample]), self.config, self.granularities))
+        members.sort(key=lambda member: _cost(self.fit([member.sample]), self.config, self.granularities))
         # Skipped records shorten every batch a little, instead of emptying one.
         ends = [len(members) * number // count for number in range(count + 1)]
         batches = [members[start:end] for start, end in itertools.pairwise(ends)]

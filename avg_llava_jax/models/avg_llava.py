@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int, Key, UInt8
 
 from avg_llava_jax.config import ModelConfig
-from avg_llava_jax.models import language, one_cpu
+from avg_llava_jax.models import language, linear, one_cpu
 from avg_llava_jax.models.connector import Connector
 from avg_llava_jax.models.encoder import encoder
 from avg_llava_jax.models.router import Router, Routing
@@ -46,6 +46,15 @@ def init(config: ModelConfig, rng: Key[ArrayLike, ""]) -> Params:
     }
 
 
+def with_dropout(params: Params, keys: Key[ArrayLike, " B"], tiles: int, rate: float) -> Params:
+    """Parameters whose adapters drop out a share of their input; one key per sample of `tiles` tiles."""
+    of_tiles = jax.vmap(lambda key: jax.random.split(key, tiles))(keys).reshape(-1)
+    rows = {"encoder": of_tiles, "language": keys}
+    return params | {
+        name: params[name] | {"layers": linear.with_dropout(params[name]["layers"], rows[name], rate)} for name in rows
+    }
+
+
 def encode_images(
     config: ModelConfig, params: Params, pixels: UInt8[ArrayLike, "B T H W 3"], remat: Remat = "none"
 ) -> Float[Array, "B T P D"]:
@@ -55,7 +64,11 @@ def encode_images(
     def encode(pixels: UInt8[ArrayLike, "M H W 3"]) -> Float[Array, "M P E"]:
         return encoder(config.vision, remat).apply({"params": params["encoder"]}, pixels)
 
-    patches = one_cpu.encode(encode, pixels.reshape(-1, *pixels.shape[2:]), config.vision.grid**2)
+    tiled = pixels.reshape(-1, *pixels.shape[2:])
+    if linear.differs_by_row(params["encoder"]["layers"]):
+        patches = encode(tiled)
+    else:
+        patches = one_cpu.encode(encode, tiled, config.vision.grid**2)
     features = Connector(config.language.width).apply({"params": params["connector"]}, patches)
     return features.reshape(batch, tiles, *features.shape[1:])
 

@@ -22,6 +22,7 @@ from avg_llava_jax.config import LanguageConfig
 from avg_llava_jax.models import one_cpu
 from avg_llava_jax.models.attention import cached_attention, self_attention
 from avg_llava_jax.models.cache import Cache, LayerCache, Span
+from avg_llava_jax.models.linear import Linear
 from avg_llava_jax.models.stack import SHALLOW, Remat, rematerialised, stack
 from avg_llava_jax.placement import constrain
 
@@ -61,21 +62,6 @@ def rotate(
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([-second, first], axis=-1)
     return (x.astype(jnp.float32) * cos + turned * sin).astype(x.dtype)
-
-
-class Linear(nn.Dense):
-    """`nn.Dense`, also for an int8 kernel q (in, out) with scales s (out,), see `convert.quantize`: x @ (q * s).
-
-    Scales are applied after the product, y = (x @ q) * s: weights stay int8 in memory, and XLA converts them as it
-    multiplies.
-    """
-
-    def __call__(self, x: Float[ArrayLike, "*M in"]) -> Float[Array, "*M out"]:
-        if not self.has_variable("params", "kernel_scale"):
-            return super().__call__(x)
-        y = x @ self.get_variable("params", "kernel").astype(x.dtype)
-        y = y * self.get_variable("params", "kernel_scale")
-        return y + self.get_variable("params", "bias") if self.use_bias else y
 
 
 class DecoderLayer(nn.Module):

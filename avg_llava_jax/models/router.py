@@ -1,6 +1,5 @@
 """The visual granularity router: pyramid and instruction in, a score per granularity out (paper, section 3.3)."""
 
-import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -12,7 +11,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key
 
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.models.attention import dense, self_attention
-from avg_llava_jax.placement import constrain
+from avg_llava_jax.models.dropout import dropper
 
 
 class Routing(NamedTuple):
@@ -63,25 +62,6 @@ def unit(x: Float[ArrayLike, "*M D"]) -> Float[Array, "*M D"]:
     """x / |x| in fp32, with PyTorch's guard against the zero vector."""
     x = x.astype(jnp.float32)
     return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
-
-
-def dropper(rate: float, keys: Key[ArrayLike, " B"] | None) -> Callable[[jax.Array], jax.Array]:
-    """Dropout of arrays (B, ...) with one key per sample; None = no dropout.
-
-    A sample's mask depends on its key and the number of earlier calls alone, so it is the same on every device and in
-    every micro-batch. Masks use 16 random bits per value, exact enough for a rate: on a CPU, drawing 32 bits takes
-    half of a router's training step.
-    """
-    if keys is None or rate == 0:
-        return lambda x: x
-    calls, limit = itertools.count(), round((1 - rate) * 2**16)
-
-    def drop(x: jax.Array) -> jax.Array:
-        call = next(calls)
-        bits = jax.vmap(lambda key: jax.random.bits(jax.random.fold_in(key, call), x.shape[1:], jnp.uint16))(keys)
-        return jnp.where(constrain(bits < limit, "batch", *[None] * (x.ndim - 1)), x * (2**16 / limit), 0)
-
-    return drop
 
 
 class Router(nn.Module):

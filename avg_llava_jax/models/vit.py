@@ -8,6 +8,7 @@ from jaxtyping import Array, ArrayLike, Float, UInt8
 
 from avg_llava_jax.config import VisionConfig
 from avg_llava_jax.models.attention import self_attention
+from avg_llava_jax.models.linear import Linear
 from avg_llava_jax.placement import constrain
 
 
@@ -36,14 +37,14 @@ class EncoderLayer(nn.Module):
         config = self.config
         y = layer_norm(config, "norm1")(x)
         q, k, v = (
-            rearrange(nn.Dense(config.width, name=name)(y), "m p (h d) -> m p h d", h=config.heads) for name in "qkv"
+            rearrange(Linear(config.width, name=name)(y), "m p (h d) -> m p h d", h=config.heads) for name in "qkv"
         )
         y = rearrange(self_attention(q, k, v, causal=False), "m p h d -> m p (h d)")
-        x = constrain(x + nn.Dense(config.width, name="out")(y), "batch", None, None)
+        x = constrain(x + Linear(config.width, name="out")(y), "batch", None, None)
 
-        y = nn.Dense(config.mlp_width, name="up")(layer_norm(config, "norm2")(x))
+        y = Linear(config.mlp_width, name="up")(layer_norm(config, "norm2")(x))
         y = activate(config, y)
-        return constrain(x + nn.Dense(config.width, name="down")(y), "batch", None, None), None
+        return constrain(x + Linear(config.width, name="down")(y), "batch", None, None), None
 
 
 def activate(config: VisionConfig, x: Float[ArrayLike, "*M"]) -> Float[Array, "*M"]:

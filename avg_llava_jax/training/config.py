@@ -64,6 +64,47 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters in the place of full tuning, see `adapters`; the connector trains whole beside them.
+
+    rank: of every adapter; 0 = full tuning.
+    alpha: what x A B is multiplied by, times rank; None = 2 * rank.
+    dropout: share of an adapter's input that is dropped in training.
+    targets: the linears that get one, by component or one by one: ("language/q", "language/v", "encoder");
+        () = all of the language model.
+    """
+
+    rank: int = 0
+    alpha: float | None = None
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.rank < 0:
+            raise ValueError(f"optimizer.lora.rank={self.rank} must be at least 0")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"optimizer.lora.dropout={self.dropout} is a share, in [0, 1)")
+        for name in ("alpha", "dropout", "targets"):
+            if self.rank == 0 and getattr(self, name):
+                raise ValueError(
+                    f"optimizer.lora.{name}={getattr(self, name)} has no effect with optimizer.lora.rank=0: "
+                    "give a rank, or leave it unset"
+                )
+        if self.alpha is not None and self.alpha <= 0:
+            raise ValueError(f"optimizer.lora.alpha={self.alpha} must be over 0")
+
+    @property
+    def chosen(self) -> tuple[str, ...]:
+        """The targets, the default included; () where the rank is 0."""
+        return (self.targets or ("language",)) if self.rank else ()
+
+    @property
+    def scale(self) -> float:
+        """The factor of x A B, such as 2.0."""
+        return 2.0 if self.alpha is None else self.alpha / self.rank
+
+
+@dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW.
 
@@ -73,6 +114,7 @@ class OptimizerConfig:
     weight_decay: of kernels and embeddings; norms, biases and single vectors do not decay.
     clip: upper bound on the global norm of the gradients.
     accumulate: micro-batches per batch, run sequentially: less memory, the same result.
+    lora: trains adapters instead of encoder and language model.
     """
 
     learning_rate: float = 1e-5
@@ -85,6 +127,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     clip: float = 1.0
     accumulate: int = 1
+    lora: LoraConfig = LoraConfig()
 
     def __post_init__(self) -> None:
         if not 0 <= self.warmup < 1:
@@ -93,7 +136,8 @@ class OptimizerConfig:
             raise ValueError(f"optimizer.accumulate={self.accumulate} must be at least 1")
 
     def rate(self, component: str) -> float:
-        """The peak learning rate of a component."""
+        """The peak learning rate of a component; adapters have that of the component they stand on."""
+        component = component.removesuffix("_lora")
         own = {"encoder": self.encoder_learning_rate, "connector": self.connector_learning_rate}.get(component)
         return self.learning_rate if own is None else own
 
@@ -150,6 +194,7 @@ class TrainConfig:
     vision_tower: the CLIP folder that `init_from` names, or that a Llama is joined with.
     tokenizer: folder, for fresh parameters; `init_from` has its own.
     compute_dtype: float32 or bfloat16; trained parameters are held in float32, frozen ones in this dtype.
+    quantize: int8 holds the weights of a frozen language model as int8, see `convert.quantize`; "" = compute_dtype.
     remat: none, dots or full: how much of the forward pass the backward pass recomputes.
     model: overrides of the model: the fields of `ModelConfig`, nested; None = unchanged.
     """
@@ -167,6 +212,7 @@ class TrainConfig:
     vision_tower: str = ""
     tokenizer: str = ""
     compute_dtype: str = "float32"
+    quantize: str = ""
     remat: str = "none"
     model: dict[str, Any] = dataclasses.field(default_factory=dict)
     data: DataConfig = DataConfig()

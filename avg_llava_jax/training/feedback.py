@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from avg_llava_jax import checkpoint
 from avg_llava_jax.config import ModelConfig
+from avg_llava_jax.convert.quantize import quantized
 from avg_llava_jax.data.errors import BadSample
 from avg_llava_jax.data.feedback import FeedbackFolder, Stored, asked
 from avg_llava_jax.data.pipeline import WINDOW, PlannedBatches
@@ -63,7 +64,8 @@ def run(config: TrainConfig, folder: str | pathlib.Path, keep_features: bool) ->
     loaded = checkpoint.load(config.init_from, config.vision_tower or None, mesh, setup.DTYPES[config.compute_dtype])
     model = setup.override(loaded.config, config.model)
     batches = setup.plan_batches(config, model, load_tokenizer(loaded.tokenizer_folder), mesh)
-    return measure(model, loaded.params, batches, config.steps, folder, mesh, keep_features, config.rglf.execution)
+    params = quantized(loaded.params) if config.quantize else loaded.params
+    return measure(model, params, batches, config.steps, folder, mesh, keep_features, config.rglf.execution)
 
 
 def measure(

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from avg_llava_jax import checkpoint, parameters
+from avg_llava_jax import adapters, checkpoint, parameters
 from avg_llava_jax.data.feedback import require_same_measure
 from avg_llava_jax.data.pipeline import Batch, Batches
 from avg_llava_jax.parallel import hosts, sharding
@@ -64,14 +64,15 @@ def train(settings: ml_collections.ConfigDict, workdir: str | Path) -> None:
         jax.set_mesh(mesh),
         _Termination() as termination,
     ):
-        model, params = setup.begin(config, workdir, mesh)
+        start = setup.begin(config, workdir, mesh)
+        model = start.model
         with contextlib.closing(setup.open_batches(config, workdir, model, mesh)) as batches:
-            step = Step(config, model, mesh)
+            step = Step(config, model, mesh, start.adapters)
             run = _Run(step)
-            run.begin(manager, params, batches)
+            run.begin(manager, start, batches)
             if config.rglf.feedback:
                 require_same_measure(config.rglf.feedback, measured_by(model, run.params))
-            del params  # the run has them, and gives their memory to its first step
+            del start  # the run has its parameters, and gives their memory to its first step
             if run.step < config.steps:
                 held_out = setup.plan_validation(config, batches.planned)
                 validation = None if held_out is None else Validation(config, model, step, held_out)
@@ -143,7 +144,7 @@ def _evaluate(
     found = validation.run(run.ours, run.frozen)
     if first:
         skips.add(*validation.seen)
-    best.offer(run.step, found[LOSS], run.params)
+    best.offer(run.step, found[LOSS], run.saved)
     return found | {BEST_STEP: best.step}
 
 
@@ -155,15 +156,18 @@ class _Run:
         self._compiled = step
         self._programs: dict[Any, Callable[..., Any]] = {}
 
-    def begin(self, manager: checkpoint.Manager, params: parameters.Params | None, batches: Batches) -> None:
-        """Start from `params`, or with None from the newest checkpoint of the run."""
+    def begin(self, manager: checkpoint.Manager, start: setup.Start, batches: Batches) -> None:
+        """Start from the parameters of `start`, or without any from the newest checkpoint of the run."""
+        self._refers, params, state = start.base is not None, start.params, None
         if params is None:
-            restored = manager.restore(self._compiled.params, self._compiled.state, batches)
-            self.step, self._state = restored.step, restored.optimizer
-            self.ours, self.frozen = self._compiled.split(restored.params)
-        else:
-            self.ours, self.frozen = self._compiled.split(params)
-            self._state = self._compiled.init(self.ours)
+            restored = manager.restore(self._saved(self._compiled.params), self._compiled.state, batches)
+            self.step, params, state = restored
+        self.ours, self.frozen = self._compiled.split(parameters.merge(params, start.base or {}))
+        self._state = self._compiled.init(self.ours) if state is None else state
+
+    def _saved(self, params: parameters.Params) -> parameters.Params:
+        """Those of all parameters that a checkpoint of the run holds."""
+        return adapters.divide(params)[0] if self._refers else params
 
     def place(self, batch: Batch) -> Any:
         """This process's rows of a batch as global arrays."""
@@ -192,8 +196,13 @@ class _Run:
         """All parameters, trained and frozen."""
         return parameters.merge(self.ours, self.frozen)
 
+    @property
+    def saved(self) -> parameters.Params:
+        """The parameters that a checkpoint holds."""
+        return self._saved(self.params)
+
     def save(self, manager: checkpoint.Manager, batches: Batches) -> None:
-        manager.save(self.step, self.params, self._state, batches)
+        manager.save(self.step, self.saved, self._state, batches)
 
 
 def _shape(arrays: Any) -> tuple[Any, ...]:

@@ -17,8 +17,13 @@ def trainable(phase: str, config: OptimizerConfig) -> tuple[str, ...]:
     """The components that a phase trains."""
     if phase not in parameters.TRAINED_IN:
         raise ValueError(f"phase {phase!r} is not known; choose from {', '.join(parameters.TRAINED_IN)}")
-    may_freeze = ("encoder", "connector")
-    names = tuple(name for name in parameters.TRAINED_IN[phase] if name not in may_freeze or config.rate(name) != 0)
+    names = parameters.TRAINED_IN[phase]
+    if config.lora.rank:
+        targets = {target.split("/")[0] for target in config.lora.chosen}
+        names = tuple(name for name in names if name not in parameters.ADAPTERS)
+        names += tuple(adapter for base, adapter in parameters.ADAPTERS.items() if base in targets)
+    may_freeze = ("encoder", "connector", "encoder_lora")
+    names = tuple(name for name in names if name not in may_freeze or config.rate(name) != 0)
     if not names:
         raise ValueError(f"phase {phase} would train nothing: optimizer.connector_learning_rate is 0")
     return names

@@ -13,6 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from avg_llava_jax.config import ModelConfig
+from avg_llava_jax.models import avg_llava
 from avg_llava_jax.models.stack import Remat
 from avg_llava_jax.training import losses, rglf
 from avg_llava_jax.training.config import RglfConfig
@@ -20,7 +21,12 @@ from avg_llava_jax.training.optimizer import Loss
 
 
 def make_loss(
-    phase: str, config: ModelConfig, granularities: tuple[int, ...], settings: RglfConfig, remat: Remat
+    phase: str,
+    config: ModelConfig,
+    granularities: tuple[int, ...],
+    settings: RglfConfig,
+    remat: Remat,
+    lora_dropout: float = 0.0,
 ) -> Loss:
     """The loss of a phase, (params, batch, keys) -> loss, (weight, metrics).
 
@@ -39,7 +45,8 @@ def make_loss(
     if phase != "rglf":
 
         def language(params: Any, batch: Mapping[str, Any], keys: Any) -> Any:
-            del keys
+            if lora_dropout and keys is not None:
+                params = avg_llava.with_dropout(params, keys, batch["pixels"].shape[1], lora_dropout)
             loss, metrics = losses.language_loss(config, params, batch, granularities, remat)
             return loss, (jnp.sum(batch["target_at"][granularities[0]] >= 0).astype(jnp.float32), metrics)
 

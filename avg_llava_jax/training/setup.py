@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import multihost_utils
 
-from avg_llava_jax import checkpoint, parameters, reuse
+from avg_llava_jax import adapters, checkpoint, parameters, reuse
 from avg_llava_jax.config import ModelConfig, from_dict, to_dict
-from avg_llava_jax.convert import foreign
+from avg_llava_jax.convert import foreign, peft
+from avg_llava_jax.convert.quantize import quantized
 from avg_llava_jax.data.errors import BadSample
 from avg_llava_jax.data.feedback import asked, read_feedback
 from avg_llava_jax.data.packing import Sample
@@ -49,10 +50,18 @@ MAY_CHANGE = (
 
 
 class Start(NamedTuple):
-    """A model to train. params: None = those of the run's newest checkpoint."""
+    """A model to train.
+
+    params: None = those of the run's newest checkpoint.
+    base: the frozen weights that the run's checkpoints refer to, see `adapters.divide`; None = they hold all. `params`
+        has the others.
+    adapters: shapes, or arrays, of the model's adapters, by path.
+    """
 
     model: ModelConfig
     params: parameters.Params | None
+    base: parameters.Params | None
+    adapters: Mapping[str, Any]
 
 
 def begin(config: TrainConfig, workdir: Path, mesh: jax.sharding.Mesh) -> Start:
@@ -64,13 +73,25 @@ def begin(config: TrainConfig, workdir: Path, mesh: jax.sharding.Mesh) -> Start:
     if checkpoint.steps(workdir):
         model, values = checkpoint.read_config(workdir)
         _compare(workdir, values["training"] or {}, to_dict(config))
-        return Start(model, None)
+        if not values.get("base"):
+            return Start(model, None, None, {})
+        base = _quantized(config, checkpoint.load_base(workdir, mesh, dtypes(config)))
+        return Start(model, None, base, checkpoint.stored_adapters(workdir))
+    reference = None
     if config.init_from:
         loaded = checkpoint.load(config.init_from, config.vision_tower or None, mesh, dtypes(config), config.seed)
         model = override(loaded.config, config.model)
         params = _with_fresh(config, model, loaded.params, mesh)
         tokenizer, trained = loaded.tokenizer_folder, loaded.meta["granularities_trained"]
         _same_shapes(params, parameters.abstract(model), config.init_from)
+        params = _quantized(config, _with_adapters(config, model, params, mesh))
+        reference = loaded.meta.get("base")
+        if reference is None and (config.optimizer.lora.rank or config.quantize):
+            reference = checkpoint.refer(config.init_from, config.vision_tower or None)
+        if not parameters.ADAPTERS.keys().isdisjoint(trainable(config.phase, config.optimizer)):
+            params, reference = adapters.folded(params), None  # what is trained whole is stored whole
+        if reference and not parameters.ADAPTERS.keys().isdisjoint(config.fresh):
+            raise ValueError(f"fresh={config.fresh}: encoder and language model are those of the base of this run")
     else:
         model = override(ModelConfig(), config.model)
         init = functools.partial(parameters.init, model, dtype=dtypes(config))
@@ -82,10 +103,62 @@ def begin(config: TrainConfig, workdir: Path, mesh: jax.sharding.Mesh) -> Start:
     if hosts.first():
         checkpoint.copy_tokenizer(tokenizer, workdir)
         if config.init_from:
-            foreign.keep_unused(config.init_from, workdir, config.vision_tower or None)
-        checkpoint.save_config(workdir, model, to_dict(config), trained)
+            source = peft.base_of(config.init_from) if peft.is_adapter(config.init_from) else config.init_from
+            foreign.keep_unused(source, workdir, config.vision_tower or None)
+        checkpoint.save_config(workdir, model, to_dict(config), trained, reference)
     multihost_utils.sync_global_devices("config.json and tokenizer are written")
-    return Start(model, params)
+    own, base = adapters.divide(params) if reference else (params, None)
+    return Start(model, own, base, adapters.of(params))
+
+
+def _with_adapters(
+    config: TrainConfig, model: ModelConfig, params: parameters.Params, mesh: jax.sharding.Mesh
+) -> parameters.Params:
+    """`params` with the adapters of `config.optimizer.lora`: those that they have, or fresh ones.
+
+    Raises:
+      ValueError: they have adapters of another rank, alpha or other targets.
+    """
+    lora, found = config.optimizer.lora, adapters.of(params)
+    if not lora.rank:
+        return params
+    shapes = adapters.shapes(model, lora.chosen, lora.rank)
+    if not found:
+        draw = functools.partial(adapters.init, model, lora.chosen, lora.rank, lora.scale)
+        at = parameters.flat(sharding.shardings(mesh, parameters.unflat(shapes)))
+        fresh = jax.jit(draw, out_shardings=at)(jax.random.key(config.seed))
+        return parameters.unflat(parameters.flat(params) | fresh)
+    theirs, ours = ({path: leaf.shape for path, leaf in tree.items()} for tree in (found, shapes))
+    if theirs != ours:
+        path = min(path for path in theirs.keys() | ours.keys() if theirs.get(path) != ours.get(path))
+        raise ValueError(
+            f"{config.init_from} has other adapters than optimizer.lora asks for: {path} is {theirs.get(path)} there, "
+            f"{ours.get(path)} is asked for; fold them in with avg-llava merge, or train them as they are"
+        )
+    scales = {float(x) for path in found if path.endswith("/lora_scale") for x in jax.device_get(found[path])}
+    if scales != {float(jnp.float32(lora.scale))}:
+        raise ValueError(
+            f"{config.init_from} has adapters with alpha / rank of {sorted(scales)}, "
+            f"optimizer.lora asks for {lora.scale}: give the alpha that they were trained with"
+        )
+    return params
+
+
+def _quantized(config: TrainConfig, params: parameters.Params) -> parameters.Params:
+    return quantized(params) if config.quantize else params
+
+
+def abstract(config: TrainConfig, model: ModelConfig, found: Mapping[str, Any] | None = None) -> parameters.Params:
+    """Shapes and dtypes of all parameters of a run. found: its adapters, None = those of `optimizer.lora`."""
+    if found is None:
+        found = adapters.shapes(model, config.optimizer.lora.chosen, config.optimizer.lora.rank)
+    wanted = dtypes(config)
+    of_adapters = {
+        path: jax.ShapeDtypeStruct(leaf.shape, parameters.dtype_of(path, wanted, leaf.dtype))
+        for path, leaf in found.items()
+    }
+    whole = parameters.unflat(parameters.flat(parameters.abstract(model, wanted)) | of_adapters)
+    return jax.eval_shape(quantized, whole) if config.quantize else whole
 
 
 def _with_fresh(
@@ -133,7 +206,8 @@ def dtypes(config: TrainConfig) -> dict[str, Any]:
     """The dtype of each component's parameters: fp32 where they are trained, else the compute dtype."""
     learning = trainable(config.phase, config.optimizer)
     frozen = DTYPES[config.compute_dtype]
-    return {name: jnp.float32 if name in learning else frozen for name in parameters.COMPONENTS}
+    names = (*parameters.COMPONENTS, *parameters.ADAPTERS.values())
+    return {name: jnp.float32 if name in learning else frozen for name in names}
 
 
 def check(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
@@ -154,6 +228,9 @@ def check(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
         raise ValueError(f"fresh names {unknown[0]!r}: the components are {', '.join(parameters.COMPONENTS)}")
     if not config.data.path:
         raise ValueError("data.path is not set: give a LLaVA JSON or JSONL, or `jersey`")
+    refers = "optimizer.lora.rank" if config.optimizer.lora.rank else "quantize" if config.quantize else ""
+    if refers and not config.init_from:
+        raise ValueError(f"{refers} needs a trained base: give init_from")
     if not config.init_from:
         if not config.tokenizer:
             raise ValueError("init_from is not set: give a checkpoint, or a `tokenizer` to start from fresh parameters")
@@ -179,8 +256,16 @@ def check_step(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
     """The checks of `check` that concern the training step."""
     optimizer = config.optimizer
     trainable(config.phase, optimizer)
+    adapters.nodes(optimizer.lora.targets)
     if config.compute_dtype not in DTYPES:
         raise ValueError(f"compute_dtype={config.compute_dtype!r}: choose {' or '.join(DTYPES)}")
+    if config.quantize not in ("", "int8"):
+        raise ValueError(f"quantize={config.quantize!r}: choose int8, or leave it unset")
+    if config.quantize and "language" in trainable(config.phase, optimizer):
+        raise ValueError(
+            f"quantize={config.quantize} freezes the language model, which phase {config.phase} trains: "
+            "set optimizer.lora.rank"
+        )
     if config.remat not in get_args(Remat):
         raise ValueError(f"remat={config.remat!r}: choose {' or '.join(get_args(Remat))}")
     _without_effect(config)
@@ -201,11 +286,22 @@ def _without_effect(config: TrainConfig) -> None:
     Raises:
       ValueError: names the setting, and why it has no effect.
     """
-    phase, trained = config.phase, parameters.TRAINED_IN[config.phase]
+    phase, trained = config.phase, trainable(config.phase, config.optimizer)
+    lora = config.optimizer.lora
+    if lora.rank and phase not in ("connector", "multi_granularity"):
+        raise ValueError(
+            f"optimizer.lora.rank={lora.rank} has no effect in phase {phase}, which trains {', '.join(trained)}: "
+            "leave it at 0; adapters of init_from stay as they are"
+        )
+    if lora.rank and "encoder_lora" not in trained and any(each.startswith("encoder") for each in lora.chosen):
+        raise ValueError(
+            f"optimizer.lora.targets={lora.targets} has no effect on the encoder with "
+            "optimizer.encoder_learning_rate=0: leave one of them out"
+        )
     for component in ("encoder", "connector"):
         name = f"{component}_learning_rate"
         rate = getattr(config.optimizer, name)
-        if rate and component not in trained:
+        if rate and component not in trained and f"{component}_lora" not in trained:
             raise ValueError(
                 f"optimizer.{name}={rate} has no effect in phase {phase}, which trains {', '.join(trained)}: "
                 "leave it unset"
@@ -336,6 +432,7 @@ def plan_validation(config: TrainConfig, planned: PlannedBatches) -> PlannedBatc
 
 def _same_shapes(params: parameters.Params, wanted: parameters.Params, where: str) -> None:
     theirs, ours = parameters.flat(params), parameters.flat(wanted)
+    theirs = {path: leaf for path, leaf in theirs.items() if not adapters.is_leaf(path)}
     for path in sorted(ours.keys() | theirs.keys()):
         there, here = (tree[path].shape if path in tree else None for tree in (theirs, ours))
         if there != here:

@@ -4,6 +4,7 @@ It is built from a config and shapes alone, so that the loop can run it and a pl
 devices that are not present.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -31,11 +32,13 @@ class Step:
         dropout, each times its weight, and the weight.
     """
 
-    def __init__(self, config: TrainConfig, model: ModelConfig, mesh: Mesh):
+    def __init__(self, config: TrainConfig, model: ModelConfig, mesh: Mesh, adapters: Mapping[str, Any] | None = None):
+        """adapters: arrays or shapes by path, None = those that the config trains."""
         settings = config.optimizer
         self._names = trainable(config.phase, settings)
         optimizer = make_optimizer(settings, config.steps)
-        loss = phases.make_loss(config.phase, model, setup.granularities(config, model), config.rglf, config.remat)
+        trained_at = setup.granularities(config, model)
+        loss = phases.make_loss(config.phase, model, trained_at, config.rglf, config.remat, settings.lora.dropout)
         dtype, seed = setup.DTYPES[config.compute_dtype], config.seed
 
         def update(ours: Any, state: Any, frozen: Any, batch: Any, step: jax.Array) -> tuple[Any, Any, Any]:
@@ -49,7 +52,7 @@ class Step:
             updates, state = optimizer.update(grads, state, ours, loss=value)
             return optax.apply_updates(ours, updates), state, metrics
 
-        whole = parameters.abstract(model, setup.dtypes(config))
+        whole = setup.abstract(config, model, adapters)
         self.params = sharding.placed(whole, sharding.shardings(mesh, whole))
         ours, frozen = self.split(self.params)
         state = jax.eval_shape(optimizer.init, ours)

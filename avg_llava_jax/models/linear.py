@@ -1,0 +1,59 @@
+"""The linear layer of encoder and language model: plain or int8, with or without a low-rank adapter.
+
+    y = x @ W + b + s * ((x @ A) @ B)      W (in, out), A (in, r), B (r, out), s ()
+
+The parameters of a layer say which: `kernel`, `bias`; `kernel_scale` where the kernel is int8 (`convert.quantize`);
+`lora_a`, `lora_b`, `lora_scale` where it has an adapter (`adapters`). Training, scoring, prefill and decode run this.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Array, ArrayLike, Float, Key
+
+from avg_llava_jax.models.dropout import dropped
+
+
+class Linear(nn.Dense):
+    """`nn.Dense`, also for an int8 kernel q (in, out) with scales (out,), and with a low-rank adapter.
+
+    Scales are applied after the product, y = (x @ q) * scale: weights stay int8 in memory, and XLA converts them as it
+    multiplies. An adapter of rank r adds s * (x @ A) @ B in the dtype of x.
+    """
+
+    def __call__(self, x: Float[ArrayLike, "*M in"]) -> Float[Array, "*M out"]:
+        y = self._quantized(x) if self.has_variable("params", "kernel_scale") else super().__call__(x)
+        if not self.has_variable("params", "lora_a"):
+            return y
+        a, b, scale = (self.get_variable("params", f"lora_{name}") for name in ("a", "b", "scale"))
+        if self.has_variable("params", "lora_keys"):
+            x = dropped(x, self.get_variable("params", "lora_keys"), self.get_variable("params", "lora_keep"))
+        return y + (x @ a.astype(x.dtype) @ b.astype(x.dtype) * scale).astype(y.dtype)
+
+    def _quantized(self, x: Float[ArrayLike, "*M in"]) -> Float[Array, "*M out"]:
+        y = x @ self.get_variable("params", "kernel").astype(x.dtype)
+        y = y * self.get_variable("params", "kernel_scale")
+        return y + self.get_variable("params", "bias") if self.use_bias else y
+
+
+def differs_by_row(layers: dict[str, Any]) -> bool:
+    """Whether layers must run on a whole batch, since their dropout is another for each row."""
+    return any("lora_keys" in node for node in layers.values())
+
+
+def with_dropout(layers: dict[str, Any], keys: Key[ArrayLike, " B"], rate: float) -> dict[str, Any]:
+    """Stacked layers whose adapters drop out a share `rate` of their input, x in x @ A alone, as peft does.
+
+    keys: one per row of x. Every adapter gets its own `lora_keys` (layers, B), so a row's masks depend neither on
+    the other rows nor on the device.
+    """
+    flat = flatten_dict(layers)
+    for number, path in enumerate(sorted(path[:-1] for path in flat if path[-1] == "lora_a")):
+        count = len(flat[*path, "lora_a"])
+        seeds = number * count + jnp.arange(count)
+        flat[*path, "lora_keys"] = jax.vmap(lambda seed: jax.vmap(jax.random.fold_in, (0, None))(keys, seed))(seeds)
+        flat[*path, "lora_keep"] = jnp.full(count, 1 - rate, jnp.float32)
+    return unflatten_dict(flat)
