@@ -230,9 +230,16 @@ Dtype = Any
 """The dtype of parameters: one for all, a mapping from component to dtype, or None = unchanged."""
 
 
+def _row(path: str) -> Row:
+    """A parameter's row. Raises ValueError where it has none."""
+    if path not in TABLE:
+        raise ValueError(f"parameter {path!r} has no row in the parameter table")
+    return TABLE[path]
+
+
 def dtype_of(path: str, wanted: Dtype, stored: Any) -> Any:
     """The dtype of one parameter; dtype_of("router/voter", {"router": float32, ...}, float16) is float32."""
-    row = TABLE[path]
+    row = _row(path)
     return stored if row.constant else (wanted[row.component] if isinstance(wanted, Mapping) else wanted) or stored
 
 
@@ -274,9 +281,7 @@ def describe(params: Params) -> dict[str, Row]:
     """
     described = {}
     for path, leaf in flat(params).items():
-        if path not in TABLE:
-            raise ValueError(f"parameter {path!r} has no row in the parameter table")
-        row = TABLE[path]
+        row = _row(path)
         if len(row.axes) != len(leaf.shape):
             raise ValueError(f"parameter {path!r} has shape {leaf.shape}, its row in the table has axes {row.axes}")
         described[path] = row

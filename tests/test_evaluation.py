@@ -147,9 +147,9 @@ def test_prefixes_that_questions_share_are_read_once(model, alike, monkeypatch):
         tickets.append((prepared, submit(engine, prepared, images, keep_logits=True)))
         return tickets[-1][1]
 
-    def read(device, parts, prompts, chunk, window):
+    def read(device, parts, *size):
         starts.extend(part.start for part in parts)
-        return prefill(device, parts, prompts, chunk, window)
+        return prefill(device, parts, *size)
 
     monkeypatch.setattr(Engine, "submit_prepared", watched)
     monkeypatch.setattr(Device, "prefill", read)

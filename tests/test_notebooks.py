@@ -15,7 +15,7 @@ from tests.random_model import save_random_model
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = ("quickstart", "evaluate_and_tradeoff", "train_your_own_data", "convert_checkpoints")
 FORGET = r"%reset_selective -f ^(?!(In|Out|get_ipython|exit|quit|open)$)[^_]"  # no notebook uses another one's names
-POLICIES = {"fixed", "random", "adaptive", "adaptive_paper", "oracle"}
+POLICIES = {"fixed", "random", "adaptive", "adaptive_paper", "escalation", "combined", "oracle"}
 LADDER = ["4", "8", "16", "32", "64"]
 
 

@@ -9,7 +9,7 @@ from avg_llava_jax.server import reading
 from avg_llava_jax.server.fields import ANYTHING
 from avg_llava_jax.server.limits import Limits
 from avg_llava_jax.server.refusal import Refusal
-from launch import serve_fields
+from launch.bench import serve_fields
 from tests.served import LIMITS, ONE, link, text, user
 
 
@@ -108,4 +108,4 @@ def test_shapes_of_messages(ask):
 
 def test_the_tables_of_the_page_are_those_of_the_code():
     page = serve_fields.DOCUMENT.read_text(encoding="utf-8")
-    assert serve_fields.tables() in page, "python -m launch.serve_fields"
+    assert serve_fields.tables() in page, "python -m launch.bench.serve_fields"

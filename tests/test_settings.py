@@ -70,6 +70,11 @@ SHOWN_BY = {
     "data.workers": "test_the_data_is_what_the_settings_say",
     "data.max_skipped_share": "test_too_many_bad_records_stop_a_run",
     "rglf.feedback": "test_stored_feedback_trains_as_live_does",
+    "optimizer.lora.rank": "test_what_is_trained_and_what_is_stored",
+    "optimizer.lora.targets": "test_what_is_trained_and_what_is_stored",
+    "optimizer.lora.alpha": "test_adapters_are_trained_further",
+    "optimizer.lora.dropout": "test_dropout_is_of_a_sample_alone",
+    "quantize": "test_a_router_on_adapters",
     "mesh.data": "test_a_mesh_computes_what_one_device_does",
     "mesh.fsdp": "test_a_mesh_computes_what_one_device_does",
     "mesh.tensor": "test_a_mesh_computes_what_one_device_does",
@@ -127,10 +132,12 @@ def other(value):
         case bool():
             return not value
         case int() | float():
-            return value * 2
+            return value * 2 or 9
         case str():
             others = {"quick_gelu": "gelu", "width": "height", "tokens": "tiles", "exact": "released"}
             return others.get(value, "llama3" if value == "linear" else "vicuna_v2")
+        case ():
+            return ((1, 1), (2, 2))  # of `scaler.grids`
         case tuple() | list():
             return tuple(reversed(value))
 

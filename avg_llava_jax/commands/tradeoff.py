@@ -1,4 +1,4 @@
-"""Plot accuracy against tokens and seconds for several prices of visual tokens, and the frontier of all policies.
+"""Plot accuracy against tokens and seconds at several prices, and the frontier of policies.
 
     avg-llava tradeoff --data=test.json --images=DIR --workdir=OUT
 

@@ -228,7 +228,7 @@ def init(config: LanguageConfig, rng: Key[ArrayLike, ""]) -> Params:
 def embed(params: Params, ids: Int[ArrayLike, "*M"]) -> Float[Array, "*M D"]:
     """Raw embeddings of token ids."""
     # The table is gathered along its width first: the batch and the table's width share the mesh axis `fsdp`.
-    rows = constrain(params["embed"], "vocab", None)[ids]
+    rows = jnp.asarray(constrain(params["embed"], "vocab", None))[ids]
     if "embed_scale" in params:
         scale = params["embed_scale"]
         rows = rows.astype(scale.dtype) * scale[ids][..., None]

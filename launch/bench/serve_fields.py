@@ -1,4 +1,4 @@
-"""Rewrite the table of fields of docs/serve.md from the code: python -m launch.serve_fields"""
+"""Rewrite the table of fields of docs/serve.md from the code: python -m launch.bench.serve_fields"""
 
 import pathlib
 
@@ -10,7 +10,7 @@ from avg_llava_jax.server.responses import RESPONSE
 from avg_llava_jax.server.tokenizing import TOKENIZE
 
 DOCUMENT = pathlib.Path(__file__).parents[1] / "docs" / "serve.md"
-BEGIN, END = "<!-- fields: python -m launch.serve_fields -->\n", "<!-- end of fields -->\n"
+BEGIN, END = "<!-- fields: python -m launch.bench.serve_fields -->\n", "<!-- end of fields -->\n"
 
 
 def beyond(table: tuple[Field, ...]) -> list[Field]:
