@@ -9,7 +9,7 @@ from avg_llava_jax.server.reading import CHAT, IMAGE_URL, MESSAGE, PART, STREAM_
 from avg_llava_jax.server.responses import RESPONSE
 from avg_llava_jax.server.tokenizing import TOKENIZE
 
-DOCUMENT = pathlib.Path(__file__).parents[1] / "docs" / "serve.md"
+DOCUMENT = pathlib.Path(__file__).parents[2] / "docs" / "serve.md"
 BEGIN, END = "<!-- fields: python -m launch.bench.serve_fields -->\n", "<!-- end of fields -->\n"
 
 
