@@ -14,6 +14,8 @@ from avg_llava_jax.data.tokenizer import Tokenizer, load_tokenizer
 from avg_llava_jax.inference.api import AvgLlava
 from avg_llava_jax.models import avg_llava
 from tests.differences import LARGEST
+from tests.random_model import random_model
+from tests.small_engine import make
 
 TOKENIZER = ASSETS / "tokenizer"
 
@@ -128,3 +130,17 @@ def write_llava(folder: Path) -> Path:
         records.append(record)
     (folder / "train.json").write_text(json.dumps(records, ensure_ascii=False, indent=1), encoding="utf-8")
     return folder
+
+
+@pytest.fixture(scope="module")
+def model(tiny, tokenizer):
+    """Its parameters are bound to a device, as those of a checkpoint are: that decides what compiles."""
+    params = jax.device_put(random_model(tiny, tokenizer).params, jax.devices()[0])
+    return AvgLlava(tiny, params, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def engine(model):
+    engine = make(model)
+    engine.warm_up()
+    return engine

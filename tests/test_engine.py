@@ -8,38 +8,17 @@ import pytest
 
 from avg_llava_jax.inference import programs
 from avg_llava_jax.inference.api import AvgLlava
-from avg_llava_jax.inference.engine import Cancelled, Engine, QueueFull
+from avg_llava_jax.inference.engine import Cancelled, QueueFull
 from avg_llava_jax.inference.requests import Request
 from avg_llava_jax.inference.stress import compilations, stress
-from tests.random_model import plain, random_model
-
-
-@pytest.fixture(scope="module")
-def model(tiny, tokenizer):
-    """Its parameters are bound to a device, as those of a checkpoint are: that decides what compiles."""
-    params = jax.device_put(random_model(tiny, tokenizer).params, jax.devices()[0])
-    return AvgLlava(tiny, params, tokenizer)
-
-
-def make(model, **options):
-    """An engine of few programs; those of one shape share what is compiled."""
-    return Engine(model, **{"slots": 4, "chunk": 32, "image_cache_bytes": 2**18} | options)
-
-
-@pytest.fixture(scope="module")
-def engine(model):
-    engine = make(model)
-    engine.warm_up()
-    return engine
+from tests.random_model import plain
+from tests.small_engine import ended, make
 
 
 def answers(engine, requests):
     """The outcome of each request: an answer less its times, or an error."""
-    tickets = [engine.submit(request) for request in requests]
-    while engine.step():
-        pass
     outcomes = []
-    for ticket in tickets:
+    for ticket in ended(engine, requests):
         try:
             outcomes.append(plain(ticket.result(0)))
         except (RuntimeError, ValueError, Cancelled) as error:

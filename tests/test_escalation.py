@@ -2,36 +2,18 @@
 
 import dataclasses
 
-import jax
 import numpy as np
 import pytest
 
 from avg_llava_jax.inference import engine as engine_module
-from avg_llava_jax.inference.api import AvgLlava
 from avg_llava_jax.inference.buckets import VERIFIED
-from avg_llava_jax.inference.engine import Engine
 from avg_llava_jax.inference.requests import Request
 from avg_llava_jax.inference.stress import compilations
-from tests.random_model import random_model
-
-
-@pytest.fixture(scope="module")
-def model(tiny, tokenizer):
-    return AvgLlava(tiny, jax.device_put(random_model(tiny, tokenizer).params, jax.devices()[0]), tokenizer)
-
-
-@pytest.fixture(scope="module")
-def engine(model):
-    engine = Engine(model, slots=4, chunk=32, image_cache_bytes=2**18)
-    engine.warm_up()
-    return engine
+from tests.small_engine import ended
 
 
 def run(engine, requests):
-    tickets = [engine.submit(request) for request in requests]
-    while engine.step():
-        pass
-    return [ticket.result(0) for ticket in tickets]
+    return [ticket.result(0) for ticket in ended(engine, requests)]
 
 
 def alone(model, request, granularity):

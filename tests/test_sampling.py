@@ -8,34 +8,17 @@ import pytest
 from avg_llava_jax.data.conversation import IMAGE
 from avg_llava_jax.data.packing import Shape, load_tiles, prompt_index
 from avg_llava_jax.inference import programs
-from avg_llava_jax.inference.api import AvgLlava
-from avg_llava_jax.inference.engine import Engine
 from avg_llava_jax.inference.requests import Request
 from avg_llava_jax.inference.sampling import Next, shaping_of
 from avg_llava_jax.inference.stress import compilations
 from avg_llava_jax.models import avg_llava
-from tests.random_model import plain, random_model
+from tests.random_model import plain
+from tests.small_engine import ended
 from tests.test_programs import drawn
 
 
-@pytest.fixture(scope="module")
-def model(tiny, tokenizer):
-    params = jax.device_put(random_model(tiny, tokenizer).params, jax.devices()[0])
-    return AvgLlava(tiny, params, tokenizer)
-
-
-@pytest.fixture(scope="module")
-def engine(model):
-    engine = Engine(model, slots=4, chunk=32, image_cache_bytes=2**18)
-    engine.warm_up()
-    return engine
-
-
 def answers(engine, requests):
-    tickets = [engine.submit(request) for request in requests]
-    while engine.step():
-        pass
-    return [ticket.result(0) for ticket in tickets]
+    return [ticket.result(0) for ticket in ended(engine, requests)]
 
 
 def question(**options):
