@@ -51,10 +51,18 @@ def shapes(config: ModelConfig, targets: Collection[str], rank: int) -> dict[str
     """The fp32 leaves, by path, of adapters of one rank on a model."""
     whole, found = parameters.flat(parameters.abstract(config)), {}
     for node in nodes(targets):
-        layers, into, out = whole[f"{node}/kernel"].shape
-        for leaf, shape in zip(LEAVES, ((layers, into, rank), (layers, rank, out), (layers,)), strict=True):
-            found[f"{node}/{leaf}"] = jax.ShapeDtypeStruct(shape, jnp.float32)
+        for path, shape in _shapes(node, whole[f"{node}/kernel"].shape, rank).items():
+            found[path] = jax.ShapeDtypeStruct(shape, jnp.float32)
     return found
+
+
+def _shapes(node: str, kernel: tuple[int, ...], rank: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of an adapter's leaves, by path, on a kernel (layers, in, out)."""
+    layers, into, out = kernel
+    return {
+        f"{node}/{leaf}": shape
+        for leaf, shape in zip(LEAVES, ((layers, into, rank), (layers, rank, out), (layers,)), strict=True)
+    }
 
 
 def init(
@@ -103,9 +111,8 @@ def require(where: str, leaves: Mapping[str, Any], config: ModelConfig) -> None:
         parts = [f"{node}/{leaf}" for leaf in LEAVES]
         if missing := [part for part in parts if part not in leaves]:
             raise ValueError(f"{where}: parameter {missing[0]!r} is missing")
-        layers, into, out = kernels[f"{node}/kernel"].shape
         rank = leaves[parts[0]].shape[-1]
-        for part, shape in zip(parts, ((layers, into, rank), (layers, rank, out), (layers,)), strict=True):
+        for part, shape in _shapes(node, kernels[f"{node}/kernel"].shape, rank).items():
             if leaves[part].shape != shape:
                 raise ValueError(
                     f"{where}: parameter {part!r} has shape {leaves[part].shape}, on this base it would have {shape}"

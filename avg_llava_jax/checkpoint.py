@@ -17,7 +17,6 @@ A relative path counts from the folder of config.json. The digest covers the bas
 
 import dataclasses
 import fcntl
-import hashlib
 import json
 import logging
 import os
@@ -32,7 +31,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from avg_llava_jax import adapters, parameters, stored
+from avg_llava_jax import adapters, parameters, reuse, stored
 from avg_llava_jax.config import ModelConfig, from_dict, to_dict
 from avg_llava_jax.convert import foreign, peft
 from avg_llava_jax.data.tokenizer import load_tokenizer
@@ -255,7 +254,7 @@ def digest(folder: Folder, vision_tower: Folder | None = None) -> str:
     held = {name: value for name, value in sums.items() if name.split("/")[0] in parameters.ADAPTERS}
     if not held:
         raise ValueError(f"{folder} was saved without checksums: avg-llava publish makes a copy with them")
-    return hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()[:32]
+    return reuse.digest(held)
 
 
 def load_base(folder: Folder, mesh: Mesh | None = None, dtype: parameters.Dtype = None) -> parameters.Params:

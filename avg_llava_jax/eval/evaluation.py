@@ -14,7 +14,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import functools
 import json
 import os
 import pathlib
@@ -258,14 +257,18 @@ def made_by(model: Model, question: Question, max_new_tokens: int) -> dict[str, 
     return {**model.made_by, "max_new_tokens": max_new_tokens, "guide": guide, PROMPT: asked(question.sample)}
 
 
-def settle(model: Model, questions: Sequence[Question], file: str | os.PathLike[str], max_new_tokens: int) -> None:
+def settle(
+    model: Model, questions: Sequence[Question], file: str | os.PathLike[str], max_new_tokens: int
+) -> dict[str, MadeBy]:
     """Set aside the records of a file that `questions` cannot reuse, and bring the others up to date.
 
     A record is reused by the questions with the same `made_by`, whatever their ids, and graded again. Records of
     questions that are not asked now stay, unless their id is now that of another question.
+
+    Returns the `made_by` of each question by id, {} where its image is missing; nothing where there are no records.
     """
     if not whole_lines(file):
-        return
+        return {}
     now: dict[str, MadeBy] = {question.sample.id: {} for question in questions}
     waiting: dict[str, dict[str, Question]] = {}  # by digest and id, without a record so far
     for question in questions:
@@ -285,6 +288,7 @@ def settle(model: Model, questions: Sequence[Question], file: str | os.PathLike[
         return record if not (other := differing(before, model.made_by)) else f"other {other}"
 
     reuse.sift(file, judge, DERIVED)
+    return now
 
 
 def _graded_again(config: ModelConfig, question: Question, record: Record) -> Record:
@@ -311,14 +315,18 @@ def logged(
     if len({question.sample.id for question in questions}) < len(questions):
         raise ValueError("two questions have the same id; `read_questions` makes ids unique")
     known: dict[str, Record] = {}
+    made: dict[str, MadeBy] = {}
     if file is not None:
-        settle(model, questions, file, max_new_tokens)
+        made = settle(model, questions, file, max_new_tokens)
         known = read_records(file)
     todo = [question for question in questions if question.sample.id not in known]
     bar = tqdm(total=len(questions), initial=len(questions) - len(todo), unit="question", disable=not progress)
     with bar, open(os.devnull if file is None else file, "a", encoding="utf-8") as sink:
-        identify = None if file is None else functools.partial(made_by, model, max_new_tokens=max_new_tokens)
-        yield Log(questions, todo, known, skipped, sink, bar, identify)
+
+        def identify(question: Question) -> MadeBy:
+            return made.get(question.sample.id) or made_by(model, question, max_new_tokens)
+
+        yield Log(questions, todo, known, skipped, sink, bar, None if file is None else identify)
 
 
 class Log:
