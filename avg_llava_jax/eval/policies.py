@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from avg_llava_jax.config import ModelConfig
+from avg_llava_jax.config import Granularity, ModelConfig
 from avg_llava_jax.data.tiles import Size
 from avg_llava_jax.eval import escalation
 from avg_llava_jax.inference import choosing
 
 Record = escalation.Record
-Choice = tuple[int, ...]
+Choice = tuple[Granularity, ...]
 
 
 def by_key(items: Iterable[Any], key: Callable[[Any], Hashable]) -> dict[Any, list[int]]:

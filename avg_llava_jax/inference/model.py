@@ -164,7 +164,7 @@ class Model:
             logprobs=tuple(logprobs[: len(ids)]),
         )
 
-    def read_of(self, prepared: Prepared, choice: tuple[int, ...], certainty: float) -> Read:
+    def read_of(self, prepared: Prepared, choice: tuple[int | str, ...], certainty: float) -> Read:
         """The read of a request at one granularity per image."""
         return Read(_single(choice), sum(visual_tokens(self.config, prepared.sample, choice)), certainty)
 

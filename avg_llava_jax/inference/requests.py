@@ -132,7 +132,7 @@ class Read:
         and the like. A read that was dropped ends at the first token below `Request.escalate`.
     """
 
-    granularity: int | tuple[int, ...] | None
+    granularity: int | str | tuple[int | str, ...] | None
     visual_tokens: int
     certainty: float
 
@@ -154,7 +154,7 @@ class Answer:
     """
 
     text: str
-    granularity: int | tuple[int, ...] | None
+    granularity: int | str | tuple[int | str, ...] | None
     visual_tokens: int
     probabilities: dict[int, float] | tuple[dict[int, float], ...] | None
     timings: dict[str, float]
