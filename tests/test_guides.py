@@ -11,7 +11,7 @@ from avg_llava_jax.inference.guides import Guide, Matcher
 from avg_llava_jax.inference.requests import Request
 from avg_llava_jax.inference.stress import compilations
 from tests.test_programs import GOLDEN
-from tests.test_sampling import answers, engine, model, question  # noqa: F401
+from tests.test_sampling import answers, question
 
 pytest.importorskip("llguidance")
 
@@ -23,7 +23,7 @@ PERSON = {
 }
 
 
-def test_guided_rows_beside_free_ones(model, engine):  # noqa: F811
+def test_guided_rows_beside_free_ones(model, engine):
     """Each answer is what its guide says and what it is alone; free rows are what they are without guides."""
     requests = [
         question(),
@@ -46,7 +46,7 @@ def test_guided_rows_beside_free_ones(model, engine):  # noqa: F811
     assert cut.finish == "length" and len(cut.token_ids) == 12 and re.fullmatch("[a-z]+", cut.text)
 
 
-def test_a_guided_answer_that_escalates_is_guided_again(model, engine, photos):  # noqa: F811
+def test_a_guided_answer_that_escalates_is_guided_again(model, engine, photos):
     """The finer read starts its guide and its scores over."""
     guide = Guide.choice(["the left one", "neither"])
     asked = Request("Who?", photos[0], granularity=4, max_new_tokens=12, escalate=1.0, guide=guide, logprobs=2)
