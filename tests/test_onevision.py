@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from PIL import Image
 from safetensors.numpy import load_file, save_file
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
@@ -20,18 +19,15 @@ from avg_llava_jax import checkpoint, parameters
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.configs import onevision_05b_router
 from avg_llava_jax.convert import convert, foreign, layouts, llava_next
-from avg_llava_jax.data.conversation import IGNORE, IMAGE, Tokens
 from avg_llava_jax.data.geometry import visual_count, visual_index, visual_weight
-from avg_llava_jax.data.images import MemoryImage
-from avg_llava_jax.data.packing import Sample, collate, load_tiles, merge, shape_of
+from avg_llava_jax.data.packing import collate, load_tiles, merge, shape_of
 from avg_llava_jax.inference.model import Model
 from avg_llava_jax.models import avg_llava
-from avg_llava_jax.models.encoder import encoder
 from avg_llava_jax.models.vit import normalise
 from avg_llava_jax.training.loop import train
 from tests.differences import agree
+from tests.in_the_library import noise, sample_of, torch_inputs
 from tests.test_convert import SOURCE
-from tests.test_joined import language, save
 
 IMAGE_TOKEN = 1000
 SIDE = 30  # 7 x 7 patches of 4 pixels: an odd grid, and a margin of 2 that no patch shows
@@ -49,10 +45,6 @@ MEASURED = {
     (384, 384): 1485, (500, 375): 1728, (300, 1000): 2835, (1600, 1200): 7309, (64, 48): 1317, (2304, 2304): 7371,
     (3000, 500): 5130, (1153, 769): 8686, (640, 480): 2929, (1920, 1080): 7269,
 }  # fmt: skip
-
-
-def noise(size, seed=0):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), np.uint8))
 
 
 @pytest.fixture(scope="module")
@@ -97,29 +89,6 @@ def test_config(theirs):
     assert config.granularities == (4, 8, 16, 28, 49)
 
 
-def sample_of(images, text=(1, 17, 300, 45, 499, 2)):
-    ids = [text[0], *[token for _ in images for token in (IMAGE, 9)], *text[1:]]
-    sizes = tuple(image.size for image in images)
-    return Sample("s", Tokens(ids, [IGNORE] * len(ids)), sizes, tuple(MemoryImage("i", image) for image in images))
-
-
-def torch_inputs(cut, config, samples, image_token=IMAGE_TOKEN):
-    """The library's inputs of prompts of ids, padded on the left, with as many image tokens as ours."""
-    finest = config.granularities[-1]
-    rows = []
-    for sample in samples:
-        own, sizes = config.of(len(sample.sizes)), iter(sample.sizes)
-        rows.append([
-            each for token in sample.tokens.ids
-            for each in ([image_token] * visual_count(next(sizes), own, finest) if token == IMAGE else [token])
-        ])  # fmt: skip
-    longest = max(map(len, rows))
-    mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
-    pixels = cut([[image.content for image in sample.images] for sample in samples], return_tensors="pt")
-    ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
-    return {"input_ids": ids, "attention_mask": torch.tensor(mask)} | dict(pixels)
-
-
 def our_logits(config, params, samples, granularity=None):
     """Logits (length, V) of each sample at a granularity, the finest by default, from one batch."""
     granularity = granularity or config.granularities[-1]
@@ -145,7 +114,7 @@ def test_logits_of_the_finest_granularity(theirs):
     """One batch: an image, one over nine tiles' worth of cells, two images in a prompt, a tall one."""
     model, _, config, params, cut = theirs
     samples = [sample_of(images) for images in MIXED]
-    inputs = torch_inputs(cut, config, samples)
+    inputs = torch_inputs(cut, config, samples, IMAGE_TOKEN)
     with torch.no_grad():
         logits = model(**inputs).logits.numpy()
     assert np.abs(logits).max() > 1
@@ -196,7 +165,7 @@ def test_greedy_tokens(theirs, tokenizer):
 
     model, _, config, params, cut = theirs
     samples = [sample_of(images) for images in MIXED[1:3]]
-    inputs = torch_inputs(cut, config, samples)
+    inputs = torch_inputs(cut, config, samples, IMAGE_TOKEN)
     with torch.no_grad():
         expected = model.generate(**inputs, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
     expected = expected[:, inputs["input_ids"].shape[1] :].tolist()
@@ -279,7 +248,7 @@ def test_adaptive_in_pytorch(theirs, tokenizer, tmp_path):
     model = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
     assert type(model).__name__ == "AvgLlavaOnevisionForConditionalGeneration"
     samples = [sample_of(images) for images in MIXED[:3]]
-    inputs = torch_inputs(cut, config, samples)
+    inputs = torch_inputs(cut, config, samples, IMAGE_TOKEN)
     with torch.no_grad():
         for granularity in (4, 28):
             output = model(**inputs, granularity=granularity)
@@ -304,49 +273,6 @@ def our_scores(config, params, samples):
         pyramid = avg_llava.pyramid_of(config, params, batch["pixels"])
         routed = avg_llava.route(config, params, pyramid, avg_llava.embed(config, params, batch["text"]), batch)
     return np.concatenate([row[: len(s.sizes)] for row, s in zip(np.asarray(routed.logits), samples, strict=True)])
-
-
-@pytest.fixture(scope="module")
-def siglip(tmp_path_factory):
-    """(torch's vision model, its folder): a SigLIP's vision side, with the pooling head that is not run."""
-    folder = tmp_path_factory.mktemp("siglip")
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
-    model = transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**sizes, image_size=SIDE, patch_size=4))
-    save(model, folder)
-    about = {"image_mean": MEAN, "image_std": STD, "resample": 2, "do_normalize": True}
-    (folder / "preprocessor_config.json").write_text(json.dumps(about))
-    return model, folder
-
-
-@pytest.mark.parametrize("family", ["SmolLM2", "Mistral", "Qwen2", "Qwen3"])
-def test_a_decoder_joined_with_a_siglip(siglip, tmp_path, family):
-    """Tower, connector, decoder and packing, as one: ours, exported, gives the library's class our logits."""
-    source = language(tmp_path / "decoder", family)[1]
-    convert.import_folder(source, tmp_path / "ours", siglip[1], seed=3)
-    loaded = checkpoint.load(tmp_path / "ours")
-    config, params = loaded.config, loaded.params
-    assert (config.vision.encoder, config.vision.resample, config.vision.used_layers) == ("siglip", "bilinear", 2)
-    assert config.granularities == (4, 8, 16, 28, 49) and config.several == "square"
-    pixels = np.random.default_rng(1).integers(0, 255, (2, SIDE, SIDE, 3), np.uint8)
-    inputs = torch.tensor(np.moveaxis(np.asarray(normalise(config.vision, pixels)), -1, 1))
-    with torch.no_grad():
-        patches = siglip[0](inputs, output_hidden_states=True).hidden_states[-2].numpy()
-    with jax.default_matmul_precision("highest"):
-        agree("SigLIP: hidden state", encoder(config.vision).apply({"params": params["encoder"]}, pixels), patches)
-
-    convert.export_transformers(tmp_path / "ours", tmp_path / "out", router=False)
-    model, report = transformers.LlavaOnevisionForConditionalGeneration.from_pretrained(
-        tmp_path / "out", output_loading_info=True
-    )
-    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    cut = LlavaOnevisionImageProcessorPil.from_pretrained(tmp_path / "out")
-    samples = [sample_of(images) for images in MIXED[1:3]]
-    inputs = torch_inputs(cut, config, samples, model.config.image_token_index)
-    with torch.no_grad():
-        logits = model.eval()(**inputs).logits.numpy()
-    for ours, row, mask in zip(our_logits(config, params, samples), logits, inputs["attention_mask"], strict=True):
-        agree("SigLIP + Llama, Mistral, Qwen2, Qwen3, joined, in the library: logits", ours,
-              row[mask.bool().numpy()][:, : ours.shape[1]])  # fmt: skip
 
 
 def test_to_a_trained_router_and_back(theirs, llava_folder, tmp_path):

@@ -48,7 +48,7 @@ def load(folder):
     model, report = AutoModelForImageTextToText.from_pretrained(
         folder, trust_remote_code=True, output_loading_info=True
     )
-    assert type(model).__name__ == llava_next.STYLES["llava_next"].adaptive and complete(report)
+    assert type(model).__name__ in {style.adaptive for style in llava_next.STYLES.values()} and complete(report)
     return model
 
 

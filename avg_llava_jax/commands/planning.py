@@ -6,6 +6,7 @@ compute and send, and a lower bound on the time.
 
 import dataclasses
 import functools
+import itertools
 import math
 import re
 from collections.abc import Iterator
@@ -95,13 +96,16 @@ class Plan:
 
 
 def model_of(config: ml_collections.ConfigDict) -> ModelConfig:
-    """The model that a run of this config would train; the 7B where neither config nor `init_from` says otherwise."""
+    """The model that a run of this config would train; the 7B where neither config nor `init_from` says otherwise.
+
+    A PyTorch folder needs no weights yet, only its JSON files and tokenizer.
+    """
     config = training_config.read(config)
     folder = config.init_from
     if not folder:
         model = ModelConfig()
     elif foreign.is_foreign(folder):
-        model = foreign.inspect(folder, config.vision_tower or None).config
+        model = foreign.config_of(folder, config.vision_tower or None)
     else:
         model, _ = checkpoint.read_config(folder)
     return setup.override(model, config.model)
@@ -350,3 +354,11 @@ def knobs(config: ml_collections.ConfigDict, devices: int) -> Iterator[Knob]:
     for tensor in (2, 4, 8):
         if tensor > abs(sizes.tensor) and devices % tensor == 0:
             yield turned(least | {"optimizer.accumulate": accumulate, "mesh.fsdp": -1, "mesh.tensor": tensor})
+
+
+def alternatives(config: ml_collections.ConfigDict, target: Target) -> Iterator[Knob]:
+    """Settings to try where a config does not fit, in this order; none whose parameters and optimizer alone do not."""
+    devices = len(target.devices)
+    for knob in itertools.chain(knobs(config, devices), frozen_knobs(config, devices)):
+        if lasting(knob[1], target) < target.memory:
+            yield knob
