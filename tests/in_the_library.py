@@ -1,5 +1,7 @@
 """Prompts of token ids and images, as ours and as the transformers library's models take them."""
 
+import dataclasses
+
 import numpy as np
 import torch
 from PIL import Image
@@ -7,7 +9,7 @@ from PIL import Image
 from avg_llava_jax.data.conversation import IGNORE, IMAGE, Tokens
 from avg_llava_jax.data.geometry import visual_count
 from avg_llava_jax.data.images import MemoryImage
-from avg_llava_jax.data.packing import Sample
+from avg_llava_jax.data.packing import Sample, collate, merge, shape_of
 
 
 def noise(size, seed=0):
@@ -36,3 +38,15 @@ def torch_inputs(cut, config, samples, image_token):
     pixels = cut([[image.content for image in sample.images] for sample in samples], return_tensors="pt")
     ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
     return {"input_ids": ids, "attention_mask": torch.tensor(mask)} | dict(pixels)
+
+
+def packed(config, samples, granularities):
+    """A batch of ours, and its index and weights at each granularity, padded to one length: one program serves all."""
+    shape = dataclasses.replace(merge(shape_of(s, config, granularities) for s in samples), answer=1)
+    batch = collate(samples, shape, config, granularities)
+    most = max(index.shape[1] for index in batch["index"].values())
+    places = {}
+    for granularity, index in batch["index"].items():
+        room = [(0, most - index.shape[1] if axis == 1 else 0) for axis in range(index.ndim)]
+        places[granularity] = [np.pad(batch[key][granularity], room) for key in ("index", "weight") if key in batch]
+    return batch, places

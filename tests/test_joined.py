@@ -1,6 +1,5 @@
 """A decoder folder and a CLIP folder, joined: both compute what they computed in PyTorch, the rest is fresh."""
 
-import dataclasses
 import functools
 import json
 import shutil
@@ -19,7 +18,7 @@ from avg_llava_jax import checkpoint
 from avg_llava_jax.configs import connector_7b
 from avg_llava_jax.convert import convert, foreign
 from avg_llava_jax.data.geometry import visual_count
-from avg_llava_jax.data.packing import collate, load_tiles, merge, shape_of
+from avg_llava_jax.data.packing import load_tiles
 from avg_llava_jax.data.tokenizer import train_byte_bpe
 from avg_llava_jax.inference.api import AvgLlava
 from avg_llava_jax.inference.requests import Request
@@ -30,7 +29,7 @@ from avg_llava_jax.models.vit import normalise
 from avg_llava_jax.training.loop import train
 from tests.conftest import TOKENIZER
 from tests.differences import agree
-from tests.in_the_library import noise, sample_of, torch_inputs
+from tests.in_the_library import noise, packed, sample_of, torch_inputs
 from tests.test_conversation import CHATML, QWEN3, TEXTS
 from tests.test_convert import SOURCE
 from tests.test_pytorch import collapsed, complete, load
@@ -143,9 +142,9 @@ def rungs(config, params, tiles, ids, pixels, text, *places):
     words = avg_llava.decoder(config, params, avg_llava.embed(config, params, ids))
     features = avg_llava.encode_images(config, params, pixels)
     embedded = avg_llava.embed(config, params, text)
-    packed = avg_llava.assemble(params, scale(config, features), embedded, *places)
-    words, logits = (avg_llava.unembed(config, params, x) for x in (words, avg_llava.decoder(config, params, packed)))
-    return patches, words, features, packed, logits
+    sequence = avg_llava.assemble(params, scale(config, features), embedded, *places)
+    logits = avg_llava.unembed(config, params, avg_llava.decoder(config, params, sequence))
+    return patches, avg_llava.unembed(config, params, words), features, sequence, logits
 
 
 def test_every_rung(pair):
@@ -183,26 +182,21 @@ def test_every_rung(pair):
         patches = vision(normal, output_hidden_states=True).hidden_states[-2][:, -(config.vision.grid**2) :]
         words, finest, coarse = decoder(torch.tensor(ids)).logits, plain(**inputs), adaptive(**inputs, granularity=8)
 
-    shape = dataclasses.replace(merge(shape_of(s, config, [8, ladder[-1]]) for s in samples), answer=1)
-    batch = collate(samples, shape, config, [8, ladder[-1]])
-    most = batch["index"][ladder[-1]].shape[1]
+    batch, places = packed(config, samples, (8, ladder[-1]))
 
     def ours(granularity):
-        index = batch["index"][granularity]
-        room = [(0, most - index.shape[1] if at == 1 else 0) for at in range(index.ndim)]
-        places = [np.pad(batch[key][granularity], room) for key in ("index", "weight") if key in batch]
         with jax.default_matmul_precision("highest"):
-            return rungs(config, params, tiles, ids, batch["pixels"], batch["text"], *places)
+            return rungs(config, params, tiles, ids, batch["pixels"], batch["text"], *places[granularity])
 
     what, lengths = f"{tower} + {family}, joined", batch["length"]
-    our_patches, our_words, features, packed, logits = map(np.asarray, ours(ladder[-1]))
+    our_patches, our_words, features, sequence, logits = map(np.asarray, ours(ladder[-1]))
     agree(f"{what}: 1 tower", our_patches, patches)
     used = [row[: len(load_tiles(s, config))] for row, s in zip(features, samples, strict=True)]
     agree(f"{what}: 2 connector", np.concatenate(used), seen["features"])
     agree(f"{what}: 3 decoder", our_words, words)
     for row, length in enumerate(lengths[ladder[-1]]):
         at = inputs["attention_mask"][row].bool()
-        agree(f"{what}: 4 packed", packed[row, :length], seen["packed"][row][at])
+        agree(f"{what}: 4 packed", sequence[row, :length], seen["packed"][row][at])
         assert np.abs(logits[row]).max() > 0.5
         agree(f"{what}: 5 logits", logits[row, :length], finest.logits[row][at, : logits.shape[2]])
         assert logits[row, length - 7 : length - 1].argmax(axis=1).tolist() == new[row]

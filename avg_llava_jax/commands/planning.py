@@ -319,7 +319,8 @@ RANK = 64
 def _turned(config: ml_collections.ConfigDict, flags: dict[str, Any]) -> Knob:
     other = config.copy_and_resolve_references()
     other.update_from_flattened_dict(flags)
-    return " ".join(f"--config.{key}={value}" for key, value in flags.items()), other
+    shown = {key: f'"{value}"' if isinstance(value, tuple) else value for key, value in flags.items()}  # for a shell
+    return " ".join(f"--config.{key}={value}" for key, value in shown.items()), other
 
 
 def frozen_knobs(config: ml_collections.ConfigDict, devices: int) -> Iterator[Knob]:
@@ -327,6 +328,8 @@ def frozen_knobs(config: ml_collections.ConfigDict, devices: int) -> Iterator[Kn
     whole = config.phase == "multi_granularity" and not config.optimizer.lora.rank
     flags = {"optimizer.lora.rank": RANK, "compute_dtype": "bfloat16", "remat": "full"} if whole else {}
     if whole:
+        if config.optimizer.encoder_learning_rate:  # without adapters on the encoder, its rate had no effect
+            flags["optimizer.lora.targets"] = ("language", "encoder")
         yield _turned(config, flags)
     if config.phase != "grounding" and not config.quantize:
         flags["quantize"] = "int8"

@@ -287,7 +287,7 @@ def export_transformers(
     values = llava_next.to_config(config, origin.get("config", {}), image_token, rows, router)
     if "vision_use_head" in values["vision_config"]:
         values["vision_config"]["vision_use_head"] = exported.holds(foreign.HEAD)
-    processor = llava_next.processor(config)
+    processor = llava_next.processor(config, tokenizer)
     card = model_card.card(loaded, output, "transformers", router, model_card.read_report(source, report))
     with whole(output) as folder:
         exported.save(folder, shard_size, leave=(foreign.ROUTER,))

@@ -31,7 +31,7 @@ from avg_llava_jax.data.tokenizer import Tokenizer
 from avg_llava_jax.files import write_json
 
 ONEVISION = "llava_onevision"
-IMAGE = "<image>"
+IMAGE, VIDEO = "<image>", "<video>"
 PROCESSOR = "LlavaNextProcessor"
 CLIP = "clip_vision_model"
 
@@ -252,7 +252,7 @@ def preprocessor(config: ModelConfig) -> dict[str, Any]:
     return values if name == "LlavaNext" else values | {"size": {"height": side, "width": side}}
 
 
-def processor(config: ModelConfig) -> dict[str, Any]:
+def processor(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     """Build processor_config.json of the library's processor."""
     style = STYLES[style_of(config)]
     values = {
@@ -264,7 +264,8 @@ def processor(config: ModelConfig) -> dict[str, Any]:
         return values | {"num_additional_image_tokens": 1, "patch_size": config.vision.patch_size}
     return values | {
         "num_image_tokens": config.tokens[-1],
-        "video_token": "<video>",
+        # A token that the tokenizer lacks has its unknown token's id, which the library then counts in the padding.
+        "video_token": VIDEO if VIDEO in tokenizer.special_tokens else None,
         "vision_aspect_ratio": _aspect(config),
     }
 
