@@ -162,6 +162,11 @@ def test_every_rung(pair):
     assert complete(report)
     assert plain.config.text_config.model_type == ("llama" if family == "Mistral" else decoder.config.model_type)
 
+    if tower == "SigLIP":  # the library counts it in texts and ids
+        tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+        assert tokenizer.convert_tokens_to_ids("<video>") == plain.config.video_token_index
+        assert tokenizer.convert_tokens_to_ids("<image>") == plain.config.image_token_index
+
     cut = images.from_pretrained(out)
     pictures = [[noise(size, seed) for seed, size in enumerate(each)] for each in sizes]
     text = (1, 17, 300, 45, 499, 2)

@@ -44,7 +44,7 @@ from tests.test_pytorch import collapsed
 peft = pytest.importorskip("peft")
 
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "train.md"
-IMAGE_TOKEN = 1000
+IMAGE_TOKEN = 311  # the tokenizer's next id
 SIDE = 30  # 7 x 7 patches of 4 pixels: an odd grid, and a margin of 2 that no patch shows
 MEAN, STD = [0.5, 0.25, 0.75], [0.25, 0.5, 0.125]
 PINPOINTS = [[SIDE * rows, SIDE * columns] for rows in range(1, 7) for columns in range(1, 7)]
@@ -83,7 +83,7 @@ def theirs(tmp_path_factory):
     )  # fmt: skip
     model = transformers.LlavaOnevisionForConditionalGeneration(
         transformers.LlavaOnevisionConfig(
-            vision_config=vision, text_config=text, image_token_index=IMAGE_TOKEN, video_token_index=1001,
+            vision_config=vision, text_config=text, image_token_index=IMAGE_TOKEN, video_token_index=IMAGE_TOKEN + 1,
             image_grid_pinpoints=PINPOINTS,
         )
     ).eval()  # fmt: skip
@@ -94,7 +94,7 @@ def theirs(tmp_path_factory):
     model.save_pretrained(folder)
     train_byte_bpe(TEXTS, 340, folder, ("<unk>", "<s>", "</s>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"))
     (folder / "chat_template.jinja").write_text(ITS_TEMPLATE)
-    llava_next.name_image_token(folder, IMAGE_TOKEN)
+    llava_next.name_tokens(folder, {"<image>": IMAGE_TOKEN, "<video>": IMAGE_TOKEN + 1})
     cut = LlavaOnevisionImageProcessorPil(
         image_mean=MEAN, image_std=STD, size={"height": SIDE, "width": SIDE}, image_grid_pinpoints=PINPOINTS
     )
