@@ -6,6 +6,7 @@ compute and send, and a lower bound on the time.
 
 import dataclasses
 import functools
+import itertools
 import math
 import re
 from collections.abc import Iterator
@@ -95,13 +96,16 @@ class Plan:
 
 
 def model_of(config: ml_collections.ConfigDict) -> ModelConfig:
-    """The model that a run of this config would train; the 7B where neither config nor `init_from` says otherwise."""
+    """The model that a run of this config would train; the 7B where neither config nor `init_from` says otherwise.
+
+    A PyTorch folder needs no weights yet, only its JSON files and tokenizer.
+    """
     config = training_config.read(config)
     folder = config.init_from
     if not folder:
         model = ModelConfig()
     elif foreign.is_foreign(folder):
-        model = foreign.inspect(folder, config.vision_tower or None).config
+        model = foreign.config_of(folder, config.vision_tower or None)
     else:
         model, _ = checkpoint.read_config(folder)
     return setup.override(model, config.model)
@@ -315,7 +319,8 @@ RANK = 64
 def _turned(config: ml_collections.ConfigDict, flags: dict[str, Any]) -> Knob:
     other = config.copy_and_resolve_references()
     other.update_from_flattened_dict(flags)
-    return " ".join(f"--config.{key}={value}" for key, value in flags.items()), other
+    shown = {key: f'"{value}"' if isinstance(value, tuple) else value for key, value in flags.items()}  # for a shell
+    return " ".join(f"--config.{key}={value}" for key, value in shown.items()), other
 
 
 def frozen_knobs(config: ml_collections.ConfigDict, devices: int) -> Iterator[Knob]:
@@ -323,6 +328,8 @@ def frozen_knobs(config: ml_collections.ConfigDict, devices: int) -> Iterator[Kn
     whole = config.phase == "multi_granularity" and not config.optimizer.lora.rank
     flags = {"optimizer.lora.rank": RANK, "compute_dtype": "bfloat16", "remat": "full"} if whole else {}
     if whole:
+        if config.optimizer.encoder_learning_rate:  # without adapters on the encoder, its rate had no effect
+            flags["optimizer.lora.targets"] = ("language", "encoder")
         yield _turned(config, flags)
     if config.phase != "grounding" and not config.quantize:
         flags["quantize"] = "int8"
@@ -350,3 +357,11 @@ def knobs(config: ml_collections.ConfigDict, devices: int) -> Iterator[Knob]:
     for tensor in (2, 4, 8):
         if tensor > abs(sizes.tensor) and devices % tensor == 0:
             yield turned(least | {"optimizer.accumulate": accumulate, "mesh.fsdp": -1, "mesh.tensor": tensor})
+
+
+def alternatives(config: ml_collections.ConfigDict, target: Target) -> Iterator[Knob]:
+    """Settings to try where a config does not fit, in this order; none whose parameters and optimizer alone do not."""
+    devices = len(target.devices)
+    for knob in itertools.chain(knobs(config, devices), frozen_knobs(config, devices)):
+        if lasting(knob[1], target) < target.memory:
+            yield knob
