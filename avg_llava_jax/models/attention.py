@@ -1,4 +1,4 @@
-"""Softmax attention: of a sequence over itself, and of new tokens over a cache, by the platform's fastest kernel.
+"""Softmax attention: of sequences over themselves, and of new tokens over a cache, by the platform's fastest kernel.
 
 Layers call `self_attention` and `cached_attention`; `kernel_for` chooses the kernel. Queries, keys and values have the
 projections' layout, (B, S, heads, d); a cache stores heads first (see `cache`).
@@ -52,17 +52,19 @@ def self_attention(
     k: Float[ArrayLike, "B S K d"],
     v: Float[ArrayLike, "B S K d"],
     causal: bool,
+    segments: Int[ArrayLike, "B S"] | None = None,
 ) -> Float[Array, "B S Q d"]:
-    """Attention of a sequence over itself.
+    """Attention of a sequence over itself; with `segments`, of several that share a row, each over itself alone.
 
-    The mesh in use (`jax.set_mesh`) decides the platform; its devices need not exist when it is compiled for.
+    One rule: with `causal` a query attends to the positions up to its own, with `segments` to those of its segment.
+    Segments come with `causal` alone. The mesh in use (`jax.set_mesh`) decides the platform; its devices need not exist when it is compiled for.
     """
     kernel = kernel_for(*placement.platform(), q.dtype, q.shape[-1], q.shape[1])
     if kernel == "one_cpu":
-        return one_cpu.self_attention(q, k, v, causal)
+        return one_cpu.self_attention(q, k, v, causal, segments)
     if kernel in ("splash", "cudnn"):
-        return by_device(functools.partial(FUSED[kernel], causal=causal), q, k, v)
-    return _in_blocks(q, k, v, causal) if kernel == "blocks" else _over_own(q, k, v, causal)
+        return by_device(functools.partial(FUSED[kernel], causal=causal), q, k, v, segments)
+    return (_in_blocks if kernel == "blocks" else _over_own)(q, k, v, causal, segments)
 
 
 def cached_attention(
@@ -109,6 +111,7 @@ def by_device(
     q: Float[ArrayLike, "B S Q d"],
     k: Float[ArrayLike, "B S K d"],
     v: Float[ArrayLike, "B S K d"],
+    segments: Int[ArrayLike, "B S"] | None = None,
 ) -> Float[Array, "B S Q d"]:
     """A fused kernel on a mesh: each device computes its own samples and heads.
 
@@ -116,9 +119,13 @@ def by_device(
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        return kernel(q, k, v)
+        return kernel(q, k, v, segments=segments)
     spec = placement.fitting(mesh, placement.spec("batch", None, "heads", None), k.shape)
-    return jax.shard_map(kernel, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(q, k, v)
+    specs = (spec,) * 3 + (None if segments is None else jax.sharding.PartitionSpec(*spec[:2]),)
+    run = jax.shard_map(
+        lambda q, k, v, segments: kernel(q, k, v, segments=segments), in_specs=specs, out_specs=spec, check_vma=False
+    )
+    return run(q, k, v, segments)
 
 
 def padded_attention(
@@ -127,18 +134,24 @@ def padded_attention(
     v: Float[ArrayLike, "B S K d"],
     causal: bool,
     implementation: Literal["cudnn", "xla"] = "cudnn",
+    segments: Int[ArrayLike, "B S"] | None = None,
 ) -> Float[Array, "B S Q d"]:
     """`jax.nn.dot_product_attention`, padded to an even length: JAX cannot differentiate cuDNN's at an odd length.
 
     Padding lies to the right, where causal attention does not reach; non-causal attention gets the real length. A CLIP
-    encoder's 577 positions become 578.
+    encoder's 577 positions become 578. Segments are a mask (B, S, S) in memory: cuDNN's own packed layout is not in JAX's
+    public interface.
     """
     length = q.shape[1]
     odd = length % 2
     real = jnp.full(len(q), length, jnp.int32) if odd and not causal else None
     q, k, v = (jnp.pad(x, [(0, 0), (0, odd), (0, 0), (0, 0)]) for x in (q, k, v))
+    mask = None
+    if segments is not None:
+        segments = jnp.pad(segments, [(0, 0), (0, odd)])
+        mask = (segments[:, :, None] == segments[:, None])[:, None]
     out = jax.nn.dot_product_attention(
-        q, k, v, is_causal=causal, key_value_seq_lengths=real, implementation=implementation
+        q, k, v, mask=mask, is_causal=causal, key_value_seq_lengths=real, implementation=implementation
     )
     return out[:, :length]
 
@@ -151,8 +164,11 @@ def _over_own(
     k: Float[ArrayLike, "B S K d"],
     v: Float[ArrayLike, "B S K d"],
     causal: bool,
+    segments: Int[ArrayLike, "B S"] | None = None,
 ) -> Float[Array, "B S Q d"]:
     mask = jnp.tri(q.shape[1], dtype=bool) if causal else None
+    if segments is not None:
+        mask = (mask & (segments[:, :, None] == segments[:, None]))[:, None]
     return dense(*(x.swapaxes(1, 2) for x in (q, k, v)), mask).swapaxes(1, 2)
 
 
@@ -161,6 +177,7 @@ def _in_blocks(
     k: Float[ArrayLike, "B S K d"],
     v: Float[ArrayLike, "B S K d"],
     causal: bool,
+    segments: Int[ArrayLike, "B S"] | None = None,
 ) -> Float[Array, "B S Q d"]:
     """`dense` for `QUERY_BLOCK` queries at a time; the backward pass recomputes their scores."""
     length = q.shape[1]
@@ -170,10 +187,16 @@ def _in_blocks(
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
 
     @jax.checkpoint
-    def one(part: tuple[jax.Array, jax.Array]) -> jax.Array:
-        q, start = part
+    def one(part: tuple[jax.Array, ...]) -> jax.Array:
+        q, start, *own = part
         mask = jnp.arange(length) <= start + jnp.arange(block)[:, None] if causal else None
+        for each in own:
+            mask = (mask & (each[..., None] == segments[:, None]))[:, None]
         return dense(q, k, v, mask)
 
-    out = jax.lax.map(one, (rearrange(q, "b (n s) h d -> n b h s d", n=count), jnp.arange(count) * block))
+    parts = [rearrange(q, "b (n s) h d -> n b h s d", n=count), jnp.arange(count) * block]
+    if segments is not None:
+        own = jnp.pad(segments, [(0, 0), (0, count * block - length)])
+        parts.append(rearrange(own, "b (n s) -> n b s", n=count))
+    out = jax.lax.map(one, tuple(parts))
     return rearrange(out, "n b h s d -> b (n s) h d")[:, :length]

@@ -34,6 +34,7 @@ def self_attention(
     k: Float[ArrayLike, "B S K d"],
     v: Float[ArrayLike, "B S K d"],
     causal: bool,
+    segments: Int[ArrayLike, "B S"] | None = None,
 ) -> Float[Array, "B S Q d"]:
     """`attention.self_attention`, one head of one sample at a time.
 
@@ -48,10 +49,14 @@ def self_attention(
         return rearrange(x, "b s h d -> (b h) s d")
 
     @jax.checkpoint
-    def one(head: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        return _by_blocks(*head, positions if causal else None, causal)
+    def one(head: tuple[jax.Array, ...]) -> jax.Array:
+        q, k, v, *own = head
+        return _by_blocks(q, k, v, positions if causal else None, causal, *own)
 
-    out = jax.lax.map(one, (by_head(q * q.shape[-1] ** -0.5), by_head(k), by_head(v)))
+    given = [by_head(q * q.shape[-1] ** -0.5), by_head(k), by_head(v)]
+    if segments is not None:
+        given.append(jnp.repeat(segments, heads, axis=0))
+    out = jax.lax.map(one, tuple(given))
     return rearrange(out, "(b h) s d -> b s h d", b=batch)
 
 
@@ -89,11 +94,12 @@ def _by_blocks(
     v: Float[ArrayLike, "C d"],
     positions: Int[ArrayLike, " S"] | None,
     own: bool = False,
+    segments: Int[ArrayLike, " S"] | None = None,
 ) -> Float[Array, "S d"]:
     """Attention of one head in blocks of queries.
 
     positions: the last key that each query attends to; None = all of them. own: positions are 0 .. S - 1, so
-    that a block reads no key after its end.
+    that a block reads no key after its end. segments: with `own`, a query attends to keys of its segment alone.
     """
     length, rows = len(q), []
     block = math.ceil(length / min(math.ceil(length / BLOCK), MOST_BLOCKS))
@@ -102,7 +108,10 @@ def _by_blocks(
         count = stop if own else len(k)
         scores = jnp.einsum("qd,kd->qk", q[start:stop], k[:count], preferred_element_type=jnp.float32)
         if positions is not None:
-            scores = scores + jnp.where(jnp.arange(count) <= positions[start:stop, None], 0.0, -jnp.inf)
+            seen = jnp.arange(count) <= positions[start:stop, None]
+            if segments is not None:
+                seen &= segments[:count] == segments[start:stop, None]
+            scores = scores + jnp.where(seen, 0.0, -jnp.inf)
         weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
         total = jnp.sum(weights, axis=-1, keepdims=True)
         rows.append((weights.astype(v.dtype) @ v[:count] / total).astype(v.dtype))
