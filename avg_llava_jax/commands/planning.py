@@ -137,8 +137,9 @@ def training(config: ml_collections.ConfigDict, model: ModelConfig, target: Targ
     setup.check_step(config, mesh)
     nothing, tiles, pack = None, load_tiles(EMPTY, model), config.data.pack
     if pack > 1:
-        lengths = tuple(pack * shape.length(model, g) for g in model.granularities)
-        shape = Shape(*(pack * n for n in (shape.tiles, shape.images, shape.text, shape.answer)), 0.0, pack, lengths)
+        longest = tuple(shape.length(model, g) for g in model.granularities)
+        sizes = (pack * size for size in (shape.tiles, shape.images, shape.text, shape.answer))
+        shape = Shape(*sizes, 0.0, pack, tuple(pack * size for size in longest), longest)
     if config.rglf.feedback:
         nothing = next(iter(read_feedback(config.rglf.feedback, model.granularities).values()))
         tiles = tiles if nothing.features is None else nothing.features[:0]

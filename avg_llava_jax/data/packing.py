@@ -96,6 +96,7 @@ class Shape:
     fill: share of the largest visual length of T tiles that is reserved, in [0, 1].
     samples: the most samples that share a row.
     lengths: S at each granularity of the model, 0 = not used; () = as `fill` says.
+    longest: the same of the longest sample of a row.
     """
 
     tiles: int
@@ -105,6 +106,7 @@ class Shape:
     fill: float
     samples: int = 1
     lengths: tuple[int, ...] = ()
+    longest: tuple[int, ...] = ()
 
     def length(self, config: ModelConfig, granularity: Granularity) -> int:
         """S, the packed length at one granularity; of one sample at most `max_length`."""
@@ -149,9 +151,9 @@ def row_shape(
 ) -> Shape:
     """What the samples of a row need at all these granularities (default: all), each size rounded up by itself.
 
-    close: by a sixteenth (lengths) or an eighth (texts, answers, tiles) at most, as 17 -> 18, 100 -> 104, 200 -> 208. There
-        are many of these, for `pipeline.choose_shapes` to make few of. Otherwise to powers of two, tiles and lengths in
-        1..6, 8, 12, 16, 24, ...: few by themselves, and wider.
+    close: by a sixteenth (lengths) or an eighth (texts, answers, tiles) at most, as 17 -> 18, 100 -> 104, 200 -> 208.
+        There are many of these, for `pipeline.choose_shapes` to make few of. Otherwise to powers of two, tiles and
+        lengths in 1..6, 8, 12, 16, 24, ...: few by themselves, and wider.
     """
     granularities = config.granularities if granularities is None else granularities
     limit, layouts = config.language.max_length, [_layout(sample) for sample in row]
@@ -159,23 +161,25 @@ def row_shape(
     answer = max(4, sum(int(np.count_nonzero(layout.labels[:limit] != IGNORE)) for layout in layouts))
     tiles = max(1, sum(tiles_of(sample, config) for sample in row))
     images = _power(max(1, sum(len(sample.sizes) for sample in row)))
-    lengths = [sum(min(packed_length(s, config, g), limit) for s in row) for g in granularities]
+    sizes = [[max(16, min(packed_length(sample, config, g), limit)) for sample in row] for g in granularities]
     few, fine = (_part, functools.partial(_part, of=32)) if close else (_power, _step)
     most = len(row) * limit
     text, answer = min(few(text), most), min(few(answer), most)
-    by_name = {g: min(fine(max(16, size)), most) for g, size in zip(granularities, lengths, strict=True)}
-    tiles = few(tiles) if close else _step(tiles)
-    return Shape(
-        tiles, images, text, answer, 0.0, _power(len(row)), tuple(by_name.get(g, 0) for g in config.granularities)
+    total, one = (
+        {g: min(fine(take(own)), bound) for g, own in zip(granularities, sizes, strict=True)}
+        for take, bound in ((sum, most), (max, limit))
     )
+    lengths, longest = (tuple(of.get(g, 0) for g in config.granularities) for of in (total, one))
+    tiles = few(tiles) if close else _step(tiles)
+    return Shape(tiles, images, text, answer, 0.0, _power(len(row)), lengths, longest)
 
 
 def merge(shapes: Iterable[Shape]) -> Shape:
     """The smallest shape that is at least as large as each of `shapes`, which all have `lengths`, or none."""
-    shapes = list(shapes)
-    names = [field.name for field in dataclasses.fields(Shape) if field.name != "lengths"]
-    largest = {name: max(getattr(shape, name) for shape in shapes) for name in names}
-    return Shape(**largest, lengths=tuple(map(max, zip(*(shape.lengths for shape in shapes), strict=True))))
+    rows = [(s.tiles, s.images, s.text, s.answer, s.fill, s.samples, *s.lengths, *s.longest) for s in shapes]
+    largest = tuple(map(max, zip(*rows, strict=True)))
+    half = (len(largest) - 6) // 2
+    return Shape(*largest[:6], largest[6 : 6 + half], largest[6 + half :])
 
 
 def packed_length(sample: Sample, config: ModelConfig, granularity: Granularity) -> int:
@@ -256,6 +260,7 @@ def collate(
 
     Where K = `shape.samples` samples may share a row, length is (B,K), 0 = no such sample, and
 
+    reach         {g: bool (B,W)}    all False; its width is the longest sample's, how far back attention reaches
     text_sample   int32 (B,L)        ordinal within the row of the sample of each token, -1 in the padding
     image_sample  int32 (B,I)        and of each image, -1 no such image
 
@@ -280,6 +285,8 @@ def collate(
     if config.most_tiles:
         batch["weight"] = {g: np.zeros(batch["index"][g].shape, np.float32) for g in granularities}
     if many:
+        reach = {g: shape.longest[config.granularities.index(g)] for g in granularities}
+        batch["reach"] = {g: np.zeros((count, size), bool) for g, size in reach.items()}
         batch["text_sample"] = np.full((count, shape.text), -1, np.int32)
         batch["image_sample"] = np.full((count, shape.images), -1, np.int32)
     for b, members in itertools.groupby(zip(rows, samples, tiles, strict=True), key=lambda member: member[0]):
@@ -437,9 +444,7 @@ def _fill(
             row[start : start + len(visual)] = np.where(visual < 0, newline, visual + (shape.text + slot * stride))
 
 
-def _weight(
-    placed: _Placed, sizes: Sequence[Size], config: ModelConfig, choice: Sequence[Granularity]
-) -> np.ndarray:
+def _weight(placed: _Placed, sizes: Sequence[Size], config: ModelConfig, choice: Sequence[Granularity]) -> np.ndarray:
     """Weights of the four rows of each packed position, float32 (length, 4): 1 0 0 0 for text."""
     weight = np.zeros((placed.length, 4), np.float32)
     weight[:, 0] = 1

@@ -297,7 +297,7 @@ class PlannedBatches:
 
 
 def share_rows(loads: np.ndarray, count: int) -> list[list[int]]:
-    """Deals samples out to `count` rows whose loads are as equal as can be: the numbers of each row's samples, ascending.
+    """Deals samples out to `count` rows of about equal loads: the numbers of each row's samples, ascending.
 
     loads: (samples, kinds), not negative; tiles, packed length and text, for example, each relative to its mean. The
     largest samples come first, and each goes where it adds least to the sum over rows and kinds of load ** 4, which the
@@ -353,7 +353,7 @@ def collate_rows(
 
     visual       int32 (rows, I, G)         visual tokens of each image at each of `granularities`, 0 = no such image
     patch_words  int32 (rows, T, P, WORDS)  if `words`, of samples with a row each
-    nll          float32 (rows, G)          if feedback is `stored`, NaN = none; (rows, K, G) where K samples share a row
+    nll          float32 (rows, G)          if feedback is `stored`, NaN = none; (rows, K, G) where samples share a row
     features     (rows, T, P, D)            in place of `pixels`, if features are stored: `tiles` holds them
     """
     rows = range(len(samples)) if rows is None else rows

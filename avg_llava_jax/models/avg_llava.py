@@ -96,7 +96,7 @@ def route(
 ) -> Routing:
     """Score the granularities of each image by its pyramid and the raw text embeddings.
 
-    batch: `instruction` bool (B, L), `tile_image` int (B, T), `first_tile` int (B, I), see `Router`; where several samples
+    batch: `instruction` bool (B, L), `tile_image` int (B, T), `first_tile` int (B, I), see `Router`; where samples
         share a row, `text_sample` int (B, L) and `image_sample` int (B, I): an image's router reads its sample's text.
     dropout: None at inference.
     """
@@ -152,9 +152,10 @@ def decoder(
     x: Float[ArrayLike, "B S D"],
     remat: Remat = "none",
     length: Int[ArrayLike, "B n"] | None = None,
+    reach: int | None = None,
 ) -> Float[Array, "B S D"]:
     """Hidden states of the packed embeddings of whole sequences, `length` of n that share a row, without a cache."""
-    return language.decoder(config.language, params["language"], x, remat=remat, length=length)[0]
+    return language.decoder(config.language, params["language"], x, remat=remat, length=length, reach=reach)[0]
 
 
 def unembed(config: ModelConfig, params: Params, hidden: Float[ArrayLike, "*M D"]) -> Float[Array, "*M V"]:

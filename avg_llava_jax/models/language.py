@@ -20,7 +20,7 @@ from jaxtyping import Array, ArrayLike, Float, Int, Key, Shaped
 
 from avg_llava_jax.config import LanguageConfig
 from avg_llava_jax.models import one_cpu
-from avg_llava_jax.models.attention import cached_attention, self_attention
+from avg_llava_jax.models.attention import Segments, cached_attention, self_attention
 from avg_llava_jax.models.cache import Cache, LayerCache, Span
 from avg_llava_jax.models.linear import Linear
 from avg_llava_jax.models.stack import SHALLOW, Remat, rematerialised, stack
@@ -84,7 +84,7 @@ class DecoderLayer(nn.Module):
         cache: LayerCache | None = None,
         span: Span | None = None,
         last: Int[ArrayLike, "B E"] | None = None,
-        segments: Int[ArrayLike, "B S"] | None = None,
+        segments: Segments | None = None,
     ) -> tuple[Float[Array, "B _ D"], LayerCache | None]:
         config = self.config
         y = nn.RMSNorm(config.norm_eps, name="norm1")(x)
@@ -134,6 +134,7 @@ def decoder(
     last: Int[ArrayLike, "B E"] | None = None,
     remat: Remat = "none",
     length: Int[ArrayLike, "B n"] | None = None,
+    reach: int | None = None,
 ) -> tuple[Float[Array, "B _ D"], Cache | None]:
     """Walk embeddings through all layers and the final norm.
 
@@ -146,6 +147,7 @@ def decoder(
         which saves an eighth of the work of 8 layers, 1/32 of 32.
       remat: what the backward pass recomputes, see `stack.Remat`; for stacked layers without a cache.
       length: without a cache: the lengths of the n sequences that share a row, one after another; None = one a row.
+      reach: with `length`, at least the longest of them.
     Returns:
       hidden (B, S, D), or (B, E, D) with `last`, and the updated cache (None without one).
     """
@@ -154,7 +156,8 @@ def decoder(
         positions = span.start[:, None] + positions
     segments = None
     if length is not None:
-        segments, positions = split(length, positions)
+        ids, positions = split(length, positions)
+        segments = Segments(ids, x.shape[1] if reach is None else reach)
     rope, layers = rotary(config, positions), params["layers"]
     layer = DecoderLayer(config)
 

@@ -32,7 +32,7 @@ class Routing(NamedTuple):
 def select_text(
     features: Float[ArrayLike, "B I P D"],
     text: Float[ArrayLike, "B L D"],
-    instruction: Bool[ArrayLike, "B #I L"],
+    instruction: Bool[ArrayLike, "B _ L"],
     count: int,
 ) -> tuple[Float[Array, "B I J D"], Int[Array, "B I J"]]:
     """Select the J = `count` instruction tokens most similar to each image.
@@ -74,7 +74,7 @@ class Router(nn.Module):
         self,
         pyramid: Float[ArrayLike, "B T R D"],
         text: Float[ArrayLike, "B L D"],
-        instruction: Bool[ArrayLike, "B #I L"],
+        instruction: Bool[ArrayLike, "B _ L"],
         tile_image: Int[ArrayLike, "B T"],
         first_tile: Int[ArrayLike, "B I"],
         dropout: Key[ArrayLike, " B"] | None = None,

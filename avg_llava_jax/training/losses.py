@@ -28,7 +28,8 @@ def answer_nll(
     remat: Remat = "none",
     weight: Float[ArrayLike, "B S corners"] | None = None,
     length: Int[ArrayLike, "B n"] | None = None,
-) -> tuple[Float[Array, "B *n"], Float[Array, "B *n"]]:
+    reach: int | None = None,
+) -> tuple[Float[Array, "*rows"], Float[Array, "*rows"]]:
     """Negative log-likelihood of each sample's answer at one granularity.
 
     Logits are computed only at the A positions that predict an answer token, not at all S.
@@ -37,12 +38,13 @@ def answer_nll(
       index, weight: see `avg_llava.assemble`.
       target_at: the packed position whose next token is the target, -1 = none.
       targets: token ids.
-      length: of the n samples that share a row, one after another; None = one a row.
+      length, reach: of the n samples that share a row, one after another; None = one a row.
     Returns:
-      the sum over each sample's answer in nats, and the number of its tokens, both fp32: (B, n), or (B,) without `length`.
+      the sum over each sample's answer in nats, and the number of its tokens, both fp32: (B, n), or (B,)
+      without `length`.
     """
     packed = avg_llava.assemble(params, pyramid, text, index, weight)
-    hidden = avg_llava.decoder(config, params, packed, remat, length)
+    hidden = avg_llava.decoder(config, params, packed, remat, length, reach)
     at = jnp.take_along_axis(hidden, jnp.maximum(target_at, 0)[..., None], axis=1)
     log_probs = jax.nn.log_softmax(avg_llava.unembed(config, params, at))
     # Summed rather than looked up, so that each device reads its own part of the vocabulary.
@@ -64,14 +66,15 @@ def granularity_nll(
     granularities: Sequence[int],
     execution: Execution = "per_length",
     remat: Remat = "none",
-) -> tuple[Float[Array, "G B *n"], Float[Array, "G B *n"]]:
+) -> tuple[Float[Array, "*g_rows"], Float[Array, "*g_rows"]]:
     """`answer_nll` at each granularity: sums and counts.
 
     `per_length` runs one program part per granularity at its own static length. `vmap` pads all to the longest
     and maps over the granularity axis.
     """
     shared = (batch["targets"], remat)
-    lengths = {g: batch["length"][g] if batch["length"][g].ndim == 2 else None for g in granularities}
+    lengths = {g: batch["length"][g] if "reach" in batch else None for g in granularities}
+    reach = {g: batch["reach"][g].shape[1] if "reach" in batch else None for g in granularities}
     if execution == "vmap":
         longest = max(batch["index"][g].shape[1] for g in granularities)
 
@@ -83,8 +86,9 @@ def granularity_nll(
 
         target_at = jnp.stack([batch["target_at"][g] for g in granularities])
         weight = padded("weight") if "weight" in batch else None
-        length = None if None in lengths.values() else jnp.stack(list(lengths.values()))
-        return jax.vmap(lambda i, t, w, n: answer_nll(config, params, pyramid, text, i, t, *shared, w, n))(
+        length = jnp.stack(list(lengths.values())) if "reach" in batch else None
+        most = max(reach.values()) if "reach" in batch else None
+        return jax.vmap(lambda i, t, w, n: answer_nll(config, params, pyramid, text, i, t, *shared, w, n, most))(
             padded("index"), target_at, weight, length
         )
 
@@ -100,6 +104,7 @@ def granularity_nll(
             *shared,
             weights.get(g),
             lengths[g],
+            reach[g],
         )
         for g in granularities
     ]

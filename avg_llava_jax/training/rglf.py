@@ -32,13 +32,14 @@ def feedback(
     text: Float[ArrayLike, "B L D"],
     batch: losses.Batch,
     execution: losses.Execution,
-) -> tuple[Float[Array, "B *n G"], Bool[Array, "B *n"]]:
+) -> tuple[Float[Array, "*rows G"], Bool[Array, "*rows"]]:
     """Feedback of the frozen model: mean answer NLL in nats at every granularity, without gradient.
 
     Stored feedback (`batch["nll"]`, NaN = none) is returned unchanged.
 
     Returns:
-      the NLL in fp32, and which samples have an answer token at every granularity; n samples share a row, or one has it.
+      the NLL in fp32, and which samples have an answer token at every granularity: rows are (B, n) where n samples
+      share a row, else (B,).
     """
     if "nll" in batch:
         answered = jnp.all(jnp.isfinite(batch["nll"]), axis=-1)
