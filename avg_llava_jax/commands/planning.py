@@ -139,7 +139,11 @@ def training(config: ml_collections.ConfigDict, model: ModelConfig, target: Targ
     config = training_config.read(config)
     mesh = sharding.make_mesh(dataclasses.asdict(config.mesh), target.devices)
     setup.check_step(config, mesh)
-    nothing, tiles = None, load_tiles(EMPTY, model)
+    nothing, tiles, pack = None, load_tiles(EMPTY, model), config.data.pack
+    if pack > 1:
+        longest = tuple(shape.length(model, g) for g in model.granularities)
+        sizes = (pack * size for size in (shape.tiles, shape.images, shape.text, shape.answer))
+        shape = Shape(*sizes, 0.0, pack, tuple(pack * size for size in longest), longest)
     if config.rglf.feedback:
         nothing = next(iter(read_feedback(config.rglf.feedback, model.granularities).values()))
         tiles = tiles if nothing.features is None else nothing.features[:0]
@@ -160,7 +164,7 @@ def training(config: ml_collections.ConfigDict, model: ModelConfig, target: Targ
             "trained": ours,
             "frozen": frozen,
             "optimizer": step.state,
-            "batch": _batch(rows, config.batch_size, mesh),
+            "batch": _batch(rows, config.rows, mesh),
         }
         return step.update.trace(ours, step.state, frozen, held["batch"], jax.ShapeDtypeStruct((), jnp.int32)), held
 
@@ -334,9 +338,9 @@ def frozen_knobs(config: ml_collections.ConfigDict, devices: int) -> Iterator[Kn
     if config.phase != "grounding" and not config.quantize:
         flags["quantize"] = "int8"
         yield _turned(config, flags)
-    copies = devices // abs(config.mesh.tensor)
-    accumulate = config.batch_size // copies
-    if flags and config.batch_size % copies == 0 and accumulate > config.optimizer.accumulate:
+    copies, rows = devices // abs(config.mesh.tensor), config.batch_size // config.data.pack
+    accumulate = rows // copies
+    if flags and rows % copies == 0 and accumulate > config.optimizer.accumulate:
         yield _turned(config, flags | {"optimizer.accumulate": accumulate})
 
 
@@ -350,8 +354,8 @@ def knobs(config: ml_collections.ConfigDict, devices: int) -> Iterator[Knob]:
         least |= {"mesh.data": 1, "mesh.fsdp": -1}
         yield turned(least)
     copies = devices // abs(sizes.tensor)
-    accumulate = config.optimizer.accumulate
-    while config.batch_size % (2 * accumulate * copies) == 0:
+    accumulate, rows = config.optimizer.accumulate, config.batch_size // config.data.pack
+    while rows % (2 * accumulate * copies) == 0:
         accumulate *= 2
         yield turned(least | {"optimizer.accumulate": accumulate})
     for tensor in (2, 4, 8):
