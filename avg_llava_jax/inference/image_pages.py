@@ -85,7 +85,7 @@ class ImagePages:
                 self._free += self._stored.pop(digest).pages
 
     def missing(self, most: int) -> tuple[int, dict[int, np.ndarray]]:
-        """An adapter and at most `most` tiles uint8 (H, W, 3) of it to encode next, by page, in the order of requests."""
+        """An adapter and at most `most` tiles uint8 (H, W, 3) of it to encode next, by page, in requests' order."""
         waiting = [stored for stored in self._stored.values() if stored.missing]
         adapter = waiting[0].adapter if waiting else 0
         of_one = (tile for stored in waiting if stored.adapter == adapter for tile in stored.missing.items())

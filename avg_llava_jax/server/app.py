@@ -78,7 +78,7 @@ ENDPOINTS = {
 class Service:
     """An engine behind HTTP.
 
-    name: the base's name for clients; adapters have their own. keys: those that clients must send one of; none = no key.
+    name: the base's name for clients; adapters have theirs. keys: those that clients must send one of; none = no key.
     places: requests answered at once, the engine's slots plus its queue; more are refused before their body is read.
     origins: of web pages that browsers may let use this server; "*" = all.
     draining: set it to refuse new requests. running: requests without a complete reply whose body is complete.
