@@ -29,11 +29,11 @@ from avg_llava_jax.inference import calibration, stacked
 from avg_llava_jax.inference.buckets import STEPS, bucket
 from avg_llava_jax.inference.device import page_bytes
 from avg_llava_jax.inference.engine import Engine
-from avg_llava_jax.inference.model import Model
+from avg_llava_jax.inference.model import Model, unstacked
 from avg_llava_jax.inference.requests import Answer, ImageLike, Prepared, Request
 from avg_llava_jax.inference.stacked import Stack
 from avg_llava_jax.inference.tickets import Ticket
-from avg_llava_jax.models import language, one_cpu
+from avg_llava_jax.models import one_cpu
 from avg_llava_jax.models.avg_llava import Params
 
 
@@ -98,12 +98,11 @@ class AvgLlava(Model):
         loaded = checkpoint.load(path, vision_tower, mesh, dtype)
         own = [checkpoint.load_own(each, path, loaded, vision_tower, mesh) for each in (adapters or {}).values()]
         params = quantized(loaded.params) if quantize else loaded.params
-        stack = Stack(tuple(adapters), stacked.stack(params, own)) if own else Stack()
+        leaves = stacked.stack(params, own) if own else None
         if not one_cpu.here():  # there the engine's layers share the memory of the stacked ones
-            layers = language.unstack(params["language"]["layers"], free=True)
-            params = params | {"language": params["language"] | {"layers": layers}}
+            params, leaves = unstacked(params, free=True), leaves and unstacked(leaves, free=True)
         model = cls(loaded.config, params, load_tokenizer(loaded.tokenizer_folder), loaded.meta["step"])
-        model.adapters = stack
+        model.adapters = Stack(tuple(adapters or ()), leaves)
         try:
             model.calibration = calibration.read(pathlib.Path(path), model.step, quantize)
         except ValueError as error:  # raised where a request needs it

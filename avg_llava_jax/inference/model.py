@@ -56,7 +56,7 @@ class Model:
     @functools.cached_property
     def unstacked(self) -> Params:
         """The parameters, adapters beside them, with the language model's layers as a tuple, as programs take them."""
-        found = [_unstacked(params) for params in (self.params, self.adapters.leaves) if params]
+        found = [unstacked(params) for params in (self.params, self.adapters.leaves) if params]
         return functools.reduce(stacked.beside, found)
 
     @functools.cached_property
@@ -174,10 +174,11 @@ class Model:
         return Read(_single(choice), sum(visual_tokens(self.config, prepared.sample, choice)), certainty)
 
 
-def _unstacked(params: Params) -> Params:
+def unstacked(params: Params, free: bool = False) -> Params:
+    """Parameters with the language model's layers, where there are any, as a tuple; see `language.unstack`."""
     if "layers" not in params.get("language", {}):  # adapters of the encoder alone
         return params
-    layers = language.unstack(params["language"]["layers"])
+    layers = language.unstack(params["language"]["layers"], free)
     return params | {"language": params["language"] | {"layers": layers}}
 
 

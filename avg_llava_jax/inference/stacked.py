@@ -26,7 +26,7 @@ WHOLE = ("connector", "image_newline", "router")
 
 
 class Stack(NamedTuple):
-    """Names of adapters, number 1 first, and their leaves, which `beside` puts on the base."""
+    """Names of adapters, number 1 first, and their leaves, which `beside` puts on the base; None without adapters."""
 
     names: tuple[str, ...] = ()
     leaves: Params | None = None
