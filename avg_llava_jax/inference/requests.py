@@ -50,6 +50,7 @@ class Request:
     seed: the same request with the same seed gets the same answer, alone or in any batch.
     stop: strings that end the answer; they are not part of it.
     raw: use `prompt`, one text or the list of texts around the images, as it is, without a conversation template.
+    adapter: the name of an adapter that the model was loaded with; None = the base.
 
     Raises:
       ValueError: a field is out of range; the message names it and its range.
@@ -76,6 +77,7 @@ class Request:
     seed: int = 0
     stop: str | Sequence[str] = ()
     raw: bool = False
+    adapter: str | None = None
 
     def __post_init__(self) -> None:
         stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
@@ -173,12 +175,13 @@ class Answer:
 class Prepared:
     """A checked, tokenized request, with `escalate` as a number.
 
-    choice: the requested granularity of each image, None where the router chooses.
+    choice: the requested granularity of each image, None where the router chooses. adapter: its number, see `stacked`.
     """
 
     request: Request
     sample: Sample
     choice: tuple[int | None, ...]
+    adapter: int = 0
 
 
 def as_ref(image: ImageLike) -> ImageRef:
