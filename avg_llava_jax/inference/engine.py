@@ -426,6 +426,9 @@ class Engine:
         if job.finer:
             if certainty < job.prepared.request.escalate:
                 job.reads.append(read)
+                job.ticket.dropped(
+                    self.model.answer_of("", (), "stop", job.reads, job.scores, {}, cost_weight=job.cost_weight)
+                )
                 self._escalate(job, ended)
                 return
             job.held += text or ""
