@@ -1,4 +1,4 @@
-"""The price of visual tokens under load: predictions with a clock of the test's own, and what the engine makes of them."""
+"""The price of visual tokens under load: predictions with a clock of the test's own, and what the engine does."""
 
 import dataclasses
 
