@@ -1,12 +1,13 @@
 """Accuracy and time to the first token against requests/s: python -m launch.bench.load --workdir=OUT
 
-Questions of `jersey` arrive at an engine at random times (Poisson, the same times for every policy), each with its own
-picture to encode. Policies: each of --fixed tokens a tile, the router, and the router with a promise (--slo_ttft), whose
-price follows the load. Rates are shares of what the engine answers in a second at the finest granularity when all
-questions come at once, measured first. Policies take turns at each rate, so that what else the machine does meets all.
+Test questions of `jersey`, two of each three about one picture, arrive at an engine at random times (Poisson, the same
+times for every policy). Policies: each of --fixed tokens a tile, the router, and the router with a promise
+(--slo_ttft), whose price follows the load. Rates are shares of what the engine answers in a second at the finest
+granularity when all questions come at once, measured first. Policies take turns at each rate, so that what else the
+machine does meets all.
 
-Writes OUT/load.json, OUT/load.md and OUT/plots/load.png. Times to the first token run from the arrival that was planned,
-so a generator that is late makes no answer look early.
+Writes OUT/load.json, OUT/load.md and OUT/plots/load.png. Times to the first token run from the arrival that was
+planned, so a generator that is late makes no answer look early.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def run(engine: Engine, asked: list[Any], arrivals: Any, way: int | None, slo: S
 def table(report: dict[str, Any]) -> str:
     """A line per rate and policy."""
     lines = [
-        f"Capacity at the finest granularity: {report['capacity']:.1f} questions/s; promise {report['slo_ttft']:g} s.\n",
+        f"At the finest granularity at most {report['capacity']:.1f} questions/s; promise {report['slo_ttft']:g} s.\n",
         "| questions/s | policy | accuracy | visual tokens | λ | ttft, median s | ttft, 95 % s | within the promise |",
         "|---:|---|---:|---:|---:|---:|---:|---:|",
     ]
