@@ -92,12 +92,13 @@ class Model:
             raise ValueError("the prompt is empty")
         sample = make_sample("request", tokens, refs)
         choice = self._wanted(request.granularity, len(refs))
-        if request.escalate == "calibrated":
+        calibrated = request.escalate == "calibrated"
+        if calibrated:
             request = dataclasses.replace(request, escalate=self._calibrated(request, choice))
         choosing.check_budget(self.config, sample.sizes, choice, request.max_visual_tokens)
         if len(tokens.ids) - len(refs) > self.config.language.max_length or None not in choice:
             check_length(self.config, sample, [g or self.config.granularities[0] for g in choice])
-        return Prepared(request, sample, choice, number)
+        return Prepared(request, sample, choice, number, fixed_price=calibrated)
 
     def matcher(self, guide: Guide) -> Matcher:
         """A matcher of an answer that is still empty. Raises ValueError where the guide cannot be followed."""
@@ -150,6 +151,7 @@ class Model:
         scores: Sequence[np.ndarray],
         timings: dict[str, float],
         logprobs: Sequence[TokenScore] = (),
+        cost_weight: float | None = None,
     ) -> Answer:
         """The answer of a request that has ended.
 
@@ -167,6 +169,7 @@ class Model:
             finish=finish,
             reads=tuple(reads),
             logprobs=tuple(logprobs[: len(ids)]),
+            cost_weight=cost_weight if scores else None,
         )
 
     def read_of(self, prepared: Prepared, choice: tuple[int | str, ...], certainty: float) -> Read:

@@ -261,9 +261,9 @@ class Service:
         async def wait(call: Callable[..., T], *arguments: Any) -> T:
             return await asyncio.wait_for(self._in_thread(call, *arguments), deadline - time.perf_counter())
 
-        iterator, first = ticket.pieces(), None
+        iterator, first = ticket.pieces(glances=True), None
         while (piece := await wait(next, iterator, None)) is not None:
-            if first is None:
+            if first is None and piece:
                 first = time.perf_counter()
                 self.metrics.first_piece.observe(first - begin)
             yield piece
