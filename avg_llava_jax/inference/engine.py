@@ -425,6 +425,7 @@ class Engine:
             job.scores,
             job.timings(),
             job.token_scores,
+            job.matcher is not None and job.matcher.closed,
         )
         self._counters.add(
             ttft_seconds=job.times["first"] - job.times["submitted"],

@@ -6,7 +6,7 @@
 Our extensions of OpenAI's fields are `usage.visual_tokens` and `usage.granularity`, and `avg_llava` on the completion
 and on the last chunk with a choice:
 
-    {"granularity": 16, "visual_tokens": 75, "certainty": 0.98, "probabilities": {"4": 0.1, ...},
+    {"granularity": 16, "visual_tokens": 75, "certainty": 0.98, "closed": false, "probabilities": {"4": 0.1, ...},
      "timings": {"encode": 0.02, ...}, "reads": [{"granularity": 16, "visual_tokens": 75, "certainty": 0.98}],
      "images": [{"granularity": 16, "probabilities": ..., "visual_tokens": 75, "finest": 280, "size": [640, 480],
                  "tiles": LATTICE, "cells": LATTICE, "borders": {"x": [0, 80, ...], "y": ...}}]}
@@ -163,6 +163,7 @@ class Reply:
             "granularity": answer.granularity,
             "visual_tokens": answer.visual_tokens,
             "certainty": answer.certainty,
+            "closed": answer.closed,
             "reads": [dataclasses.asdict(read) for read in answer.reads],
             "probabilities": answer.probabilities or None,
             "timings": answer.timings,

@@ -161,14 +161,16 @@ CLIENTS = {
 
 
 def install(folder: pathlib.Path, client: Client) -> None:
-    """Install a client into `folder`, unless an earlier run did. sglang comes without what it needs on a GPU."""
+    """Install a client into `folder`, unless an earlier run did, by uv: pip takes minutes to find what goes together."""
     if (folder / "installed").is_file():
         return
+    python = f"{folder}/bin/python"
     run([sys.executable, "-m", "venv", str(folder)])
-    pip, (first, *rest) = [f"{folder}/bin/python", "-m", "pip", "install", "--quiet"], client.packages
-    run([*pip, *(["--no-deps"] if rest else []), first])
-    if rest:
-        run([*pip, *rest])
+    run([python, "-m", "pip", "install", "--quiet", "uv"])
+    pip = [python, "-m", "uv", "pip", "install", "--quiet", "--python", python]
+    run([*pip, *client.packages])
+    if client.alone:
+        run([*pip, "--no-deps", client.alone])
     (folder / "installed").touch()
 
 
