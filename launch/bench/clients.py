@@ -145,7 +145,8 @@ CLIENTS = {
 
 def install(folder: pathlib.Path, client: Client) -> None:
     """Install a client into `folder`, unless an earlier run did, by uv: pip takes minutes to resolve some."""
-    if (folder / "installed").is_file():
+    stamp, wanted = folder / "installed", "\n".join([*client.packages, client.alone or ""])
+    if stamp.is_file() and stamp.read_text() == wanted:
         return
     python = f"{folder}/bin/python"
     run([sys.executable, "-m", "venv", str(folder)])
@@ -154,7 +155,7 @@ def install(folder: pathlib.Path, client: Client) -> None:
     run([*pip, *client.packages])
     if client.alone:
         run([*pip, "--no-deps", client.alone])
-    (folder / "installed").touch()
+    stamp.write_text(wanted)
 
 
 def run(command: list[str], folder: pathlib.Path | None = None) -> str:

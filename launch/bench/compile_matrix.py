@@ -6,7 +6,7 @@
 The devices need not be present. Each target compiles in a separate process, since a compiler can crash or hang; that is
 a line of the table, and the next program follows. A program passes if it compiles, fits, overwrites its donated
 arguments, and holds and sends nothing that `judge` does not expect. Results are kept in --known and written to the
-document at once; what is known of the same code and jax is reused, other results are not. It exits with 1 where something fails.
+document at once; those of the same code and jax are reused, and no others. It exits with 1 where something fails.
 
 A new program is one more entry of `CASES`.
 """

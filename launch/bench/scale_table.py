@@ -47,7 +47,8 @@ def known(label: str, function: "Callable[..., Plan | Iterator[Plan]]", *argumen
     """The figures of one or several plans, from --workdir, or computed and then kept there."""
     from avg_llava_jax.files import write_whole
 
-    file = pathlib.Path(WORKDIR.value) / reuse.programs(__file__) / ("".join(c if c.isalnum() else "-" for c in label) + ".json")
+    name = "".join(c if c.isalnum() else "-" for c in label)
+    file = pathlib.Path(WORKDIR.value) / reuse.programs(__file__) / f"{name}.json"
     if file.is_file():
         print(f"{label}: known, from the same code", file=sys.stderr, flush=True)
         return json.loads(file.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Load as real clients bring it, on this version and another: python -m launch.bench.load --against=../older
+"""Load as real clients bring it, on this version and another: python -m launch.bench.serve_load --against=../older
 
 Streams that are dropped, slow readers, connections that say nothing, and many large pictures at once. Two servers run,
 one from each checkout, and take turns, since a machine is never equally busy twice. An answer counts as wrong where it
@@ -34,10 +34,11 @@ from avg_llava_jax.files import around, write_whole
 from launch.bench.running import Running, running
 
 AGAINST = flags.DEFINE_string("against", None, "Checkout of the version to compare with.")
+SERVE = flags.DEFINE_list("serve", [], "Flags of both servers, as slots=4,max_length=512.")
 ROUNDS = flags.DEFINE_integer("rounds", 3, "Turns of each version.", lower_bound=1)
 ONLY = flags.DEFINE_list("only", [], "Loads to bring, by name; default: all.")
 DOCUMENT = flags.DEFINE_string("document", "docs/serve.md", "Where the table stands; empty = printed alone.")
-BEGIN, END = "<!-- load: python -m launch.bench.load -->\n", "<!-- end of load -->\n"
+BEGIN, END = "<!-- load: python -m launch.bench.serve_load -->\n", "<!-- end of load -->\n"
 SECONDS = 300.0
 HEAD = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
 QUESTIONS = ("Who wears 7?", "What is the weather?", "Which team has 10?", "Who stands left of 4?")
@@ -265,9 +266,10 @@ def main() -> None:
     if DOCUMENT.value:
         around(DOCUMENT.value, BEGIN, END)  # fail before the servers compile
     with contextlib.ExitStack() as stack:
-        servers = {"this": stack.enter_context(running())}
+        given = [f"--{flag}" for flag in SERVE.value]
+        servers = {"this": stack.enter_context(running(*given))}
         if AGAINST.value:
-            servers[pathlib.Path(AGAINST.value).name] = stack.enter_context(running(folder=AGAINST.value))
+            servers[pathlib.Path(AGAINST.value).name] = stack.enter_context(running(*given, folder=AGAINST.value))
         table = asyncio.run(bring(servers))
     print(table)
     if DOCUMENT.value:
