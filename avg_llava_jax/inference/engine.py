@@ -454,6 +454,7 @@ class Engine:
             job.timings(),
             job.token_scores,
             job.cost_weight,
+            job.matcher is not None and job.matcher.closed,
         )
         self._counters.add(
             ttft_seconds=job.times["first"] - job.times["submitted"],

@@ -78,7 +78,8 @@ class Job(Work):
 
     def next(self) -> Next:
         """What its next token depends on."""
-        allowed = None if self.matcher is None else self.matcher.allowed()
+        left = self.limit - len(self.tokens)
+        allowed = None if self.matcher is None else self.matcher.allowed(left, self.limit)
         return Next(self.prepared.request, self.limit, self.text, self.tokens, allowed)
 
     def certainty(self, count: int) -> float:

@@ -12,6 +12,7 @@ import numpy as np
 from avg_llava_jax import reuse
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.data.conversation import PLACEHOLDER, encode_prompt, encode_raw, stop_ids
+from avg_llava_jax.data.errors import BadSample
 from avg_llava_jax.data.geometry import visual_count
 from avg_llava_jax.data.packing import Sample, make_sample, packed_length
 from avg_llava_jax.data.tokenizer import Tokenizer
@@ -84,6 +85,8 @@ class Model:
             tokens = encode_raw(request.prompt, self.tokenizer)
         else:
             prompt = request.prompt
+            if isinstance(prompt, str) and not prompt.strip() and not refs:
+                raise BadSample("empty_question", "the question has no text and no image")
             turns = [{"from": "human", "value": prompt}] if isinstance(prompt, str) else prompt
             tokens = encode_prompt(turns, self.tokenizer, self.config.template, len(refs))
         if tokens.images != len(refs):
@@ -152,6 +155,7 @@ class Model:
         timings: dict[str, float],
         logprobs: Sequence[TokenScore] = (),
         cost_weight: float | None = None,
+        closed: bool = False,
     ) -> Answer:
         """The answer of a request that has ended.
 
@@ -170,6 +174,7 @@ class Model:
             reads=tuple(reads),
             logprobs=tuple(logprobs[: len(ids)]),
             cost_weight=cost_weight if scores else None,
+            closed=closed,
         )
 
     def read_of(self, prepared: Prepared, choice: tuple[int | str, ...], certainty: float) -> Read:

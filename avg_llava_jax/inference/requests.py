@@ -25,8 +25,8 @@ class Request:
     """One question about images.
 
     prompt: a question, or a conversation of turns `{"from": "human" | "gpt", "value": text}` that ends
-        with a question. `<image>` marks the place of an image; without it the images come first. A value that is the
-        list of texts around the images has no markers, see `data.conversation`.
+        with a question, which may be empty there. `<image>` marks the place of an image; without it the images come
+        first. A value that is the list of texts around the images has no markers, see `data.conversation`.
     images: one image or several: paths, encoded bytes, or Pillow images.
     granularity: "auto" (the router chooses for each image), tokens per tile, or a list with one of these
         for each image.
@@ -156,6 +156,7 @@ class Answer:
     finish: "stop" (a stop id, a stop string or a complete guide) or "length".
     reads: each read, coarse to fine; the last one gave the answer.
     logprobs: the score of each of `token_ids`, () where `Request.logprobs` is None.
+    closed: whether its guide closed it early, before its tokens ran out; `finish` is "stop" then too.
     """
 
     text: str
@@ -168,6 +169,7 @@ class Answer:
     reads: tuple[Read, ...]
     logprobs: tuple[TokenScore, ...] = ()
     cost_weight: float | None = None
+    closed: bool = False
 
     @property
     def certainty(self) -> float:
