@@ -132,8 +132,8 @@ def assemble(
     visual = pyramid.reshape(len(text), -1, text.shape[-1])
     rows = jnp.concatenate([text, visual.astype(text.dtype), newline], axis=1)
     if weight is None:
-        return jnp.take_along_axis(rows, index[..., None], axis=1)
-    corners = jnp.take_along_axis(rows, index.reshape(len(index), -1)[..., None], axis=1)
+        return jax.vmap(linear.take)(rows, index)
+    corners = jax.vmap(linear.take)(rows, index.reshape(len(index), -1))
     return blend(corners.reshape(*index.shape, -1), weight)
 
 
@@ -143,10 +143,14 @@ def blend(corners: Float[ArrayLike, "B S 4 D"], weight: Float[ArrayLike, "B S 4"
 
 
 def decoder(
-    config: ModelConfig, params: Params, x: Float[ArrayLike, "B S D"], remat: Remat = "none"
+    config: ModelConfig,
+    params: Params,
+    x: Float[ArrayLike, "B S D"],
+    remat: Remat = "none",
+    parts: tuple[int, ...] = (),
 ) -> Float[Array, "B S D"]:
-    """Hidden states of the packed embeddings of whole sequences, without a cache."""
-    return language.decoder(config.language, params["language"], x, remat=remat)[0]
+    """Hidden states of the packed embeddings of whole sequences, without a cache; parts: see `language.decoder`."""
+    return language.decoder(config.language, params["language"], x, remat=remat, parts=parts)[0]
 
 
 def unembed(config: ModelConfig, params: Params, hidden: Float[ArrayLike, "*M D"]) -> Float[Array, "*M V"]:

@@ -10,6 +10,7 @@ Compute runs in the parameters' dtype; for quantized parameters, in the dtype of
 """
 
 import dataclasses
+import itertools
 from typing import Any
 
 import flax.linen as nn
@@ -22,7 +23,7 @@ from avg_llava_jax.config import LanguageConfig
 from avg_llava_jax.models import one_cpu
 from avg_llava_jax.models.attention import cached_attention, self_attention
 from avg_llava_jax.models.cache import Cache, LayerCache, Span
-from avg_llava_jax.models.linear import Linear
+from avg_llava_jax.models.linear import Linear, product_fp32, take
 from avg_llava_jax.models.stack import SHALLOW, Remat, rematerialised, stack
 from avg_llava_jax.placement import constrain
 
@@ -68,12 +69,14 @@ class DecoderLayer(nn.Module):
     """Pre-norm decoder layer: x and the cache.
 
     Without a cache: causal, each row a whole sequence.
+    Without a cache and with `parts`: each row is several sequences one after another, of these lengths.
     With a cache: keys and values of x are written at `span`, then queries attend to the prefix written before as well.
     With `last`: keys and values of all S tokens are written, but only the tokens at indices `last` of each row are
     computed further: the MLP, two projections and the attention of all others are skipped.
     """
 
     config: LanguageConfig
+    parts: tuple[int, ...] = ()
 
     @nn.compact
     def __call__(
@@ -104,7 +107,8 @@ class DecoderLayer(nn.Module):
             x, y, positions, *rope = (_at(part, last) for part in (x, y, positions, *rope))
         q = placed("q", config.heads)
         if cache is None or (span.window == 0 and last is None):
-            y = self_attention(q, k, v, causal=True)
+            apart = (_apart(each, self.parts or (q.shape[1],)) for each in (q, k, v))
+            y = jnp.concatenate([self_attention(*each, causal=True) for each in zip(*apart, strict=True)], axis=1)
         else:
             # With `last`, the queries of a prompt from position 0 attend to the keys just written to the cache.
             window = span.window or (k.shape[1] if span.window == 0 else None)
@@ -117,6 +121,11 @@ class DecoderLayer(nn.Module):
         up = Linear(config.mlp_width, use_bias=False, name="up")(y)
         y = Linear(config.width, use_bias=False, name="down")(jax.nn.silu(gate) * up)
         return constrain(x + y, "batch", None, None), cache
+
+
+def _apart(x: Shaped[ArrayLike, "B S *rest"], parts: tuple[int, ...]) -> list[Shaped[Array, "B _ *rest"]]:
+    """The sequences of `parts` positions that lie one after another in each row."""
+    return jnp.split(x, list(itertools.accumulate(parts))[:-1], axis=1)
 
 
 def _at(x: Shaped[ArrayLike, "B S *rest"], place: Int[ArrayLike, "B E"]) -> Shaped[Array, "B E *rest"]:
@@ -132,6 +141,7 @@ def decoder(
     span: Span | None = None,
     last: Int[ArrayLike, "B E"] | None = None,
     remat: Remat = "none",
+    parts: tuple[int, ...] = (),
 ) -> tuple[Float[Array, "B _ D"], Cache | None]:
     """Walk embeddings through all layers and the final norm.
 
@@ -143,14 +153,17 @@ def decoder(
       last: with a cache: the indices of each row whose hidden states are needed. The last layer computes only these,
         which saves an eighth of the work of 8 layers, 1/32 of 32.
       remat: what the backward pass recomputes, see `stack.Remat`; for stacked layers without a cache.
+      parts: without a cache: the lengths of the sequences that lie one after another in each row, of which each
+        attends to itself alone. With S = 5, parts (3, 2) have positions 0 1 2 0 1. () = one sequence of S.
     Returns:
       hidden (B, S, D), or (B, E, D) with `last`, and the updated cache (None without one).
     """
-    positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+    positions = jnp.concatenate([jnp.arange(length) for length in parts or x.shape[1:2]])
+    positions = jnp.broadcast_to(positions, x.shape[:2])
     if span is not None and span.window != 0:
         positions = span.start[:, None] + positions
     rope, layers = rotary(config, positions), params["layers"]
-    layer = DecoderLayer(config)
+    layer = DecoderLayer(config, parts)
 
     def run(x: jax.Array, layer_params: Params, *rest: Any) -> tuple[jax.Array, LayerCache | None]:
         return layer.apply({"params": layer_params}, x, rope, positions, *rest)
@@ -228,7 +241,7 @@ def init(config: LanguageConfig, rng: Key[ArrayLike, ""]) -> Params:
 def embed(params: Params, ids: Int[ArrayLike, "*M"]) -> Float[Array, "*M D"]:
     """Raw embeddings of token ids."""
     # The table is gathered along its width first: the batch and the table's width share the mesh axis `fsdp`.
-    rows = jnp.asarray(constrain(params["embed"], "vocab", None))[ids]
+    rows = take(jnp.asarray(constrain(params["embed"], "vocab", None)), ids)
     if "embed_scale" in params:
         scale = params["embed_scale"]
         rows = rows.astype(scale.dtype) * scale[ids][..., None]
@@ -236,11 +249,11 @@ def embed(params: Params, ids: Int[ArrayLike, "*M"]) -> Float[Array, "*M D"]:
 
 
 def unembed(config: LanguageConfig, params: Params, hidden: Float[ArrayLike, "*M D"]) -> Float[Array, "*M V"]:
-    """Logits of hidden states, in fp32."""
-    if not config.tied_embeddings:
-        logits = Linear(config.vocab_size, use_bias=False).apply({"params": params["unembed"]}, hidden)
+    """Logits of hidden states, in fp32 from the product on: bf16 would round logits of 20 to a sixteenth."""
+    if config.tied_embeddings:
+        kernel, scale = params["embed"].T, params.get("embed_scale")
     else:
-        logits = hidden @ params["embed"].T.astype(hidden.dtype)
-        if "embed_scale" in params:
-            logits = logits * params["embed_scale"]
-    return constrain(logits.astype(jnp.float32), "batch", *[None] * (hidden.ndim - 2), "vocab")
+        kernel, scale = params["unembed"]["kernel"], params["unembed"].get("kernel_scale")
+    logits = product_fp32(hidden, kernel.astype(hidden.dtype))
+    logits = logits if scale is None else logits * scale
+    return constrain(logits, "batch", *[None] * (hidden.ndim - 2), "vocab")
