@@ -2,8 +2,8 @@
 
 The tables hold the figures of `avg-llava plan` for the 7B, both phases and answering, or for LLaVA-OneVision, on
 several topologies, and where a step does not fit also the settings tried until one fits. Each line takes minutes; it is
-kept in --workdir and written to the document at once, and an interrupted run resumes. Remove that folder when the
-programs have changed.
+kept in --workdir and written to the document at once, and an interrupted run resumes; lines of other code or another
+jax are not reused.
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
+from avg_llava_jax import reuse
 from avg_llava_jax.commands import cli
 
 if TYPE_CHECKING:
@@ -74,8 +75,10 @@ def known(label: str, function: "Callable[..., Plan | Iterator[Plan]]", *argumen
     """The figures of one or several plans, from --workdir, or computed and then kept there."""
     from avg_llava_jax.files import write_whole
 
-    file = pathlib.Path(WORKDIR.value) / ("".join(c if c.isalnum() else "-" for c in label) + ".json")
+    name = "".join(c if c.isalnum() else "-" for c in label)
+    file = pathlib.Path(WORKDIR.value) / reuse.programs(__file__) / f"{name}.json"
     if file.is_file():
+        print(f"{label}: known, from the same code", file=sys.stderr, flush=True)
         return json.loads(file.read_text(encoding="utf-8"))
     print(f"{time.strftime('%H:%M:%S')} {label}", file=sys.stderr, flush=True)
     begin, found = time.monotonic(), []
