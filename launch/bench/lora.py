@@ -139,7 +139,7 @@ def run(root: pathlib.Path, base: str, data: str, method: str) -> dict[str, Any]
 
 def table(found: dict[str, Any]) -> str:
     """The table in Markdown; a row that is not measured is missing."""
-    rows = ["| base | data | steps | untuned | full | LoRA, rank 8 | difference |", "|---|---|---:|---:|---:|---:|---:|"]
+    rows = ["| base | data | steps | untuned | full | LoRA, rank 8 | difference |", "|---|---|" + "---:|" * 5]
     for base, title in BASES.items():
         for data in DATA:
             each = [found.get(f"{base} {data} {method}") for method in ("base", *METHODS)]
