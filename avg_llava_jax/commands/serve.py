@@ -4,19 +4,25 @@
 
 Endpoints are OpenAI's chat completions at /v1/chat/completions, a demo page at /, and Prometheus metrics at /metrics.
 SIGTERM or Ctrl+C lets running requests finish; a second one cancels them. AVG_LLAVA_API_KEY or --api_key_file sets a
-key for clients; a line of that file may limit its key.
+key for clients; a line of that file may limit its key. --slo_ttft lets the server look less closely under load.
 """
+
+from __future__ import annotations
 
 import os
 import pathlib
 import signal
 import sys
 import threading
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from avg_llava_jax.commands import cli, pictures
 from avg_llava_jax.files import refuse_buckets
+
+if TYPE_CHECKING:
+    from avg_llava_jax.inference.pricing import Slo
 
 HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen at; 0.0.0.0 = all addresses of the machine.")
 PORT = flags.DEFINE_integer("port", 8000, "Port to listen at; 0 = any free port.", 0, 65535)
@@ -27,6 +33,10 @@ ADAPTER = flags.DEFINE_multi_string(
 )
 SLOTS = flags.DEFINE_integer("slots", 8, "Requests decoded at once.", lower_bound=1)
 QUEUE = flags.DEFINE_integer("queue", 64, "Requests that may wait; more are refused with 429.", lower_bound=1)
+SLO_TTFT = flags.DEFINE_float(
+    "slo_ttft", None, "Seconds to the first token that a higher price of visual tokens keeps under load; default: none."
+)
+SLO_COST_WEIGHTS = flags.DEFINE_list("slo_cost_weights", ["0", "2"], "The lowest and highest price for --slo_ttft.")
 MAX_LENGTH = flags.DEFINE_integer(
     "max_length", None, "Most tokens of prompt and answer; fewer save memory."
 )
@@ -67,6 +77,18 @@ def adapters_of(texts: list[str], served: str) -> dict[str, str]:
     return found
 
 
+def slo_of(ttft: float | None, weights: list[str]) -> Slo | None:
+    """The promise of --slo_ttft and --slo_cost_weights. Raises ValueError in one line."""
+    from avg_llava_jax.inference.pricing import Slo
+
+    try:
+        low, high = map(float, weights)
+    except ValueError:
+        given = ",".join(weights)
+        raise ValueError(f"--slo_cost_weights={given}: give the lowest and the highest, such as 0,2") from None
+    return None if ttft is None else Slo(ttft, low, high)
+
+
 def main() -> None:
     text = api_keys()
     name = NAME.value or pathlib.Path(cli.CHECKPOINT.value).resolve().name
@@ -92,6 +114,7 @@ def main() -> None:
         bodies_bytes=8 * (MAX_BODY_MB.value << 20),
         client_requests=CLIENT_REQUESTS.value,
     )
+    slo = slo_of(SLO_TTFT.value, SLO_COST_WEIGHTS.value)
     bound = bind(HOST.value, PORT.value)
     model = cli.load_model(adapters)
     engine = Engine(
@@ -100,6 +123,7 @@ def main() -> None:
         max_length=MAX_LENGTH.value,
         image_cache_bytes=IMAGE_CACHE_MB.value << 20,
         queue=QUEUE.value,
+        slo=slo,
     )
     say("compiling ...")
     engine.warm_up()

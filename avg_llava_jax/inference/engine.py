@@ -21,6 +21,7 @@ from avg_llava_jax.inference.device import Answering, Device, Part, lanes_of, pa
 from avg_llava_jax.inference.image_pages import ImagePages
 from avg_llava_jax.inference.job import Images, Job, escalate, make_job, pack
 from avg_llava_jax.inference.model import Model, without_end
+from avg_llava_jax.inference.pricing import Pricing, Slo
 from avg_llava_jax.inference.requests import Answer, Prepared, Request
 from avg_llava_jax.inference.sampling import scored
 from avg_llava_jax.inference.scheduler import Admission, Scheduler
@@ -41,6 +42,7 @@ class Engine:
         are few, and `warm_up` compiles all of them. None = prompts prefill whole, and all of them before answers
         decode, which takes the least time in total; a program is compiled at its first use.
     prompts: with chunk=None, the lengths of the prompts to come, where they are known, so that few programs compile.
+    slo: the time to the first token that is kept by raising the price of visual tokens under load; None = no promise.
 
     Raises:
       ValueError: a size is too small, or `max_length` is over the model's; the message names it.
@@ -55,6 +57,7 @@ class Engine:
         image_cache_bytes: int = IMAGE_CACHE_BYTES,
         queue: int = 64,
         prompts: Sequence[int] = (),
+        slo: Slo | None = None,
     ):
         limit = model.config.language.max_length
         length = limit if max_length is None else max_length
@@ -80,6 +83,7 @@ class Engine:
         self._images = ImagePages(buckets.pages)
         self._scheduler = Scheduler(buckets)
         self._counters = Counters(self.config.granularities)
+        self._pricing = None if slo is None else Pricing(slo)
         self._inbox: list[Job] = []  # filled by any thread; only the stepping thread touches the rest
         self._waiting: list[Job] = []
         self._encoding: list[Job] = []
@@ -191,7 +195,11 @@ class Engine:
         with self._news:
             waiting, running = self._waiting_count(), len(self._scheduler.reading) + len(self._scheduler.decoding)
         return self._counters.snapshot(
-            waiting=waiting, running=running, image_hits=self._images.hits, image_misses=self._images.misses
+            waiting=waiting,
+            running=running,
+            cost_weight=self._cost_weight(),
+            image_hits=self._images.hits,
+            image_misses=self._images.misses,
         )
 
     def _run(self) -> None:
@@ -224,6 +232,12 @@ class Engine:
 
     def _waiting_count(self) -> int:
         return len(self._inbox) + len(self._waiting) + len(self._encoding) + len(self._routed)
+
+    def _cost_weight(self) -> float:
+        """The lowest price of visual tokens that the load allows now."""
+        if self._pricing is None:
+            return 0.0
+        return self._pricing.cost_weight(self._waiting_count() + len(self._scheduler.reading))
 
     def _jobs(self) -> list[Job]:
         """The requests of the stepping thread, whatever their stage."""
@@ -262,6 +276,7 @@ class Engine:
             pages, texts = [job.pages[at] for job, at in batch], [job.text for job, _ in batch]
             routing = self._device.route(pages, texts, adapter)
             self._routing = [job for job, _ in batch], routing.logits
+        price = self._cost_weight()
         for job in ready:
             if not job.unrouted:
                 self._encoding.remove(job)
@@ -269,8 +284,10 @@ class Engine:
                 job.reached("routed")
                 job.ticket.scores = list(job.scores)
                 try:
-                    pack(self.config, job, self.buckets.pages)
+                    pack(self.config, job, self.buckets.pages, price)
                     job.ticket.visual_tokens = job.visual
+                    raised = job.scores and job.cost_weight > job.prepared.request.cost_weight
+                    self._counters.add(raised=int(bool(raised)))
                 except ValueError as error:
                     self._end(job, error)
         return encode or route
@@ -370,6 +387,8 @@ class Engine:
                 self._counters.add(verified_tokens=job.draft)
                 if part.then is not None:
                     job.token_scores += scored(part.then, after.scores, row, job.tokens)
+                if self._pricing is not None and not job.reads:
+                    self._pricing.first_token(job.times["submitted"], time.perf_counter())
                 job.reached("first")
                 if job.ticket.keep_logits:
                     job.ticket.logits = np.asarray(after.logits)[row]
@@ -413,6 +432,9 @@ class Engine:
         if job.finer:
             if certainty < job.prepared.request.escalate:
                 job.reads.append(read)
+                job.ticket.dropped(
+                    self.model.answer_of("", (), "stop", job.reads, job.scores, {}, cost_weight=job.cost_weight)
+                )
                 self._escalate(job, ended)
                 return
             job.held += text or ""
@@ -431,6 +453,8 @@ class Engine:
             job.scores,
             job.timings(),
             job.token_scores,
+            job.cost_weight,
+            job.matcher is not None and job.matcher.closed,
         )
         self._counters.add(
             ttft_seconds=job.times["first"] - job.times["submitted"],

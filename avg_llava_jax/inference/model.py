@@ -12,6 +12,7 @@ import numpy as np
 from avg_llava_jax import reuse
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.data.conversation import PLACEHOLDER, encode_prompt, encode_raw, stop_ids
+from avg_llava_jax.data.errors import BadSample
 from avg_llava_jax.data.geometry import visual_count
 from avg_llava_jax.data.packing import Sample, make_sample, packed_length
 from avg_llava_jax.data.tokenizer import Tokenizer
@@ -84,6 +85,8 @@ class Model:
             tokens = encode_raw(request.prompt, self.tokenizer)
         else:
             prompt = request.prompt
+            if isinstance(prompt, str) and not prompt.strip() and not refs:
+                raise BadSample("empty_question", "the question has no text and no image")
             turns = [{"from": "human", "value": prompt}] if isinstance(prompt, str) else prompt
             tokens = encode_prompt(turns, self.tokenizer, self.config.template, len(refs))
         if tokens.images != len(refs):
@@ -92,12 +95,13 @@ class Model:
             raise ValueError("the prompt is empty")
         sample = make_sample("request", tokens, refs)
         choice = self._wanted(request.granularity, len(refs))
-        if request.escalate == "calibrated":
+        calibrated = request.escalate == "calibrated"
+        if calibrated:
             request = dataclasses.replace(request, escalate=self._calibrated(request, choice))
         choosing.check_budget(self.config, sample.sizes, choice, request.max_visual_tokens)
         if len(tokens.ids) - len(refs) > self.config.language.max_length or None not in choice:
             check_length(self.config, sample, [g or self.config.granularities[0] for g in choice])
-        return Prepared(request, sample, choice, number)
+        return Prepared(request, sample, choice, number, fixed_price=calibrated)
 
     def matcher(self, guide: Guide) -> Matcher:
         """A matcher of an answer that is still empty. Raises ValueError where the guide cannot be followed."""
@@ -150,6 +154,8 @@ class Model:
         scores: Sequence[np.ndarray],
         timings: dict[str, float],
         logprobs: Sequence[TokenScore] = (),
+        cost_weight: float | None = None,
+        closed: bool = False,
     ) -> Answer:
         """The answer of a request that has ended.
 
@@ -167,6 +173,8 @@ class Model:
             finish=finish,
             reads=tuple(reads),
             logprobs=tuple(logprobs[: len(ids)]),
+            cost_weight=cost_weight if scores else None,
+            closed=closed,
         )
 
     def read_of(self, prepared: Prepared, choice: tuple[int | str, ...], certainty: float) -> Read:

@@ -43,7 +43,9 @@ logger = logging.getLogger(__name__)
 
 PAGE = pathlib.Path(__file__).with_name("page.html")
 DECODERS = 2
-"""Images that are decoded at once: each takes its pixels times some bytes of memory."""
+"""Images that are decoded at once, and large bodies that are read: each takes its size times some bytes of memory."""
+LARGE = 1 << 20
+"""Bytes of a body from which on it holds images, and is read where they are decoded."""
 GRACE = 10.0
 """Seconds that a client has to take its reply, in addition to those of the answer."""
 LEFT = 499  # the status that nginx logs for a client that disconnected
@@ -208,7 +210,9 @@ class Service:
         body = await bodies.receive(request, self._clients, who, self.limits)
         stack.enter_context(self._clients.admitted(who))
         stack.enter_context(self._place())
-        ask, prepared = await self._in_thread(self._prepare, endpoint, body, request.headers)
+        threads = self._decoders if len(body) > LARGE else self._threads
+        preparing = asyncio.get_running_loop().run_in_executor(threads, self._prepare, endpoint, body, request.headers)
+        ask, prepared = await _unless_left(request, preparing)
         del body
         text_tokens, tiles = len(prepared.sample.tokens.ids) - len(prepared.sample.sizes), []
         if prepared.sample.images:
@@ -261,9 +265,9 @@ class Service:
         async def wait(call: Callable[..., T], *arguments: Any) -> T:
             return await asyncio.wait_for(self._in_thread(call, *arguments), deadline - time.perf_counter())
 
-        iterator, first = ticket.pieces(), None
+        iterator, first = ticket.pieces(glances=True), None
         while (piece := await wait(next, iterator, None)) is not None:
-            if first is None:
+            if first is None and piece:
                 first = time.perf_counter()
                 self.metrics.first_piece.observe(first - begin)
             yield piece

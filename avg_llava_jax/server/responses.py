@@ -135,7 +135,8 @@ class ResponseReply(Reply):
         yield self._part_event("response.content_part.added", part=self._part(""))
 
     def piece(self, piece: Piece, number: int, visual: int) -> Iterator[str]:
-        yield self._part_event("response.output_text.delta", delta=piece, logprobs=[])
+        if piece:
+            yield self._part_event("response.output_text.delta", delta=piece, logprobs=[])
 
     def ended(self, answer: Answer, number: int) -> Iterator[str]:
         yield from ()
