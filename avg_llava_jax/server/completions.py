@@ -15,12 +15,13 @@ from typing import Any
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.inference.requests import TOP, Answer, TokenScore
 from avg_llava_jax.server import scores
-from avg_llava_jax.server.fields import TEXT, Field, Number, Parsed, read_fields, required, short
+from avg_llava_jax.server.fields import Field, Number, Parsed, read_fields, required, short
 from avg_llava_jax.server.limits import Limits
 from avg_llava_jax.server.reading import (
     IMAGES,
     LOOKING,
     MANY,
+    MODEL,
     PART,
     SAMPLING,
     STREAMING,
@@ -37,7 +38,7 @@ from avg_llava_jax.server.shaping import MOST_ANSWERS, check_sampled
 DEFAULT_NEW_TOKENS = 16  # OpenAI's
 
 COMPLETION = (
-    Field("model", TEXT, about="may be absent"),
+    MODEL,
     Field("prompt", Parsed("a text, or a list of parts `text` and `image_url`", lambda value, path: value)),
     *STREAMING,
     Field("max_tokens", Number(1, MANY, whole=True), nothing=(-1,), about=f"{DEFAULT_NEW_TOKENS} if absent"),
@@ -50,7 +51,7 @@ COMPLETION = (
 """Fields of /v1/completions."""
 
 
-def read(values: Any, config: ModelConfig, limits: Limits, served: str) -> Ask:
+def read(values: Any, config: ModelConfig, limits: Limits, served: Sequence[str]) -> Ask:
     """Check the JSON of /v1/completions and convert it to a request; see `reading.read`."""
     given = read_fields(values, COMPLETION, extras=limits.unknown_fields)
     check_model(given, served)

@@ -139,8 +139,10 @@ LOOKING = (
 )
 """Our own fields."""
 
+MODEL = Field("model", TEXT, sets="adapter", about="the base, which it is if absent, or an adapter")
+
 CHAT = (
-    Field("model", TEXT, about="may be absent"),
+    MODEL,
     Field("messages", LIST, about="roles `system`, `developer`, `user`, `assistant`; parts `text`, `image_url`"),
     *STREAMING,
     Field("max_tokens", Number(1, MANY, whole=True), nothing=(-1,), about=f"{DEFAULT_NEW_TOKENS} if absent"),
@@ -226,8 +228,10 @@ class Ask:
         return [(self.request.seed + number) % 2**32 for number in range(self.made or self.count)]
 
 
-def read(values: Any, config: ModelConfig, limits: Limits, served: str) -> Ask:
-    """Check the JSON of /v1/chat/completions and convert it to a request. served: the name of the model here.
+def read(values: Any, config: ModelConfig, limits: Limits, served: Sequence[str]) -> Ask:
+    """Check the JSON of /v1/chat/completions and convert it to a request.
+
+    served: the names of the models here, the base's first.
 
     Raises:
       Refusal: 400, or 404 for another model; names the field.
@@ -246,11 +250,14 @@ def read(values: Any, config: ModelConfig, limits: Limits, served: str) -> Ask:
     return dataclasses.replace(ask, request=dataclasses.replace(ask.request, guide=tools.guide), tools=tools)
 
 
-def check_model(given: dict[str, Any], served: str) -> None:
-    """Raise Refusal 404 for another model than the one served here."""
-    model = given.get("model", served)
-    if model != served:
-        raise Refusal(404, f"model {short(model)} does not exist here, only {served!r}", "model", "model_not_found")
+def check_model(given: dict[str, Any], served: Sequence[str]) -> None:
+    """Raise Refusal 404 for another model than those served here; drop the base's name, so that only adapters stay."""
+    model = given.get("model", served[0])
+    if model not in served:
+        only = ", ".join(map(repr, served))
+        raise Refusal(404, f"model {short(model)} does not exist here, only {only}", "model", "model_not_found")
+    if model == served[0]:
+        given.pop("model", None)
 
 
 def ask_of(
