@@ -142,6 +142,23 @@ class PlannedBatches:
         batch = collate_rows(samples, tiles, shape, self.config, self.granularities, words=self.words, stored=stored)
         return {**batch, "records": records, "skipped": skipped}
 
+    def coming(self, number: int, count: int) -> list[Batch]:
+        """A batch without samples for each shape of the `count` batches from `number` on, in their order.
+
+        It looks no further than the window of batch `number`, and decodes nothing.
+        """
+        members = self._window(number // WINDOW).batches[number % WINDOW :][:count]
+        shapes = dict.fromkeys(self.fit([member.sample for member in each] or [EMPTY]) for each in members)
+        rows = self.batch_size if self.rows is None else len(self.rows)
+        stored = None if self.feedback is None else [self._nothing] * rows
+        tiles = [self._tiles(EMPTY, self._nothing)] * rows
+        return [
+            collate_rows(
+                [EMPTY] * rows, tiles, shape, self.config, self.granularities, words=self.words, stored=stored
+            )
+            for shape in shapes
+        ]
+
     def rows_of(self, number: int) -> list[Member]:
         """Members of this process's rows of batch `number`, without trailing empty rows; decodes nothing."""
         members = self._window(number // WINDOW).batches[number % WINDOW]

@@ -143,10 +143,14 @@ def blend(corners: Float[ArrayLike, "B S 4 D"], weight: Float[ArrayLike, "B S 4"
 
 
 def decoder(
-    config: ModelConfig, params: Params, x: Float[ArrayLike, "B S D"], remat: Remat = "none"
-) -> Float[Array, "B S D"]:
-    """Hidden states of the packed embeddings of whole sequences, without a cache."""
-    return language.decoder(config.language, params["language"], x, remat=remat)[0]
+    config: ModelConfig,
+    params: Params,
+    x: Float[ArrayLike, "B S D"],
+    remat: Remat = "none",
+    last: Int[ArrayLike, "B E"] | None = None,
+) -> Float[Array, "B _ D"]:
+    """Hidden states of the packed embeddings of whole sequences, without a cache; of those at indices `last` alone."""
+    return language.decoder(config.language, params["language"], x, last=last, remat=remat)[0]
 
 
 def unembed(config: ModelConfig, params: Params, hidden: Float[ArrayLike, "*M D"]) -> Float[Array, "*M V"]:

@@ -40,9 +40,8 @@ def answer_nll(
       the sum over the answer in nats, and the number of its tokens, both fp32.
     """
     packed = avg_llava.assemble(params, pyramid, text, index, weight)
-    hidden = avg_llava.decoder(config, params, packed, remat=remat)
-    at = jnp.take_along_axis(hidden, jnp.maximum(target_at, 0)[..., None], axis=1)
-    log_probs = jax.nn.log_softmax(avg_llava.unembed(config, params, at))
+    hidden = avg_llava.decoder(config, params, packed, remat, jnp.maximum(target_at, 0))
+    log_probs = jax.nn.log_softmax(avg_llava.unembed(config, params, hidden))
     # Summed rather than looked up, so that each device reads its own part of the vocabulary.
     nll = -jnp.sum(jnp.where(jnp.arange(log_probs.shape[-1]) == targets[..., None], log_probs, 0.0), axis=-1)
     counted = target_at >= 0
