@@ -83,15 +83,22 @@ def keep_memory() -> None:
     """
     if any(map(importlib.util.find_spec, ("libtpu", "jax_plugins"))):
         return  # an accelerator computes, and its host may have many cores that allocate at once
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is None:
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if not hasattr(libc, "mallopt"):
         return
     for option, value in MALLOC.values():
-        mallopt(option, value)
+        libc.mallopt(option, value)
+    libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
+    libc.madvise.argtypes, libc.free.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int], [ctypes.c_void_p]
+    if block := libc.malloc(HEAP):  # grows the heap, and touches none of it
+        libc.madvise(-(-block // HUGE) * HUGE, HEAP - HUGE, MADV_HUGEPAGE)
+        libc.free(block)
 
 
 MALLOC = {"M_ARENA_MAX": (-8, 1), "M_MMAP_THRESHOLD": (-3, 2**30), "M_TRIM_THRESHOLD": (-1, 2**31 - 1)}
-"""Options of glibc's malloc.h and their values; other C libraries ignore or lack them."""
+"""Options of glibc's malloc.h and their values."""
+HEAP, HUGE, MADV_HUGEPAGE = 2**30 - 2**20, 2**21, 14
+"""Bytes of the heap that lie in huge pages, which saves a tenth of a step; bytes of such a page; Linux's mman.h."""
 
 
 class ConfigFile(flags.ArgumentParser):
