@@ -38,7 +38,7 @@ def init(config: ModelConfig, rng: Key[ArrayLike, ""]) -> Params:
             rngs[3],
             jnp.zeros((1, 1, config.pyramid_rows, width)),
             jnp.zeros((1, 1, width)),
-            jnp.ones((1, 1), bool),
+            jnp.ones((1, 1, 1), bool),
             jnp.zeros((1, 1), jnp.int32),
             jnp.zeros((1, 1), jnp.int32),
         )["params"],
@@ -96,14 +96,18 @@ def route(
 ) -> Routing:
     """Score the granularities of each image by its pyramid and the raw text embeddings.
 
-    batch: `instruction` bool (B, L), `tile_image` int (B, T), `first_tile` int (B, I), see `Router`.
+    batch: `instruction` bool (B, L), `tile_image` int (B, T), `first_tile` int (B, I), see `Router`; where samples
+        share a row, `text_sample` int (B, L) and `image_sample` int (B, I): an image's router reads its sample's text.
     dropout: None at inference.
     """
+    reads = batch["instruction"][:, None]
+    if "text_sample" in batch:
+        reads = reads & (batch["text_sample"][:, None] == batch["image_sample"][..., None])
     return Router(config).apply(
         {"params": params["router"]},
         pyramid,
         text,
-        batch["instruction"],
+        reads,
         batch["tile_image"],
         batch["first_tile"],
         dropout,
@@ -147,10 +151,16 @@ def decoder(
     params: Params,
     x: Float[ArrayLike, "B S D"],
     remat: Remat = "none",
+    length: Int[ArrayLike, "B n"] | None = None,
+    reach: int | None = None,
     last: Int[ArrayLike, "B E"] | None = None,
 ) -> Float[Array, "B _ D"]:
-    """Hidden states of the packed embeddings of whole sequences, without a cache; of those at indices `last` alone."""
-    return language.decoder(config.language, params["language"], x, last=last, remat=remat)[0]
+    """Hidden states of the packed embeddings of whole sequences, `length` of n that share a row, without a cache.
+
+    last: the indices of each row whose hidden states are returned; None = all.
+    """
+    given = {"last": last, "remat": remat, "length": length, "reach": reach}
+    return language.decoder(config.language, params["language"], x, **given)[0]
 
 
 def unembed(config: ModelConfig, params: Params, hidden: Float[ArrayLike, "*M D"]) -> Float[Array, "*M V"]:

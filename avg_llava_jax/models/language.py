@@ -20,7 +20,7 @@ from jaxtyping import Array, ArrayLike, Float, Int, Key, Shaped
 
 from avg_llava_jax.config import LanguageConfig
 from avg_llava_jax.models import one_cpu
-from avg_llava_jax.models.attention import attention_at, cached_attention, self_attention
+from avg_llava_jax.models.attention import Segments, attention_at, cached_attention, self_attention
 from avg_llava_jax.models.cache import Cache, LayerCache, Span
 from avg_llava_jax.models.linear import Linear
 from avg_llava_jax.models.stack import SHALLOW, Remat, rematerialised, stack
@@ -67,7 +67,7 @@ def rotate(
 class DecoderLayer(nn.Module):
     """Pre-norm decoder layer: x and the cache.
 
-    Without a cache: causal, each row a whole sequence.
+    Without a cache: causal, each row a whole sequence, or with `segments` several.
     With a cache: keys and values of x are written at `span`, then queries attend to the prefix written before as well.
     With `last`: keys and values of all S tokens count, but only the tokens at indices `last` of each row are computed
     further: the MLP, two projections and the attention of all others are skipped.
@@ -84,6 +84,7 @@ class DecoderLayer(nn.Module):
         cache: LayerCache | None = None,
         span: Span | None = None,
         last: Int[ArrayLike, "B E"] | None = None,
+        segments: Segments | None = None,
     ) -> tuple[Float[Array, "B _ D"], LayerCache | None]:
         config = self.config
         y = nn.RMSNorm(config.norm_eps, name="norm1")(x)
@@ -104,7 +105,7 @@ class DecoderLayer(nn.Module):
             x, y, positions, *rope = (_at(part, last) for part in (x, y, positions, *rope))
         q = placed("q", config.heads)
         if last is None and (cache is None or span.window == 0):
-            y = self_attention(q, k, v, causal=True)
+            y = self_attention(q, k, v, causal=True, segments=segments)
         elif cache is None:
             y = attention_at(q, k, v, positions)
         else:
@@ -134,6 +135,8 @@ def decoder(
     span: Span | None = None,
     last: Int[ArrayLike, "B E"] | None = None,
     remat: Remat = "none",
+    length: Int[ArrayLike, "B n"] | None = None,
+    reach: int | None = None,
 ) -> tuple[Float[Array, "B _ D"], Cache | None]:
     """Walk embeddings through all layers and the final norm.
 
@@ -145,21 +148,27 @@ def decoder(
       last: the indices of each row whose hidden states are needed. The last layer computes only these, which saves an
         eighth of the work of 8 layers, 1/32 of 32; without a cache, where layers are unrolled and it saves most of one.
       remat: what the backward pass recomputes, see `stack.Remat`; for stacked layers without a cache.
+      length: without a cache: the lengths of the n sequences that share a row, one after another; None = one a row.
+      reach: with `length`, at least the longest of them.
     Returns:
       hidden (B, S, D), or (B, E, D) with `last`, and the updated cache (None without one).
     """
     positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
     if span is not None and span.window != 0:
         positions = span.start[:, None] + positions
+    segments = None
+    if length is not None:
+        ids, positions = split(length, positions)
+        segments = Segments(ids, x.shape[1] if reach is None else reach)
     rope, layers = rotary(config, positions), params["layers"]
     layer = DecoderLayer(config)
 
     def run(x: jax.Array, layer_params: Params, *rest: Any) -> tuple[jax.Array, LayerCache | None]:
-        return layer.apply({"params": layer_params}, x, rope, positions, *rest)
+        return layer.apply({"params": layer_params}, x, rope, positions, *rest, segments=segments)
 
     if cache is None and not isinstance(layers, tuple):
         step, unrolled = rematerialised(run, remat), config.layers <= SHALLOW
-        early = last is not None and unrolled and 2 * last.shape[1] <= x.shape[1]
+        early = last is not None and unrolled and segments is None and 2 * last.shape[1] <= x.shape[1]
         before = jax.tree.map(lambda leaf: leaf[:-1], layers) if early else layers
         x, _ = jax.lax.scan(step, x, before, unroll=unrolled)  # it carries x alone
         if early:
@@ -179,6 +188,19 @@ def decoder(
             x, layer_cache = same(x, layer_params, *own)
         written.append(layer_cache)
     return _norm(config, params, x), None if cache is None else tuple(written)
+
+
+def split(
+    length: Int[ArrayLike, "B n"], positions: Int[ArrayLike, "B S"]
+) -> tuple[Int[Array, "B S"], Int[Array, "B S"]]:
+    """The sequence of each position of a row that n of them share, n = none, and the position within that sequence.
+
+    Lengths 3, 0, 2 and positions 0 .. 5 are sequences 0 0 0 2 2 3 and positions 0 1 2 0 1 0.
+    """
+    ends = jnp.cumsum(length, axis=1)
+    starts = jnp.pad(ends, [(0, 0), (1, 0)])
+    segments = jnp.sum(positions[..., None] >= ends[:, None], axis=-1)
+    return segments, positions - jnp.take_along_axis(starts, segments, axis=1)
 
 
 def _norm(config: LanguageConfig, params: Params, x: Float[ArrayLike, "*M D"]) -> Float[Array, "*M D"]:

@@ -1,6 +1,6 @@
 """The linear layer of encoder and language model: plain or int8, with or without a low-rank adapter.
 
-    y = x @ W + b + s * ((x @ A) @ B)      W (in, out), A (in, r), B (r, out), s ()
+    y = x @ W + b + (s * (x @ A)) @ B      W (in, out), A (in, r), B (r, out), s (), or (rows, 1, r) of several adapters
 
 The parameters of a layer say which: `kernel`, `bias`; `kernel_scale` where the kernel is int8 (`convert.quantize`);
 `lora_a`, `lora_b`, `lora_scale` where it has an adapter (`adapters`). Training, scoring, prefill and decode run this.
@@ -21,7 +21,7 @@ class Linear(nn.Dense):
     """`nn.Dense`, also for an int8 kernel q (in, out) with scales (out,), and with a low-rank adapter.
 
     Scales are applied after the product, y = (x @ q) * scale: weights stay int8 in memory, and XLA converts them as it
-    multiplies. An adapter of rank r adds s * (x @ A) @ B in the dtype of x.
+    multiplies. An adapter of rank r adds (s * (x @ A)) @ B in the dtype of x.
     """
 
     def __call__(self, x: Float[ArrayLike, "*M in"]) -> Float[Array, "*M out"]:
@@ -31,7 +31,8 @@ class Linear(nn.Dense):
         a, b, scale = (self.get_variable("params", f"lora_{name}") for name in ("a", "b", "scale"))
         if self.has_variable("params", "lora_keys"):
             x = dropped(x, self.get_variable("params", "lora_keys"), self.get_variable("params", "lora_keep"))
-        return y + (x @ a.astype(x.dtype) @ b.astype(x.dtype) * scale).astype(y.dtype)
+        low = (x @ a.astype(x.dtype) * scale).astype(x.dtype)
+        return y + (low @ b.astype(x.dtype)).astype(y.dtype)
 
     def _quantized(self, x: Float[ArrayLike, "*M in"]) -> Float[Array, "*M out"]:
         y = x @ self.get_variable("params", "kernel").astype(x.dtype)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from avg_llava_jax.config import ModelConfig
-from avg_llava_jax.models import avg_llava
+from avg_llava_jax.models import avg_llava, language
 from avg_llava_jax.models.stack import Remat
 
 Batch = Mapping[str, Any]
@@ -27,7 +27,9 @@ def answer_nll(
     targets: Int[ArrayLike, "B A"],
     remat: Remat = "none",
     weight: Float[ArrayLike, "B S corners"] | None = None,
-) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
+    length: Int[ArrayLike, "B n"] | None = None,
+    reach: int | None = None,
+) -> tuple[Float[Array, "*rows"], Float[Array, "*rows"]]:
     """Negative log-likelihood of each sample's answer at one granularity.
 
     Logits are computed only at the A positions that predict an answer token, not at all S.
@@ -36,16 +38,22 @@ def answer_nll(
       index, weight: see `avg_llava.assemble`.
       target_at: the packed position whose next token is the target, -1 = none.
       targets: token ids.
+      length, reach: of the n samples that share a row, one after another; None = one a row.
     Returns:
-      the sum over the answer in nats, and the number of its tokens, both fp32.
+      the sum over each sample's answer in nats, and the number of its tokens, both fp32: (B, n), or (B,)
+      without `length`.
     """
     packed = avg_llava.assemble(params, pyramid, text, index, weight)
-    hidden = avg_llava.decoder(config, params, packed, remat, jnp.maximum(target_at, 0))
+    hidden = avg_llava.decoder(config, params, packed, remat, length, reach, jnp.maximum(target_at, 0))
     log_probs = jax.nn.log_softmax(avg_llava.unembed(config, params, hidden))
     # Summed rather than looked up, so that each device reads its own part of the vocabulary.
     nll = -jnp.sum(jnp.where(jnp.arange(log_probs.shape[-1]) == targets[..., None], log_probs, 0.0), axis=-1)
     counted = target_at >= 0
-    return jnp.sum(jnp.where(counted, nll, 0.0), axis=1), jnp.sum(counted, axis=1).astype(jnp.float32)
+    if length is not None:  # (B, n, A)
+        of, _ = language.split(length, target_at)
+        counted = counted[:, None] & (of[:, None] == jnp.arange(length.shape[1])[:, None])
+        nll = nll[:, None]
+    return jnp.sum(jnp.where(counted, nll, 0.0), axis=-1), jnp.sum(counted, axis=-1).astype(jnp.float32)
 
 
 def granularity_nll(
@@ -57,13 +65,15 @@ def granularity_nll(
     granularities: Sequence[int],
     execution: Execution = "per_length",
     remat: Remat = "none",
-) -> tuple[Float[Array, "G B"], Float[Array, "G B"]]:
+) -> tuple[Float[Array, "*g_rows"], Float[Array, "*g_rows"]]:
     """`answer_nll` at each granularity: sums and counts.
 
     `per_length` runs one program part per granularity at its own static length. `vmap` pads all to the longest
     and maps over the granularity axis.
     """
     shared = (batch["targets"], remat)
+    lengths = {g: batch["length"][g] if "reach" in batch else None for g in granularities}
+    reach = {g: batch["reach"][g].shape[1] if "reach" in batch else None for g in granularities}
     if execution == "vmap":
         longest = max(batch["index"][g].shape[1] for g in granularities)
 
@@ -75,13 +85,26 @@ def granularity_nll(
 
         target_at = jnp.stack([batch["target_at"][g] for g in granularities])
         weight = padded("weight") if "weight" in batch else None
-        return jax.vmap(lambda i, t, w: answer_nll(config, params, pyramid, text, i, t, *shared, w))(
-            padded("index"), target_at, weight
+        length = jnp.stack(list(lengths.values())) if "reach" in batch else None
+        most = max(reach.values()) if "reach" in batch else None
+        return jax.vmap(lambda i, t, w, n: answer_nll(config, params, pyramid, text, i, t, *shared, w, n, most))(
+            padded("index"), target_at, weight, length
         )
 
     weights = batch.get("weight", {})
     parts = [
-        answer_nll(config, params, pyramid, text, batch["index"][g], batch["target_at"][g], *shared, weights.get(g))
+        answer_nll(
+            config,
+            params,
+            pyramid,
+            text,
+            batch["index"][g],
+            batch["target_at"][g],
+            *shared,
+            weights.get(g),
+            lengths[g],
+            reach[g],
+        )
         for g in granularities
     ]
     sums, counts = zip(*parts, strict=True)
@@ -103,7 +126,8 @@ def language_loss(
     pyramid = avg_llava.pyramid_of(config, params, batch["pixels"], remat)
     text = avg_llava.embed(config, params, batch["text"])
     sums, counts = granularity_nll(config, params, pyramid, text, batch, granularities, "per_length", remat)
-    per_granularity = jnp.sum(sums, axis=1) / jnp.maximum(jnp.sum(counts, axis=1), 1.0)
+    sums, counts = (x.reshape(len(x), -1).sum(axis=1) for x in (sums, counts))
+    per_granularity = sums / jnp.maximum(counts, 1.0)
     metrics = {f"nll/{g}": nll for g, nll in zip(granularities, per_granularity, strict=True)}
     return jnp.mean(per_granularity), metrics
 
