@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -23,6 +22,7 @@ from avg_llava_jax.inference.programs import Sampling, Scores, Shaping
 from avg_llava_jax.inference.requests import TokenScore
 from avg_llava_jax.inference.sampling import Next, sampling_of, scored, shaping_of
 from avg_llava_jax.models.router import Routing
+from avg_llava_jax.parallel import sharding
 
 
 class Part(NamedTuple):
@@ -113,7 +113,7 @@ class Device:
             *(partial(self.copy, [], window) for window in sizes.windows),
         ]
         with (
-            ThreadPoolExecutor(os.cpu_count()) as pool,
+            ThreadPoolExecutor(sharding.COMPILERS) as pool,
             tqdm(total=len(runs), desc="compiling the engine", unit="program") as progress,
         ):
             for _ in pool.map(self._compile, runs):

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,9 @@ from avg_llava_jax import parameters, placement
 from avg_llava_jax.config import ModelConfig
 
 AXES = ("data", "fsdp", "tensor")
+
+COMPILERS = min(8, os.cpu_count() or 1)
+"""Programs that compile at the same time; each takes memory of the host."""
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -167,7 +167,7 @@ class _Run:
         self.step = 0
         self._compiled = step
         self._programs: dict[Any, Future[Callable[..., Any]]] = {}
-        self._compilers = ThreadPoolExecutor(os.cpu_count(), "compile")
+        self._compilers = ThreadPoolExecutor(sharding.COMPILERS, "compile")
 
     def begin(self, manager: checkpoint.Manager, start: setup.Start, batches: Batches) -> None:
         """Start from the parameters of `start`, or without any from the newest checkpoint of the run."""
