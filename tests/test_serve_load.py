@@ -10,7 +10,7 @@ from tests.served import LIMITS, Served
 
 
 @pytest.mark.parametrize("load", [serve_load.dropped, serve_load.slow, serve_load.idle])
-def test_dropped_slow_and_idle_clients_harm_nobody(unweighted, load):
+def test_dropped_slow_and_idle_clients_harm_nobody(unweighted, load, caplog):
     served = Served(unweighted, limits=dataclasses.replace(LIMITS, seconds=120))
     served.engine.places = 72
     bodies = [serve_load.body(f"c b {n}", [serve_load.picture(n, 40, 30)]) for n in range(2)]
@@ -21,3 +21,4 @@ def test_dropped_slow_and_idle_clients_harm_nobody(unweighted, load):
         assert outcome.text == (None if left else f"{number % 2} b c")
     served.until(lambda: served.service.running == 0 and served.engine.running == 0)
     served.close()
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
