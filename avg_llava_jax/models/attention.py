@@ -78,17 +78,6 @@ def self_attention(
     return (_in_blocks if kernel == "blocks" else _over_own)(q, k, v, causal, *(segments or ()))
 
 
-def attention_at(
-    q: Float[ArrayLike, "B E Q d"],
-    k: Float[ArrayLike, "B S K d"],
-    v: Float[ArrayLike, "B S K d"],
-    positions: Int[ArrayLike, "B E"],
-) -> Float[Array, "B E Q d"]:
-    """Causal attention of few queries of a sequence, at `positions` of it; their scores are in memory."""
-    mask = jnp.arange(k.shape[1]) <= positions[..., None]
-    return dense(*(x.swapaxes(1, 2) for x in (q, k, v)), mask[:, None]).swapaxes(1, 2)
-
-
 def cached_attention(
     q: Float[ArrayLike, "B S Q d"], cache: LayerCache, span: Span, positions: Int[ArrayLike, "B S"]
 ) -> Float[Array, "B S Q d"]:

@@ -7,7 +7,7 @@
 Compute runs in the dtype of the parameters: cast them to choose it. config.py has the legend of dims.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -136,8 +136,8 @@ def assemble(
     visual = pyramid.reshape(len(text), -1, text.shape[-1])
     rows = jnp.concatenate([text, visual.astype(text.dtype), newline], axis=1)
     if weight is None:
-        return jnp.take_along_axis(rows, index[..., None], axis=1)
-    corners = jnp.take_along_axis(rows, index.reshape(len(index), -1)[..., None], axis=1)
+        return jax.vmap(linear.take)(rows, index)
+    corners = jax.vmap(linear.take)(rows, index.reshape(len(index), -1))
     return blend(corners.reshape(*index.shape, -1), weight)
 
 
@@ -151,16 +151,10 @@ def decoder(
     params: Params,
     x: Float[ArrayLike, "B S D"],
     remat: Remat = "none",
-    length: Int[ArrayLike, "B n"] | None = None,
-    reach: int | None = None,
-    last: Int[ArrayLike, "B E"] | None = None,
-) -> Float[Array, "B _ D"]:
-    """Hidden states of the packed embeddings of whole sequences, `length` of n that share a row, without a cache.
-
-    last: the indices of each row whose hidden states are returned; None = all.
-    """
-    given = {"last": last, "remat": remat, "length": length, "reach": reach}
-    return language.decoder(config.language, params["language"], x, **given)[0]
+    parts: Sequence[language.Part] = (),
+) -> Float[Array, "B S D"]:
+    """Hidden states of the packed embeddings of whole sequences, without a cache; parts: see `language.decoder`."""
+    return language.decoder(config.language, params["language"], x, remat=remat, parts=parts)[0]
 
 
 def unembed(config: ModelConfig, params: Params, hidden: Float[ArrayLike, "*M D"]) -> Float[Array, "*M V"]:

@@ -12,6 +12,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.models.attention import dense, self_attention
 from avg_llava_jax.models.dropout import dropper
+from avg_llava_jax.models.linear import Linear
 
 
 class Routing(NamedTuple):
@@ -101,13 +102,13 @@ class Router(nn.Module):
         x = nn.LayerNorm(router.norm_eps, use_fast_variance=False, name="norm1")(
             x + drop(self._attend(x, tile_image, None if dropout is None else drop))
         )
-        y = drop(jax.nn.relu(nn.Dense(x.shape[-1], name="linear1")(x)))
+        y = drop(jax.nn.relu(Linear(x.shape[-1], name="linear1")(x)))
         x = nn.LayerNorm(router.norm_eps, use_fast_variance=False, name="norm2")(
-            x + drop(nn.Dense(x.shape[-1], name="linear2")(y))
+            x + drop(Linear(x.shape[-1], name="linear2")(y))
         )
 
-        opinions = jax.nn.gelu(nn.Dense(x.shape[-1], name="hidden")(x), approximate=False)
-        opinions = nn.Dense(len(config.granularities), name="logits")(opinions).astype(jnp.float32)
+        opinions = jax.nn.gelu(Linear(x.shape[-1], name="hidden")(x), approximate=False)
+        opinions = Linear(len(config.granularities), name="logits")(opinions).astype(jnp.float32)
         rows = config.pyramid_rows + router.text_tokens
         # The voter starts as the mean: from weights of random sign, few text rows take long to outvote many patches.
         voter = self.param("voter", nn.initializers.constant(1 / rows), (rows,))
@@ -128,8 +129,8 @@ class Router(nn.Module):
         """
         width, heads = x.shape[-1], self.config.router.heads
         tokens = self.config.router.attention == "tokens"
-        q, k, v = (nn.Dense(width, name=name)(x) for name in ("q", "k", "v"))
-        out = nn.Dense(width, name="out")
+        q, k, v = (Linear(width, name=name)(x) for name in ("q", "k", "v"))
+        out = Linear(width, name="out")
         if tokens and drop is None:
             q, k, v = (rearrange(y, "b t r (h d) -> (b t) r h d", h=heads) for y in (q, k, v))
             y = self_attention(q, k, v, causal=False)
