@@ -152,7 +152,7 @@ def training(config: ml_collections.ConfigDict, model: ModelConfig, target: Targ
 def beside_training(
     config: ml_collections.ConfigDict, model: ModelConfig, target: Target, shape: Shape
 ) -> Iterator[Program]:
-    """The other programs of a run: the optimizer's first state and validation; of RGLF also `feedback` and `explain`."""
+    """The other programs of a run: the optimizer's first state, validation; in RGLF also of `feedback`, `explain`."""
     config = training_config.read(config)
     mesh = sharding.make_mesh(dataclasses.asdict(config.mesh), target.devices)
     with jax.set_mesh(mesh):

@@ -15,8 +15,6 @@ from avg_llava_jax.models.stack import Remat
 Batch = Mapping[str, Any]
 """Arrays as `data.pipeline.collate_rows` describes them; those of one granularity in a dict {g: array}."""
 Metrics = dict[str, Float[Array, ""]]
-SEQUENCES = ("index", "target_at", "weight")
-"""The arrays of a batch that are of one granularity each."""
 Execution = Literal["per_length", "vmap"]
 
 
@@ -95,7 +93,8 @@ def granularity_nll(
 
         return jax.vmap(one)(padded("index"), target_at, weight)
 
-    index, target_at, weight = ([batch[name][g] for g in granularities] if name in batch else None for name in SEQUENCES)
+    index, target_at = ([batch[name][g] for g in granularities] for name in ("index", "target_at"))
+    weight = [batch["weight"][g] for g in granularities] if "weight" in batch else None
     return answer_nll(config, params, pyramid, text, index, target_at, *shared, weight)
 
 
