@@ -139,7 +139,8 @@ def training(config: ml_collections.ConfigDict, model: ModelConfig, target: Targ
 
     def traced(config: training_config.TrainConfig) -> tuple[Any, dict[str, Any]]:
         step, held = _step(config, model, mesh, shape)
-        return step.update.trace(*held.values(), jax.ShapeDtypeStruct((), jnp.int32)), held
+        given = (held[name] for name in ("trained", "optimizer", "frozen", "batch"))
+        return step.update.trace(*given, jax.ShapeDtypeStruct((), jnp.int32)), held
 
     with jax.set_mesh(mesh):
         program, held = traced(config)
@@ -185,7 +186,7 @@ def beside_training(
 def _step(
     config: training_config.TrainConfig, model: ModelConfig, mesh: Mesh, shape: Shape
 ) -> tuple[Step, dict[str, Any]]:
-    """A training step, and the shapes of what its update takes."""
+    """A training step, and the shapes of what its update takes, by kind."""
     setup.check_step(config, mesh)
     nothing, tiles = None, load_tiles(EMPTY, model)
     if config.rglf.feedback:
@@ -203,7 +204,7 @@ def _step(
     step = Step(config, model, mesh)
     ours, frozen = step.split(step.params)
     batch = _batch(rows, config.batch_size, mesh)
-    return step, {"trained": ours, "optimizer": step.state, "frozen": frozen, "batch": batch}
+    return step, {"trained": ours, "frozen": frozen, "optimizer": step.state, "batch": batch}
 
 
 def answering(config: ml_collections.ConfigDict, target: Target, shape: Shape, room: int) -> Iterator[Plan]:
