@@ -1,5 +1,6 @@
 """An engine without a device: it answers whatever is asked with the words of the question, backwards."""
 
+import dataclasses
 import threading
 import time
 from collections import Counter
@@ -12,14 +13,14 @@ from avg_llava_jax.inference.tickets import Cancelled, QueueFull, Ticket
 
 
 class EngineDouble:
-    """Takes `places` requests at once. While `held`, answers stop after their first word.
+    """Takes `places` requests at once. While `held`, answers stop after their first word; while `looks`, before it.
 
     Where a request escalates, its first read is at the coarsest granularity with a certainty of .25, its last has .75.
     A question with "crash" in it fails, one with "damaged" has an image that cannot be decoded.
     """
 
     def __init__(self, model, places=4):
-        self.model, self.places, self.held = model, places, threading.Event()
+        self.model, self.places, self.held, self.looks = model, places, threading.Event(), threading.Event()
         self.requests, self.ends, self.running, self.open = [], Counter(), 0, True
 
     def submit_prepared(self, prepared, images):
@@ -37,6 +38,12 @@ class EngineDouble:
     def _answer(self, request, ticket):
         words = _words(request.prompt)[::-1]
         outcome = None
+        if request.escalate and request.images:
+            answer = self._answered(request, [])
+            levels = self.model.config.granularities
+            ticket.dropped(dataclasses.replace(answer, granularity=levels[0], reads=answer.reads[:1]))
+            while self.looks.is_set() and self.open and not ticket.cancelled:
+                time.sleep(0.005)
         for number, word in enumerate(words[: request.max_new_tokens]):
             while self.held.is_set() and number and self.open and not ticket.cancelled:
                 time.sleep(0.005)
@@ -46,11 +53,16 @@ class EngineDouble:
                 outcome = RuntimeError("boom") if word == "crash" else BadSample("corrupt_image", "image: damaged")
             if outcome:
                 break
-            scores = [TokenScore(n, -n / 8, {n: -n / 8, 7: -2.0}) for n in range(number + 1)]
+            scores = [self._score(request, n, {n: -n / 8, 7: -2.0}) for n in range(number + 1)]
             ticket.show(" " * bool(number) + word, number + 1, [] if request.logprobs is None else scores)
         self.running -= 1
         self.ends[type(outcome).__name__] += 1
         ticket.end(outcome or self._answered(request, words))
+
+    @staticmethod
+    def _score(request, n, top):
+        """The larger the seed of a sampled answer, the less likely is a token."""
+        return TokenScore(n, -n / 8 - (request.seed // 100 if request.temperature else 0), top)
 
     def _answered(self, request, words):
         model, images = self.model, self.model.prepare(request).sample.sizes
@@ -73,7 +85,7 @@ class EngineDouble:
                 *([Read(levels[0], 0, 0.25)] if images and request.escalate else []),
                 Read((choice[0] if single else choice) if choice else None, sum(counts), 0.75),
             ),
-            () if request.logprobs is None else tuple(TokenScore(n, -n / 8, {7: -2.0}) for n in range(len(kept))),
+            () if request.logprobs is None else tuple(self._score(request, n, {7: -2.0}) for n in range(len(kept))),
         )
 
     def stats(self):

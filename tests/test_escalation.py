@@ -4,7 +4,9 @@ import dataclasses
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from avg_llava_jax.eval import explain
 from avg_llava_jax.inference import engine as engine_module
 from avg_llava_jax.inference.buckets import VERIFIED
 from avg_llava_jax.inference.requests import Request
@@ -121,3 +123,18 @@ def test_both_reads_are_within_the_budget(model, photos):
         assert answer.granularity == granularity and answer.visual_tokens <= budget
     with pytest.raises(ValueError, match=r"escalate=1.5 must be 0 \(off\), a probability or calibrated"):
         Request("Who?", escalate=1.5)
+
+
+def test_explain_draws_a_glance_and_a_close_look(model, photos, tmp_path):
+    request = Request("Who stands left of 4?", photos[0], cost_weight=9.0, escalate=1.0, max_new_tokens=8)
+    found = explain.explain(model, request)
+    glance, close = found.answers
+    assert (glance.granularity, close.granularity) == (4, 16) and close.text == alone(model, request, 16).text
+    assert glance.text == alone(model, request, 4).text
+    explain.draw(found, tmp_path / "two.png")
+    certain = explain.explain(model, dataclasses.replace(request, escalate=1e-9))
+    assert [answer.text for answer in certain.answers] == [glance.text]
+    explain.draw(certain, tmp_path / "one.png")
+    tall, short = (Image.open(tmp_path / f"{name}.png").height for name in ("two", "one"))
+    assert tall == short == 1100
+    assert explain.explain(model, dataclasses.replace(request, escalate=0.0)).answers == ()

@@ -46,8 +46,10 @@ def test_every_read_is_counted(tiny):
     # The router begins at the finest here: there is nothing finer. At a price of 2 it begins at 4, worth -0.5 to -1.0.
     assert escalation.followed(table, Policy(0.0, 1.0)).cost.tolist() == [32, 32, 32]
     assert escalation.followed(table, Policy(2.0, 0.0)).cost.tolist() == [8, 8, 8]
-    seconds = np.array([[1.0, 2.0, 5.0]] * 3)
-    assert escalation.followed(table, Policy(float("inf"), 0.5), seconds).cost.tolist() == [6, 1, 3]
+    first, again = np.array([[1.0, 2.0, 5.0]] * 3), np.array([[4.0, 3.5, 0.0]] * 3)
+    seconds = escalation.Costs(first, again, router=0.25)  # the router is asked where its price is finite
+    assert escalation.followed(table, Policy(float("inf"), 0.5), seconds).cost.tolist() == [5, 1, 5]
+    assert escalation.followed(table, Policy(2.0, 0.5), seconds).cost.tolist() == [5.25, 1.25, 5.25]
 
 
 def test_the_price_is_that_of_the_engine(tiny):

@@ -122,7 +122,12 @@ def test_a_second_look_is_told(page, served):
     page.locator("#file").set_input_files(photo(320, 200, "PNG"))
     page.locator("#doubt").press("End")
     expect(page, "#doubt-shown").to_have_text("100 %")
+    served.engine.looks.set()
     ask(page, "yellow is it")
+    expect(page, ".turn.model .note").to_have_text("a glance: 4 a tile, 25 % sure; looking again …")
+    expect(page, "#granularity").to_have_text("4tokens a tile")
+    expect(page, "#canvas").to_have_attribute("aria-label", "Image 1, seen as 4 by 4 cells on 2 by 2 tiles")
+    served.engine.looks.clear()
     told = "a glance: 4 a tile, 25 % sure; a close look: 8 a tile, 75 % sure"
     expect(page, ".turn.model .note >> nth=0").to_have_text(told)
     assert served.engine.requests[-1].escalate == 1.0

@@ -1,6 +1,7 @@
-"""Show why the router chose a granularity: scores, votes, and the words it used.
+"""Show why the router chose a granularity: scores, votes, and the words it used; and whether it would look again.
 
 avg-llava explain --image=photo.png --prompt="Who wears 7?" --figure=why.png
+avg-llava explain --image=photo.png --prompt="Who wears 7?" --figure=why.png --cost_weight=2 --escalate=0.9
 """
 
 import pathlib
@@ -12,6 +13,8 @@ from avg_llava_jax.commands import cli, pictures
 IMAGE = flags.DEFINE_multi_string("image", None, "An image file; repeat the flag for several images.")
 PROMPT = flags.DEFINE_string("prompt", None, "The question; <image> in it places an image.")
 RAW = flags.DEFINE_bool("raw", False, "Use the prompt verbatim, <image> included, without a conversation template.")
+COST_WEIGHT = flags.DEFINE_float("cost_weight", 0, "The router's price of visual tokens.", lower_bound=0)
+ESCALATE = flags.DEFINE_float("escalate", 0, "Answer, and again if less certain than this; 0 = do not answer.", 0, 1)
 OUTPUT = flags.DEFINE_string("output", None, "File for the arrays, an .npz; see explain.Explanation.")
 FIGURE = flags.DEFINE_string("figure", None, "File for the figure: .png, .pdf or .svg.")
 flags.adopt_module_key_flags(pictures)
@@ -26,7 +29,8 @@ def main() -> None:
     from avg_llava_jax.eval import explain
     from avg_llava_jax.inference.requests import Request
 
-    found = explain.explain(cli.load_model(), Request(PROMPT.value, pictures.refs(IMAGE.value), raw=RAW.value))
+    options = {"raw": RAW.value, "cost_weight": COST_WEIGHT.value, "escalate": ESCALATE.value}
+    found = explain.explain(cli.load_model(), Request(PROMPT.value, pictures.refs(IMAGE.value), **options))
     for i, (path, scores, shares) in enumerate(zip(IMAGE.value, found.router_logits, found.probabilities, strict=True)):
         print(f"{path}: {found.router_choice_granularity[i]} tokens a tile")
         for g, score, share in zip(found.config.granularities, scores, shares, strict=True):
@@ -35,6 +39,9 @@ def main() -> None:
     for name, length in zip([*found.config.granularities, "router"], found.seq_len, strict=True):
         left_out = "" if name in found.logits else "  (over the model's limit)"
         print(f"packed length at {name}: {length}{left_out}")
+    for name, answer in zip(("a glance", "a close look"), found.answers, strict=False):
+        read = answer.reads[-1]
+        print(f"{name}: {answer.text!r} from {read.visual_tokens} visual tokens, certainty {answer.certainty:.4f}")
     if OUTPUT.value:
         found.save(OUTPUT.value)
     if FIGURE.value:

@@ -6,6 +6,7 @@ compute and send, and a lower bound on the time.
 
 import dataclasses
 import functools
+import itertools
 import math
 import re
 from collections.abc import Iterator
@@ -97,13 +98,16 @@ class Plan:
 
 
 def model_of(config: ml_collections.ConfigDict) -> ModelConfig:
-    """The model that a run of this config would train; the 7B where neither config nor `init_from` says otherwise."""
+    """The model that a run of this config would train; the 7B where neither config nor `init_from` says otherwise.
+
+    A PyTorch folder needs no weights yet, only its JSON files and tokenizer.
+    """
     config = training_config.read(config)
     folder = config.init_from
     if not folder:
         model = ModelConfig()
     elif foreign.is_foreign(folder):
-        model = foreign.inspect(folder, config.vision_tower or None).config
+        model = foreign.config_of(folder, config.vision_tower or None)
     else:
         model, _ = checkpoint.read_config(folder)
     return setup.override(model, config.model)
@@ -188,7 +192,11 @@ def _step(
 ) -> tuple[Step, dict[str, Any]]:
     """A training step, and the shapes of what its update takes, by kind."""
     setup.check_step(config, mesh)
-    nothing, tiles = None, load_tiles(EMPTY, model)
+    nothing, tiles, pack = None, load_tiles(EMPTY, model), config.data.pack
+    if pack > 1:
+        longest = tuple(shape.length(model, g) for g in model.granularities)
+        sizes = (pack * size for size in (shape.tiles, shape.images, shape.text, shape.answer))
+        shape = Shape(*sizes, 0.0, pack, tuple(pack * size for size in longest), longest)
     if config.rglf.feedback:
         nothing = next(iter(read_feedback(config.rglf.feedback, model.granularities).values()))
         tiles = tiles if nothing.features is None else nothing.features[:0]
@@ -203,7 +211,7 @@ def _step(
     )
     step = Step(config, model, mesh)
     ours, frozen = step.split(step.params)
-    batch = _batch(rows, config.batch_size, mesh)
+    batch = _batch(rows, config.rows, mesh)
     return step, {"trained": ours, "frozen": frozen, "optimizer": step.state, "batch": batch}
 
 
@@ -354,7 +362,8 @@ RANK = 64
 def _turned(config: ml_collections.ConfigDict, flags: dict[str, Any]) -> Knob:
     other = config.copy_and_resolve_references()
     other.update_from_flattened_dict(flags)
-    return " ".join(f"--config.{key}={value}" for key, value in flags.items()), other
+    shown = {key: f'"{value}"' if isinstance(value, tuple) else value for key, value in flags.items()}  # for a shell
+    return " ".join(f"--config.{key}={value}" for key, value in shown.items()), other
 
 
 def frozen_knobs(config: ml_collections.ConfigDict, devices: int) -> Iterator[Knob]:
@@ -362,13 +371,15 @@ def frozen_knobs(config: ml_collections.ConfigDict, devices: int) -> Iterator[Kn
     whole = config.phase == "multi_granularity" and not config.optimizer.lora.rank
     flags = {"optimizer.lora.rank": RANK, "compute_dtype": "bfloat16", "remat": "full"} if whole else {}
     if whole:
+        if config.optimizer.encoder_learning_rate:  # without adapters on the encoder, its rate had no effect
+            flags["optimizer.lora.targets"] = ("language", "encoder")
         yield _turned(config, flags)
     if config.phase != "grounding" and not config.quantize:
         flags["quantize"] = "int8"
         yield _turned(config, flags)
-    copies = devices // abs(config.mesh.tensor)
-    accumulate = config.batch_size // copies
-    if flags and config.batch_size % copies == 0 and accumulate > config.optimizer.accumulate:
+    copies, rows = devices // abs(config.mesh.tensor), config.batch_size // config.data.pack
+    accumulate = rows // copies
+    if flags and rows % copies == 0 and accumulate > config.optimizer.accumulate:
         yield _turned(config, flags | {"optimizer.accumulate": accumulate})
 
 
@@ -382,10 +393,18 @@ def knobs(config: ml_collections.ConfigDict, devices: int) -> Iterator[Knob]:
         least |= {"mesh.data": 1, "mesh.fsdp": -1}
         yield turned(least)
     copies = devices // abs(sizes.tensor)
-    accumulate = config.optimizer.accumulate
-    while config.batch_size % (2 * accumulate * copies) == 0:
+    accumulate, rows = config.optimizer.accumulate, config.batch_size // config.data.pack
+    while rows % (2 * accumulate * copies) == 0:
         accumulate *= 2
         yield turned(least | {"optimizer.accumulate": accumulate})
     for tensor in (2, 4, 8):
         if tensor > abs(sizes.tensor) and devices % tensor == 0:
             yield turned(least | {"optimizer.accumulate": accumulate, "mesh.fsdp": -1, "mesh.tensor": tensor})
+
+
+def alternatives(config: ml_collections.ConfigDict, target: Target) -> Iterator[Knob]:
+    """Settings to try where a config does not fit, in this order; none whose parameters and optimizer alone do not."""
+    devices = len(target.devices)
+    for knob in itertools.chain(knobs(config, devices), frozen_knobs(config, devices)):
+        if lasting(knob[1], target) < target.memory:
+            yield knob

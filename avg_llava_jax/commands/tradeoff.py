@@ -5,8 +5,8 @@
 The plot has a point per cost weight (`Request.cost_weight`), the fixed granularities, a random one and the oracle.
 Every question is answered once at every granularity, by `avg-llava evaluate` or here; the weights only choose among
 these answers. The frontier (`eval.escalation.frontier`) compares the router, escalation and both together at every
-budget of visual tokens, every read counted, with the area under each curve. The outputs are OUT/tradeoff.json,
-OUT/plots/tradeoff.png and OUT/plots/frontier.png; an interrupted run resumes.
+budget of visual tokens, FLOPs and measured seconds, every read counted, with the area under each curve. The outputs
+are OUT/tradeoff.json, OUT/plots/tradeoff.png and OUT/plots/frontier.png; an interrupted run resumes.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def frontier_table(found: dict[str, Any]) -> str:
-    """The frontier as text: a line per curve, its area and its accuracy at the costs of the fixed granularities."""
+def frontier_table(unit: str, found: dict[str, Any]) -> str:
+    """A frontier as text: a line per curve, its area and its accuracy at the costs of the fixed granularities."""
     from avg_llava_jax.eval.escalation import accuracy_at
 
     budgets = [point["cost"] for point in found["curves"]["fixed"]]
-    lines = [f"{'visual tokens':<18}{'area':>10}" + "".join(f"{budget:>10.1f}" for budget in budgets)]
+    lines = [f"{unit:<18}{'area':>10}" + "".join(f"{budget:>10.4g}" for budget in budgets)]
     for name, points in found["curves"].items():
         reached = "".join(f"{accuracy_at(points, budget):>10.3f}" for budget in budgets)
         lines.append(f"{name:<18}{found['areas'][name]:>10.4f}{reached}")
@@ -79,7 +79,7 @@ def main() -> None:
 
     subset = timing.commonest(config, questions, TIMED.value)
     places = [questions.index(question) for question in subset]
-    timed = {}
+    timed = timing.reads(config, subset, free)
     for name, (picked, request) in ways.items():
         routed = name.startswith("cost weight")
         timed[name] = [
@@ -87,6 +87,12 @@ def main() -> None:
             for at in places
         ]
     seconds = timing.in_turn(model, timed, ROUNDS.value)
+    answers, samples = escalation.table(config, records), [question.sample for question in questions]
+    units = {
+        "visual tokens": escalation.token_costs(answers),
+        "GFLOPs": escalation.flop_costs(config, samples, answers),
+        "seconds": timing.read_costs(config, seconds, len(records)),
+    }
     report = {
         "n": len(records),
         "made_by": model.made_by,
@@ -96,13 +102,14 @@ def main() -> None:
             for name, (picked, _) in ways.items()
         ],
         "router": policies.temperature(config, records),
-        "frontier": escalation.frontier(escalation.table(config, records)),
+        "frontier": {unit: escalation.frontier(answers, costs) for unit, costs in units.items()},
     }
     write_whole(workdir / "tradeoff.json", json.dumps(report, indent=1) + "\n")
     figure = plots.tradeoff(report, workdir / plots.PLOTS / "tradeoff.png")
     plots.frontier(report["frontier"], workdir / plots.PLOTS / "frontier.png")
     print(table(report))
-    print(frontier_table(report["frontier"]))
+    for unit, found in report["frontier"].items():
+        print(frontier_table(unit, found))
     router = report["router"]
     print(
         f"the router's temperature: {router['temperature']:.2f} "

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from avg_llava_jax.config import ModelConfig
+from avg_llava_jax.data.packing import Sample, tiles_of
+from avg_llava_jax.parallel.costs import encoder_flops, language_flops, router_flops
 
 Record = dict[str, Any]
 
@@ -87,17 +89,53 @@ class Followed(NamedTuple):
     last: np.ndarray
 
 
-def followed(table: Table, policy: Policy, costs: np.ndarray | None = None) -> Followed:
-    """The questions under a policy. costs: (n, G) of one read, default visual tokens.
+class Costs(NamedTuple):
+    """What answers take, in one unit.
+
+    first: (n, G), answers at each granularity, images and all. again: (n, G), the read at the finest granularity that
+    follows one at each. router: for choosing where to begin.
+    """
+
+    first: np.ndarray
+    again: np.ndarray
+    router: float = 0.0
+
+
+def token_costs(table: Table) -> Costs:
+    """Visual tokens of every read."""
+    finest = np.take_along_axis(table.tokens, table.finest[:, None], axis=1)
+    return Costs(table.tokens, np.broadcast_to(finest, table.tokens.shape))
+
+
+def flop_costs(config: ModelConfig, samples: Sequence[Sample], table: Table) -> Costs:
+    """FLOPs by formula, in billions: encoder, router and prefill, without the decoding of answers.
+
+    A second read prefills its whole prompt: the text in front of an image, which it may share, is not subtracted.
+    """
+    tiles = np.array([tiles_of(sample, config) for sample in samples])
+    text = np.array([len(sample.tokens.ids) - len(sample.sizes) for sample in samples])
+    encoder = np.array([encoder_flops(config, int(count)) for count in tiles])
+    prefill = np.vectorize(lambda length: language_flops(config.language, 1, int(length), 1), otypes=[float])
+    reads = prefill(text[:, None] + table.tokens)
+    finest = np.take_along_axis(reads, table.finest[:, None], axis=1)
+    router = np.mean([router_flops(config, 1, int(count)) for count in tiles])
+    first, again = encoder[:, None] + reads, np.broadcast_to(finest, reads.shape)
+    return Costs(first / 1e9, again / 1e9, float(router) / 1e9)
+
+
+def followed(table: Table, policy: Policy, costs: Costs | None = None) -> Followed:
+    """The questions under a policy. costs: default visual tokens.
 
     With certainties [[.4, .9], [.8, .9]], tokens [[10, 40], [10, 40]] and the policy (infinite, .5), the first question
     costs 10 + 40 and has the grade of the second column, the second costs 10.
     """
-    costs = table.tokens if costs is None else costs
+    costs = token_costs(table) if costs is None else costs
     row, first = np.arange(len(table.tokens)), begin(table, policy.cost_weight)
     again = (table.certainty[row, first] < policy.escalate) & (first < table.finest)
     last = np.where(again, table.finest, first)
-    return Followed(table.right[row, last], costs[row, first] + np.where(again, costs[row, last], 0), last)
+    cost = costs.first[row, first] + np.where(again, costs.again[row, first], 0)
+    routed = 0.0 if np.isinf(policy.cost_weight) else costs.router
+    return Followed(table.right[row, last], cost + routed, last)
 
 
 def crossed(of_each: Sequence[Followed], half: np.ndarray) -> Followed:
@@ -123,7 +161,7 @@ def cheapest(table: Table, family: Sequence[Policy], half: int) -> Policy:
 
 
 def curve(
-    table: Table, family: Sequence[Policy], budgets: Sequence[float], costs: np.ndarray | None = None
+    table: Table, family: Sequence[Policy], budgets: Sequence[float], costs: Costs | None = None
 ) -> list[dict[str, float]]:
     """{"cost", "accuracy"} at each budget: the most accurate policy within it on one half, measured on the other.
 
@@ -154,22 +192,25 @@ def area(points: Sequence[dict[str, float]], low: float, high: float) -> float:
     return float(np.mean((values[1:] + values[:-1]) / 2))
 
 
-def frontier(table: Table, costs: np.ndarray | None = None, steps: int = 24) -> dict[str, Any]:
+def frontier(table: Table, costs: Costs | None = None, steps: int = 24) -> dict[str, Any]:
     """Accuracy against mean cost: {"curves": {name: points}, "areas": {name: mean accuracy}}.
 
     fixed: each granularity. random: the router's choices, given to other questions. router, escalation, combined: the
     families above at `steps` budgets, fitted on the other half. oracle: the best granularity of each question, at
     prices. Areas are taken from the cost of the coarsest fixed granularity to that of the finest.
     """
-    costs = table.tokens if costs is None else costs
-    right, mean = table.right, costs.mean(axis=0)
+    costs = token_costs(table) if costs is None else costs
+    right, mean = table.right, costs.first.mean(axis=0)
     low, high = float(mean[0]), float(mean[-1])
     budgets = np.geomspace(low, high, steps) if low > 0 else np.linspace(low, high, steps)
 
     def points(chosen: Sequence[np.ndarray]) -> list[dict[str, float]]:
         """One point for each (n, G) of shares."""
         return [
-            {"cost": float((share * costs).sum(axis=1).mean()), "accuracy": float((share * right).sum(axis=1).mean())}
+            {
+                "cost": float((share * costs.first).sum(axis=1).mean()),
+                "accuracy": float((share * right).sum(axis=1).mean()),
+            }
             for share in chosen
         ]
 
@@ -182,6 +223,6 @@ def frontier(table: Table, costs: np.ndarray | None = None, steps: int = 24) -> 
         "router": curve(table, ROUTER, budgets, costs),
         "escalation": curve(table, ESCALATION, budgets, costs),
         "combined": curve(table, COMBINED, budgets, costs),
-        "oracle": points([one_hot[np.argmax(right - price * costs - 1e-9 * costs, axis=1)] for price in prices]),
+        "oracle": points([one_hot[np.argmax(right - (price + 1e-9) * costs.first, axis=1)] for price in prices]),
     }
     return {"curves": curves, "areas": {name: area(found, low, high) for name, found in curves.items()}}

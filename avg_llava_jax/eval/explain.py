@@ -1,9 +1,13 @@
-"""Why the router chose a granularity: its scores, votes and selected words, as arrays and as a figure."""
+"""Why the router chose a granularity: its scores, votes and selected words, as arrays and as a figure.
+
+Where the request may escalate, also what it said at a glance, how certain that was, and what a close look said.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import os
+import textwrap
 from typing import Any
 
 import jax
@@ -18,7 +22,7 @@ from avg_llava_jax.eval import routing
 from avg_llava_jax.inference import choosing
 from avg_llava_jax.inference.api import AvgLlava
 from avg_llava_jax.inference.model import check_length, length_at, softmax
-from avg_llava_jax.inference.requests import Request
+from avg_llava_jax.inference.requests import Answer, Request
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +40,8 @@ class Explanation:
         router_pre_norm.
     words: for each image, the text of the selected instruction tokens, most similar first; "" = none.
     images: the images, upright.
+    escalate: the certainty below which the answer is given again, 0 = never. answers: then the answer at the chosen
+        granularities, and the one that follows if it is not certain enough.
     """
 
     config: ModelConfig
@@ -49,6 +55,8 @@ class Explanation:
     votes: list[np.ndarray]
     words: list[list[str]]
     images: list[Image.Image]
+    escalate: float = 0.0
+    answers: tuple[Answer, ...] = ()
 
     @property
     def probabilities(self) -> np.ndarray:
@@ -77,13 +85,13 @@ class Explanation:
 
 
 def explain(model: AvgLlava, request: Request) -> Explanation:
-    """Route a prompt and prefill it at every granularity; the request's sampling options are not used.
+    """Route a prompt and prefill it at every granularity; with `escalate`, answer it with the request's options.
 
     Raises:
       ValueError: the prompt has no image, or fits at no granularity.
     """
     config = model.config
-    prepared = model.prepare(dataclasses.replace(request, granularity="auto", max_new_tokens=1))
+    prepared = model.prepare(dataclasses.replace(request, granularity="auto"))
     sample = prepared.sample
     if not sample.sizes:
         raise ValueError("there is no image to explain a granularity for")
@@ -99,8 +107,16 @@ def explain(model: AvgLlava, request: Request) -> Explanation:
     fitting = {name: way for (name, way), need in zip(ways.items(), lengths, strict=True) if need <= limit}
     if not fitting:
         check_length(config, sample, ways[config.granularities[0]])
-    asked = [dataclasses.replace(prepared, choice=way) for way in fitting.values()]
+    one = dataclasses.replace(prepared.request, max_new_tokens=1, escalate=0.0)
+    asked = [dataclasses.replace(prepared, request=one, choice=way) for way in fitting.values()]
     logits = dict(zip(fitting, model.first_logits(asked), strict=True))
+
+    threshold, answers = prepared.request.escalate, []
+    if threshold and "router" in fitting:
+        once = dataclasses.replace(prepared.request, escalate=0.0)
+        both = [dataclasses.replace(prepared, request=each, choice=choice) for each in (once, prepared.request)]
+        glance, last = model.answer_prepared(both)
+        answers = [glance, last] if len(last.reads) > 1 else [glance]
 
     votes, at = [], 0
     for size in sample.sizes:
@@ -121,18 +137,27 @@ def explain(model: AvgLlava, request: Request) -> Explanation:
         votes=votes,
         words=[["" if p < 0 else model.tokenizer.decode([text[p]]) for p in row] for row in selected],
         images=[ref.load() for ref in sample.images],
+        escalate=threshold,
+        answers=tuple(answers),
     )
 
 
 def draw(explanation: Explanation, path: str | os.PathLike[str]) -> None:
-    """Draw for each image its grid, probabilities and words; below, its votes by position at each granularity."""
+    """Draw for each image its grid, probabilities and words; below, its votes by position at each granularity.
+
+    Below these, where the request may escalate: the image as each answer saw it, what it said, and how certain it was.
+    """
     from matplotlib.figure import Figure
 
     count = len(explanation.images)
     config = explanation.config.of(count)
     levels = config.granularities
-    figure = Figure(figsize=(14, 7 * count), layout="constrained")
-    for part, i in zip(np.atleast_1d(figure.subfigures(count, 1)), range(count), strict=True):
+    reads = count if explanation.answers else 0
+    figure = Figure(figsize=(14, 7 * count + 4 * reads), layout="constrained")
+    parts = np.atleast_1d(figure.subfigures(count + reads, 1, height_ratios=[7] * count + [4] * reads))
+    for i, part in enumerate(parts[count:]):
+        _draw_reads(part, config, explanation, i)
+    for part, i in zip(parts, range(count), strict=False):
         above, below = part.subfigures(2, 1, height_ratios=(1.3, 1))
         image, chosen = explanation.images[i], int(explanation.router_choice[i])
         seen, shares, words = above.subplots(1, 3)
@@ -154,6 +179,25 @@ def draw(explanation: Explanation, path: str | os.PathLike[str]) -> None:
         below.suptitle(f"votes of the image's rows for {levels[chosen]}, by position")
         below.colorbar(drawn, ax=axes, shrink=0.7)
     figure.savefig(path, dpi=100)
+
+
+def _draw_reads(figure: Any, config: ModelConfig, explanation: Explanation, image: int) -> None:
+    """The glance at one image, its certainty against the threshold, and the close look, if there was one."""
+    glance, *close = explanation.answers
+    left, middle, right = figure.subplots(1, 3)
+    for axis, name, answer in zip((left, right), ("a glance", "a close look"), (glance, *close), strict=False):
+        each = answer.granularity if isinstance(answer.granularity, tuple) else (answer.granularity,)
+        draw_grid(axis, config, explanation.images[image], each[image])
+        said = textwrap.shorten(answer.text, 40, placeholder=" ...").replace("$", r"\$")
+        axis.set_title(f"{name}: {each[image]} tokens a tile, {answer.reads[-1].visual_tokens} in all\n“{said}”")
+    names = ["a glance", "a close look"][: len(explanation.answers)]
+    _bars(middle, names, np.array([answer.certainty for answer in explanation.answers]), None, "certainty")
+    middle.axvline(explanation.escalate, color="tab:red", label=f"escalate below {explanation.escalate:g}")
+    middle.set_xlim(0, 1)
+    middle.legend(loc="lower right")
+    if not close:
+        right.set_axis_off()
+        right.text(0.5, 0.5, "certain enough:\nno close look", ha="center", va="center")
 
 
 def vote_maps(config: ModelConfig, size: Size, votes: np.ndarray) -> dict[Granularity, np.ndarray]:

@@ -106,15 +106,22 @@ FRONTIER = {
 
 
 def frontier(found: dict[str, Any], path: Path) -> Path:
-    """Accuracy against visual tokens, every read counted, for each curve of `escalation.frontier`."""
-    figure, axis = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
-    for name, points in found["curves"].items():
-        style, colour = FRONTIER[name]
-        ordered = sorted((point["cost"], point["accuracy"]) for point in points)
-        axis.plot(*zip(*ordered, strict=True), style, color=colour, label=f"{name}, area {found['areas'][name]:.3f}")
-    axis.set(xlabel="visual tokens a question, every read counted", ylabel="accuracy")
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    """Accuracy against each unit of cost, every read counted, for each curve of `escalation.frontier`.
+
+    found: {unit: frontier}; a point may have the `deviation` of its accuracy.
+    """
+    figure, axes = plt.subplots(1, len(found), figsize=(5.2 * len(found), 4.2), layout="constrained", squeeze=False)
+    for axis, (unit, of_unit) in zip(axes[0], found.items(), strict=True):
+        for name, points in of_unit["curves"].items():
+            style, colour = FRONTIER[name]
+            ordered = sorted((point["cost"], point["accuracy"], point.get("deviation", 0.0)) for point in points)
+            cost, accuracy, deviation = (np.array(values) for values in zip(*ordered, strict=True))
+            axis.plot(cost, accuracy, style, color=colour, label=f"{name}, area {of_unit['areas'][name]:.3f}")
+            axis.fill_between(cost, accuracy - deviation, accuracy + deviation, color=colour, alpha=0.15, linewidth=0)
+        axis.set(xlabel=f"{unit} a question, every read counted")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    axes[0, 0].set_ylabel("accuracy")
     return _save(figure, path)
 
 

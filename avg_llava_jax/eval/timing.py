@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import time
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ import numpy as np
 
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.data.packing import tiles_of
+from avg_llava_jax.eval.escalation import Costs
 from avg_llava_jax.eval.evaluation import Question
 from avg_llava_jax.eval.policies import by_key
 from avg_llava_jax.inference.api import AvgLlava
@@ -29,6 +31,25 @@ def seconds_per_answer(
     ways["adaptive"] = at_each(config, subset, request, None)
     seconds = in_turn(model, ways)
     return {"fixed": {str(g): seconds[str(g)] for g in config.granularities}, "adaptive": seconds["adaptive"]}
+
+
+def reads(config: ModelConfig, questions: Sequence[Question], request: Request) -> dict[str, list[Prepared]]:
+    """What `read_costs` has to time: answers at each granularity, then at the finest, and behind the router."""
+    (coarsest, *_), finest = config.granularities, config.granularities[-1]
+    twice = dataclasses.replace(request, escalate=1.0)
+    ways = {f"always {g}": at_each(config, questions, request, g) for g in config.granularities}
+    ways |= {f"{g}, then {finest}": at_each(config, questions, twice, g) for g in config.granularities[:-1]}
+    routed = dataclasses.replace(request, cost_weight=1e9)
+    return ways | {f"routed to {coarsest}": at_each(config, questions, routed, None)}
+
+
+def read_costs(config: ModelConfig, seconds: Mapping[str, float], count: int) -> Costs:
+    """Seconds of `reads`, as the costs of `count` questions alike. seconds: by policy."""
+    (coarsest, *_), finest = config.granularities, config.granularities[-1]
+    first = [seconds[f"always {g}"] for g in config.granularities]
+    again = [seconds[f"{g}, then {finest}"] - seconds[f"always {g}"] for g in config.granularities[:-1]]
+    router = seconds[f"routed to {coarsest}"] - first[0]
+    return Costs(np.tile(first, (count, 1)), np.tile([*again, 0.0], (count, 1)), max(router, 0.0))
 
 
 def commonest(config: ModelConfig, questions: Sequence[Question], count: int) -> list[Question]:

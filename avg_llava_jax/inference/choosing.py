@@ -21,10 +21,13 @@ from avg_llava_jax.data.tiles import Size
 from avg_llava_jax.inference.requests import Prepared
 
 
-def choose(config: ModelConfig, prepared: Prepared, logits: np.ndarray) -> tuple[Granularity, ...]:
+def choose(
+    config: ModelConfig, prepared: Prepared, logits: np.ndarray, cost_weight: float | None = None
+) -> tuple[Granularity, ...]:
     """The granularity of each image: the requested one, or where that is "auto" the best by scores, price and budget.
 
     logits: router scores (images, G); may have no rows where every image's granularity was requested.
+    cost_weight: the price; None = the request's.
     """
     request, wanted = prepared.request, prepared.choice
     scores = np.full((len(wanted), len(config.granularities)), -np.inf)
@@ -34,7 +37,8 @@ def choose(config: ModelConfig, prepared: Prepared, logits: np.ndarray) -> tuple
         else:
             scores[image, config.granularities.index(granularity)] = 0.0
     costs = token_costs(config, prepared.sample.sizes)
-    places = best_places(scores, costs, request.cost_weight, request.max_visual_tokens)
+    price = request.cost_weight if cost_weight is None else cost_weight
+    places = best_places(scores, costs, price, request.max_visual_tokens)
     return tuple(config.granularities[place] for place in places)
 
 

@@ -21,6 +21,7 @@ from avg_llava_jax.inference.device import Answering, Device, Part, lanes_of, pa
 from avg_llava_jax.inference.image_pages import ImagePages
 from avg_llava_jax.inference.job import Images, Job, escalate, make_job, pack
 from avg_llava_jax.inference.model import Model, without_end
+from avg_llava_jax.inference.pricing import Pricing, Slo
 from avg_llava_jax.inference.requests import Answer, Prepared, Request
 from avg_llava_jax.inference.sampling import scored
 from avg_llava_jax.inference.scheduler import Admission, Scheduler
@@ -41,6 +42,7 @@ class Engine:
         are few, and `warm_up` compiles all of them. None = prompts prefill whole, and all of them before answers
         decode, which takes the least time in total; a program is compiled at its first use.
     prompts: with chunk=None, the lengths of the prompts to come, where they are known, so that few programs compile.
+    slo: the time to the first token that is kept by raising the price of visual tokens under load; None = no promise.
 
     Raises:
       ValueError: a size is too small, or `max_length` is over the model's; the message names it.
@@ -55,6 +57,7 @@ class Engine:
         image_cache_bytes: int = IMAGE_CACHE_BYTES,
         queue: int = 64,
         prompts: Sequence[int] = (),
+        slo: Slo | None = None,
     ):
         limit = model.config.language.max_length
         length = limit if max_length is None else max_length
@@ -80,6 +83,7 @@ class Engine:
         self._images = ImagePages(buckets.pages)
         self._scheduler = Scheduler(buckets)
         self._counters = Counters(self.config.granularities)
+        self._pricing = None if slo is None else Pricing(slo)
         self._inbox: list[Job] = []  # filled by any thread; only the stepping thread touches the rest
         self._waiting: list[Job] = []
         self._encoding: list[Job] = []
@@ -191,7 +195,11 @@ class Engine:
         with self._news:
             waiting, running = self._waiting_count(), len(self._scheduler.reading) + len(self._scheduler.decoding)
         return self._counters.snapshot(
-            waiting=waiting, running=running, image_hits=self._images.hits, image_misses=self._images.misses
+            waiting=waiting,
+            running=running,
+            cost_weight=self._cost_weight(),
+            image_hits=self._images.hits,
+            image_misses=self._images.misses,
         )
 
     def _run(self) -> None:
@@ -225,6 +233,12 @@ class Engine:
     def _waiting_count(self) -> int:
         return len(self._inbox) + len(self._waiting) + len(self._encoding) + len(self._routed)
 
+    def _cost_weight(self) -> float:
+        """The lowest price of visual tokens that the load allows now."""
+        if self._pricing is None:
+            return 0.0
+        return self._pricing.cost_weight(self._waiting_count() + len(self._scheduler.reading))
+
     def _jobs(self) -> list[Job]:
         """The requests of the stepping thread, whatever their stage."""
         scheduler = self._scheduler
@@ -233,30 +247,36 @@ class Engine:
     def _encode(self) -> bool:
         """Encode a micro-batch of tiles, route one of images, and pack prompts, ahead of free slots.
 
+        The tiles of a micro-batch, and its images, are of one adapter.
         Scores are fetched a round later: the device routes while the host prepares prefills, or beside them.
 
         Returns whether there was a micro-batch to run.
         """
         while self._waiting and len(self._encoding) + len(self._routed) < AHEAD * self.buckets.slots:
             job = self._waiting[0]
-            job.pages = self._images.take(job.images)
+            job.pages = self._images.take(job.images, job.prepared.adapter)
             if job.pages is None:
                 break  # until earlier requests have been prefilled, and free their pages
             job.reached("taken")
             self._encoding.append(self._waiting.pop(0))
         self._fetch_scores()
-        missing, most = self._images.missing(self.buckets.tiles[-1]), self.buckets.tiles[-1]
+        most = self.buckets.tiles[-1]
+        adapter, missing = self._images.missing(most)
         encode = bool(missing) and (self._eager or len(missing) == most)
         if encode:
-            self._device.encode(list(missing.values()), list(missing))
+            self._device.encode(list(missing.values()), list(missing), adapter)
             self._images.encoded(missing)
         ready = [job for job in self._encoding if self._images.ready(job.digests)]
         unrouted = [(job, at) for job in ready for at in range(len(job.scores), len(job.scores) + job.unrouted)]
+        adapter = unrouted[0][0].prepared.adapter if unrouted else 0
+        unrouted = [each for each in unrouted if each[0].prepared.adapter == adapter]
         batch = unrouted[: self.buckets.images[-1]]
         route = bool(batch) and (self._eager or len(batch) == self.buckets.images[-1])
         if route:
-            routing = self._device.route([job.pages[at] for job, at in batch], [job.text for job, _ in batch])
+            pages, texts = [job.pages[at] for job, at in batch], [job.text for job, _ in batch]
+            routing = self._device.route(pages, texts, adapter)
             self._routing = [job for job, _ in batch], routing.logits
+        price = self._cost_weight()
         for job in ready:
             if not job.unrouted:
                 self._encoding.remove(job)
@@ -264,8 +284,10 @@ class Engine:
                 job.reached("routed")
                 job.ticket.scores = list(job.scores)
                 try:
-                    pack(self.config, job, self.buckets.pages)
+                    pack(self.config, job, self.buckets.pages, price)
                     job.ticket.visual_tokens = job.visual
+                    raised = job.scores and job.cost_weight > job.prepared.request.cost_weight
+                    self._counters.add(raised=int(bool(raised)))
                 except ValueError as error:
                     self._end(job, error)
         return encode or route
@@ -342,7 +364,8 @@ class Engine:
                 then = job.next() if start + length == len(job.keys) else None
                 now = slice(start, start + length)
                 weights = None if job.weights is None else job.weights[now]
-                parts.append(Part(job.slot, start, job.ids[now], job.places[now], weights, then))
+                adapter = job.prepared.adapter
+                parts.append(Part(job.slot, start, job.ids[now], job.places[now], weights, then, adapter))
             after = self._device.prefill(parts, prefill.prompts, prefill.chunk, prefill.window, prefill.ends)
             self._scheduler.prefilled(prefill)
             calls.append((prefill, parts, after))
@@ -364,6 +387,8 @@ class Engine:
                 self._counters.add(verified_tokens=job.draft)
                 if part.then is not None:
                     job.token_scores += scored(part.then, after.scores, row, job.tokens)
+                if self._pricing is not None and not job.reads:
+                    self._pricing.first_token(job.times["submitted"], time.perf_counter())
                 job.reached("first")
                 if job.ticket.keep_logits:
                     job.ticket.logits = np.asarray(after.logits)[row]
@@ -376,7 +401,7 @@ class Engine:
         decode = self._scheduler.next_decode()
         if decode is None:
             return
-        answers = [Answering(job.slot, job.cached, job.next()) for job in decode.works]
+        answers = [Answering(job.slot, job.cached, job.next(), job.prepared.adapter) for job in decode.works]
         made, chances, scores = self._device.decode(answers, decode.rows, decode.window, decode.steps)
         for job, tokens, likely, of_tokens in zip(decode.works, made, chances, scores, strict=True):
             self._scheduler.decoded(job, tokens)
@@ -407,6 +432,9 @@ class Engine:
         if job.finer:
             if certainty < job.prepared.request.escalate:
                 job.reads.append(read)
+                job.ticket.dropped(
+                    self.model.answer_of("", (), "stop", job.reads, job.scores, {}, cost_weight=job.cost_weight)
+                )
                 self._escalate(job, ended)
                 return
             job.held += text or ""
@@ -425,6 +453,8 @@ class Engine:
             job.scores,
             job.timings(),
             job.token_scores,
+            job.cost_weight,
+            job.matcher is not None and job.matcher.closed,
         )
         self._counters.add(
             ttft_seconds=job.times["first"] - job.times["submitted"],

@@ -32,8 +32,9 @@ class Job(Work):
 
     images: digest and tiles of each image. pages: pages of each image's tiles, None while it holds none.
     text: int32 (L,), ids of the prompt without its images. scores: router scores (G,) of the images routed so far.
-    choice: granularity of each image. ids, places: int32 (S,), the packed prompt and its draft, see `programs.Chunk`;
-        with `config.most_tiles` places is (S, 4), with weights float32 (S, 4).
+    cost_weight: the price at which the router chooses. choice: granularity of each image.
+    ids, places: int32 (S,), the packed prompt and its draft, see `programs.Chunk`; with `config.most_tiles` places is
+        (S, 4), with weights float32 (S, 4).
     finer: granularities of the read that follows where this one is not certain enough; empty = none.
     chances: log-probability of each of `tokens`. held: text that is not shown before its read is certain.
     reads: earlier reads that were not certain enough.
@@ -50,6 +51,7 @@ class Job(Work):
     token_scores: list[TokenScore] = dataclasses.field(default_factory=list)
     pages: list[list[int]] | None = None
     scores: list[np.ndarray] = dataclasses.field(default_factory=list)
+    cost_weight: float = 0.0
     choice: tuple[Granularity, ...] = ()
     ids: np.ndarray | None = None
     places: np.ndarray | None = None
@@ -76,7 +78,8 @@ class Job(Work):
 
     def next(self) -> Next:
         """What its next token depends on."""
-        allowed = None if self.matcher is None else self.matcher.allowed()
+        left = self.limit - len(self.tokens)
+        allowed = None if self.matcher is None else self.matcher.allowed(left, self.limit)
         return Next(self.prepared.request, self.limit, self.text, self.tokens, allowed)
 
     def certainty(self, count: int) -> float:
@@ -118,6 +121,7 @@ def make_job(
     if count > most_tiles:
         raise ValueError(f"the images have {count} tiles, the engine holds {most_tiles}: send fewer images")
     guide = prepared.request.guide
+    images = read_images(model.config, sample) if images is None else images
     return Job(
         matcher=None if guide is None else model.matcher(guide),
         each_token=guide is not None,  # what may come after a token depends on it
@@ -125,18 +129,26 @@ def make_job(
         ticket=ticket,
         stream=TextStream(model.tokenizer.decode, prepared.request.stop),
         text=np.array([token for token in sample.tokens.ids if token != IMAGE], np.int32),
-        images=read_images(model.config, sample) if images is None else images,
+        images=[(_of_adapter(digest, prepared.adapter), tiles) for digest, tiles in images],
         times={"submitted": submitted},
     )
 
 
-def pack(config: ModelConfig, job: Job, pages: int) -> None:
+def _of_adapter(digest: Digest, adapter: int) -> Digest:
+    """The digest of an image as an adapter encodes it."""
+    return digest + adapter.to_bytes(4, "little") if adapter else digest
+
+
+def pack(config: ModelConfig, job: Job, pages: int, cost_weight: float = 0.0) -> None:
     """Choose the job's granularities by its scores, and pack its prompt. pages: the number of pages of the pool.
 
+    cost_weight: the lowest price that the engine's load allows.
     Raises ValueError where the prompt is too long at the chosen granularities.
     """
     logits = np.array(job.scores, np.float32).reshape(-1, len(config.granularities))
-    job.choice = choosing.choose(config, job.prepared, logits)
+    own = job.prepared.request.cost_weight
+    job.cost_weight = own if job.prepared.fixed_price else max(own, cost_weight)
+    job.choice = choosing.choose(config, job.prepared, logits, job.cost_weight)
     check_length(config, job.prepared.sample, job.choice)
     job.finer = choosing.finer(config, job.prepared, job.choice) if job.prepared.request.escalate else ()
     _pack(config, job, pages)
@@ -180,7 +192,8 @@ def _pack(config: ModelConfig, job: Job, pages: int) -> None:
             keys += [image_key(digest, config.pyramid_offsets[granularity])] * count
         else:
             keys.append(token)
-    job.keys = np.array(keys, np.int64)
+    # Adapters share no prefix: every shared one begins at the first position.
+    job.keys = np.array(keys, np.int64) + (np.arange(len(keys)) == 0) * (job.prepared.adapter << 32)
     job.limit = min(job.prepared.request.max_new_tokens, config.language.max_length - length + 1)
 
 

@@ -25,13 +25,14 @@ class Request:
     """One question about images.
 
     prompt: a question, or a conversation of turns `{"from": "human" | "gpt", "value": text}` that ends
-        with a question. `<image>` marks the place of an image; without it the images come first. A value that is the
-        list of texts around the images has no markers, see `data.conversation`.
+        with a question, which may be empty there. `<image>` marks the place of an image; without it the images come
+        first. A value that is the list of texts around the images has no markers, see `data.conversation`.
     images: one image or several: paths, encoded bytes, or Pillow images.
     granularity: "auto" (the router chooses for each image), tokens per tile, or a list with one of these
         for each image.
     cost_weight: the price of tokens under "auto": the router takes the g with the largest log p_g - cost_weight *
         (visual tokens of the image at g / those at the finest g). 0 is the paper's choice; a large one is the coarsest.
+        An engine under load may raise it, see `pricing`.
     max_visual_tokens: the most visual tokens of all images together, newlines included; None = no bound.
         See `choosing`.
     escalate: a probability, 0 = off. An answer whose certainty (`Read.certainty`) is below it is dropped, and the
@@ -50,6 +51,7 @@ class Request:
     seed: the same request with the same seed gets the same answer, alone or in any batch.
     stop: strings that end the answer; they are not part of it.
     raw: use `prompt`, one text or the list of texts around the images, as it is, without a conversation template.
+    adapter: the name of an adapter that the model was loaded with; None = the base.
 
     Raises:
       ValueError: a field is out of range; the message names it and its range.
@@ -76,6 +78,7 @@ class Request:
     seed: int = 0
     stop: str | Sequence[str] = ()
     raw: bool = False
+    adapter: str | None = None
 
     def __post_init__(self) -> None:
         stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
@@ -145,12 +148,15 @@ class Answer:
     visual_tokens: packed tokens of all images and all reads, newlines included.
     probabilities: {granularity: probability} by the router; a tuple of these for several images; None
         where the router did not run, because there is no image or every granularity was requested.
+    cost_weight: the price at which the router chose: the request's, or a higher one that the engine's load set. None
+        where the router did not run.
     timings: seconds of `queue`, `encode` (load, encode, route), `prefill` (the wait for a slot included), `decode` and
         `total`. The first use of a bucket includes its compilation.
     token_ids: generated ids, without the stop id that ended the answer.
     finish: "stop" (a stop id, a stop string or a complete guide) or "length".
     reads: each read, coarse to fine; the last one gave the answer.
     logprobs: the score of each of `token_ids`, () where `Request.logprobs` is None.
+    closed: whether its guide closed it early, before its tokens ran out; `finish` is "stop" then too.
     """
 
     text: str
@@ -162,6 +168,8 @@ class Answer:
     finish: Literal["stop", "length"]
     reads: tuple[Read, ...]
     logprobs: tuple[TokenScore, ...] = ()
+    cost_weight: float | None = None
+    closed: bool = False
 
     @property
     def certainty(self) -> float:
@@ -173,12 +181,15 @@ class Answer:
 class Prepared:
     """A checked, tokenized request, with `escalate` as a number.
 
-    choice: the requested granularity of each image, None where the router chooses.
+    choice: the requested granularity of each image, None where the router chooses. adapter: its number, see `stacked`.
+    fixed_price: the engine's load must not raise `cost_weight`: a calibrated threshold holds at its own price alone.
     """
 
     request: Request
     sample: Sample
     choice: tuple[int | None, ...]
+    adapter: int = 0
+    fixed_price: bool = False
 
 
 def as_ref(image: ImageLike) -> ImageRef:

@@ -9,9 +9,11 @@ from collections import Counter
 
 @dataclasses.dataclass(frozen=True)
 class Stats:
-    """A snapshot of the counters. All but `waiting` and `running` only increase.
+    """A snapshot of the counters. All but `waiting`, `running` and `cost_weight` only increase.
 
     waiting: requests without a slot. running: requests with a slot.
+    cost_weight: the lowest price of visual tokens that the load allows now, see `pricing`.
+    raised: requests whose router chose at a price that the load had raised.
     admitted: requests that got a slot. finished, cancelled, failed: requests by how they ended.
     rejected: requests that `submit` refused, as malformed or because the queue was full.
     tokens: generated tokens, those after a stop string included. visual_tokens: of all prompts that got a slot.
@@ -26,6 +28,8 @@ class Stats:
 
     waiting: int = 0
     running: int = 0
+    cost_weight: float = 0.0
+    raised: int = 0
     admitted: int = 0
     finished: int = 0
     cancelled: int = 0
@@ -65,7 +69,7 @@ class Counters:
             for granularity in choice:
                 self._granularities[granularity] += 1
 
-    def snapshot(self, **now: int) -> Stats:
+    def snapshot(self, **now: float) -> Stats:
         """The sums, with the current values `now` of the other fields."""
         with self._lock:
             return Stats(**self._sums, **now, granularities=dict(self._granularities))

@@ -20,10 +20,14 @@ class QueueFull(Exception):
 
 
 class Piece(str):
-    """A piece of an answer's text. tokens: generated so far. logprobs: scores of those since the last piece."""
+    """A piece of an answer's text. tokens: generated so far. logprobs: scores of those since the last piece.
 
-    tokens: int
-    logprobs: tuple[TokenScore, ...]
+    glance: None, or instead of a text the answer that was not certain enough and is now given again.
+    """
+
+    tokens: int = 0
+    logprobs: tuple[TokenScore, ...] = ()
+    glance: Answer | None = None
 
 
 class Ticket:
@@ -48,10 +52,14 @@ class Ticket:
         self._shown = 0
         self.logits: np.ndarray | None = None
 
-    def pieces(self) -> Iterator[Piece]:
-        """Iterate over the answer's text as it is generated, for one reader; blocks, and raises as `result` does."""
+    def pieces(self, glances: bool = False) -> Iterator[Piece]:
+        """Iterate over the answer's text as it is generated, for one reader; blocks, and raises as `result` does.
+
+        glances: give those as well.
+        """
         while (piece := self._pieces.get()) is not None:
-            yield piece
+            if glances or piece.glance is None:
+                yield piece
         self._pieces.put(None)  # a second iterator finds the end as well
         self.result()
 
@@ -60,7 +68,7 @@ class Ticket:
         found = []
         while not self._pieces.empty():
             piece = self._pieces.get()
-            if piece is not None:
+            if piece:
                 found.append(piece)
         return found
 
@@ -99,6 +107,12 @@ class Ticket:
             piece.tokens, piece.logprobs = tokens, tuple(logprobs[self._shown : tokens])
             self._shown = tokens
             self._pieces.put(piece)
+
+    def dropped(self, answer: Answer) -> None:
+        """Tell of an answer that is given again; called by the engine."""
+        piece = Piece()
+        piece.glance = answer
+        self._pieces.put(piece)
 
     def end(self, outcome: Answer | Exception) -> None:
         """End the request with its answer or error; called by the engine."""

@@ -1,6 +1,6 @@
 """The linear layer: plain or int8, with or without a low-rank adapter; and sums of gradients that need fp32.
 
-    y = x @ W + b + s * ((x @ A) @ B)      W (in, out), A (in, r), B (r, out), s ()
+    y = x @ W + b + (s * (x @ A)) @ B      W (in, out), A (in, r), B (r, out), s (), or (rows, 1, r) of several adapters
 
 The parameters of a layer say which: `kernel`, `bias`; `kernel_scale` where the kernel is int8 (`convert.quantize`);
 `lora_a`, `lora_b`, `lora_scale` where it has an adapter (`adapters`). Training, scoring, prefill and decode run this.
@@ -23,7 +23,7 @@ class Linear(nn.Dense):
     The gradient of a bias, a sum over all rows, is added up in fp32.
 
     Scales are applied after the product, y = (x @ q) * scale: weights stay int8 in memory, and XLA converts them as it
-    multiplies. An adapter of rank r adds s * (x @ A) @ B in the dtype of x.
+    multiplies. An adapter of rank r adds (s * (x @ A)) @ B in the dtype of x.
     """
 
     @nn.compact
@@ -41,7 +41,8 @@ class Linear(nn.Dense):
         a, b, scale = (self.get_variable("params", f"lora_{name}") for name in ("a", "b", "scale"))
         if self.has_variable("params", "lora_keys"):
             x = dropped(x, self.get_variable("params", "lora_keys"), self.get_variable("params", "lora_keep"))
-        return y + (x @ a.astype(x.dtype) @ b.astype(x.dtype) * scale).astype(y.dtype)
+        low = (x @ a.astype(x.dtype) * scale).astype(x.dtype)
+        return y + (low @ b.astype(x.dtype)).astype(y.dtype)
 
 
 def spread(x: Float[ArrayLike, "*N"], shape: tuple[int, ...]) -> Float[Array, "..."]:
@@ -55,7 +56,7 @@ def take(table: Shaped[ArrayLike, "N D"], ids: Int[ArrayLike, "*M"]) -> Shaped[A
     return table[ids]
 
 
-def _added(given: tuple[Any, Any], grad: jax.Array) -> tuple[jax.Array, None]:
+def _added(given: tuple[ArrayLike, ArrayLike], grad: jax.Array) -> tuple[jax.Array, None]:
     table, ids = given
     sums = jnp.zeros(table.shape, jnp.float32).at[ids].add(grad.astype(jnp.float32))
     return sums.astype(table.dtype), None

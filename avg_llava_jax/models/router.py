@@ -33,7 +33,7 @@ class Routing(NamedTuple):
 def select_text(
     features: Float[ArrayLike, "B I P D"],
     text: Float[ArrayLike, "B L D"],
-    instruction: Bool[ArrayLike, "B L"],
+    instruction: Bool[ArrayLike, "B _ L"],
     count: int,
 ) -> tuple[Float[Array, "B I J D"], Int[Array, "B I J"]]:
     """Select the J = `count` instruction tokens most similar to each image.
@@ -43,14 +43,14 @@ def select_text(
 
     Args:
       features: the finest features of tile 0 of each image.
-      text: raw token embeddings; instruction: tokens that may be selected.
+      text: raw token embeddings; instruction: tokens that may be selected, by each image or by all.
     Returns:
       rows, most similar first, and their positions. Where an image has fewer instruction tokens, rows are zero and
       positions -1.
     """
     mean_patch = jnp.mean(unit(features), axis=-2)
     similarity = jnp.einsum("bid,bld->bil", mean_patch, unit(text))
-    similarity = jnp.where(instruction[:, None], similarity, -jnp.inf)
+    similarity = jnp.where(instruction, similarity, -jnp.inf)
     short = max(0, count - text.shape[1])
     similarity = jnp.pad(similarity, ((0, 0), (0, 0), (0, short)), constant_values=-jnp.inf)
     best, positions = jax.lax.top_k(similarity, count)
@@ -75,7 +75,7 @@ class Router(nn.Module):
         self,
         pyramid: Float[ArrayLike, "B T R D"],
         text: Float[ArrayLike, "B L D"],
-        instruction: Bool[ArrayLike, "B L"],
+        instruction: Bool[ArrayLike, "B _ L"],
         tile_image: Int[ArrayLike, "B T"],
         first_tile: Int[ArrayLike, "B I"],
         dropout: Key[ArrayLike, " B"] | None = None,
@@ -84,8 +84,8 @@ class Router(nn.Module):
 
         Args:
           pyramid: all granularities of each tile, see `scaler.scale`.
-          text: raw token embeddings; instruction: tokens that may be selected.
-          tile_image: which image of the sample a tile belongs to, -1 = empty tile slot.
+          text: raw token embeddings; instruction: tokens that may be selected, by each image or by all.
+          tile_image: which image of the row a tile belongs to, -1 = empty tile slot.
           first_tile: the tile slot of each image's tile 0, -1 = empty image slot.
           dropout: one key per sample; None = no dropout.
         """

@@ -21,6 +21,7 @@ COUNTERS = {
     "requests_rejected": "Requests that the engine refused, as malformed or because its queue was full.",
     "tokens": "Tokens generated.",
     "visual_tokens": "Visual tokens of all prompts.",
+    "raised": "Requests for which the load raised the price of visual tokens.",
     "escalated": "Requests that were answered again at the finest granularity.",
     "draft_tokens": "Tokens of the answers that they had.",
     "verified_tokens": "Tokens of these that the finest granularity gave as well.",
@@ -78,6 +79,7 @@ class Metrics:
 
         for name, about in GAUGES.items():
             add(f"requests_{name}", "gauge", about, [("", getattr(stats, name))])
+        add("cost_weight", "gauge", "The price of visual tokens that the load sets.", [("", stats.cost_weight)])
         for name, about in COUNTERS.items():
             add(f"{name}_total", "counter", about, [("", getattr(stats, name.removeprefix("requests_")))])
         add("images_total", "counter", "Images, by granularity.", _labelled("granularity", stats.granularities))

@@ -4,9 +4,10 @@
     begin() piece(...) ... ended(...) end(answers)  server-sent events; `failed(refusal)` ends them early
 
 Our extensions of OpenAI's fields are `usage.visual_tokens` and `usage.granularity`, and `avg_llava` on the completion
-and on the last chunk with a choice:
+and on the last chunk with a choice; a stream that escalates has a chunk with the `avg_llava` of the first read before:
 
-    {"granularity": 16, "visual_tokens": 75, "certainty": 0.98, "probabilities": {"4": 0.1, ...},
+    {"granularity": 16, "visual_tokens": 75, "certainty": 0.98, "closed": false, "probabilities": {"4": 0.1, ...},
+     "cost_weight": 0.0,
      "timings": {"encode": 0.02, ...}, "reads": [{"granularity": 16, "visual_tokens": 75, "certainty": 0.98}],
      "images": [{"granularity": 16, "probabilities": ..., "visual_tokens": 75, "finest": 280, "size": [640, 480],
                  "tiles": LATTICE, "cells": LATTICE, "borders": {"x": [0, 80, ...], "y": ...}}]}
@@ -77,6 +78,9 @@ class Reply:
 
     def piece(self, piece: Piece, number: int, visual: int) -> Iterator[str]:
         """The events of a piece of an answer. visual: visual tokens of the prompt."""
+        if piece.glance is not None:
+            yield self._chunk(number, {}, (), 0, visual, glance=piece.glance)
+            return
         for at, delta in enumerate(self._deltas(piece, number)):
             yield self._chunk(number, delta, () if at else piece.logprobs, piece.tokens, visual)
 
@@ -104,14 +108,15 @@ class Reply:
         new: int = 0,
         visual: int = 0,
         answer: Answer | None = None,
+        glance: Answer | None = None,
     ) -> str:
-        """A chunk of a stream. new: tokens so far. answer: the one that it ends."""
+        """A chunk of a stream. new: tokens so far. answer: the one that it ends. glance: one that is given again."""
         finish = answer and self._finish(answer, bool(self._calls[number].names))
         choice = {"index": number, **self._said(delta), "finish_reason": finish, "logprobs": self._logprobs(scores)}
         chunk = {**self._head, "object": self.chunk_kind, "choices": [choice]}
         self._made[number] = new
-        if answer is not None:
-            chunk["avg_llava"] = self._seen(answer)
+        if answer or glance:
+            chunk["avg_llava"] = self._seen(answer or glance)
         if self._ask.usage_with_each:
             chunk["usage"] = self._usage(new, visual)
         return event(chunk)
@@ -163,8 +168,10 @@ class Reply:
             "granularity": answer.granularity,
             "visual_tokens": answer.visual_tokens,
             "certainty": answer.certainty,
+            "closed": answer.closed,
             "reads": [dataclasses.asdict(read) for read in answer.reads],
             "probabilities": answer.probabilities or None,
+            "cost_weight": answer.cost_weight,
             "timings": answer.timings,
             "images": images,
         }

@@ -9,12 +9,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from avg_llava_jax.config import ModelConfig
-from avg_llava_jax.models import avg_llava
+from avg_llava_jax.models import avg_llava, language
 from avg_llava_jax.models.stack import Remat
 
 Batch = Mapping[str, Any]
 """Arrays as `data.pipeline.collate_rows` describes them; those of one granularity in a dict {g: array}."""
 Metrics = dict[str, Float[Array, ""]]
+SEQUENCES = ("index", "target_at", "weight", "length")
+"""The arrays of a batch that are of one granularity each."""
 Execution = Literal["per_length", "vmap"]
 
 
@@ -28,7 +30,9 @@ def answer_nll(
     targets: Int[ArrayLike, "B A"],
     remat: Remat = "none",
     weight: Sequence[Float[ArrayLike, "B _ corners"]] | None = None,
-) -> tuple[Float[Array, "G B"], Float[Array, "G B"]]:
+    length: Sequence[Int[ArrayLike, "B n"]] | None = None,
+    reach: Sequence[int] | None = None,
+) -> tuple[Float[Array, "G B ..."], Float[Array, "G B ..."]]:
     """Negative log-likelihood of each sample's answer at each of G granularities, in one walk through the decoder.
 
     The sequences of a sample lie one after another in a row, so that every layer's parameters are gathered once, and
@@ -39,14 +43,18 @@ def answer_nll(
       index, weight: of each granularity, see `avg_llava.assemble`.
       target_at: of each granularity, the packed position whose next token is the target, -1 = none.
       targets: token ids.
+      length, reach: of each granularity, see `language.Part`: n samples share a row; None = one a row.
     Returns:
-      the sum over the answer in nats, and the number of its tokens, both fp32.
+      the sum over each sample's answer in nats, and the number of its tokens, both fp32: (G, B, n), or (G, B)
+      without `length`.
     """
-    lengths = tuple(each.shape[1] for each in index)
+    parts = [language.Part(each.shape[1]) for each in index]
+    if length is not None:
+        parts = [language.Part(*each) for each in zip([part.size for part in parts], length, reach, strict=True)]
     joined = None if weight is None else jnp.concatenate(weight, axis=1)
     packed = avg_llava.assemble(params, pyramid, text, jnp.concatenate(index, axis=1), joined)
-    hidden = avg_llava.decoder(config, params, packed, remat, lengths)
-    starts = itertools.accumulate(lengths[:-1], initial=0)
+    hidden = avg_llava.decoder(config, params, packed, remat, parts)
+    starts = itertools.accumulate([part.size for part in parts[:-1]], initial=0)
     at = jnp.concatenate([jnp.maximum(each, 0) + start for each, start in zip(target_at, starts, strict=True)], axis=1)
     logits = avg_llava.unembed(config, params, jnp.take_along_axis(hidden, at[..., None], axis=1))
     log_probs = jax.nn.log_softmax(logits.reshape(*logits.shape[:1], len(index), -1, logits.shape[-1]))
@@ -54,8 +62,12 @@ def answer_nll(
     chosen = jnp.arange(log_probs.shape[-1]) == targets[:, None, :, None]
     nll = -jnp.sum(jnp.where(chosen, log_probs, 0.0), axis=-1)
     counted = jnp.stack(target_at, axis=1) >= 0
-    sums, counts = jnp.sum(jnp.where(counted, nll, 0.0), axis=2), jnp.sum(counted, axis=2)
-    return sums.T, counts.T.astype(jnp.float32)
+    if length is not None:  # (B, G, n, A)
+        of = jnp.stack([language.split(*each)[0] for each in zip(length, target_at, strict=True)], axis=1)
+        counted = counted[:, :, None] & (of[:, :, None] == jnp.arange(length[0].shape[1])[:, None])
+        nll = nll[:, :, None]
+    sums, counts = jnp.sum(jnp.where(counted, nll, 0.0), axis=-1), jnp.sum(counted, axis=-1)
+    return jnp.swapaxes(sums, 0, 1), jnp.swapaxes(counts, 0, 1).astype(jnp.float32)
 
 
 def granularity_nll(
@@ -67,13 +79,14 @@ def granularity_nll(
     granularities: Sequence[int],
     execution: Execution = "per_length",
     remat: Remat = "none",
-) -> tuple[Float[Array, "G B"], Float[Array, "G B"]]:
+) -> tuple[Float[Array, "G B ..."], Float[Array, "G B ..."]]:
     """`answer_nll` at each granularity: sums and counts.
 
     `per_length` runs each granularity at its own static length. `vmap` pads all to the longest and maps over the
     granularity axis.
     """
     shared = (batch["targets"], remat)
+    reach = [batch["reach"][g].shape[1] for g in granularities] if "reach" in batch else None
     if execution == "vmap":
         longest = max(batch["index"][g].shape[1] for g in granularities)
 
@@ -85,17 +98,23 @@ def granularity_nll(
 
         target_at = jnp.stack([batch["target_at"][g] for g in granularities])
         weight = padded("weight") if "weight" in batch else None
+        length = None if reach is None else jnp.stack([batch["length"][g] for g in granularities])
+        most = None if reach is None else [max(reach)]
 
-        def one(index: jax.Array, target_at: jax.Array, weight: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-            weights = None if weight is None else [weight]
-            sums, counts = answer_nll(config, params, pyramid, text, [index], [target_at], *shared, weights)
+        def one(index: jax.Array, target_at: jax.Array, *rest: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+            weights, lengths = (None if each is None else [each] for each in rest)
+            sums, counts = answer_nll(
+                config, params, pyramid, text, [index], [target_at], *shared, weights, lengths, most
+            )
             return sums[0], counts[0]
 
-        return jax.vmap(one)(padded("index"), target_at, weight)
+        return jax.vmap(one)(padded("index"), target_at, weight, length)
 
-    index, target_at = ([batch[name][g] for g in granularities] for name in ("index", "target_at"))
-    weight = [batch["weight"][g] for g in granularities] if "weight" in batch else None
-    return answer_nll(config, params, pyramid, text, index, target_at, *shared, weight)
+    index, target_at, weight, length = (
+        [batch[name][g] for g in granularities] if name in batch else None for name in SEQUENCES
+    )
+    length = length if reach else None
+    return answer_nll(config, params, pyramid, text, index, target_at, *shared, weight, length, reach)
 
 
 def language_loss(
@@ -113,7 +132,8 @@ def language_loss(
     pyramid = avg_llava.pyramid_of(config, params, batch["pixels"], remat)
     text = avg_llava.embed(config, params, batch["text"])
     sums, counts = granularity_nll(config, params, pyramid, text, batch, granularities, "per_length", remat)
-    per_granularity = jnp.sum(sums, axis=1) / jnp.maximum(jnp.sum(counts, axis=1), 1.0)
+    sums, counts = (x.reshape(len(x), -1).sum(axis=1) for x in (sums, counts))
+    per_granularity = sums / jnp.maximum(counts, 1.0)
     metrics = {f"nll/{g}": nll for g, nll in zip(granularities, per_granularity, strict=True)}
     return jnp.mean(per_granularity), metrics
 

@@ -6,7 +6,7 @@
 The devices need not be present. Each target compiles in a separate process, since a compiler can crash or hang; that is
 a line of the table, and the next program follows. A program passes if it compiles, fits, overwrites its donated
 arguments, and holds and sends nothing that `judge` does not expect. Results are kept in --known and written to the
-document at once; remove that folder when the programs have changed. It exits with 1 where something fails.
+document at once; those of the same code and jax are reused, and no others. It exits with 1 where something fails.
 
 A new program is one more entry of `CASES`.
 """
@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
+from avg_llava_jax import reuse
 from avg_llava_jax.commands import cli
 
 if TYPE_CHECKING:
@@ -374,7 +375,8 @@ def _read(stream: Any, put: Callable[[str | None], None]) -> None:
 
 
 def _file(where: str, case: str) -> pathlib.Path:
-    return pathlib.Path(WORKDIR.value) / _name(where) / f"{_name(case)}.json"
+    """Below a folder of this code's own: other programs' results are not reused."""
+    return pathlib.Path(WORKDIR.value) / reuse.programs(__file__) / _name(where) / f"{_name(case)}.json"
 
 
 def _name(text: str) -> str:
@@ -429,6 +431,7 @@ def main() -> None:
         return
     if DOCUMENT.value:
         around(DOCUMENT.value, BEGIN, END)  # fails now rather than after the first target
+    print(f"{sum(map(len, known().values()))} results of the same code are known", file=sys.stderr, flush=True)
     for where in CHOSEN.value:
         compile_all(where)
         if DOCUMENT.value:

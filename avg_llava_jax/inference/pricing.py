@@ -1,0 +1,61 @@
+"""The price of visual tokens follows the load: an engine with a promise looks less closely before people wait.
+
+Where the router chooses a request's granularity, the engine predicts when the request that came last has its first
+token, and raises the cost weight λ as that nears the promise:
+
+    predicted = requests without a first token * seconds per first token, over the last `EVENTS` of them
+    λ         = low up to half of the promise, high from the promise on, linear between
+
+    promise 1 s, λ from 0 to 2, 0.05 s per first token      10 requests wait: 0.5 s, λ 0
+                                                            15                0.75 s, λ 1
+                                                            20 or more        1 s, λ 2
+
+A coarser look takes less time, so fewer seconds per first token are predicted, and λ settles where the load is met. No
+clock is read here: the caller gives its times.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import deque
+
+EVENTS = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Slo:
+    """A promise: seconds from `submit` to the first token, and the cost weights λ that may be used to keep it."""
+
+    ttft: float
+    low: float = 0.0
+    high: float = 2.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.ttft < math.inf:
+            raise ValueError(f"slo_ttft={self.ttft:g} must be over 0 seconds, and finite")
+        if not 0 <= self.low <= self.high < math.inf:
+            raise ValueError(f"slo_cost_weights={self.low:g},{self.high:g} must be 0 or more, finite and ascending")
+
+
+class Pricing:
+    """λ of an engine; see the module's docstring."""
+
+    def __init__(self, slo: Slo):
+        self.slo = slo
+        self._last = -math.inf
+        self._took: deque[float] = deque(maxlen=EVENTS)
+
+    def first_token(self, submitted: float, now: float) -> None:
+        """A request that was submitted then has its first token now. Idle time does not count."""
+        self._took.append(now - max(self._last, submitted))
+        self._last = now
+
+    def predicted(self, waiting: int) -> float:
+        """Seconds until each of `waiting` requests has its first token; 0 before anything was measured."""
+        return waiting * sum(self._took) / len(self._took) if self._took else 0.0
+
+    def cost_weight(self, waiting: int) -> float:
+        """λ while so many requests have no first token."""
+        share = min(max(2 * self.predicted(waiting) / self.slo.ttft - 1, 0.0), 1.0)
+        return self.slo.low + share * (self.slo.high - self.slo.low)
