@@ -33,31 +33,14 @@ def test_rows_that_are_packed_often_get_their_whole_gradient():
 
 
 def test_a_bias_gets_its_whole_gradient():
-    layer = linear.Linear(2)
-    params = {"kernel": jnp.zeros((3, 2), jnp.bfloat16), "bias": jnp.zeros(2, jnp.bfloat16)}
+    """Summed in bfloat16, XLA's way on a CPU, it is a third too small."""
+    layer, weights = linear.Linear(96), 1 + jax.random.uniform(jax.random.key(0), (16, 320, 96)).astype(jnp.bfloat16)
+    params = {"kernel": jnp.zeros((3, 96), jnp.bfloat16), "bias": jnp.zeros(96, jnp.bfloat16)}
 
     @jax.jit
     @jax.grad
-    def grad(params):
-        return jnp.sum(layer.apply({"params": params}, jnp.ones((2, COUNT, 3), jnp.bfloat16)).astype(jnp.float32))
+    def grad(params, x, weights):
+        return jnp.sum((layer.apply({"params": params}, x) * weights).astype(jnp.float32))
 
-    np.testing.assert_array_equal(grad(params)["bias"], [2 * COUNT] * 2)
-
-
-def test_logits_are_not_rounded(tiny, params):
-    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params["language"])
-    hidden = jax.random.normal(jax.random.key(0), (2, 5, tiny.language.width)).astype(jnp.bfloat16)
-    logits = language.unembed(tiny.language, half, hidden)
-    exact = hidden.astype(jnp.float32) @ half["embed"].astype(jnp.float32).T
-    assert logits.dtype == jnp.float32
-    np.testing.assert_allclose(logits, exact, atol=1e-5)
-
-    def total(hidden):
-        return jnp.sum(jax.nn.logsumexp(language.unembed(tiny.language, half, hidden), axis=-1))
-
-    grad = jax.grad(total)(hidden)
-    wanted = jax.grad(lambda hidden: jnp.sum(jax.nn.logsumexp(hidden @ half["embed"].astype(jnp.float32).T, axis=-1)))(
-        hidden.astype(jnp.float32)
-    )
-    assert grad.dtype == jnp.bfloat16
-    np.testing.assert_allclose(grad, wanted, rtol=0.02, atol=0.01)
+    found = grad(params, jnp.ones((16, 320, 3), jnp.bfloat16), weights)["bias"].astype(jnp.float32)
+    np.testing.assert_allclose(found, weights.astype(jnp.float32).sum((0, 1)), rtol=0.005)

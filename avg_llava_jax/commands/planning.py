@@ -143,7 +143,8 @@ def training(config: ml_collections.ConfigDict, model: ModelConfig, target: Targ
 
     def traced(config: training_config.TrainConfig) -> tuple[Any, dict[str, Any]]:
         step, held = _step(config, model, mesh, shape)
-        return step.update.trace(*held.values(), jax.ShapeDtypeStruct((), jnp.int32)), held
+        given = (held[name] for name in ("trained", "optimizer", "frozen", "batch"))
+        return step.update.trace(*given, jax.ShapeDtypeStruct((), jnp.int32)), held
 
     with jax.set_mesh(mesh):
         program, held = traced(config)
@@ -156,7 +157,7 @@ def training(config: ml_collections.ConfigDict, model: ModelConfig, target: Targ
 def beside_training(
     config: ml_collections.ConfigDict, model: ModelConfig, target: Target, shape: Shape
 ) -> Iterator[Program]:
-    """The other programs of a run: the optimizer's first state, validation; of RGLF `feedback` and `explain`."""
+    """The other programs of a run: the optimizer's first state, validation; in RGLF also of `feedback`, `explain`."""
     config = training_config.read(config)
     mesh = sharding.make_mesh(dataclasses.asdict(config.mesh), target.devices)
     with jax.set_mesh(mesh):
@@ -189,7 +190,7 @@ def beside_training(
 def _step(
     config: training_config.TrainConfig, model: ModelConfig, mesh: Mesh, shape: Shape
 ) -> tuple[Step, dict[str, Any]]:
-    """A training step, and the shapes of what its update takes."""
+    """A training step, and the shapes of what its update takes, by kind."""
     setup.check_step(config, mesh)
     nothing, tiles, pack = None, load_tiles(EMPTY, model), config.data.pack
     if pack > 1:
@@ -211,7 +212,7 @@ def _step(
     step = Step(config, model, mesh)
     ours, frozen = step.split(step.params)
     batch = _batch(rows, config.rows, mesh)
-    return step, {"trained": ours, "optimizer": step.state, "frozen": frozen, "batch": batch}
+    return step, {"trained": ours, "frozen": frozen, "optimizer": step.state, "batch": batch}
 
 
 def answering(config: ml_collections.ConfigDict, target: Target, shape: Shape, room: int) -> Iterator[Plan]:

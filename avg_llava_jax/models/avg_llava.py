@@ -132,7 +132,7 @@ def assemble(
     With L=3, T=1, R=7, index [0, 3, 10, 1, 2] packs: text 0, the coarsest visual token, the newline, text 1, text 2.
     With weight (B, S, 4), index is (B, S, 4), and each position the weighted sum of its four rows.
     """
-    newline = jnp.broadcast_to(params["image_newline"].astype(text.dtype), (len(text), 1, text.shape[-1]))
+    newline = linear.spread(params["image_newline"], (len(text), 1, text.shape[-1])).astype(text.dtype)
     visual = pyramid.reshape(len(text), -1, text.shape[-1])
     rows = jnp.concatenate([text, visual.astype(text.dtype), newline], axis=1)
     if weight is None:

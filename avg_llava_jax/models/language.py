@@ -24,7 +24,7 @@ from avg_llava_jax.config import LanguageConfig
 from avg_llava_jax.models import one_cpu
 from avg_llava_jax.models.attention import Segments, attention_at, cached_attention, self_attention
 from avg_llava_jax.models.cache import Cache, LayerCache, Span
-from avg_llava_jax.models.linear import Linear, product_fp32, take
+from avg_llava_jax.models.linear import Linear, take
 from avg_llava_jax.models.stack import SHALLOW, Remat, rematerialised, stack
 from avg_llava_jax.placement import constrain
 
@@ -307,11 +307,11 @@ def embed(params: Params, ids: Int[ArrayLike, "*M"]) -> Float[Array, "*M D"]:
 
 
 def unembed(config: LanguageConfig, params: Params, hidden: Float[ArrayLike, "*M D"]) -> Float[Array, "*M V"]:
-    """Logits of hidden states, in fp32 from the product on: bf16 would round logits of 20 to a sixteenth."""
-    if config.tied_embeddings:
-        kernel, scale = params["embed"].T, params.get("embed_scale")
+    """Logits of hidden states, in fp32."""
+    if not config.tied_embeddings:
+        logits = Linear(config.vocab_size, use_bias=False).apply({"params": params["unembed"]}, hidden)
     else:
-        kernel, scale = params["unembed"]["kernel"], params["unembed"].get("kernel_scale")
-    logits = product_fp32(hidden, kernel.astype(hidden.dtype))
-    logits = logits if scale is None else logits * scale
-    return constrain(logits, "batch", *[None] * (hidden.ndim - 2), "vocab")
+        logits = hidden @ params["embed"].T.astype(hidden.dtype)
+        if "embed_scale" in params:
+            logits = logits * params["embed_scale"]
+    return constrain(logits.astype(jnp.float32), "batch", *[None] * (hidden.ndim - 2), "vocab")

@@ -1,4 +1,4 @@
-"""The linear layer of encoder and language model: plain or int8, with or without a low-rank adapter.
+"""The linear layer: plain or int8, with or without a low-rank adapter; and sums of gradients that need fp32.
 
     y = x @ W + b + (s * (x @ A)) @ B      W (in, out), A (in, r), B (r, out), s (), or (rows, 1, r) of several adapters
 
@@ -35,7 +35,7 @@ class Linear(nn.Dense):
             y = x @ kernel
         if self.use_bias:
             bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
-            y = y + jnp.broadcast_to(bias.astype(jnp.float32), y.shape).astype(bias.dtype)
+            y = y + spread(bias, y.shape)
         if not self.has_variable("params", "lora_a"):
             return y
         a, b, scale = (self.get_variable("params", f"lora_{name}") for name in ("a", "b", "scale"))
@@ -45,17 +45,9 @@ class Linear(nn.Dense):
         return y + (low @ b.astype(x.dtype)).astype(y.dtype)
 
 
-@jax.custom_vjp
-def product_fp32(x: Float[ArrayLike, "*M in"], kernel: Float[ArrayLike, "in out"]) -> Float[Array, "*M out"]:
-    """x @ kernel in fp32, from bf16 operands too; the backward pass multiplies in the operands' dtype."""
-    return jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
-
-
-def _backward(operands: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return jax.vjp(jnp.matmul, *operands)[1](grad.astype(operands[0].dtype))
-
-
-product_fp32.defvjp(lambda x, kernel: (product_fp32(x, kernel), (x, kernel)), _backward)
+def spread(x: Float[ArrayLike, "*N"], shape: tuple[int, ...]) -> Float[Array, "..."]:
+    """x broadcast to a shape. Its gradient, a sum over all copies, is added up in fp32."""
+    return jnp.broadcast_to(x.astype(jnp.float32), shape).astype(x.dtype)
 
 
 @jax.custom_vjp
