@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     from avg_llava_jax.inference.pricing import Slo
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the figures go.")
-RATES = flags.DEFINE_list("rates", "0.5,0.8,1,1.2,1.5,2".split(","), "Arrivals, as shares of the finest's capacity.")
+RATES = flags.DEFINE_list(
+    "rates", ["0.5", "0.8", "1", "1.2", "1.5", "2"], "Arrivals, as shares of the finest's capacity."
+)
 QUESTIONS = flags.DEFINE_integer("questions", 240, "Requests of each policy at each rate.", lower_bound=2)
 FIXED = flags.DEFINE_list("fixed", ["4", "16", "64"], "Granularities to compare with.")
 SLO_TTFT = flags.DEFINE_float("slo_ttft", 0.5, "The promise, in seconds.", lower_bound=0.0)
