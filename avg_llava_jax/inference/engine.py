@@ -21,7 +21,7 @@ from avg_llava_jax.inference.device import Answering, Device, Part, lanes_of, pa
 from avg_llava_jax.inference.image_pages import ImagePages
 from avg_llava_jax.inference.job import Images, Job, escalate, make_job, pack
 from avg_llava_jax.inference.model import Model, without_end
-from avg_llava_jax.inference.pricing import Pricing, Slo
+from avg_llava_jax.inference.pricing import UNROUTED, Pricing, Slo
 from avg_llava_jax.inference.requests import Answer, Prepared, Request
 from avg_llava_jax.inference.sampling import scored
 from avg_llava_jax.inference.scheduler import Admission, Scheduler
@@ -265,13 +265,16 @@ class Engine:
             self._device.encode(list(missing.values()), list(missing))
             self._images.encoded(missing)
         ready = [job for job in self._encoding if self._images.ready(job.digests)]
+        price = self._cost_weight()
+        if price >= UNROUTED:
+            for job in ready:
+                job.spare(self.config)
         unrouted = [(job, at) for job in ready for at in range(len(job.scores), len(job.scores) + job.unrouted)]
         batch = unrouted[: self.buckets.images[-1]]
         route = bool(batch) and (self._eager or len(batch) == self.buckets.images[-1])
         if route:
             routing = self._device.route([job.pages[at] for job, at in batch], [job.text for job, _ in batch])
             self._routing = [job for job, _ in batch], routing.logits
-        price = self._cost_weight()
         for job in ready:
             if not job.unrouted:
                 self._encoding.remove(job)
@@ -281,8 +284,7 @@ class Engine:
                 try:
                     pack(self.config, job, self.buckets.pages, price)
                     job.ticket.visual_tokens = job.visual
-                    raised = job.scores and job.cost_weight > job.prepared.request.cost_weight
-                    self._counters.add(raised=int(bool(raised)))
+                    self._counters.add(raised=int(job.raised))
                 except ValueError as error:
                     self._end(job, error)
         return encode or route
@@ -427,7 +429,7 @@ class Engine:
             if certainty < job.prepared.request.escalate:
                 job.reads.append(read)
                 job.ticket.dropped(
-                    self.model.answer_of("", (), "stop", job.reads, job.scores, {}, cost_weight=job.cost_weight)
+                    self.model.answer_of("", (), "stop", job.reads, job.scores, {}, cost_weight=job.price)
                 )
                 self._escalate(job, ended)
                 return
@@ -447,7 +449,7 @@ class Engine:
             job.scores,
             job.timings(),
             job.token_scores,
-            job.cost_weight,
+            job.price,
         )
         self._counters.add(
             ttft_seconds=job.times["first"] - job.times["submitted"],

@@ -164,7 +164,7 @@ class Model:
             finish=finish,
             reads=tuple(reads),
             logprobs=tuple(logprobs[: len(ids)]),
-            cost_weight=cost_weight if scores else None,
+            cost_weight=cost_weight,
         )
 
     def read_of(self, prepared: Prepared, choice: tuple[int | str, ...], certainty: float) -> Read:
