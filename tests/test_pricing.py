@@ -49,7 +49,7 @@ def test_a_server_under_load_keeps_its_promise_and_looks_closely_when_it_can():
     for rate in (25, 40):  # more than close looks allow, less than glances
         without, _ = served(rate, None)
         waits, close = served(rate, slo)
-        assert np.quantile(without, 0.95) > 5 and np.quantile(waits, 0.95) < 1.0
+        assert np.quantile(without, 0.95) > 5 and np.quantile(waits, 0.95) < 1.1
         assert rate * (0.02 + 0.03 * close.mean()) == pytest.approx(1, abs=0.1), "it looks as closely as time allows"
 
 
