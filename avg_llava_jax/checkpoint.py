@@ -182,26 +182,40 @@ def load(
         raise ValueError(f"{folder} is a checkpoint of this project and holds its vision encoder: drop vision_tower")
 
     config, values = read_config(folder)
+    wanted = parameters.abstract(config)
+    if not values.get("base"):
+        step, params = _newest(folder, config, wanted, False, mesh, dtype)
+        return Loaded(config, params, folder / TOKENIZER, {"step": step, **values})
+    wanted, frozen = adapters.divide(wanted)
+    step, own = _newest(folder, config, wanted, True, mesh, dtype)
+    base = load_base(folder, mesh, dtype)
+    stored.require(f"{values['base']['path']}, base of {folder}", parameters.flat(base), parameters.flat(frozen))
+    return Loaded(config, parameters.merge(own, base), folder / TOKENIZER, {"step": step, **values})
+
+
+def _newest(
+    folder: pathlib.Path,
+    config: ModelConfig,
+    wanted: parameters.Params,
+    adapted: bool,
+    mesh: Mesh | None,
+    dtype: parameters.Dtype,
+) -> tuple[int, parameters.Params]:
+    """The newest readable step and its parameters: those `wanted`, and adapters where they may be (`adapted`)."""
     available = steps(folder)
     if not available:
         raise FileNotFoundError(f"{folder} has no complete step under {STEPS}/")
-    base = load_base(folder, mesh, dtype) if values.get("base") else None
-    wanted = parameters.abstract(config)
-    if base is not None:
-        wanted, frozen = adapters.divide(wanted)
-        stored.require(f"{values['base']['path']}, base of {folder}", parameters.flat(base), parameters.flat(frozen))
     for step in reversed(available):
         place = _step(folder, step)
         shapes, sums = stored.shapes(place / "params"), _checksums(place)
         if hosts.agree(shapes is not None and sums is not None):
             where = f"{folder}, step {step}"
-            found = {path: leaf for path, leaf in shapes.items() if adapters.is_leaf(path)} if base else {}
+            found = {path: leaf for path, leaf in shapes.items() if adapted and adapters.is_leaf(path)}
             adapters.require(where, found, config)
             stored.require(where, shapes, parameters.flat(wanted) | found)
             params = stored.read(place / "params", _targets(shapes, mesh, dtype), sums.get("params", {}))
             if params is not None:
-                params = parameters.merge(params, base or {})
-                return Loaded(config, params, folder / TOKENIZER, {"step": step, **values})
+                return step, params
         logger.warning("checkpoint %s is damaged; trying the step before it", _step(folder, step))
     raise ValueError(f"{folder}: none of the steps {available} is readable")
 
@@ -222,6 +236,42 @@ def load_adapter(
     reference = loaded.meta.get("base") or refer(base, vision_tower)
     params = peft.load(folder, loaded.config, loaded.params)
     return loaded._replace(params=params, meta=loaded.meta | {"step": 0, "training": None, "base": reference})
+
+
+def load_own(
+    folder: Folder,
+    base: Folder,
+    loaded: Loaded,
+    vision_tower: Folder | None = None,
+    mesh: Mesh | None = None,
+) -> parameters.Params:
+    """Load what a folder of adapters holds beside its base (`adapters.divide`), for a base that is loaded.
+
+    folder: a run of adapters, or a folder of peft. base, vision_tower, mesh: those with which `load` gave `loaded`.
+
+    Raises:
+      FileNotFoundError, ValueError: as `load`, or the adapters belong to another base; one line.
+    """
+    folder = pathlib.Path(folder)
+    if adapters.of(loaded.params):
+        raise ValueError(f"{base} has adapters itself: serve its base, or fold them in with avg-llava merge")
+    if peft.is_adapter(folder):
+        return adapters.divide(peft.load(folder, loaded.config, loaded.params))[0]
+    config, values = read_config(folder)
+    if not values.get("base"):
+        raise ValueError(f"{folder} holds a whole model, no adapter of one: serve it by itself")
+    reference = loaded.meta.get("base") or {"digest": digest(base, vision_tower)}
+    if values["base"]["digest"] != reference["digest"]:
+        raise ValueError(
+            f"{folder} was trained on another base than {base}: its own is {values['base']['path']}, or a copy of it"
+        )
+    difference = _difference(to_dict(config), to_dict(loaded.config), "model")
+    tokenizers = [load_tokenizer(each).digest() for each in (folder / TOKENIZER, loaded.tokenizer_folder)]
+    if difference is None and tokenizers[0] != tokenizers[1]:
+        difference = "their tokenizers differ"
+    if difference:
+        raise ValueError(f"{folder} cannot be served with {base}: {difference}")
+    return _newest(folder, config, adapters.divide(parameters.abstract(config))[0], True, mesh, None)[1]
 
 
 def refer(folder: Folder, vision_tower: Folder | None = None) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 import math
 
 import jax
-from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import ArrayLike
 
 MESH_AXES: dict[str | None, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),  # of activations: samples, or tiles of samples
@@ -47,6 +48,14 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if mesh.empty:
         return x
     return jax.lax.with_sharding_constraint(x, fitting(mesh, spec(*axes), x.shape))
+
+
+def put(array: ArrayLike, beside: jax.Array, spec: PartitionSpec) -> jax.Array:
+    """Put an array on the devices of another one, sharded by `spec` where that lies on a mesh."""
+    at = beside.sharding
+    if isinstance(at, NamedSharding):
+        at = NamedSharding(at.mesh, fitting(at.mesh, spec, array.shape))
+    return jax.device_put(array, at)
 
 
 def platform() -> tuple[str, int]:

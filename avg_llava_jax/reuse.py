@@ -26,6 +26,8 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import jax
+
 from avg_llava_jax import parameters, stored
 from avg_llava_jax.config import ModelConfig, to_dict
 from avg_llava_jax.data.tokenizer import Tokenizer
@@ -34,6 +36,10 @@ from avg_llava_jax.models.avg_llava import Params
 
 ANSWERING = ("config.py", "data", "models", "inference")
 """Sources that an answer depends on."""
+PROGRAMS = (
+    *ANSWERING, "adapters.py", "commands", "configs", "parallel", "parameters.py", "placement.py", "training"
+)  # fmt: skip
+"""Sources that a compiled program depends on."""
 ROUTER = "models/router.py"
 PACKAGE = pathlib.Path(__file__).parent
 
@@ -67,6 +73,12 @@ def _bare(source: str) -> str:
 
 def _is_text(node: ast.stmt) -> bool:
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+
+
+def programs(*scripts: str) -> str:
+    """Digest of what compiled programs depend on: this package's code, the scripts that ask for them, and jax."""
+    own = [_bare(pathlib.Path(script).read_text(encoding="utf-8")) for script in scripts]
+    return digest([code(PROGRAMS), own, jax.__version__])
 
 
 def weights(params: Params) -> str:

@@ -53,11 +53,16 @@ class EngineDouble:
                 outcome = RuntimeError("boom") if word == "crash" else BadSample("corrupt_image", "image: damaged")
             if outcome:
                 break
-            scores = [TokenScore(n, -n / 8, {n: -n / 8, 7: -2.0}) for n in range(number + 1)]
+            scores = [self._score(request, n, {n: -n / 8, 7: -2.0}) for n in range(number + 1)]
             ticket.show(" " * bool(number) + word, number + 1, [] if request.logprobs is None else scores)
         self.running -= 1
         self.ends[type(outcome).__name__] += 1
         ticket.end(outcome or self._answered(request, words))
+
+    @staticmethod
+    def _score(request, n, top):
+        """The larger the seed of a sampled answer, the less likely is a token."""
+        return TokenScore(n, -n / 8 - (request.seed // 100 if request.temperature else 0), top)
 
     def _answered(self, request, words):
         model, images = self.model, self.model.prepare(request).sample.sizes
@@ -80,7 +85,7 @@ class EngineDouble:
                 *([Read(levels[0], 0, 0.25)] if images and request.escalate else []),
                 Read((choice[0] if single else choice) if choice else None, sum(counts), 0.75),
             ),
-            () if request.logprobs is None else tuple(TokenScore(n, -n / 8, {7: -2.0}) for n in range(len(kept))),
+            () if request.logprobs is None else tuple(self._score(request, n, {7: -2.0}) for n in range(len(kept))),
         )
 
     def stats(self):

@@ -54,6 +54,16 @@ def random_batch():
     }
 
 
+def shared(batch):
+    """The same batch, its rows shared by two samples: five positions and half of the text, then the rest of them."""
+    half = np.repeat(np.int32([[0, 1]]), TEXT // 2, axis=1)
+    return batch | {
+        "length": {g: np.tile(np.int32([5, LENGTH - 5]), (ROWS, 1)) for g in MODEL.granularities},
+        "text_sample": np.tile(half, (ROWS, 1)),
+        "image_sample": np.arange(ROWS, dtype=np.int32)[:, None] % 2,
+    }
+
+
 def mesh_of(sizes):
     return sharding.make_mesh(dict(zip(sharding.AXES, sizes, strict=True)), jax.devices()[: int(np.prod(sizes))])
 
@@ -128,10 +138,10 @@ def main():
     params = jax.jit(lambda: parameters.init(MODEL, jax.random.key(0)))()
 
     for phase in ("multi_granularity", "rglf"):
-        one, _ = trained(params, batch, phase, (1, 1, 1))
+        one, _ = trained(params, shared(batch), phase, (1, 1, 1))
         assert one[0]["grad_norm"] > 1e-3
         for sizes, accumulate in [((1, 4, 2), 1), ((2, 2, 2), 2)]:
-            equal(one, trained(params, batch, phase, sizes, accumulate)[0])
+            equal(one, trained(params, shared(batch), phase, sizes, accumulate)[0])
     two, four = (trained(params, batch, "connector", (2, 1, 1), n)[1]["all-reduce"].sent for n in (2, 4))
     assert four < 1.05 * two, f"copies of the model reduce once a step, not once a micro-batch: {two}, {four} bytes"
 

@@ -10,6 +10,7 @@ import pytest
 
 from avg_llava_jax import adapters, parameters
 from avg_llava_jax.convert.quantize import quantized
+from avg_llava_jax.inference import stacked
 from avg_llava_jax.models import avg_llava, language
 from avg_llava_jax.models.cache import Span
 from avg_llava_jax.models.dropout import dropped
@@ -82,6 +83,23 @@ def test_every_path_computes_the_folded_weights(deep, base, int8):
         np.testing.assert_allclose(one, other, atol=2e-5, rtol=1e-4)
         assert np.abs(before - other).max() > 0.01  # the adapters do something
     np.testing.assert_allclose(found[1], found[2], atol=1e-4, rtol=1e-4)  # whole, and through the cache
+
+
+def test_rows_choose_among_several(deep, base):
+    """Row 0 is the base bit for bit, row 1 the second adapter; the tiles are of the first."""
+    own = [adapted(deep, base, rank, targets) for rank, targets in ((2, TARGETS), (3, ("language/q", "language/down")))]
+    leaves = stacked.stack(base, [adapters.divide(one)[0] for one in own])
+    assert leaves["language"]["layers"]["q"]["lora_owner"].tolist() == [[1, 1, 2, 2, 2]] * 2
+    several = stacked.beside(base, leaves)
+    of_tiles, of_rows = stacked.of_rows(several, 1), stacked.of_rows(several, np.array([0, 2]))
+    plain, found = walks(deep, base), walks(deep, of_tiles | {"language": of_rows["language"]})
+    first, second = (walks(deep, adapters.folded(one)) for one in own)
+    np.testing.assert_allclose(found[0], first[0], atol=2e-5, rtol=1e-4)
+    np.testing.assert_array_equal(walks(deep, stacked.of_rows(several, 0))[0], plain[0])
+    for whole, before, other in zip(found[1:], plain[1:], second[1:], strict=True):
+        np.testing.assert_array_equal(whole[0], before[0])
+        np.testing.assert_allclose(whole[1], other[1], atol=1e-4, rtol=1e-4)
+        assert np.abs(whole[1] - before[1]).max() > 0.01
 
 
 def test_fold_by_hand():

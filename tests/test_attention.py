@@ -1,5 +1,8 @@
 """Every way of attention gives what the formula gives. The TPU kernel runs here in its interpreter."""
 
+import functools
+from itertools import pairwise
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,8 +34,8 @@ WAYS = {
     "cpu": one_cpu.self_attention,
     "dense": attention._over_own,
     "blocks": attention._in_blocks,
-    "tpu": lambda q, k, v, causal: flash_attention(q, k, v, causal, interpret=jax.default_backend() != "tpu"),
-    "padded": lambda q, k, v, causal: padded_attention(q, k, v, causal, "xla"),  # cuDNN's padding, on any device
+    "tpu": functools.partial(flash_attention, interpret=jax.default_backend() != "tpu"),
+    "padded": functools.partial(padded_attention, implementation="xla"),  # cuDNN's padding, on any device
     "gpu": padded_attention,
 }
 
@@ -65,6 +68,34 @@ def test_attention_is_the_formula(way, causal, length):
     np.testing.assert_allclose(WAYS[way](*exact, causal), formula(*exact, causal), atol=1e-5)
     for ours, wanted in zip(both(WAYS[way])(*exact)[1], both(formula)(*exact)[1], strict=True):
         np.testing.assert_allclose(ours, wanted, atol=1e-5)
+
+
+SHARED = [("cpu", 2 * BLOCK + 9), ("dense", 41), ("blocks", 2 * QUERY_BLOCK + 9), ("tpu", 300), ("padded", 41)]
+
+
+@pytest.mark.parametrize("way, length", SHARED)
+def test_sequences_that_share_a_row_are_as_alone(way, length):
+    """Values and gradients; thirds of the first row, two quarters and the rest of the second."""
+    ends = [[length // 3, 2 * length // 3], [length // 4, length // 2]]
+    ids = jnp.stack([jnp.sum(jnp.arange(length)[:, None] >= jnp.array(row), axis=-1) for row in ends])
+    arrays = draw(jnp.float32, length)
+
+    def alone(*arrays):
+        parts = [
+            jnp.concatenate(
+                [formula(*(x[[row], a:b] for x in arrays), True) for a, b in pairwise([0, *own, length])], 1
+            )
+            for row, own in enumerate(ends)
+        ]
+        return jnp.concatenate(parts)
+
+    def shared(*arrays):
+        return WAYS[way](*arrays, causal=True, ids=ids, reach=length - length // 2)
+
+    def both(function):
+        return jax.jit(jax.value_and_grad(lambda *arrays: jnp.sum(jnp.sin(function(*arrays))), (0, 1, 2)))(*arrays)
+
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), both(shared), both(alone))
 
 
 @pytest.mark.parametrize("one_device", [True, False])

@@ -89,7 +89,7 @@ def test_a_tokenizers_own_template_takes_images_too(tmp_path):
     image_token, written = tokenizer.vocab_size, []
     for number in (1, 2):  # what went out comes back and goes out again as it was
         folder = tmp_path / f"out{number}"
-        llava_next.save_tokenizer(folder, tokenizer, image_token, "tokenizer")
+        llava_next.save_tokenizer(folder, tokenizer, {"<image>": image_token}, "tokenizer")
         theirs = AutoTokenizer.from_pretrained(folder)
         ids = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
         ours = encode_prompt(turns, tokenizer, "tokenizer", images=2).ids

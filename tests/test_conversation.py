@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -277,6 +278,42 @@ def test_a_prompt_may_hold_an_empty_answer(chatml, template):
     assert ids[: len(asked)] == asked and ids[len(asked)] in stop_ids(chatml, template)
 
 
+GREETINGS = {
+    "vicuna_v1": f"<s>{VICUNA_SYSTEM} USER: S\n\n ASSISTANT: Hi</s>USER:  ASSISTANT: A</s>USER: Who? ASSISTANT:",
+    "mistral_instruct": "<s>[INST] S\n\n [/INST] Hi</s>[INST]  [/INST] A</s>[INST] Who? [/INST]",
+    "chatml": "<s>|system S|assistant Hi|user |assistant A|user Who?|assistant ",
+    "tokenizer": "|system S|assistant Hi|user |assistant A|user Who?|assistant ",
+    "alternating": "|user S\n\n|assistant Hi|user |assistant A|user Who?|assistant ",
+}
+ALTERNATING = (
+    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('alternate') }}"
+    "{% endif %}" + CHATML.partition("%}")[2]
+)
+
+
+@pytest.mark.parametrize("template", [*GREETINGS, "llama_3"])
+def test_a_prompt_may_greet_first_and_ask_nothing(chatml, template, tmp_path):
+    """An empty question precedes the greeting where answers follow questions; the system's text stands in it."""
+    turns = [system("S"), gpt("Hi"), human(""), gpt("A"), human("Who?")]
+    if template == "alternating":
+        chatml.save(tmp_path)
+        (tmp_path / "chat_template.jinja").write_text(ALTERNATING)
+        chatml, template, wanted = load_tokenizer(tmp_path), "tokenizer", GREETINGS[template]
+    elif template == "llama_3":
+        asked = [human("S\n\n"), *turns[1:]]
+        wanted = show(encode_prompt(asked, chatml, template), chatml)[0]
+    else:
+        wanted = GREETINGS[template]
+    text = show(encode_prompt(turns, chatml, template), chatml)[0]
+    if "|" in wanted:
+        text = re.sub(r"(<\|im_end\|>\n)?<\|im_start\|>(\w+)\n", r"|\2 ", text)
+    assert text == wanted
+    with_image = encode_prompt(turns[1:], chatml, template, 1)
+    assert with_image.images == 1 and with_image == encode_prompt(
+        [gpt("Hi"), human("<image>\n"), *turns[3:]], chatml, template, 1
+    )
+
+
 def test_a_template_that_rewrites_earlier_turns_is_refused(small, tmp_path):
     small.save(tmp_path)
     (tmp_path / "chat_template.jinja").write_text(
@@ -312,7 +349,8 @@ def test_stop_ids(released, small, chatml):
         ([{"from": "human"}], 0, "malformed_turn"),
         ([human(None)], 0, "malformed_turn"),
         ([human("a"), {"from": "bot", "value": "b"}], 0, "unknown_role"),
-        ([gpt("a")], 0, "not_human_first"),
+        ([gpt("a")], 0, "no_turns"),
+        ([gpt("a"), human("b"), gpt("c")], 1, "not_human_first"),
         ([human("a"), human("b"), gpt("c")], 0, "bad_order"),
         ([human("a"), gpt("b"), gpt("c")], 0, "bad_order"),
         ([human("a"), gpt("b"), human("c")], 0, "ends_on_human"),
@@ -322,7 +360,7 @@ def test_stop_ids(released, small, chatml):
         ([human("a"), gpt("<image>")], 1, "image_in_answer"),
         ([{"from": "system", "value": "<image>"}, human("a"), gpt("b")], 1, "image_in_system"),
         ([{"from": "system", "value": "a"}], 0, "no_turns"),
-        ([{"from": "system", "value": "a"}, gpt("b")], 0, "not_human_first"),
+        ([{"from": "system", "value": "a"}, gpt("b"), human("c"), gpt("d")], 0, "not_human_first"),
         ([human("a"), {"from": "system", "value": "b"}], 0, "unknown_role"),
         ([human("<image> a"), gpt("b")], 0, "image_count"),
         ([human("<image> a"), gpt("b")], 2, "image_count"),

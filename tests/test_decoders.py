@@ -70,12 +70,28 @@ SOME = ["full_attention", "sliding_attention"] * 2
         ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope_parameters.partial_rotary_factor=0.5"),
         ("qwen2", {"hidden_act": "gelu"}, "text_config.hidden_act='gelu' is not supported, only 'silu'"),
         ("qwen3", {"num_key_value_heads": 0}, "num_key_value_heads=0 is not a positive integer"),
+        ("llama", {"hidden_size": None}, "hidden_size=None is not a positive integer"),
+        ("llama", {"rms_norm_eps": "1e-6"}, "rms_norm_eps='1e-6' is not a positive number"),
+        ("llama", {"rope_theta": {}}, "rope_theta={} is not a positive number"),
+        ("llama", {"attention_bias": "false"}, "attention_bias='false' is not true or false"),
+        ("llama", {"rope_scaling": "linear"}, "rope_scaling='linear' is not an object"),
+        ("llama", {"rope_scaling": {"type": "linear", "factor": "2"}}, "factor='2' is not a positive number"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_theta": 1e4}, "rope_scaling": {"type": "linear", "factor": 2.0}},
+            "rope_parameters and text_config.rope_scaling differ",
+        ),
     ],
 )
 def test_what_is_not_computed_here_is_refused_by_name(family, values, message):
     with pytest.raises(ValueError, match=message) as error:
         decoders.read(HERE, values, family, "text_config.")
     assert str(error.value).startswith("config.json: ") and "\n" not in str(error.value)
+
+
+def test_what_is_null_is_what_the_library_takes():
+    names = (*decoders.OPTIONAL, "rope_theta", "rope_scaling", "rms_norm_eps", "attention_bias", "tie_word_embeddings")
+    assert decoders.read(HERE, dict.fromkeys(names), "llama") == decoders.read(HERE, {}, "llama")
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,21 @@ def test_completions(served):
     assert reply.json()["error"]["param"] == "echo"
 
 
+def test_the_best_of_several_completions(served, monkeypatch):
+    fields = {"model": "tiny", "prompt": "c b a", "temperature": 1, "seed": 299}
+    done = served.openai.completions.create(n=2, best_of=4, logprobs=0, **fields)  # seeds 299 .. 302
+    assert [choice.logprobs.token_logprobs[0] for choice in done.choices] == [-2, -3]
+    assert [choice.index for choice in done.choices] == [0, 1] and done.usage.completion_tokens == 12
+    assert served.openai.completions.create(best_of=3, **fields).choices[0].logprobs is None
+    for options, message in (
+        ({"best_of": 2, "n": 3}, "at least n=3"),
+        ({"best_of": 2, "stream": True}, "cannot be streamed"),
+        ({"best_of": 2, "temperature": 0}, "needs a temperature"),
+    ):
+        reply = served.http.post("/v1/completions", json={**fields, **options})
+        assert reply.status_code == 400 and message in reply.text and reply.json()["error"]["param"] == "best_of"
+
+
 def test_responses(served):
     said = [
         {"role": "user", "content": [{"type": "input_text", "text": "Hello"}]},

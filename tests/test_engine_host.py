@@ -180,7 +180,7 @@ def test_pages_are_shared_and_the_longest_unused_image_goes():
     (of_a,), (again, of_b) = pages.take([a]), pages.take([a, b])
     assert again == of_a and len({*of_a, *of_b}) == 5
     assert (pages.hits, pages.misses) == (1, 2)
-    missing = pages.missing(4)
+    _, missing = pages.missing(4)
     assert list(missing) == [*of_a, of_b[0]] and missing[of_b[0]][0, 0, 0] == 2
     pages.encoded(missing)
     assert pages.ready("a") and not pages.ready("b")
@@ -188,7 +188,7 @@ def test_pages_are_shared_and_the_longest_unused_image_goes():
     pages.leave("a")
     assert pages.take([c]) is None
     pages.leave("ab")  # b was not encoded yet: nobody waits for it, so it is forgotten, and a is kept
-    assert pages.missing(9) == {}
+    assert pages.missing(9) == (0, {})
     (of_c,) = pages.take([c])
     assert not {*of_c} & {*of_a}
     pages.take([a])

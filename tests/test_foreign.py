@@ -274,6 +274,8 @@ def test_damaged_weights(folder, tensors, spoil, message):
         ({"image_grid_pinpoints": [[300, 672]]}, "must be a multiple of the tile side 336"),
         ({"vis_token_granularity": [36, 144, 576]}, "vis_token_granularity="),
         ({"num_attention_heads": 0}, "config.json: num_attention_heads=0 is not a positive integer"),
+        ({"filtered_text_num": 0}, "config.json: filtered_text_num=0 is not a positive integer"),
+        ({"mm_vision_select_layer": "-2"}, "config.json: mm_vision_select_layer=.-2. is not an integer"),
         ({"hidden_size": "64"}, "config.json: hidden_size='64' is not a positive integer"),
         ({"rope_scaling": {"type": "yarn", "factor": 2}}, "rope scaling 'yarn' is not supported"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2}}, "rope scaling 'llama3' lacks"),

@@ -5,6 +5,7 @@ python -m tests.test_generated_requests 10000     so many of them
 
 import json
 import sys
+from collections import Counter
 
 import httpx
 import pytest
@@ -19,6 +20,8 @@ from tests.served import Served, encoded, link
 hypothesis = pytest.importorskip("hypothesis", reason="generated requests need hypothesis")
 st = hypothesis.strategies
 
+BATCH = 500
+"""Requests of one run of hypothesis, which keeps what it generates."""
 SCALARS = st.one_of(
     st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=12), st.sampled_from((0, 1, -1, 5.0, 10**30))
 )
@@ -138,6 +141,11 @@ if __name__ == "__main__":
         template="mistral_instruct",
     )
     server = Served(Model(config, None, load_tokenizer(TOKENIZER)))
-    server.engine.places, server.http = 64, httpx.Client(base_url=server.url, timeout=300)
-    print(run(server, int(sys.argv[1])))
+    server.engine.places, server.http = 64, httpx.Client(base_url=server.url, timeout=3600)
+    counts, wanted = Counter(), int(sys.argv[1])
+    while (sent := sum(counts.values())) < wanted:
+        counts.update(run(server, min(BATCH, wanted - sent)))
+        server.engine.requests.clear()
+        print(f"{sum(counts.values())} requests: {dict(sorted(counts.items()))}", flush=True)
+    server.until(lambda: server.service.running == 0)
     server.close()

@@ -33,12 +33,14 @@ def test_guided_rows_beside_free_ones(model, engine):
         question(guide=Guide.regex("[a-z]{200}")),
         question(guide=Guide.choice(["7"]), min_tokens=5),
         question(temperature=1.0, seed=3),
+        question(guide=Guide.json()),
     ]
     with compilations() as compiled:
         together = answers(engine, requests)
         assert compiled() == 0
     assert [one.token_ids for one in together] == [model.answer_batch([one])[0].token_ids for one in requests]
-    _, chosen, matched, person, cut, forced, _ = together
+    _, chosen, matched, person, cut, forced, _, json_ = together
+    assert isinstance(json.loads(json_.text), dict) and json_.finish == "stop" and len(json_.token_ids) <= 12
     assert chosen.text in ("the left one", "the right one", "neither") and len(chosen.logprobs) == len(chosen.token_ids)
     assert re.fullmatch("[A-F]{3}-[0-9]{1,2}", matched.text) and forced.text == "7"
     assert set(json.loads(person.text)) == {"left", "shirt"}
@@ -70,11 +72,11 @@ def test_guides_with_either_kind_of_vocabulary(tokenizer, folder):
         ):
             matcher = Matcher(guide, tokenizer, (tokenizer.eos_id,), tokenizer.vocab_size + 5)
             for at, token in enumerate(ids):
-                bits = np.unpackbits(matcher.allowed().view(np.uint8), bitorder="little")
+                bits = np.unpackbits(matcher.allowed(99, 99).view(np.uint8), bitorder="little")
                 assert bits[token] and not bits[tokenizer.vocab_size :].any()
                 assert not bits[tokenizer.special_tokens["<s>"]]
                 matcher.read(ids[: at + 1])
-            bits = np.unpackbits(matcher.allowed().view(np.uint8), bitorder="little")
+            bits = np.unpackbits(matcher.allowed(99, 99).view(np.uint8), bitorder="little")
             assert bits[tokenizer.eos_id]
     assert matcher.complete
     with pytest.raises(ValueError, match="doesn't satisfy"):
@@ -98,10 +100,34 @@ def test_an_object_has_the_properties_that_are_named(tokenizer):
             matcher = Matcher(Guide.json(schema), tokenizer, (tokenizer.eos_id,), tokenizer.vocab_size)
             if ends:
                 matcher.read(tokenizer.encode(text))
-                assert np.unpackbits(matcher.allowed().view(np.uint8), bitorder="little")[tokenizer.eos_id], schema
+                assert np.unpackbits(matcher.allowed(99, 99).view(np.uint8), bitorder="little")[tokenizer.eos_id], (
+                    schema
+                )
             else:
                 with pytest.raises(ValueError, match="doesn't satisfy"):
                     matcher.read(tokenizer.encode(text))
+
+
+SQUAD = {"name": {"type": "string"}, "shirts": {"type": "array", "items": {"enum": ["7", "12"]}, "minItems": 2}}
+
+
+@pytest.mark.parametrize("schema", [None, {"type": "object", "properties": SQUAD, "required": list(SQUAD)}])
+@pytest.mark.parametrize("most", [40, 120])
+def test_json_is_closed_before_its_tokens_run_out(tokenizer, schema, most):
+    """Whatever a model prefers: here tokens at random, those that open something first, and texts without an end."""
+    rng, opens = np.random.default_rng(0), [tokenizer.encode(each)[-1] for each in '{["']
+    for taste in ("any", "opens", "texts"):
+        matcher, ids = Matcher(Guide.json(schema), tokenizer, (tokenizer.eos_id,), tokenizer.vocab_size), []
+        while not matcher.complete and len(ids) < most:
+            bits = np.unpackbits(matcher.allowed(most - len(ids), most).view(np.uint8), bitorder="little")
+            letters = [token for token in range(60, 90) if bits[token] and taste == "texts"]
+            ids.append(
+                [*letters, *(t for t in opens if bits[t] and taste == "opens"), rng.choice(bits.nonzero()[0])][0]
+            )
+            matcher.read(ids)
+        assert matcher.complete and (matcher.closed or taste == "any"), tokenizer.decode(ids)
+        found = json.loads(tokenizer.decode(ids))
+        assert schema is None or (set(found) == set(SQUAD) and set(found["shirts"]) <= {"7", "12"})
 
 
 def test_a_guide_that_cannot_be_followed_is_one_line():

@@ -513,6 +513,31 @@ def test_an_archive_whose_directory_is_damaged(tmp_path):
         ImageStore(tmp_path / "a.zip")
 
 
+@pytest.mark.parametrize("kind", ["tar", "zip"])
+def test_an_archive_that_is_cut_is_said_to_be(tmp_path, kind):
+    """As a copy that was interrupted leaves it: not some other kind of file."""
+    path, content = tmp_path / f"a.{kind}", encoded(picture(200, 200))
+    if kind == "tar":
+        with tarfile.open(path, "w") as archive:
+            for name in ("a.png", "b.png"):
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+    else:
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("a.png", content)
+    path.write_bytes(path.read_bytes()[: 512 + len(content) // 2])
+    with pytest.raises(ValueError, match=rf"a\.{kind}: .* damaged .*: copy or pack it again"):
+        ImageStore(path)
+
+
+def test_a_zip_of_windows(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("sub\\a.png", encoded(picture(5, 4)))
+    store = ImageStore(tmp_path / "a.zip")
+    assert store.ref("sub/a.png").size == store.ref("sub\\a.png").size == (5, 4)
+
+
 def test_a_member_with_holes_is_refused(tmp_path):
     """`tar --sparse` leaves out runs of zeros: the bytes that follow belong to other members."""
     content = encoded(picture(5, 4))

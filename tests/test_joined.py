@@ -1,5 +1,6 @@
 """A decoder folder and a CLIP folder, joined: both compute what they computed in PyTorch, the rest is fresh."""
 
+import functools
 import json
 import shutil
 
@@ -9,25 +10,29 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from PIL import Image
 from safetensors.numpy import load_file, save_file
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
 from avg_llava_jax import checkpoint
 from avg_llava_jax.configs import connector_7b
 from avg_llava_jax.convert import convert, foreign
+from avg_llava_jax.data.geometry import visual_count
+from avg_llava_jax.data.packing import load_tiles
 from avg_llava_jax.data.tokenizer import train_byte_bpe
 from avg_llava_jax.inference.api import AvgLlava
 from avg_llava_jax.inference.requests import Request
 from avg_llava_jax.models import avg_llava
 from avg_llava_jax.models.encoder import encoder
+from avg_llava_jax.models.scaler import scale
 from avg_llava_jax.models.vit import normalise
 from avg_llava_jax.training.loop import train
 from tests.conftest import TOKENIZER
 from tests.differences import agree
-from tests.packed import packed_logits
+from tests.in_the_library import noise, packed, sample_of, torch_inputs
 from tests.test_conversation import CHATML, QWEN3, TEXTS
 from tests.test_convert import SOURCE
-from tests.test_pytorch import complete, load
+from tests.test_pytorch import collapsed, complete, load
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -88,59 +93,138 @@ def language(folder, family):
     return model, folder
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def pair(request, clip, tmp_path_factory):
-    """(family, torch's decoder, our checkpoint of it and the CLIP, its export)."""
+def write_siglip(folder):
+    """torch's vision model, a SigLIP's vision side with the pooling head that is not run: 7 x 7 patches."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config = transformers.SiglipVisionConfig(**sizes, image_size=30, patch_size=4)
+    model = save(transformers.SiglipVisionModel(config), folder)
+    about = {"image_mean": [0.5, 0.25, 0.75], "image_std": [0.25, 0.5, 0.125], "resample": 2, "do_normalize": True}
+    (folder / "preprocessor_config.json").write_text(json.dumps(about))
+    return model
+
+
+@pytest.fixture(scope="module")
+def siglip(tmp_path_factory):
+    """(torch's vision model, folder)."""
+    folder = tmp_path_factory.mktemp("siglip")
+    return write_siglip(folder), folder
+
+
+CLIP = [("CLIP", family) for family in FAMILIES]
+SIGLIP = [("SigLIP", family) for family in ("SmolLM2", "Mistral", "Qwen2", "Qwen3")]
+
+
+@pytest.fixture(scope="module", params=CLIP + SIGLIP, ids=" + ".join)
+def pair(request, clip, siglip, tmp_path_factory):
+    """(tower, family, torch's tower, torch's decoder, our checkpoint of both, its export)."""
+    tower, family = request.param
+    vision, source = clip if tower == "CLIP" else siglip
     folder = tmp_path_factory.mktemp("pair")
-    decoder, source = language(folder / "decoder", request.param)
-    convert.import_folder(source, folder / "ours", clip[1], seed=3)
+    decoder, text = language(folder / "decoder", family)
+    convert.import_folder(text, folder / "ours", source, seed=3)
     (folder / "ours" / foreign.ORIGIN).unlink()  # with it, the export would leave out a router that was never trained
     convert.export_transformers(folder / "ours", folder / "theirs")
-    return request.param, decoder, folder / "ours", folder / "theirs"
+    return tower, family, vision, decoder, folder / "ours", folder / "theirs"
 
 
-def test_both_halves_compute_what_they_did(clip, pair):
-    (vision, _), (family, decoder, folder, _) = clip, pair
+IN_THE_LIBRARY = {  # class, image processor, granularities, images of two prompts, which it resizes and crops as we do
+    "CLIP": (transformers.LlavaNextForConditionalGeneration, LlavaNextImageProcessorPil, (4, 8, 16, 32, 64),
+             [[(40, 20)], [(32, 64), (64, 64)]]),
+    "SigLIP": (transformers.LlavaOnevisionForConditionalGeneration, LlavaOnevisionImageProcessorPil, (4, 8, 16, 28, 49),
+               [[(100, 130)], [(35, 80), (50, 20)]]),  # the first is reduced: more cells than nine tiles have
+}  # fmt: skip
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def rungs(config, params, tiles, ids, pixels, text, *places):
+    """Patches of tiles; logits of ids; features of pixels, the packed sequence of these and the text, its logits."""
+    patches = encoder(config.vision).apply({"params": params["encoder"]}, tiles)
+    words = avg_llava.decoder(config, params, avg_llava.embed(config, params, ids))
+    features = avg_llava.encode_images(config, params, pixels)
+    embedded = avg_llava.embed(config, params, text)
+    sequence = avg_llava.assemble(params, scale(config, features), embedded, *places)
+    logits = avg_llava.unembed(config, params, avg_llava.decoder(config, params, sequence))
+    return patches, avg_llava.unembed(config, params, words), features, sequence, logits
+
+
+def test_every_rung(pair):
+    """Tower and decoder compute what they did; exported, the library's class has our features, packed sequences and
+    logits, and the tokens that it generates are those our logits choose; the adaptive class has our logits too."""
+    tower, family, vision, decoder, folder, out = pair
+    kind, images, ladder, sizes = IN_THE_LIBRARY[tower]
     loaded = checkpoint.load(folder)
     config, params = loaded.config, loaded.params
-    assert config.vision.mean == (0.5, 0.5, 0.5) and config.pinpoints[0] == (32, 64)
-    assert config.granularities == (4, 8, 16, 32, 64)
+    assert (config.vision.encoder, config.vision.used_layers) == (tower.lower(), 2)
+    assert (config.granularities, config.several) == (ladder, "square" if tower == "SigLIP" else "anyres")
     assert loaded.meta["granularities_trained"] is None  # nothing here has seen an image
     assert (config.language.max_length, config.template) == (LONGEST[family], FAMILIES[family][-1])
+    plain, report = kind.from_pretrained(out, output_loading_info=True)
+    assert complete(report)
+    assert plain.config.text_config.model_type == ("llama" if family == "Mistral" else decoder.config.model_type)
 
+    if tower == "SigLIP":  # the library counts it in texts and ids
+        tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+        assert tokenizer.convert_tokens_to_ids("<video>") == plain.config.video_token_index
+        assert tokenizer.convert_tokens_to_ids("<image>") == plain.config.image_token_index
+
+    cut = images.from_pretrained(out)
+    pictures = [[noise(size, seed) for seed, size in enumerate(each)] for each in sizes]
+    text = (1, 17, 300, 45, 499, 2)
+    asked = torch_inputs(cut, config, [sample_of(each, text) for each in pictures], plain.config.image_token_index)
+    new = plain.generate(**asked, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)[:, -6:].tolist()
+    samples = [sample_of(each, (*text, *more)) for each, more in zip(pictures, new, strict=True)]
+    inputs = torch_inputs(cut, config, samples, plain.config.image_token_index)
+    seen = {}
+    plain.model.multi_modal_projector.register_forward_hook(lambda _, __, made: seen.update(features=made))
+    plain.model.language_model.register_forward_pre_hook(
+        lambda _, __, given: seen.update(packed=given["inputs_embeds"]), with_kwargs=True
+    )
     ids = np.random.default_rng(0).integers(0, 600, (2, 40))
-    pixels = np.random.default_rng(1).integers(0, 255, (2, 32, 32, 3), np.uint8)
-    inputs = torch.tensor(np.moveaxis(np.asarray(normalise(config.vision, pixels)), -1, 1))
+    tiles = np.random.default_rng(1).integers(0, 255, (2, *[config.vision.image_size] * 2, 3), np.uint8)
+    normal = torch.tensor(np.moveaxis(np.asarray(normalise(config.vision, tiles)), -1, 1))
+    adaptive = load(out)
     with torch.no_grad():
-        logits = decoder(torch.tensor(ids)).logits.numpy()
-        patches = vision(inputs, output_hidden_states=True).hidden_states[-2][:, 1:].numpy()
-    with jax.default_matmul_precision("highest"):
-        hidden = avg_llava.decoder(config, params, avg_llava.embed(config, params, ids))
-        ours = avg_llava.unembed(config, params, hidden)
-        seen = encoder(config.vision).apply({"params": params["encoder"]}, pixels)
-    agree(f"CLIP + {family}, joined: text logits", ours, logits)
-    agree(f"CLIP + {family}, joined: patches", seen, patches)
+        patches = vision(normal, output_hidden_states=True).hidden_states[-2][:, -(config.vision.grid**2) :]
+        words, finest, coarse = decoder(torch.tensor(ids)).logits, plain(**inputs), adaptive(**inputs, granularity=8)
+
+    batch, places = packed(config, samples, (8, ladder[-1]))
+
+    def ours(granularity):
+        with jax.default_matmul_precision("highest"):
+            return rungs(config, params, tiles, ids, batch["pixels"], batch["text"], *places[granularity])
+
+    what, lengths = f"{tower} + {family}, joined", batch["length"]
+    our_patches, our_words, features, sequence, logits = map(np.asarray, ours(ladder[-1]))
+    agree(f"{what}: 1 tower", our_patches, patches)
+    used = [row[: len(load_tiles(s, config))] for row, s in zip(features, samples, strict=True)]
+    agree(f"{what}: 2 connector", np.concatenate(used), seen["features"])
+    agree(f"{what}: 3 decoder", our_words, words)
+    for row, length in enumerate(lengths[ladder[-1]]):
+        at = inputs["attention_mask"][row].bool()
+        agree(f"{what}: 4 packed", sequence[row, :length], seen["packed"][row][at])
+        assert np.abs(logits[row]).max() > 0.5
+        agree(f"{what}: 5 logits", logits[row, :length], finest.logits[row][at, : logits.shape[2]])
+        assert logits[row, length - 7 : length - 1].argmax(axis=1).tolist() == new[row]
+    logits = np.asarray(ours(8)[-1])
+    for row, at in enumerate(coarse.attention_mask):
+        agree(f"{what}: 6 adaptive", logits[row, : lengths[8][row]], coarse.logits[row][at, : logits.shape[2]])
 
 
-QUESTIONS = {  # sizes of its images; the library resizes and crops these as we do
+QUESTIONS = {  # sizes of its images
     "What colour is it?": [(40, 20)],
     "Which is taller?": [(32, 64), (64, 64)],
     "Who are you?": [],
 }
 
 
+@pytest.mark.parametrize("pair", CLIP, indirect=True, ids=" + ".join)
 def test_exported_and_asked(pair):
-    """Both classes of the library, on a batch of mixed make-up: ids, logits, greedy answers, and a second turn."""
-    family, decoder, folder, out = pair
+    """Both classes of the library, on a batch of mixed make-up: ids, greedy answers, and a second turn."""
+    *_, folder, out = pair
     ours = AvgLlava.load(folder)
-    plain, report = transformers.LlavaNextForConditionalGeneration.from_pretrained(out, output_loading_info=True)
-    assert complete(report)
-    assert plain.config.text_config.model_type == ("llama" if family == "Mistral" else decoder.config.model_type)
+    plain = transformers.LlavaNextForConditionalGeneration.from_pretrained(out)
     adaptive, processor = load(out), transformers.AutoProcessor.from_pretrained(out)
-    noise = np.random.default_rng(0)
-    pictures = [
-        [Image.fromarray(noise.integers(0, 255, (h, w, 3), np.uint8)) for w, h in sizes] for sizes in QUESTIONS.values()
-    ]
+    pictures = [[noise(size, seed) for seed, size in enumerate(sizes)] for sizes in QUESTIONS.values()]
     turns = [[{"from": "human", "value": "<image>\n" * len(p) + q}] for q, p in zip(QUESTIONS, pictures, strict=True)]
     turns[0] += [{"from": "gpt", "value": "Red."}, {"from": "human", "value": "Sure?"}]
     roles = {"human": "user", "gpt": "assistant"}
@@ -148,23 +232,12 @@ def test_exported_and_asked(pair):
     texts = [processor.apply_chat_template(one, add_generation_prompt=True) for one in messages]
     processor.tokenizer.padding_side = "left"
     inputs = processor(images=[*pictures[0], *pictures[1]], text=texts, padding=True, return_tensors="pt")
-
-    def asked(granularity):
-        return [Request(t, p, max_new_tokens=6, granularity=granularity) for t, p in zip(turns, pictures, strict=True)]
-
-    what = f"CLIP + {family}, joined and exported: logits"
-    for granularity in (8, 64):
-        logits, _, _ = packed_logits(ours, asked("auto"), granularity, 800)
-        with torch.no_grad():
-            output = adaptive(**inputs, granularity=granularity)
-        for packed, row, mask in zip(logits, output.logits, output.attention_mask, strict=True):
-            assert np.abs(packed).max() > 0.5
-            agree(what, packed, row[mask, : packed.shape[1]])
-    with torch.no_grad():
-        finest = plain(**inputs).logits
-    for packed, row in zip(logits, finest, strict=True):
-        agree(what, packed, row[-len(packed) :, : packed.shape[1]])
-    answers, start = ours.answer_batch(asked(64)), inputs["input_ids"].shape[1]
+    asked = [Request(t, p, max_new_tokens=6, granularity=64) for t, p in zip(turns, pictures, strict=True)]
+    for request, row, mask in zip(asked, inputs["input_ids"], inputs["attention_mask"], strict=True):
+        sample = ours.prepare(request).sample
+        counts = [visual_count(size, ours.config, 64) for size in sample.sizes]
+        assert collapsed(row, mask, processor.image_token_id, counts) == sample.tokens.ids
+    answers, start = ours.answer_batch(asked), inputs["input_ids"].shape[1]
     same(answers, plain.generate(**inputs, max_new_tokens=6, do_sample=False)[:, start:].tolist(), ours.stop_ids)
     ids = adaptive.generate(**inputs, max_new_tokens=6, do_sample=False, granularity=64)
     same(answers, ids[:, start:].tolist(), ours.stop_ids)

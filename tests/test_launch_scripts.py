@@ -124,6 +124,23 @@ def test_tpu_stops_at_wrong_input(machine):
     assert machine("tpu.sh", TPU="t", ZONE="z", TYPE="v5litepod-64")[0] == 2
 
 
+def test_own_adapter(machine, tmp_path):
+    """Two runs on the same data, then a server with the adapter beside its base."""
+    machine.stand_in("python", "true")
+    code, output, calls = machine("../own_adapter.sh", BASE="B", VISION_TOWER="V", TUNE="--config.steps=7")
+    assert code == 0, output
+    data, images, work = FLAGS[0], FLAGS[1], FLAGS[2]
+    tuned, routed, served = calls
+    for call, start in ((tuned, "B"), (routed, f"{work}/tuned")):
+        assert f"--config.init_from={start} --config.data.path={data} --config.data.images={images}" in call
+        assert "--config.quantize=int8" in call
+    assert "--config.vision_tower=V" in tuned and tuned.endswith("--config.steps=7") and "V" not in routed
+    assert served == (
+        "python -m launch.serve --checkpoint=B --vision_tower=V --dtype=bfloat16 --quantize=int8 "
+        f"--adapter=own={work}/router"
+    )
+
+
 def test_gke_manifest():
     """A host for each pod, a process for each host, and exit codes as launch.train has them."""
     manifest = yaml.safe_load((ROOT / "launch" / "cluster" / "gke.yaml").read_text())

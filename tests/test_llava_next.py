@@ -60,7 +60,7 @@ def theirs(request, tmp_path_factory):
     model.save_pretrained(folder)
     for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):
         shutil.copy(SOURCE / name, folder)
-    llava_next.name_image_token(folder, IMAGE_TOKEN)
+    llava_next.name_tokens(folder, {"<image>": IMAGE_TOKEN})
     colours = {"image_mean": MEAN, "image_std": STD, "image_grid_pinpoints": pinpoints}
     (folder / "preprocessor_config.json").write_text(json.dumps(colours))
     return model, folder, *foreign.load(folder)[:2]

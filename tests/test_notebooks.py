@@ -13,7 +13,9 @@ from avg_llava_jax import checkpoint
 from tests.random_model import save_random_model
 
 ROOT = Path(__file__).parent.parent
-NOTEBOOKS = ("quickstart", "evaluate_and_tradeoff", "train_your_own_data", "convert_checkpoints")
+NOTEBOOKS = (
+    "quickstart", "evaluate_and_tradeoff", "train_your_own_data", "convert_checkpoints", "adapter_of_your_own",
+)  # fmt: skip
 FORGET = r"%reset_selective -f ^(?!(In|Out|get_ipython|exit|quit|open)$)[^_]"  # no notebook uses another one's names
 POLICIES = {"fixed", "random", "adaptive", "adaptive_paper", "escalation", "combined", "oracle"}
 LADDER = ["4", "8", "16", "32", "64"]
@@ -34,6 +36,10 @@ def folder(tiny, tokenizer, tmp_path_factory):
         "quickstart": with_router,
         "evaluate_and_tradeoff": with_router,
         "train_your_own_data": f"{own}\nRECORDS, STEPS, ROUTER_STEPS = 24, 2, 2",
+        "adapter_of_your_own": (
+            f"WORKDIR, BASE = pathlib.Path({str(folder / 'own_adapter')!r}), {str(folder / 'tiny')!r}\n"
+            "PICTURES, STEPS, ROUTER_STEPS, QUESTIONS = 24, 1, 1, 2"
+        ),
         "convert_checkpoints": f"FOLDER = pathlib.Path({str(folder / 'pytorch')!r})",
     }
     together = nbformat.v4.new_notebook()
@@ -111,6 +117,12 @@ def test_own_data_goes_through_both_phases(folder):
         _, values = checkpoint.read_config(folder / "own_data" / name)
         phases.append((values["training"]["phase"], checkpoint.steps(folder / "own_data" / name)))
     assert phases == [("multi_granularity", [2]), ("rglf", [2])]
+
+
+def test_the_adapter_is_asked_beside_its_base(folder):
+    phases = [checkpoint.read_config(folder / "own_adapter" / name)[1] for name in ("tuned", "router")]
+    assert [values["training"]["quantize"] for values in phases] == ["int8"] * 2
+    assert phases[0]["base"] == phases[1]["base"] and phases[1]["training"]["phase"] == "rglf"
 
 
 def test_the_checkpoint_comes_back(folder):

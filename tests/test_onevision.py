@@ -1,9 +1,15 @@
 """LLaVA-OneVision in the library, with the same weights as ours: tiles, token counts, logits, answers, in and out."""
 
+import copy
 import dataclasses
 import functools
+import importlib
 import json
+import pathlib
+import re
+import shlex
 import shutil
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -11,29 +17,34 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from PIL import Image
 from safetensors.numpy import load_file, save_file
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
 
-from avg_llava_jax import checkpoint, parameters
+from avg_llava_jax import adapters, checkpoint, parameters
 from avg_llava_jax.config import ModelConfig
-from avg_llava_jax.configs import onevision_05b_router
+from avg_llava_jax.configs import onevision_05b
 from avg_llava_jax.convert import convert, foreign, layouts, llava_next
-from avg_llava_jax.data.conversation import IGNORE, IMAGE, Tokens
 from avg_llava_jax.data.geometry import visual_count, visual_index, visual_weight
-from avg_llava_jax.data.images import MemoryImage
-from avg_llava_jax.data.packing import Sample, collate, load_tiles, merge, shape_of
+from avg_llava_jax.data.packing import load_tiles
+from avg_llava_jax.data.tokenizer import load_tokenizer, train_byte_bpe
+from avg_llava_jax.inference.api import AvgLlava
+from avg_llava_jax.inference.engine import Engine
 from avg_llava_jax.inference.model import Model
+from avg_llava_jax.inference.requests import Prepared, Request
 from avg_llava_jax.models import avg_llava
-from avg_llava_jax.models.encoder import encoder
 from avg_llava_jax.models.vit import normalise
 from avg_llava_jax.training.loop import train
 from tests.differences import agree
+from tests.in_the_library import noise, packed, sample_of, torch_inputs
+from tests.test_conversation import TEXTS
 from tests.test_convert import SOURCE
-from tests.test_joined import language, save
+from tests.test_pytorch import collapsed
 
-IMAGE_TOKEN = 1000
+peft = pytest.importorskip("peft")
+
+PAGE = pathlib.Path(__file__).parents[1] / "docs" / "train.md"
+IMAGE_TOKEN = 311  # the tokenizer's next id
 SIDE = 30  # 7 x 7 patches of 4 pixels: an odd grid, and a margin of 2 that no patch shows
 MEAN, STD = [0.5, 0.25, 0.75], [0.25, 0.5, 0.125]
 PINPOINTS = [[SIDE * rows, SIDE * columns] for rows in range(1, 7) for columns in range(1, 7)]
@@ -45,14 +56,18 @@ REAL = ModelConfig(
     most_tiles=9,
     several="square",
 )
+ITS_TEMPLATE = (  # as its folders have it: a space after the role, images first
+    "{% for m in messages %}<|im_start|>{{ m.role }} "
+    "{% if m.content is string %}{{ '\\n' + m.content }}{% else %}"
+    "{% for part in m.content if part.type == 'image' %}<image>{% endfor %}"
+    "{% for part in m.content if part.type == 'text' %}{{ '\\n' + part.text }}{% endfor %}{% endif %}"
+    "<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 MEASURED = {
     (384, 384): 1485, (500, 375): 1728, (300, 1000): 2835, (1600, 1200): 7309, (64, 48): 1317, (2304, 2304): 7371,
     (3000, 500): 5130, (1153, 769): 8686, (640, 480): 2929, (1920, 1080): 7269,
 }  # fmt: skip
-
-
-def noise(size, seed=0):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), np.uint8))
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +83,7 @@ def theirs(tmp_path_factory):
     )  # fmt: skip
     model = transformers.LlavaOnevisionForConditionalGeneration(
         transformers.LlavaOnevisionConfig(
-            vision_config=vision, text_config=text, image_token_index=IMAGE_TOKEN, video_token_index=1001,
+            vision_config=vision, text_config=text, image_token_index=IMAGE_TOKEN, video_token_index=IMAGE_TOKEN + 1,
             image_grid_pinpoints=PINPOINTS,
         )
     ).eval()  # fmt: skip
@@ -77,9 +92,9 @@ def theirs(tmp_path_factory):
         torch.nn.init.normal_(parameter, std=0.15)
     folder = tmp_path_factory.mktemp("onevision") / "theirs"
     model.save_pretrained(folder)
-    for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):
-        shutil.copy(SOURCE / name, folder)
-    llava_next.name_image_token(folder, IMAGE_TOKEN)
+    train_byte_bpe(TEXTS, 340, folder, ("<unk>", "<s>", "</s>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"))
+    (folder / "chat_template.jinja").write_text(ITS_TEMPLATE)
+    llava_next.name_tokens(folder, {"<image>": IMAGE_TOKEN, "<video>": IMAGE_TOKEN + 1})
     cut = LlavaOnevisionImageProcessorPil(
         image_mean=MEAN, image_std=STD, size={"height": SIDE, "width": SIDE}, image_grid_pinpoints=PINPOINTS
     )
@@ -97,45 +112,26 @@ def test_config(theirs):
     assert config.granularities == (4, 8, 16, 28, 49)
 
 
-def sample_of(images, text=(1, 17, 300, 45, 499, 2)):
-    ids = [text[0], *[token for _ in images for token in (IMAGE, 9)], *text[1:]]
-    sizes = tuple(image.size for image in images)
-    return Sample("s", Tokens(ids, [IGNORE] * len(ids)), sizes, tuple(MemoryImage("i", image) for image in images))
-
-
-def torch_inputs(cut, config, samples, image_token=IMAGE_TOKEN):
-    """The library's inputs of prompts of ids, padded on the left, with as many image tokens as ours."""
-    finest = config.granularities[-1]
-    rows = []
-    for sample in samples:
-        own, sizes = config.of(len(sample.sizes)), iter(sample.sizes)
-        rows.append([
-            each for token in sample.tokens.ids
-            for each in ([image_token] * visual_count(next(sizes), own, finest) if token == IMAGE else [token])
-        ])  # fmt: skip
-    longest = max(map(len, rows))
-    mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
-    pixels = cut([[image.content for image in sample.images] for sample in samples], return_tensors="pt")
-    ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
-    return {"input_ids": ids, "attention_mask": torch.tensor(mask)} | dict(pixels)
-
-
-def our_logits(config, params, samples, granularity=None):
-    """Logits (length, V) of each sample at a granularity, the finest by default, from one batch."""
+def ours(config, params, samples, granularity=None):
+    """Logits (length, V) of each sample at a granularity, the finest by default, and router logits of every image."""
     granularity = granularity or config.granularities[-1]
-    shape = dataclasses.replace(merge(shape_of(s, config, [granularity]) for s in samples), answer=1)
-    batch = collate(samples, shape, config, [granularity])
-    packed = batch["index"][granularity], batch["weight"][granularity]
+    batch, places = packed(config, samples, config.granularities)
+    arrays = {key: batch[key] for key in ("pixels", "text", "instruction", "tile_image", "first_tile")}
     with jax.default_matmul_precision("highest"):
-        logits = np.asarray(run(config, params, batch["pixels"], batch["text"], *packed))
-    return [row[:length] for row, length in zip(logits, batch["length"][granularity], strict=True)]
+        logits, scores = map(np.asarray, run(config, params, arrays, *places[granularity]))
+    scores = [row[: len(sample.sizes)] for row, sample in zip(scores, samples, strict=True)]
+    return [row[:n] for row, n in zip(logits, batch["length"][granularity], strict=True)], np.concatenate(scores)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def run(config, params, pixels, text, index, weight):
-    pyramid = avg_llava.pyramid_of(config, params, pixels)
-    packed = avg_llava.assemble(params, pyramid, avg_llava.embed(config, params, text), index, weight)
-    return avg_llava.unembed(config, params, avg_llava.decoder(config, params, packed))
+def run(config, params, batch, index, weight):
+    pyramid, text = (
+        avg_llava.pyramid_of(config, params, batch["pixels"]),
+        avg_llava.embed(config, params, batch["text"]),
+    )
+    sequence = avg_llava.assemble(params, pyramid, text, index, weight)
+    logits = avg_llava.unembed(config, params, avg_llava.decoder(config, params, sequence))
+    return logits, avg_llava.route(config, params, pyramid, text, batch).logits
 
 
 MIXED = [[noise(SIZES[0])], [noise(SIZES[1])], [noise((35, 80), 1), noise((50, 20), 2)], [noise(SIZES[2])]]
@@ -145,22 +141,22 @@ def test_logits_of_the_finest_granularity(theirs):
     """One batch: an image, one over nine tiles' worth of cells, two images in a prompt, a tall one."""
     model, _, config, params, cut = theirs
     samples = [sample_of(images) for images in MIXED]
-    inputs = torch_inputs(cut, config, samples)
+    inputs = torch_inputs(cut, config, samples, IMAGE_TOKEN)
     with torch.no_grad():
         logits = model(**inputs).logits.numpy()
     assert np.abs(logits).max() > 1
-    for ours, row, mask in zip(our_logits(config, params, samples), logits, inputs["attention_mask"], strict=True):
-        agree("LLaVA-OneVision in the library: logits", ours, row[mask.bool().numpy()])
+    for own, row, mask in zip(ours(config, params, samples)[0], logits, inputs["attention_mask"], strict=True):
+        agree("LLaVA-OneVision in the library: logits", own, row[mask.bool().numpy()])
 
 
 def test_pixels(theirs):
     """Tiles of one image, and the padded squares of two: the library's pixels."""
     _, _, config, _, cut = theirs
     for images in MIXED:
-        ours = np.asarray(normalise(config.vision, load_tiles(sample_of(images), config)))
+        own = np.asarray(normalise(config.vision, load_tiles(sample_of(images), config)))
         pixels = cut([images], return_tensors="np")["pixel_values"]
         together = np.concatenate(list(pixels))
-        agree("LLaVA-OneVision: pixels", np.moveaxis(ours, -1, 1), together[: len(ours)], 1e-5)
+        agree("LLaVA-OneVision: pixels", np.moveaxis(own, -1, 1), together[: len(own)], 1e-5)
 
 
 @pytest.mark.parametrize("size", MEASURED)
@@ -191,18 +187,15 @@ def test_counts_are_the_processors():
 
 def test_greedy_tokens(theirs, tokenizer):
     """Our engine at the finest granularity, and `generate`: the same tokens."""
-    from avg_llava_jax.inference.engine import Engine
-    from avg_llava_jax.inference.requests import Prepared, Request
-
     model, _, config, params, cut = theirs
     samples = [sample_of(images) for images in MIXED[1:3]]
-    inputs = torch_inputs(cut, config, samples)
+    inputs = torch_inputs(cut, config, samples, IMAGE_TOKEN)
     with torch.no_grad():
         expected = model.generate(**inputs, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
     expected = expected[:, inputs["input_ids"].shape[1] :].tolist()
-    ours = Model(dataclasses.replace(config, template="vicuna_v1"), params, tokenizer)
-    ours.stop_ids = ()
-    engine = Engine(ours, 2, 1024, None, 64 << 20)
+    own = Model(dataclasses.replace(config, template="vicuna_v1"), params, tokenizer)
+    own.stop_ids = ()
+    engine = Engine(own, 2, 1024, None, 64 << 20)
     finest = config.granularities[-1]
     with jax.default_matmul_precision("highest"):
         tickets = [
@@ -214,19 +207,26 @@ def test_greedy_tokens(theirs, tokenizer):
     assert [list(ticket.result().token_ids) for ticket in tickets] == expected
 
 
-def test_there_and_back(theirs, tmp_path):
+@pytest.fixture(scope="module")
+def exported(theirs, tmp_path_factory):
+    """The library's folder, imported and exported."""
+    folder = tmp_path_factory.mktemp("exported")
+    convert.import_folder(theirs[1], folder / "ours")
+    convert.export_transformers(folder / "ours", folder / "out")
+    return folder / "out"
+
+
+def test_there_and_back(theirs, exported):
     """Import and export: every tensor the same, the library loads all of it, and it is read again as it was."""
-    model, folder, config, params, _ = theirs
-    convert.import_folder(folder, tmp_path / "ours")
-    convert.export_transformers(tmp_path / "ours", tmp_path / "back")
+    model, _, config, params, _ = theirs
     again, report = transformers.LlavaOnevisionForConditionalGeneration.from_pretrained(
-        tmp_path / "back", output_loading_info=True
+        exported, output_loading_info=True
     )
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     before, after = model.state_dict(), again.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     assert again.config.text_config.model_type == "qwen2" and again.config.vision_aspect_ratio == "anyres_max_9"
-    read = foreign.load(tmp_path / "back")
+    read = foreign.load(exported)
     assert read.config == config
     jax.tree.map(np.testing.assert_array_equal, read.params, params)
 
@@ -278,92 +278,138 @@ def test_adaptive_in_pytorch(theirs, tokenizer, tmp_path):
     convert.export_transformers(tmp_path / "ours", tmp_path / "out")
     model = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
     assert type(model).__name__ == "AvgLlavaOnevisionForConditionalGeneration"
-    samples = [sample_of(images) for images in MIXED[:3]]
-    inputs = torch_inputs(cut, config, samples)
+    samples = [sample_of(images) for images in MIXED]
+    inputs = torch_inputs(cut, config, samples, IMAGE_TOKEN)
     with torch.no_grad():
         for granularity in (4, 28):
-            output = model(**inputs, granularity=granularity)
-            logits = our_logits(config, params, samples, granularity)
-            for ours, row, mask in zip(logits, output.logits, output.attention_mask, strict=True):
-                agree("adaptive LLaVA-OneVision in PyTorch: logits", ours, row[mask].numpy())
-        output = model(**inputs)
-        agree("adaptive LLaVA-OneVision in PyTorch: router", our_scores(config, params, samples), output.router_logits)
+            output, (logits, scores) = (
+                model(**inputs, granularity=granularity),
+                ours(config, params, samples, granularity),
+            )
+            for own, row, mask in zip(logits, output.logits, output.attention_mask, strict=True):
+                agree("adaptive LLaVA-OneVision in PyTorch: logits", own, row[mask].numpy())
+        agree("adaptive LLaVA-OneVision in PyTorch: router", scores, model(**inputs).router_logits)
         finest = transformers.LlavaOnevisionForConditionalGeneration.from_pretrained(tmp_path / "out").eval()(**inputs)
     with torch.no_grad(), pytest.raises(ValueError, match="reads images, not videos"):
         model(**inputs, pixel_values_videos=inputs["pixel_values"])
-    logits = our_logits(config, params, samples)
-    for ours, row, mask in zip(logits, finest.logits, inputs["attention_mask"], strict=True):
-        agree("LLaVA-OneVision in the library: logits", ours, row[mask.bool()].numpy())
+    for own, row, mask in zip(ours(config, params, samples)[0], finest.logits, inputs["attention_mask"], strict=True):
+        agree("LLaVA-OneVision in the library: logits", own, row[mask.bool()].numpy())
 
 
-def our_scores(config, params, samples):
-    """Router logits of every image, (images, G)."""
-    shape = dataclasses.replace(merge(shape_of(s, config) for s in samples), answer=1)
-    batch = collate(samples, shape, config, granularities=())
-    with jax.default_matmul_precision("highest"):
-        pyramid = avg_llava.pyramid_of(config, params, batch["pixels"])
-        routed = avg_llava.route(config, params, pyramid, avg_llava.embed(config, params, batch["text"]), batch)
-    return np.concatenate([row[: len(s.sizes)] for row, s in zip(np.asarray(routed.logits), samples, strict=True)])
+def tiny(config, folder, **changes):
+    """A shipped config at a tiny size: two steps of two samples, on a ladder of two."""
+    values = {
+        "data.path": str(folder / "train.json"), "data.images": str(folder / "images"), "data.workers": 0,
+        "data.shapes": 1, "compute_dtype": "float32", "steps": 2, "batch_size": 2, "optimizer.accumulate": 1,
+    }  # fmt: skip
+    config.update_from_flattened_dict(values | changes)
+    return config
 
 
-@pytest.fixture(scope="module")
-def siglip(tmp_path_factory):
-    """(torch's vision model, its folder): a SigLIP's vision side, with the pooling head that is not run."""
-    folder = tmp_path_factory.mktemp("siglip")
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
-    model = transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**sizes, image_size=SIDE, patch_size=4))
-    save(model, folder)
-    about = {"image_mean": MEAN, "image_std": STD, "resample": 2, "do_normalize": True}
-    (folder / "preprocessor_config.json").write_text(json.dumps(about))
-    return model, folder
+def changed(before, after):
+    """Which parameters a run changed."""
+    before = parameters.flat(before)
+    return {path for path, leaf in parameters.flat(after).items() if not np.array_equal(leaf, before.get(path))}
 
 
-@pytest.mark.parametrize("family", ["SmolLM2", "Mistral", "Qwen2", "Qwen3"])
-def test_a_decoder_joined_with_a_siglip(siglip, tmp_path, family):
-    """Tower, connector, decoder and packing, as one: ours, exported, gives the library's class our logits."""
-    source = language(tmp_path / "decoder", family)[1]
-    convert.import_folder(source, tmp_path / "ours", siglip[1], seed=3)
-    loaded = checkpoint.load(tmp_path / "ours")
-    config, params = loaded.config, loaded.params
-    assert (config.vision.encoder, config.vision.resample, config.vision.used_layers) == ("siglip", "bilinear", 2)
-    assert config.granularities == (4, 8, 16, 28, 49) and config.several == "square"
-    pixels = np.random.default_rng(1).integers(0, 255, (2, SIDE, SIDE, 3), np.uint8)
-    inputs = torch.tensor(np.moveaxis(np.asarray(normalise(config.vision, pixels)), -1, 1))
-    with torch.no_grad():
-        patches = siglip[0](inputs, output_hidden_states=True).hidden_states[-2].numpy()
-    with jax.default_matmul_precision("highest"):
-        agree("SigLIP: hidden state", encoder(config.vision).apply({"params": params["encoder"]}, pixels), patches)
-
-    convert.export_transformers(tmp_path / "ours", tmp_path / "out", router=False)
-    model, report = transformers.LlavaOnevisionForConditionalGeneration.from_pretrained(
-        tmp_path / "out", output_loading_info=True
-    )
-    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    cut = LlavaOnevisionImageProcessorPil.from_pretrained(tmp_path / "out")
-    samples = [sample_of(images) for images in MIXED[1:3]]
-    inputs = torch_inputs(cut, config, samples, model.config.image_token_index)
-    with torch.no_grad():
-        logits = model.eval()(**inputs).logits.numpy()
-    for ours, row, mask in zip(our_logits(config, params, samples), logits, inputs["attention_mask"], strict=True):
-        agree("SigLIP + Llama, Mistral, Qwen2, Qwen3, joined, in the library: logits", ours,
-              row[mask.bool().numpy()][:, : ours.shape[1]])  # fmt: skip
-
-
-def test_to_a_trained_router_and_back(theirs, llava_folder, tmp_path):
-    """Two steps of the router by the shipped config, on a ladder of two; the export holds the trained router."""
-    config = onevision_05b_router.get_config()
-    config.init_from, config.fresh = str(theirs[1]), ("router",)
-    config.model.scaler.halvings, config.model.template = 1, "vicuna_v1"
-    config.data.path, config.data.images = str(llava_folder / "train.json"), str(llava_folder / "images")
-    config.data.workers, config.data.shapes, config.compute_dtype = 0, 1, "float32"
-    config.steps, config.batch_size, config.optimizer.accumulate = 2, 2, 1
-    train(config, tmp_path / "routed")
-    routed = checkpoint.load(tmp_path / "routed")
-    assert routed.config.granularities == (28, 49) and np.ptp(routed.params["router"]["voter"]) > 0
-    convert.export_transformers(tmp_path / "routed", tmp_path / "out")
+def test_one_line_to_a_trained_router_and_back(theirs, llava_folder, tmp_path):
+    """The line of docs/train.md from a OneVision folder to PyTorch, with the flags that it gives, at a tiny size."""
+    line = re.search(r"^avg-llava train --config=configs/onevision_05b\.py(.|\n)*?(?=^```)", PAGE.read_text(), re.M)[0]
+    names = {
+        "FOLDER": str(theirs[1]),
+        "W1": str(tmp_path / "W1"),
+        "W2": str(tmp_path / "W2"),
+        "OUT": str(tmp_path / "out"),
+    }
+    for command in line.split("&&"):
+        _, verb, *words = shlex.split(command)
+        given = {
+            flag.removeprefix("--"): names.get(value, value) for flag, _, value in (w.partition("=") for w in words)
+        }
+        if verb == "export":
+            assert given.pop("layout") == "transformers"
+            convert.export_transformers(given.pop("checkpoint"), given.pop("output"))
+            assert not given
+            continue
+        module = importlib.import_module("avg_llava_jax.configs." + pathlib.Path(given.pop("config")).stem)
+        config, workdir = module.get_config(), given.pop("workdir")
+        config.update_from_flattened_dict({key.removeprefix("config."): value for key, value in given.items()})
+        ladder = {"model.scaler.halvings": 1} if config.phase != "rglf" else {}
+        train(tiny(config, llava_folder, **ladder), workdir)
+    tuned, routed = checkpoint.load(tmp_path / "W1"), checkpoint.load(tmp_path / "W2")
+    assert tuned.config.template == "llava_onevision" and tuned.config.granularities == (28, 49)
+    assert tuned.meta["granularities_trained"] == [28, 49]
+    assert changed(theirs[3], tuned.params) >= {p for p in parameters.flat(tuned.params) if not p.startswith("router")}
+    assert {path.split("/")[0] for path in changed(tuned.params, routed.params)} == {"router"}
     again = foreign.load(tmp_path / "out")
     assert again.config == routed.config
     jax.tree.map(np.testing.assert_array_equal, again.params, routed.params)
+
+
+def test_adapters(theirs, llava_folder, tmp_path):
+    """LoRA on a Qwen2 and a SigLIP: two steps change nothing else but connector and newline, and peft computes ours."""
+    model, folder, _, params, cut = theirs
+    lora = {"init_from": str(folder), "optimizer.lora.rank": 2, "optimizer.lora.targets": ("language", "encoder")}
+    rates = {"optimizer.learning_rate": 0.03, "optimizer.encoder_learning_rate": 0.03, "model.scaler.halvings": 0}
+    train(tiny(onevision_05b.get_config(), llava_folder, **lora, **rates), tmp_path / "run")
+    loaded = checkpoint.load(tmp_path / "run")
+    new = changed(params, loaded.params)
+    assert {path.split("/")[0] for path in new if not adapters.is_leaf(path)} == {
+        "connector",
+        "image_newline",
+        "router",
+    }
+    assert sum(path.endswith("lora_b") for path in new) == 7 + 6
+    convert.export_peft(tmp_path / "run", tmp_path / "adapter", router=False)
+    samples = [sample_of(images) for images in MIXED]
+    inputs = torch_inputs(cut, loaded.config, samples, IMAGE_TOKEN)
+    with torch.no_grad(), warnings.catch_warnings():
+        plain = model(**inputs).logits
+        warnings.simplefilter("error", UserWarning)  # of missing keys
+        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "adapter")(**inputs).logits
+    assert (theirs - plain).abs().max() > 0.1
+    for own, row, mask in zip(
+        ours(loaded.config, loaded.params, samples)[0], theirs, inputs["attention_mask"], strict=True
+    ):
+        agree("LLaVA-OneVision with adapters in peft: logits", own, row[mask.bool()].numpy())
+
+
+def test_its_processor(theirs, exported, monkeypatch):
+    """Of our export: ids and pixels of prompts with an image, two images, and none, are ours."""
+    own, out = AvgLlava(theirs[2], None, load_tokenizer(theirs[1])), exported
+    pil = LlavaOnevisionImageProcessorPil.from_pretrained(out)
+    if importlib.util.find_spec("torchvision"):
+        processor = transformers.AutoProcessor.from_pretrained(out)
+        processor.image_processor = pil  # torchvision's resizing is another
+    else:  # which AutoProcessor needs, for videos, as does the check of its parts
+        monkeypatch.setattr(LlavaOnevisionProcessor, "check_argument_for_proper_class", lambda *_: None)
+        about = json.loads((out / "processor_config.json").read_text())
+        about["chat_template"] = (out / "chat_template.jinja").read_text()
+        tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+        processor = LlavaOnevisionProcessor(pil, tokenizer, None, **about)
+    pictures = [*MIXED[1:3], []]
+    turns = [[{"from": "human", "value": "<image>\n" * len(each) + "What is it?"}] for each in pictures]
+    turns[0] += [{"from": "gpt", "value": "Red."}, {"from": "human", "value": "Sure?"}]
+    roles = {"human": "user", "gpt": "assistant"}
+    texts = [
+        processor.apply_chat_template(
+            [{"role": roles[turn["from"]], "content": turn["value"]} for turn in one], add_generation_prompt=True
+        )
+        for one in turns
+    ]
+    processor.tokenizer.padding_side = "left"
+    inputs = processor(images=pictures[:2], text=texts, padding=True, return_tensors="pt")
+    ids, mask, finest = inputs["input_ids"], inputs["attention_mask"], own.config.granularities[-1]
+    images = iter(inputs["pixel_values"])
+    for row, (each, asked) in enumerate(zip(pictures, turns, strict=True)):
+        sample = own.prepare(Request(asked, each)).sample
+        counts = [visual_count(size, own.config.of(len(each)), finest) for size in sample.sizes]
+        assert collapsed(ids[row], mask[row], IMAGE_TOKEN, counts) == sample.tokens.ids
+        tiles = np.moveaxis(np.asarray(normalise(own.config.vision, load_tiles(sample, own.config))), -1, 1)
+        theirs = [next(images).numpy() for _ in each]
+        found = theirs[0][: len(tiles)] if len(each) == 1 else [image[0] for image in theirs]
+        if each:
+            agree("LLaVA-OneVision: pixels", tiles, found, 1e-5)
 
 
 def test_what_is_not_supported(theirs, tmp_path):

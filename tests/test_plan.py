@@ -1,5 +1,6 @@
 """Plans of the tiny jersey model, on forced CPU devices and, where their compilers are installed, on TPUs and GPUs."""
 
+import dataclasses
 import os
 import pathlib
 import re
@@ -15,6 +16,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from avg_llava_jax.commands import planning
 from avg_llava_jax.configs import avg_llava_7b, avg_llava_7b_router, jersey
 from avg_llava_jax.parallel import chips, sharding
+from avg_llava_jax.training import config as training_config
+from avg_llava_jax.training import setup
 
 ROOT = pathlib.Path(__file__).parents[1]
 LACKING = {name: chips.missing(chips.CHIPS[name]) for name in ("v5e", "h100")}
@@ -111,9 +114,14 @@ def test_adapters_and_int8_are_tried_last():
     def flags(module, **values):
         config = module.get_config()
         config.update_from_flattened_dict(values)
-        return [flag.replace("--config.", "") for flag, _ in planning.frozen_knobs(config, 1)]
+        found = list(planning.frozen_knobs(config, 1))
+        for _, other in found:  # each of them runs
+            settings = training_config.read(other)
+            setup.check_step(settings, sharding.make_mesh(dataclasses.asdict(settings.mesh), jax.devices()[:1]))
+        return [flag.replace("--config.", "") for flag, _ in found]
 
     low = "optimizer.lora.rank=64 compute_dtype=bfloat16 remat=full"
+    low += " optimizer.lora.targets=\"('language', 'encoder')\""
     whole = [low, f"{low} quantize=int8", f"{low} quantize=int8 optimizer.accumulate=128"]
     assert flags(avg_llava_7b) == whole
     assert flags(avg_llava_7b_router, batch_size=1) == ["quantize=int8"]

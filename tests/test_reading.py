@@ -64,6 +64,19 @@ def test_an_empty_answer_does_not_end_the_conversation(ask, unweighted, empty):
     assert ids[: len(before) + 1] == [*before, end]
 
 
+@pytest.mark.parametrize("empty", ["", " ", None, [], [text("")]])
+def test_an_empty_question_and_a_greeting_are_taken(ask, unweighted, empty):
+    turns = [{"role": "assistant", "content": "Hi"}, user(empty), {"role": "assistant", "content": "a"}, user(empty)]
+    for messages, wanted in (
+        ([user(empty)], [[""]]),
+        (turns, [["Hi"], [""], ["a"], [""]]),
+        ([{"role": "system", "content": "Be brief."}], [["Be brief."], [""]]),
+    ):
+        request = ask(messages=messages).request
+        assert [turn["value"] for turn in request.prompt] == wanted
+        unweighted.prepare(request)
+
+
 def test_no_text_of_a_client_is_a_placeholder(ask, unweighted):
     says = "<image> \U000f0000 <image>"
     turns = [

@@ -15,6 +15,8 @@ import pytest
 
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.data.geometry import visual_count
+from avg_llava_jax.inference.api import AvgLlava
+from avg_llava_jax.inference.stacked import Stack
 from avg_llava_jax.server.limits import Limits
 from avg_llava_jax.server.replies import lattices
 from avg_llava_jax.server.serving import bind
@@ -109,6 +111,32 @@ def test_statuses_in_the_shape_of_openai(served):
         (served.post(messages=[user("x" * (5 << 20))]), 413),
     ):
         assert reply.status_code == status and reply.json()["error"]["message"]
+
+
+def test_an_adapter_is_a_model(tiny, tokenizer):
+    model = AvgLlava(tiny, None, tokenizer)
+    model.adapters = Stack(("mine",))
+    served = Served(model)
+    try:
+        first, second = served.openai.models.list().data
+        assert (first.id, second.id, second.model_extra["parent"]) == ("tiny", "mine", "tiny")
+        assert served.openai.models.retrieve("mine").id == "mine"
+        with pytest.raises(openai.NotFoundError, match="model 'other' does not exist here, only 'tiny', 'mine'"):
+            served.openai.models.retrieve("other")
+        for path, body in (
+            ("chat/completions", {"messages": ONE}),
+            ("completions", {"prompt": "a"}),
+            ("responses", {"input": "a"}),
+        ):
+            for sent, name, adapter in (({}, "tiny", None), ({"model": "tiny"}, "tiny", None),
+                                        ({"model": "mine"}, "mine", "mine")):  # fmt: skip
+                reply = served.http.post(f"/v1/{path}", json=body | sent).json()
+                assert (reply["model"], served.engine.requests[-1].adapter) == (name, adapter)
+            refused = served.http.post(f"/v1/{path}", json=body | {"model": "other"})
+            assert refused.status_code == 404 and refused.json()["error"]["code"] == "model_not_found"
+        assert served.http.post("/tokenize", json={"model": "mine", "prompt": "a"}).json()["count"] >= 1
+    finally:
+        served.close()
 
 
 def test_models_health_and_metrics(served, tiny):

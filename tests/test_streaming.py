@@ -61,7 +61,7 @@ def with_byte_tokens(request, tmp_path_factory):
     tokenizer = load_tokenizer(SOURCE)
     if request.param == "tokenizer.json":
         folder = tmp_path_factory.mktemp("json")
-        llava_next.save_tokenizer(folder, tokenizer, 1000, "vicuna_v1")
+        llava_next.save_tokenizer(folder, tokenizer, {"<image>": 1000}, "vicuna_v1")
         tokenizer = load_tokenizer(folder)
     return tokenizer, tokenizer._id_of_byte
 

@@ -51,7 +51,7 @@ def allows(served, tokenizer):
             matcher.read(tokenizer.encode(text))
         except ValueError:
             return False
-        return bool(np.unpackbits(matcher.allowed().view(np.uint8), bitorder="little")[tokenizer.eos_id])
+        return bool(np.unpackbits(matcher.allowed(99, 99).view(np.uint8), bitorder="little")[tokenizer.eos_id])
 
     return allows
 

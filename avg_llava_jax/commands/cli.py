@@ -10,7 +10,7 @@ import os
 import pathlib
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from absl import app, flags, logging
@@ -41,11 +41,13 @@ COMPILED_BYTES = 2**30
 TRACEBACK = flags.DEFINE_bool("traceback", False, "Print the traceback of an error, not only its message.")
 
 
-def load_model() -> AvgLlava:
-    """The model that the flags name."""
+def load_model(adapters: Mapping[str, str] | None = None) -> AvgLlava:
+    """The model that the flags name, with adapters."""
     from avg_llava_jax.inference.api import AvgLlava
 
-    return AvgLlava.load(CHECKPOINT.value, VISION_TOWER.value, dtype=DTYPE.value, quantize=QUANTIZE.value)
+    return AvgLlava.load(
+        CHECKPOINT.value, VISION_TOWER.value, dtype=DTYPE.value, quantize=QUANTIZE.value, adapters=adapters
+    )
 
 
 def keep_compiled() -> None:

@@ -7,13 +7,12 @@
     avg-llava plan --config=configs/avg_llava_7b.py --topology=h100:8x4    # 4 hosts of 8
 
 Topologies are TPU slices such as v5e:4x4, v5p:2x2x4, v6e:4x4, tpu7x:2x2x1 (with `pip install -e '.[plan]'`); GPUs by
-name and count: a100-40, a100-80, h100, h200, b200 (with `pip install -e '.[plan-gpu]'`); and cpu:8. A program may use
-75 % of a GPU's memory, JAX's default, or the share XLA_CLIENT_MEM_FRACTION.
+name and count: a100-40, a100-80, h100, h200, b200, rtx4090 (with `pip install -e '.[plan-gpu]'`); and cpu:8. A program
+may use 75 % of a GPU's memory, JAX's default, or the share XLA_CLIENT_MEM_FRACTION.
 Where the step does not fit, settings that need less memory are tried in turn, adapters (LoRA) and an int8 base last,
 and the first that fits is named.
 """
 
-import itertools
 import re
 from typing import TYPE_CHECKING
 
@@ -114,10 +113,7 @@ def main() -> None:
     print(table([plan]), flush=True)
     if plan.fits is not False or not ADVISE.value:
         return
-    devices = len(target.devices)
-    for flag, other in itertools.chain(planning.knobs(config, devices), planning.frozen_knobs(config, devices)):
-        if planning.lasting(other, target) >= target.memory:
-            continue
+    for flag, other in planning.alternatives(config, target):
         print(f"\ntrying {flag}", flush=True)
         plan = planning.train_step(other, target, shape)
         print(table([plan]), flush=True)

@@ -6,6 +6,7 @@ compute and send, and a lower bound on the time.
 
 import dataclasses
 import functools
+import itertools
 import math
 import re
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from avg_llava_jax.data.feedback import read_feedback
 from avg_llava_jax.data.geometry import visual_count
 from avg_llava_jax.data.packing import Shape, load_tiles
 from avg_llava_jax.data.pipeline import EMPTY, collate_rows
+from avg_llava_jax.eval import routing
 from avg_llava_jax.inference import programs
 from avg_llava_jax.inference.buckets import STEPS, length_bucket
 from avg_llava_jax.inference.sampling import sampling_of, shaping_of
@@ -32,6 +34,7 @@ from avg_llava_jax.parallel import costs, sharding
 from avg_llava_jax.parallel.chips import Target
 from avg_llava_jax.training import config as training_config
 from avg_llava_jax.training import setup
+from avg_llava_jax.training.feedback import measure_batch
 from avg_llava_jax.training.step import Step
 
 
@@ -95,13 +98,16 @@ class Plan:
 
 
 def model_of(config: ml_collections.ConfigDict) -> ModelConfig:
-    """The model that a run of this config would train; the 7B where neither config nor `init_from` says otherwise."""
+    """The model that a run of this config would train; the 7B where neither config nor `init_from` says otherwise.
+
+    A PyTorch folder needs no weights yet, only its JSON files and tokenizer.
+    """
     config = training_config.read(config)
     folder = config.init_from
     if not folder:
         model = ModelConfig()
     elif foreign.is_foreign(folder):
-        model = foreign.inspect(folder, config.vision_tower or None).config
+        model = foreign.config_of(folder, config.vision_tower or None)
     else:
         model, _ = checkpoint.read_config(folder)
     return setup.override(model, config.model)
@@ -134,31 +140,10 @@ def training(config: ml_collections.ConfigDict, model: ModelConfig, target: Targ
     """The training step of a model on batches of one shape."""
     config = training_config.read(config)
     mesh = sharding.make_mesh(dataclasses.asdict(config.mesh), target.devices)
-    setup.check_step(config, mesh)
-    nothing, tiles = None, load_tiles(EMPTY, model)
-    if config.rglf.feedback:
-        nothing = next(iter(read_feedback(config.rglf.feedback, model.granularities).values()))
-        tiles = tiles if nothing.features is None else nothing.features[:0]
 
     def traced(config: training_config.TrainConfig) -> tuple[Any, dict[str, Any]]:
-        step = Step(config, model, mesh)
-        rows = collate_rows(
-            [EMPTY],
-            [tiles],
-            shape,
-            model,
-            setup.packed_granularities(config, model),
-            words=config.phase == "grounding",
-            stored=[nothing] if nothing else None,
-        )
-        ours, frozen = step.split(step.params)
-        held = {
-            "trained": ours,
-            "frozen": frozen,
-            "optimizer": step.state,
-            "batch": _batch(rows, config.batch_size, mesh),
-        }
-        return step.update.trace(ours, step.state, frozen, held["batch"], jax.ShapeDtypeStruct((), jnp.int32)), held
+        step, held = _step(config, model, mesh, shape)
+        return step.update.trace(*held.values(), jax.ShapeDtypeStruct((), jnp.int32)), held
 
     with jax.set_mesh(mesh):
         program, held = traced(config)
@@ -166,6 +151,67 @@ def training(config: ml_collections.ConfigDict, model: ModelConfig, target: Targ
         if config.remat != "none":
             useful, _ = traced(dataclasses.replace(config, remat="none"))
         return Program("train step", program, held, ("trained", "optimizer"), useful)
+
+
+def beside_training(
+    config: ml_collections.ConfigDict, model: ModelConfig, target: Target, shape: Shape
+) -> Iterator[Program]:
+    """The other programs of a run: the optimizer's first state, validation; of RGLF `feedback` and `explain`."""
+    config = training_config.read(config)
+    mesh = sharding.make_mesh(dataclasses.asdict(config.mesh), target.devices)
+    with jax.set_mesh(mesh):
+        step, held = _step(config, model, mesh, shape)
+        ours, batch = held["trained"], held["batch"]
+        yield Program("init", step.init.trace(ours), {"trained": ours})
+        given = {name: held[name] for name in ("trained", "frozen", "batch")}
+        yield Program("validation", step.evaluate.trace(*given.values()), given)
+        if config.phase != "rglf":
+            return
+        params = parameters.abstract(model, setup.DTYPES[config.compute_dtype])
+        given = {"parameters": sharding.placed(params, sharding.shardings(mesh, params)), "batch": batch}
+        params = given["parameters"]
+        yield Program("feedback", measure_batch.trace(model, config.rglf.execution, True, params, batch), given)
+        pixels = batch["pixels"]
+        yield Program("explain, encode", routing.encode.trace(model, params, pixels), given | {"batch": pixels})
+        pyramid = jax.ShapeDtypeStruct(
+            (*pixels.shape[:2], model.pyramid_rows, model.language.width),
+            params["image_newline"].dtype,
+            sharding=sharding.batch_sharding(mesh),
+        )
+        inputs = {name: batch[name] for name in routing.ROUTER_INPUTS}
+        yield Program(
+            "explain, route",
+            routing.route.trace(model, params, pyramid, inputs),
+            given | {"batch": inputs, "pyramid": pyramid},
+        )
+
+
+def _step(
+    config: training_config.TrainConfig, model: ModelConfig, mesh: Mesh, shape: Shape
+) -> tuple[Step, dict[str, Any]]:
+    """A training step, and the shapes of what its update takes."""
+    setup.check_step(config, mesh)
+    nothing, tiles, pack = None, load_tiles(EMPTY, model), config.data.pack
+    if pack > 1:
+        longest = tuple(shape.length(model, g) for g in model.granularities)
+        sizes = (pack * size for size in (shape.tiles, shape.images, shape.text, shape.answer))
+        shape = Shape(*sizes, 0.0, pack, tuple(pack * size for size in longest), longest)
+    if config.rglf.feedback:
+        nothing = next(iter(read_feedback(config.rglf.feedback, model.granularities).values()))
+        tiles = tiles if nothing.features is None else nothing.features[:0]
+    rows = collate_rows(
+        [EMPTY],
+        [tiles],
+        shape,
+        model,
+        setup.packed_granularities(config, model),
+        words=config.phase == "grounding",
+        stored=[nothing] if nothing else None,
+    )
+    step = Step(config, model, mesh)
+    ours, frozen = step.split(step.params)
+    batch = _batch(rows, config.rows, mesh)
+    return step, {"trained": ours, "optimizer": step.state, "frozen": frozen, "batch": batch}
 
 
 def answering(config: ml_collections.ConfigDict, target: Target, shape: Shape, room: int) -> Iterator[Plan]:
@@ -315,7 +361,8 @@ RANK = 64
 def _turned(config: ml_collections.ConfigDict, flags: dict[str, Any]) -> Knob:
     other = config.copy_and_resolve_references()
     other.update_from_flattened_dict(flags)
-    return " ".join(f"--config.{key}={value}" for key, value in flags.items()), other
+    shown = {key: f'"{value}"' if isinstance(value, tuple) else value for key, value in flags.items()}  # for a shell
+    return " ".join(f"--config.{key}={value}" for key, value in shown.items()), other
 
 
 def frozen_knobs(config: ml_collections.ConfigDict, devices: int) -> Iterator[Knob]:
@@ -323,13 +370,15 @@ def frozen_knobs(config: ml_collections.ConfigDict, devices: int) -> Iterator[Kn
     whole = config.phase == "multi_granularity" and not config.optimizer.lora.rank
     flags = {"optimizer.lora.rank": RANK, "compute_dtype": "bfloat16", "remat": "full"} if whole else {}
     if whole:
+        if config.optimizer.encoder_learning_rate:  # without adapters on the encoder, its rate had no effect
+            flags["optimizer.lora.targets"] = ("language", "encoder")
         yield _turned(config, flags)
     if config.phase != "grounding" and not config.quantize:
         flags["quantize"] = "int8"
         yield _turned(config, flags)
-    copies = devices // abs(config.mesh.tensor)
-    accumulate = config.batch_size // copies
-    if flags and config.batch_size % copies == 0 and accumulate > config.optimizer.accumulate:
+    copies, rows = devices // abs(config.mesh.tensor), config.batch_size // config.data.pack
+    accumulate = rows // copies
+    if flags and rows % copies == 0 and accumulate > config.optimizer.accumulate:
         yield _turned(config, flags | {"optimizer.accumulate": accumulate})
 
 
@@ -343,10 +392,18 @@ def knobs(config: ml_collections.ConfigDict, devices: int) -> Iterator[Knob]:
         least |= {"mesh.data": 1, "mesh.fsdp": -1}
         yield turned(least)
     copies = devices // abs(sizes.tensor)
-    accumulate = config.optimizer.accumulate
-    while config.batch_size % (2 * accumulate * copies) == 0:
+    accumulate, rows = config.optimizer.accumulate, config.batch_size // config.data.pack
+    while rows % (2 * accumulate * copies) == 0:
         accumulate *= 2
         yield turned(least | {"optimizer.accumulate": accumulate})
     for tensor in (2, 4, 8):
         if tensor > abs(sizes.tensor) and devices % tensor == 0:
             yield turned(least | {"optimizer.accumulate": accumulate, "mesh.fsdp": -1, "mesh.tensor": tensor})
+
+
+def alternatives(config: ml_collections.ConfigDict, target: Target) -> Iterator[Knob]:
+    """Settings to try where a config does not fit, in this order; none whose parameters and optimizer alone do not."""
+    devices = len(target.devices)
+    for knob in itertools.chain(knobs(config, devices), frozen_knobs(config, devices)):
+        if lasting(knob[1], target) < target.memory:
+            yield knob

@@ -1,6 +1,6 @@
 """Serve a model over HTTP: OpenAI's API, a demo page, Prometheus metrics.
 
-    avg-llava serve --port=8000
+    avg-llava serve --port=8000 [--adapter=NAME=FOLDER ...]
 
 Endpoints are OpenAI's chat completions at /v1/chat/completions, a demo page at /, and Prometheus metrics at /metrics.
 SIGTERM or Ctrl+C lets running requests finish; a second one cancels them. AVG_LLAVA_API_KEY or --api_key_file sets a
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from absl import flags
 
 from avg_llava_jax.commands import cli, pictures
+from avg_llava_jax.files import refuse_buckets
 
 if TYPE_CHECKING:
     from avg_llava_jax.inference.pricing import Slo
@@ -27,6 +28,9 @@ HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen at; 0.0.0.0 =
 PORT = flags.DEFINE_integer("port", 8000, "Port to listen at; 0 = any free port.", 0, 65535)
 NAME = flags.DEFINE_string("name", None, "The model's name for clients; default: the checkpoint folder's name.")
 API_KEY_FILE = flags.DEFINE_string("api_key_file", None, "A file with the keys that clients must send, one a line.")
+ADAPTER = flags.DEFINE_multi_string(
+    "adapter", [], "NAME=FOLDER, an adapter on the checkpoint; a request's `model` chooses it. May be repeated."
+)
 SLOTS = flags.DEFINE_integer("slots", 8, "Requests decoded at once.", lower_bound=1)
 QUEUE = flags.DEFINE_integer("queue", 64, "Requests that may wait; more are refused with 429.", lower_bound=1)
 SLO_TTFT = flags.DEFINE_float(
@@ -59,6 +63,20 @@ def api_keys() -> str | None:
     return pathlib.Path(path).read_text(encoding="utf-8") if path else os.environ.get(API_KEY)
 
 
+def adapters_of(texts: list[str], served: str) -> dict[str, str]:
+    """["a=FOLDER"] -> {"a": "FOLDER"}. Raises ValueError for another form, and for a name that is taken."""
+    found: dict[str, str] = {}
+    for text in texts:
+        name, _, folder = text.partition("=")
+        if not name or not folder:
+            raise ValueError(f"--adapter={text}: write NAME=FOLDER")
+        if name == served or name in found:
+            raise ValueError(f"--adapter={text}: the name {name!r} is taken: give each model its own (--name)")
+        found[name] = folder
+    refuse_buckets(found)
+    return found
+
+
 def slo_of(ttft: float | None, weights: list[str]) -> Slo | None:
     """The promise of --slo_ttft and --slo_cost_weights. Raises ValueError in one line."""
     from avg_llava_jax.inference.pricing import Slo
@@ -73,6 +91,8 @@ def slo_of(ttft: float | None, weights: list[str]) -> Slo | None:
 
 def main() -> None:
     text = api_keys()
+    name = NAME.value or pathlib.Path(cli.CHECKPOINT.value).resolve().name
+    adapters = adapters_of(ADAPTER.value, name)
 
     from avg_llava_jax.server.clients import parse_keys
 
@@ -96,7 +116,7 @@ def main() -> None:
     )
     slo = slo_of(SLO_TTFT.value, SLO_COST_WEIGHTS.value)
     bound = bind(HOST.value, PORT.value)
-    model = cli.load_model()
+    model = cli.load_model(adapters)
     engine = Engine(
         model,
         slots=SLOTS.value,
@@ -108,7 +128,6 @@ def main() -> None:
     say("compiling ...")
     engine.warm_up()
     engine.start()
-    name = NAME.value or pathlib.Path(cli.CHECKPOINT.value).resolve().name
     places = SLOTS.value + QUEUE.value
     serving = Serving(Service(engine, name, limits, keys, places, ALLOWED_ORIGINS.value), bound)
     serving.start()

@@ -281,22 +281,22 @@ def export_transformers(
         logger.warning("%s: the router was never trained; exporting a LLaVA-NeXT without router", source)
         router = False
     tokenizer = load_tokenizer(loaded.tokenizer_folder)
-    image_token = tokenizer.special_tokens.get(llava_next.IMAGE, tokenizer.vocab_size)
-    rows = max(config.language.vocab_size, image_token + 1)
+    added = llava_next.placeholders(config, tokenizer)
+    rows = max(config.language.vocab_size, *(token + 1 for token in added.values()))
     exported = Exported(config, loaded.params, source / foreign.UNUSED, dtype, router, rows, llava_next.stored_name)
-    values = llava_next.to_config(config, origin.get("config", {}), image_token, rows, router)
+    values = llava_next.to_config(config, origin.get("config", {}), added, rows, router)
     if "vision_use_head" in values["vision_config"]:
         values["vision_config"]["vision_use_head"] = exported.holds(foreign.HEAD)
     processor = llava_next.processor(config)
     card = model_card.card(loaded, output, "transformers", router, model_card.read_report(source, report))
     with whole(output) as folder:
         exported.save(folder, shard_size, leave=(foreign.ROUTER,))
-        llava_next.save_tokenizer(folder, tokenizer, image_token, config.template, processor["processor_class"])
+        llava_next.save_tokenizer(folder, tokenizer, added, config.template, processor["processor_class"])
         write_json(folder / "config.json", values | {"dtype": exported.dtype_name})
         stops = stop_ids(tokenizer, config.template)
         stops = stops[0] if len(stops) == 1 else list(stops)
-        added = list(range(config.language.vocab_size, rows))
-        suppressed = {"suppress_tokens": added} if added else {}
+        beyond = list(range(config.language.vocab_size, rows))
+        suppressed = {"suppress_tokens": beyond} if beyond else {}
         if origin.get("config", {}).get("model_type") in llava_next.STYLES:
             suppressed = origin.get("generation_config", {})
         write_json(folder / "generation_config.json", _special_ids(tokenizer, stops) | suppressed)

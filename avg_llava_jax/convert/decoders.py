@@ -42,7 +42,10 @@ COUNTS = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "head_dim", "vocab_size"),
 )
-"""Config fields of a decoder that are positive integers."""
+"""Config fields of a decoder that are positive integers; `OPTIONAL` ones may be null."""
+OPTIONAL = ("num_key_value_heads", "head_dim")
+NUMBERS = ("rms_norm_eps", "rope_theta", "max_position_embeddings", "tokenizer_model_max_length", "sliding_window")
+FLAGS = ("attention_bias", "tie_word_embeddings", "use_sliding_window")
 
 
 def check_fixed(path: pathlib.Path, values: dict[str, Any], fixed: dict[str, Any], inside: str = "") -> None:
@@ -58,12 +61,31 @@ def check_fixed(path: pathlib.Path, values: dict[str, Any], fixed: dict[str, Any
             raise ValueError(f"{path}: {inside}{key}={values[key]!r} is not supported, only {only!r}")
 
 
-def check_counts(path: pathlib.Path, values: dict[str, Any], counts: tuple[str, ...]) -> None:
-    """Check that each of the fields is absent, null, or a positive integer; ValueError names the first that is not."""
-    for key in counts:
-        value = values.get(key)
-        if value is not None and (type(value) is not int or value < 1):
-            raise ValueError(f"{path}: {key}={value!r} is not a positive integer")
+def check_kinds(
+    path: pathlib.Path,
+    values: dict[str, Any],
+    counts: tuple[str, ...] = (),
+    numbers: tuple[str, ...] = (),
+    flags: tuple[str, ...] = (),
+    optional: tuple[str, ...] = (),
+) -> None:
+    """Check that each field is absent or of its kind: positive integers, positive numbers, true or false.
+
+    optional: fields that may be null. Numbers and flags may be: null is no number, and no.
+
+    Raises:
+      ValueError: names the first field that is not.
+    """
+    for kinds, names, says in (
+        ((int,), counts, "a positive integer"),
+        ((int, float), numbers, "a positive number"),
+        ((bool,), flags, "true or false"),
+    ):
+        for key in names:
+            value = values.get(key)
+            absent = key not in values or (value is None and (key in optional or names is not counts))
+            if not absent and (type(value) not in kinds or (names is not flags and value <= 0)):
+                raise ValueError(f"{path}: {key}={value!r} is not {says}")
 
 
 def read(path: pathlib.Path, values: dict[str, Any], family: str, inside: str = "") -> LanguageConfig:
@@ -79,11 +101,12 @@ def read(path: pathlib.Path, values: dict[str, Any], family: str, inside: str = 
       ValueError: names the field that this model does not support.
     """
     check_fixed(path, values, FIXED, inside)
-    check_counts(path, values, COUNTS)
-    values = FAMILIES[family] | values
+    check_kinds(path, values, COUNTS, NUMBERS, FLAGS, OPTIONAL)
+    nothing = {key for key in (*NUMBERS, *FLAGS) if values.get(key) is None and key != "sliding_window"}
+    values = FAMILIES[family] | {key: value for key, value in values.items() if key not in nothing}
     limit = values.get("tokenizer_model_max_length") or values["max_position_embeddings"]
     heads, width = values["num_attention_heads"], values["hidden_size"]
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    rope = _rope_of(path, values, inside)
     if family == "mistral":
         limit = min(limit, values["sliding_window"] or limit)
     _check_windows(path, values, limit, inside)
@@ -96,7 +119,7 @@ def read(path: pathlib.Path, values: dict[str, Any], family: str, inside: str = 
         head_dim=values.get("head_dim") or width // heads,
         mlp_width=values["intermediate_size"],
         norm_eps=values["rms_norm_eps"],
-        rope_theta=float(rope.get("rope_theta", values.get("rope_theta", 10000.0))),
+        rope_theta=float(rope.get("rope_theta") or values.get("rope_theta", 10000.0)),
         rope_scaling=_rope_scaling(path, rope, inside),
         attention_bias=family != "qwen2" and values.get("attention_bias", False),
         qkv_bias=family == "qwen2",
@@ -126,6 +149,18 @@ def _check_windows(path: pathlib.Path, values: dict[str, Any], limit: int, insid
             f"{path}: layer {layer} attends to {inside}sliding_window={window} tokens, fewer than"
             f" {inside}max_position_embeddings={limit}: set max_position_embeddings to {window} at most"
         )
+
+
+def _rope_of(path: pathlib.Path, values: dict[str, Any], inside: str) -> dict[str, Any]:
+    """`rope_parameters`, of version 5 of the library, or else `rope_scaling`; raises ValueError where they differ."""
+    given = [(key, values[key]) for key in ("rope_parameters", "rope_scaling") if values.get(key)]
+    for key, rope in given:
+        if type(rope) is not dict:
+            raise ValueError(f"{path}: {inside}{key}={rope!r} is not an object")
+        check_kinds(path, rope, numbers=("rope_theta", "factor", "low_freq_factor", "high_freq_factor"))
+    if len({_rope_scaling(path, rope, inside) for _, rope in given}) > 1:
+        raise ValueError(f"{path}: {inside}rope_parameters and {inside}rope_scaling differ: remove the wrong one")
+    return given[0][1] if given else {}
 
 
 def _rope_scaling(path: pathlib.Path, rope: dict[str, Any], inside: str) -> RopeScaling | None:

@@ -254,6 +254,17 @@ def match_names(folder: Folder, vision_tower: Folder | None = None) -> tuple[Mod
     return config, len(wanted), bool(listed)
 
 
+def config_of(folder: Folder, vision_tower: Folder | None = None) -> ModelConfig:
+    """The config of a folder, which need not hold the weights yet: where it does, their headers must match it.
+
+    Arguments and errors as `load`.
+    """
+    folder = pathlib.Path(folder)
+    if any((folder / name).is_file() for name in tensors.weight_files(folder)):
+        return inspect(folder, vision_tower).config
+    return match_names(folder, vision_tower)[0]
+
+
 def keep_unused(source: Folder, folder: Folder, vision_tower: Folder | None = None) -> None:
     """Copy what an export needs besides the parameters from `source` into the checkpoint `folder`.
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from avg_llava_jax.config import ModelConfig, RouterConfig, ScalerConfig, VisionConfig
 from avg_llava_jax.convert import decoders, towers
-from avg_llava_jax.convert.decoders import check_fixed
+from avg_llava_jax.convert.decoders import check_fixed, check_kinds
 from avg_llava_jax.convert.tensors import read_json
 from avg_llava_jax.data.conversation import END, START, keeps_turns
 from avg_llava_jax.data.tokenizer import load_tokenizer
@@ -63,6 +63,7 @@ def read_config(folder: Folder, vision_tower: Folder | None, has_router: bool) -
     folder = pathlib.Path(folder)
     values = read_json(folder / "config.json")
     check_fixed(folder / "config.json", values, FIXED)
+    check_kinds(folder / "config.json", values, counts=("filtered_text_num",))
     vision = _vision(folder, values, vision_tower)
     if values.get("mm_hidden_size", vision.width) != vision.width:
         raise ValueError(
@@ -82,7 +83,7 @@ def read_config(folder: Folder, vision_tower: Folder | None, has_router: bool) -
                 attention="tiles" if has_router else "tokens", text_tokens=values.get("filtered_text_num", 32)
             ),
             language=language,
-            pinpoints=_pinpoints(folder, values, vision.image_size),
+            pinpoints=_pinpoints(values, vision.image_size),
             template=spoken,
             **mosaic,
         )
@@ -116,7 +117,7 @@ def onevision_mosaic(path: pathlib.Path, key: str, value: Any) -> dict[str, Any]
     return {"unpad": "library", "most_tiles": int(most[1]), "several": "square"}
 
 
-def _pinpoints(folder: pathlib.Path, values: dict[str, Any], side: int) -> tuple[tuple[int, int], ...]:
+def _pinpoints(values: dict[str, Any], side: int) -> tuple[tuple[int, int], ...]:
     """Pinpoints (width, height) from `image_grid_pinpoints`, a list of [width, height] or a string that holds one.
 
     A string "(1x1),...,(6x6)" means all grids of tiles of `side` pixels between the two.
@@ -130,14 +131,14 @@ def _pinpoints(folder: pathlib.Path, values: dict[str, Any], side: int) -> tuple
         pairs = ast.literal_eval(given) if isinstance(given, str) else given
         return tuple((int(width), int(height)) for width, height in pairs)
     except (TypeError, ValueError, SyntaxError):
-        raise ValueError(
-            f"{folder}/config.json: image_grid_pinpoints={given!r} is not a list of [width, height]"
-        ) from None
+        raise ValueError(f"image_grid_pinpoints={given!r} is not a list of [width, height]") from None
 
 
 def _vision(folder: pathlib.Path, values: dict[str, Any], vision_tower: Folder | None) -> VisionConfig:
     name = values.get("mm_vision_tower")
     select = values.get("mm_vision_select_layer", -2)
+    if type(select) is not int:
+        raise ValueError(f"{folder}/config.json: mm_vision_select_layer={select!r} is not an integer")
     if vision_tower is None:
         if name not in KNOWN_TOWERS:
             raise FileNotFoundError(
@@ -288,7 +289,7 @@ def released_config(config: ModelConfig, original: dict[str, Any], router: bool,
     defaults = {"tokenizer_padding_side": "right", "use_cache": True}
     kept = {key: value for key, value in original.items() if key not in router_fields and key != "rope_parameters"}
     try:
-        same = _pinpoints(pathlib.Path(), original, vision.image_size) == config.pinpoints
+        same = _pinpoints(original, vision.image_size) == config.pinpoints
     except ValueError:
         same = False
     values["image_grid_pinpoints"] = (

@@ -16,6 +16,7 @@ import math
 import os
 import pathlib
 import re
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import tokenizers
@@ -31,7 +32,7 @@ from avg_llava_jax.data.tokenizer import Tokenizer
 from avg_llava_jax.files import write_json
 
 ONEVISION = "llava_onevision"
-IMAGE = "<image>"
+IMAGE, VIDEO = "<image>", "<video>"
 PROCESSOR = "LlavaNextProcessor"
 CLIP = "clip_vision_model"
 
@@ -196,13 +197,26 @@ def _check_processor(
         raise ValueError(f"{path}: vision_config.image_size={side}, but its processor makes tiles of {size}")
 
 
+def placeholders(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, int]:
+    """The ids of the tokens that stand for images and, in a LLaVA-OneVision, videos; the next ones where it lacks them.
+
+    A model here has no use for `<video>`. Without it, the library took the id of the unknown token for its own, and
+    counted the padding as videos.
+    """
+    found, free = {}, tokenizer.vocab_size
+    for name in (IMAGE, VIDEO) if style_of(config) == ONEVISION else (IMAGE,):
+        found[name] = tokenizer.special_tokens.get(name, free)
+        free = max(free, found[name] + 1)
+    return found
+
+
 def to_config(
-    config: ModelConfig, original: dict[str, Any], image_token: int, vocabulary: int, router: bool
+    config: ModelConfig, original: dict[str, Any], added: Mapping[str, int], vocabulary: int, router: bool
 ) -> dict[str, Any]:
     """Build config.json for the library, the inverse of `read_config`.
 
     original: the config.json imported with the weights; used only if it has this layout.
-    image_token: id of `<image>`. vocabulary: number of embedding rows.
+    added: the ids of `placeholders`. vocabulary: number of embedding rows.
     router: whether the folder holds a router and modeling_avg_llava.py.
 
     Raises:
@@ -218,7 +232,7 @@ def to_config(
         "model_type": kind,
         "image_grid_pinpoints": [[height, width] for width, height in config.pinpoints],
         "image_seq_length": config.tokens[-1],
-        "image_token_index": image_token,
+        "image_token_index": added[IMAGE],
         "text_config": text,
         "tie_word_embeddings": config.language.tied_embeddings,
         "vision_config": original.get("vision_config", {}) | towers.write(config.vision),
@@ -227,8 +241,7 @@ def to_config(
     }
     if kind == ONEVISION:
         values["vision_aspect_ratio"] = _aspect(config)
-        # The library compares every token with it: an id that no text has.
-        values["video_token_index"] = original.get("video_token_index", vocabulary)
+        values["video_token_index"] = added[VIDEO]
     original = {key: value for key, value in original.items() if key not in ("auto_map", ADAPTIVE)}
     if router:
         values["auto_map"] = {"AutoModelForImageTextToText": f"{MODELING.stem}.{style.adaptive}"}
@@ -264,13 +277,17 @@ def processor(config: ModelConfig) -> dict[str, Any]:
         return values | {"num_additional_image_tokens": 1, "patch_size": config.vision.patch_size}
     return values | {
         "num_image_tokens": config.tokens[-1],
-        "video_token": "<video>",
+        "video_token": VIDEO,
         "vision_aspect_ratio": _aspect(config),
     }
 
 
 def save_tokenizer(
-    folder: pathlib.Path, tokenizer: Tokenizer, image_token: int, template: str, processor_class: str = PROCESSOR
+    folder: pathlib.Path,
+    tokenizer: Tokenizer,
+    added: Mapping[str, int],
+    template: str,
+    processor_class: str = PROCESSOR,
 ) -> None:
     """Write the chat template and tokenizer files with which the library produces the same ids as `conversation`.
 
@@ -287,7 +304,7 @@ def save_tokenizer(
         _begin_with_bos(folder / "tokenizer.json", tokenizer)
     values |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"]}
     write_json(path, values)
-    name_image_token(folder, image_token, processor_class)
+    name_tokens(folder, added, processor_class)
     after_image = " " if tokenizer.encode("\na") != tokenizer.encode("\na", after_special=True) else ""
     chat = chat_template(template, after_image)
     if template == "tokenizer" and not tokenizer.writes_images:
@@ -316,24 +333,20 @@ def _begin_with_bos(path: pathlib.Path, tokenizer: Tokenizer) -> None:
     write_json(path, spec)
 
 
-def name_image_token(folder: pathlib.Path, token: int, processor_class: str = PROCESSOR) -> None:
-    """Add the special token `<image>` with id `token` to the tokenizer files in `folder`, if they lack it."""
-    entry = {
-        "content": IMAGE,
-        "lstrip": False,
-        "normalized": False,
-        "rstrip": False,
-        "single_word": False,
-        "special": True,
-    }
+def name_tokens(folder: pathlib.Path, added: Mapping[str, int], processor_class: str = PROCESSOR) -> None:
+    """Add special tokens, by their ids, to the tokenizer files in `folder`, if they lack them; see `placeholders`."""
+    plain = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    entries = {token: {"content": name, **plain} for name, token in added.items()}
     path = folder / "tokenizer_config.json"
     values = read_json(path) if path.is_file() else {}
-    values["added_tokens_decoder"] = values.get("added_tokens_decoder", {}) | {str(token): entry}
-    values |= {"extra_special_tokens": {"image_token": IMAGE}, "processor_class": processor_class}
+    known = {str(token): entry for token, entry in entries.items()}
+    values["added_tokens_decoder"] = values.get("added_tokens_decoder", {}) | known
+    named = {f"{name.strip('<>')}_token": name for name in added}
+    values |= {"extra_special_tokens": named, "processor_class": processor_class}
     write_json(path, values)
     path = folder / "tokenizer.json"
     if path.is_file():
         spec = read_json(path)
-        if all(added["content"] != IMAGE for added in spec["added_tokens"]):
-            spec["added_tokens"].append({"id": token, **entry})
-            write_json(path, spec)
+        there = {each["content"] for each in spec["added_tokens"]}
+        spec["added_tokens"] += [{"id": token, **e} for token, e in entries.items() if e["content"] not in there]
+        write_json(path, spec)

@@ -177,7 +177,8 @@ def _adapters(
         for layer, (own_a, own_b, own_scale) in layers.items():
             a[layer, :, : own_a.shape[1]], b[layer, : len(own_b)], scale[layer] = own_a, own_b, own_scale
         for leaf, array in zip(adapters.LEAVES, (a, b, scale), strict=True):
-            leaves[f"{node}/{leaf}"] = _placed(f"{node}/{leaf}", array, kernel)
+            path = f"{node}/{leaf}"
+            leaves[path] = placement.put(array, kernel, parameters.TABLE[path].spec)
     return leaves
 
 
@@ -188,15 +189,6 @@ def _of_pattern(pattern: dict[str, Any] | None, module: str, default: Any) -> An
         if any(re.match(rf"(.*\.)?({key})$", name) for name in names):
             return value
     return default
-
-
-def _placed(path: str, array: np.ndarray, beside: jax.Array) -> jax.Array:
-    """An array on the devices of a weight of the base, sharded by the table where that is sharded."""
-    at = beside.sharding
-    if isinstance(at, jax.sharding.NamedSharding):
-        spec = placement.fitting(at.mesh, parameters.TABLE[path].spec, array.shape)
-        at = jax.sharding.NamedSharding(at.mesh, spec)
-    return jax.device_put(array, at)
 
 
 def _whole(

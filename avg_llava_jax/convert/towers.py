@@ -12,7 +12,7 @@ import pathlib
 from typing import Any, NamedTuple
 
 from avg_llava_jax.config import VisionConfig
-from avg_llava_jax.convert.decoders import check_counts, check_fixed
+from avg_llava_jax.convert.decoders import check_fixed, check_kinds
 from avg_llava_jax.convert.tensors import read_json
 
 Folder = str | os.PathLike[str]
@@ -91,7 +91,7 @@ def read(path: pathlib.Path, values: dict[str, Any], kind: str, colours: dict[st
     """
     if kind not in TOWERS:
         raise ValueError(f"{path}: vision_config.model_type={kind!r} is not supported, only {', '.join(TOWERS)}")
-    check_counts(path, values, COUNTS)
+    check_kinds(path, values, COUNTS, numbers=("layer_norm_eps",))
     check_fixed(path, values, FIXED)
     tower = TOWERS[kind]
     values = tower.defaults | values

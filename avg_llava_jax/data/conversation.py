@@ -24,6 +24,12 @@ Templates: `vicuna_v1`, `llama_3` (alias `llava_llama_3`), `mistral_instruct`, C
 `qwen_1_5`, `llava_onevision`; see `CHATML`), `plain` (image and caption, for connector pre-training) and `tokenizer`
 (the tokenizer's own chat template). A system turn replaces that of ChatML and goes to the tokenizer's own template,
 if it has one; in the other templates its text stands before the first question.
+
+A prompt may begin with an answer, as where an assistant greets first, and its questions may be empty. Templates whose
+turns name their roles hold both as they come; vicuna_v1, llama_3 and mistral_instruct, where answers follow questions,
+have an empty question before the greeting, and so has a tokenizer's own template that refuses it otherwise:
+
+    mistral_instruct, "Hello!", "Who?"    <s> [INST]  [/INST] Hello! </s> [INST] Who? [/INST]
 """
 
 from __future__ import annotations
@@ -146,9 +152,13 @@ def encode_conversation(
     unknown template, and for a special token of the template that the tokenizer lacks.
     """
     turns = _checked(conversations, images, template)
+    if _greets(turns):
+        raise BadSample("not_human_first", "the first turn is an answer")
     for number, turn in enumerate(turns):
         if turn.role == "gpt" and not turn.texts[0].strip():
             raise BadSample("empty_answer", f"turn {number} is an answer without text")
+        if turn.human and not turn.images and not turn.texts[0].strip() and template != "plain":
+            raise BadSample("empty_question", f"turn {number} is a question without text")
     if turns[-1].human:
         raise BadSample("ends_on_human", "the last turn is a question without an answer")
     return _encode(_render(turns, tokenizer, template), tokenizer, bos=puts_bos(template))
@@ -157,8 +167,8 @@ def encode_conversation(
 def encode_prompt(turns: Sequence[Turn], tokenizer: Tokenizer, template: str = "vicuna_v1", images: int = 0) -> Tokens:
     """Encodes a prompt: a conversation that ends with a question, up to the start of its answer; no token has a label.
 
-    An earlier answer may be empty, as a model's own answer may be. Raises as `encode_conversation` otherwise, but
-    BadSample `ends_on_answer` in place of `ends_on_human`.
+    An earlier answer may be empty, as a model's own answer may be, a question too, and the first turn may be an answer.
+    Raises as `encode_conversation` otherwise, but BadSample `ends_on_answer` in place of `ends_on_human`.
     """
     checked = _checked(turns, images, template)
     if not checked[-1].human:
@@ -203,7 +213,7 @@ def _texts(value: Any) -> tuple[str, ...] | None:
 
 
 def _checked(conversations: Sequence[Turn], images: int, template: str) -> list[_Said]:
-    """Validated turns: human and gpt alternate after the system, no question is empty, each image has one place."""
+    """Validated turns: human and gpt alternate after the system, and each image has one place."""
     if not isinstance(conversations, Sequence) or isinstance(conversations, str) or not conversations:
         raise BadSample("no_turns", "`conversations` must be a list of turns that is not empty")
     turns: list[_Said] = []
@@ -216,8 +226,6 @@ def _checked(conversations: Sequence[Turn], images: int, template: str) -> list[
             _whole(text, f"turn {number}")
         if role not in ("human", "gpt") and (role, number) != ("system", 0):
             raise BadSample("unknown_role", f"turn {number} is from {role!r}; known are human, gpt, and system first")
-        if role == "gpt" and (not turns or turns[-1].role == "system"):
-            raise BadSample("not_human_first", "the first turn is an answer")
         said = _Said(role, texts)
         if number and role == turns[-1].role:
             raise BadSample("bad_order", f"turns {number - 1} and {number} are both from {role}")
@@ -226,9 +234,9 @@ def _checked(conversations: Sequence[Turn], images: int, template: str) -> list[
         if role == "gpt" and said.images:
             raise BadSample("image_in_answer", f"turn {number} is an answer with {PLACEHOLDER} in it")
         turns.append(said)
-    question = int(turns[0].role == "system")
-    if question == len(turns):
-        raise BadSample("no_turns", "the only turn is from the system")
+    question = next((number for number, turn in enumerate(turns) if turn.human), None)
+    if question is None:
+        raise BadSample("no_turns", "no turn is a question")
     found = sum(turn.images for turn in turns)
     if not found and images:
         first, *rest = turns[question].texts
@@ -238,15 +246,25 @@ def _checked(conversations: Sequence[Turn], images: int, template: str) -> list[
     for number, turn in enumerate(turns):
         if turn.images:
             turns[number] = turn.stripped()  # as the released code does where an image stands
-        elif turn.human and not turn.texts[0].strip() and template != "plain":
-            raise BadSample("empty_question", f"turn {number} is a question without text")
-    if template == "plain" and len(turns) > question + 2:
+    if template == "plain" and (_greets(turns) or len(turns) > question + 2):
         raise BadSample("not_plain", f"template plain takes one question and one answer, not {len(turns)} turns")
     return turns
 
 
+def _greets(turns: list[_Said]) -> bool:
+    """Whether an answer precedes all questions."""
+    return next(turn.role for turn in turns if turn.role != "system") == "gpt"
+
+
+def _question_first(turns: list[_Said]) -> list[_Said]:
+    """The turns with an empty question before an answer that precedes all questions."""
+    at = int(turns[0].role == "system")
+    return [*turns[:at], _Said("human", ("",)), *turns[at:]] if _greets(turns) else turns
+
+
 def _without_system(turns: list[_Said]) -> list[_Said]:
-    """The turns with the system's text, if any, before the first question."""
+    """The turns, a question first, with the system's text, if any, before it."""
+    turns = _question_first(turns)
     if turns[0].role != "system":
         return turns
     system, question, *others = turns
@@ -371,7 +389,9 @@ def _own_template(turns: list[_Said], tokenizer: Tokenizer) -> Iterable[_Piece]:
     if not tokenizer.takes_system:
         turns = _without_system(turns)
     mark = _unused("".join(text for turn in turns for text in turn.texts))
-    messages = [{"role": names[turn.role], "content": mark.join(turn.texts)} for turn in turns]
+
+    def messages_of(turns: list[_Said]) -> list[dict[str, str]]:
+        return [{"role": names[turn.role], "content": mark.join(turn.texts)} for turn in turns]
 
     def pieces(text: str, labelled: bool = False) -> list[_Piece]:
         found: list[_Piece] = []
@@ -379,8 +399,13 @@ def _own_template(turns: list[_Said], tokenizer: Tokenizer) -> Iterable[_Piece]:
             found += [_IMAGE] * bool(number) + _split_special(part, tokenizer)
         return [dataclasses.replace(piece, labelled=True) for piece in found] if labelled else found
 
-    ends_open = turns[-1].human
-    whole = tokenizer.apply_chat_template(messages, add_generation_prompt=ends_open)
+    ends_open, messages = turns[-1].human, messages_of(turns)
+    try:
+        whole = tokenizer.apply_chat_template(messages, add_generation_prompt=ends_open)
+    except ValueError:
+        if not _greets(turns):
+            raise
+        whole = tokenizer.apply_chat_template(messages_of(_question_first(turns)), add_generation_prompt=ends_open)
     at = 0
     for number, turn in enumerate(turns):
         if turn.role != "gpt" or ends_open:  # a prompt has no labels

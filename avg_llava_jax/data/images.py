@@ -244,7 +244,7 @@ class ImageStore:
             self.kind = "folder"
         elif not os.path.exists(self.path):
             raise FileNotFoundError(f"{self.path}: no such folder, zip or tar of images")
-        elif zipfile.is_zipfile(self.path):
+        elif zipfile.is_zipfile(self.path) or _begins(self.path, b"PK\3\4"):
             self.kind = "zip"
             try:
                 self._members, self._links = _zip_members(self.path)
@@ -271,7 +271,7 @@ class ImageStore:
             raise BadSample("missing_image", f"{name!r} is not the name of an image")
         if self.kind == "folder":
             return FileImage(os.path.join(self.path, name), max_pixels=self.max_pixels)
-        path = posixpath.normpath(name)
+        path = posixpath.normpath(_slashed(name) if self.kind == "zip" else name)
         member = self._members.get(_followed(path, self._members, self._links))
         if member is None:
             link = f": it is a link to {self._links[path]}" if path in self._links else ""
@@ -407,7 +407,7 @@ def _zip_members(path: str) -> tuple[dict[str, str], dict[str, str]]:
     members, links = {}, {}
     with zipfile.ZipFile(path) as archive:
         for info in archive.infolist():
-            name = posixpath.normpath(info.filename)
+            name = posixpath.normpath(_slashed(info.filename))
             if info.create_system == 3 and stat.S_ISLNK(
                 info.external_attr >> 16
             ):  # 3: Unix; the member's content is the link's target
@@ -416,6 +416,16 @@ def _zip_members(path: str) -> tuple[dict[str, str], dict[str, str]]:
             elif not info.is_dir():
                 members[name] = info.filename
     return members, links
+
+
+def _begins(path: str, content: bytes) -> bool:
+    with open(path, "rb") as file:
+        return file.read(len(content)) == content
+
+
+def _slashed(name: str) -> str:
+    """A path in a zip; some programs of Windows write their own separator."""
+    return name.replace("\\", "/")
 
 
 def _tar_members(path: str) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
@@ -434,7 +444,9 @@ def _tar_members(path: str) -> tuple[dict[str, tuple[int, int]], dict[str, str]]
                     links[name] = posixpath.normpath(info.linkname)
                 elif info.issym():
                     links[name] = _beside(name, info.linkname)
-    except tarfile.ReadError:
+    except tarfile.ReadError as error:
+        if members:
+            raise ValueError(f"{path}: it is damaged or cut ({error}): copy or pack it again") from None
         raise ValueError(
             f"{path}: neither a zip nor an uncompressed tar (a compressed tar cannot be read at random: unpack it)"
         ) from None

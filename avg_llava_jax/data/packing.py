@@ -21,6 +21,14 @@ so R = 7. Ids `7 8 IMAGE 9 5 2`, labels on `5 2`; an image with a mosaic of one 
 The newline is row 6 + 2*7 = 20. `target_at` is the packed position *before* a target: the output
 there predicts the target.
 
+Several samples may share a row, one after another, which leaves less padding than a row each: their texts, tile slots,
+images and answers stand one after another too, and the newline is common. A row of two samples, packed to 3 and 4:
+
+    length     3 4                                        segment 0 0 0 1 1 1 1   position 0 1 2 0 1 2 3
+
+A position attends to earlier ones of its own sample alone, and counts from its sample's start (`models.language`), so
+every number is that of the sample in a row of its own.
+
 Truncation, per granularity: a sequence ends at `config.language.max_length`; if that is inside an
 image's tokens, it ends before that image. The rest is dropped, so a sequence never holds part of an
 image. A coarser granularity may keep more of a sample.
@@ -30,6 +38,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 
@@ -82,9 +91,12 @@ def make_sample(id: str, tokens: Tokens, images: Sequence[ImageRef] = (), kind: 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """Static sizes of a batch: tile slots T, image slots I, text tokens L, answer tokens A.
+    """Static sizes of a batch: tile slots T, image slots I, text tokens L, answer tokens A of a row.
 
     fill: share of the largest visual length of T tiles that is reserved, in [0, 1].
+    samples: the most samples that share a row.
+    lengths: S at each granularity of the model, 0 = not used; () = as `fill` says.
+    longest: the same of the longest sample of a row.
     """
 
     tiles: int
@@ -92,10 +104,15 @@ class Shape:
     text: int
     answer: int
     fill: float
+    samples: int = 1
+    lengths: tuple[int, ...] = ()
+    longest: tuple[int, ...] = ()
 
     def length(self, config: ModelConfig, granularity: Granularity) -> int:
-        """S, the packed length at one granularity, at most `max_length`."""
-        return min(self.text + self.visual(config, granularity), config.language.max_length)
+        """S, the packed length at one granularity; of one sample at most `max_length`."""
+        if self.lengths:
+            return self.lengths[config.granularities.index(granularity)]
+        return min(self.text + self.visual(config, granularity), self.samples * config.language.max_length)
 
     def visual(self, config: ModelConfig, granularity: Granularity) -> int:
         """Packed positions reserved for visual tokens and newlines."""
@@ -107,8 +124,7 @@ def shape_of(sample: Sample, config: ModelConfig, granularities: Sequence[Granul
 
     The ladder: T in 1..6, 8, 12, 16, 24, ...; I and L powers of two (L from 16, at most
     `max_length`); A is L / 4 or L; fill in FILLS. With the default pinpoints, at most one image per
-    sample and texts up to 512 tokens, it has at most 6 L x 2 A x (1 + 3 T x 3 fills) = 120 shapes;
-    a data set uses a handful of them, and `merge` reduces their number further.
+    sample and texts up to 512 tokens, it has at most 6 L x 2 A x (1 + 3 T x 3 fills) = 120 shapes.
     """
     granularities = config.granularities if granularities is None else granularities
     limit = config.language.max_length
@@ -127,26 +143,43 @@ def shape_of(sample: Sample, config: ModelConfig, granularities: Sequence[Granul
     raise AssertionError("fill 1 holds every image")  # its bound counts every cell and newline
 
 
-def close_shape(sample: Sample, config: ModelConfig, granularities: Sequence[Granularity] | None = None) -> Shape:
-    """What a sample needs at all these granularities (default: all), rounded up a little.
+def row_shape(
+    row: Sequence[Sample],
+    config: ModelConfig,
+    granularities: Sequence[Granularity] | None = None,
+    close: bool = True,
+) -> Shape:
+    """What the samples of a row need at all these granularities (default: all), each size rounded up by itself.
 
-    There are many of these, for `pipeline.choose_shapes` to make few of; `shape_of` has few by itself, which are wider.
-    T and I as there; L (from 16) and A (from 4) by an eighth at most, as 17 -> 18, 100 -> 104, 200 -> 208; fill in
-    twentieths.
+    close: by a sixteenth (lengths) or an eighth (texts, answers, tiles) at most, as 17 -> 18, 100 -> 104, 200 -> 208.
+        There are many of these, for `pipeline.choose_shapes` to make few of. Otherwise to powers of two, tiles and
+        lengths in 1..6, 8, 12, 16, 24, ...: few by themselves, and wider.
     """
     granularities = config.granularities if granularities is None else granularities
-    layout, limit = _layout(sample), config.language.max_length
-    text = min(_eighth(max(16, min(len(layout.text), limit))), limit)
-    answer = min(_eighth(max(4, int(np.count_nonzero(layout.labels[:limit] != IGNORE)))), text)
-    tiles = _step(max(1, tiles_of(sample, config)))
-    shares = [math.ceil(20 * _visual(sample, config, g) / (tiles * _tile_bound(config, g))) for g in granularities]
-    return Shape(tiles, _power(max(1, len(sample.sizes))), text, answer, max(shares, default=0) / 20)
+    limit, layouts = config.language.max_length, [_layout(sample) for sample in row]
+    text = max(16, sum(min(len(layout.text), limit) for layout in layouts))
+    answer = max(4, sum(int(np.count_nonzero(layout.labels[:limit] != IGNORE)) for layout in layouts))
+    tiles = max(1, sum(tiles_of(sample, config) for sample in row))
+    images = _power(max(1, sum(len(sample.sizes) for sample in row)))
+    sizes = [[max(16, min(packed_length(sample, config, g), limit)) for sample in row] for g in granularities]
+    few, fine = (_part, functools.partial(_part, of=32)) if close else (_power, _step)
+    most = len(row) * limit
+    text, answer = min(few(text), most), min(few(answer), most)
+    total, one = (
+        {g: min(fine(take(own)), bound) for g, own in zip(granularities, sizes, strict=True)}
+        for take, bound in ((sum, most), (max, limit))
+    )
+    lengths, longest = (tuple(of.get(g, 0) for g in config.granularities) for of in (total, one))
+    tiles = few(tiles) if close else _step(tiles)
+    return Shape(tiles, images, text, answer, 0.0, _power(len(row)), lengths, longest)
 
 
 def merge(shapes: Iterable[Shape]) -> Shape:
-    """The smallest shape that is at least as large as each of `shapes`."""
-    rows = [dataclasses.astuple(shape) for shape in shapes]
-    return Shape(*(max(column) for column in zip(*rows, strict=True)))
+    """The smallest shape that is at least as large as each of `shapes`, which all have `lengths`, or none."""
+    rows = [(s.tiles, s.images, s.text, s.answer, s.fill, s.samples, *s.lengths, *s.longest) for s in shapes]
+    largest = tuple(map(max, zip(*rows, strict=True)))
+    half = (len(largest) - 6) // 2
+    return Shape(*largest[:6], largest[6 : 6 + half], largest[6 + half :])
 
 
 def packed_length(sample: Sample, config: ModelConfig, granularity: Granularity) -> int:
@@ -203,14 +236,16 @@ def collate(
     config: ModelConfig,
     granularities: Sequence[Granularity] | None = None,
     tiles: Sequence[np.ndarray] | None = None,
+    rows: Sequence[int] | None = None,
 ) -> dict[str, np.ndarray | dict[int, np.ndarray]]:
-    """Builds a batch of B samples with the static sizes of `shape`.
+    """Builds a batch of B rows with the static sizes of `shape`.
 
     granularities: those to build `index` for; default all of the model's.
     tiles: for each sample an array (t, ...) of its tiles; default `load_tiles`.
+    rows: the row of each sample, ascending from 0 without gaps; default a row each.
 
     pixels       uint8 (B,T,H,W,3)   zero where there is no tile
-    tile_image   int32 (B,T)         ordinal within the sample of the slot's image, -1 empty
+    tile_image   int32 (B,T)         ordinal within the row of the slot's image, -1 empty
     first_tile   int32 (B,I)         slot of tile 0 of each image, -1 no such image
     text         int32 (B,L)         token ids without placeholders, 0-padded
     instruction  bool  (B,L)         tokens the router may read: those without a label
@@ -223,12 +258,19 @@ def collate(
 
     weight       {g: float32 (B,S_g,4)}  their weights, 0 in the padding
 
+    Where K = `shape.samples` samples may share a row, length is (B,K), 0 = no such sample, and
+
+    reach         {g: bool (B,W)}    all False; its width is the longest sample's, how far back attention reaches
+    text_sample   int32 (B,L)        ordinal within the row of the sample of each token, -1 in the padding
+    image_sample  int32 (B,I)        and of each image, -1 no such image
+
     Raises ValueError where a sample does not fit the shape.
     """
     granularities = tuple(config.granularities if granularities is None else granularities)
     corners = (4,) if config.most_tiles else ()
     tiles = [load_tiles(sample, config) for sample in samples] if tiles is None else tiles
-    count, limit = len(samples), config.language.max_length
+    rows = range(len(samples)) if rows is None else rows
+    count, limit, many = rows[-1] + 1, config.language.max_length, shape.samples > 1
     batch = {
         "pixels": np.zeros((count, shape.tiles, *tiles[0].shape[1:]), tiles[0].dtype),
         "tile_image": np.full((count, shape.tiles), -1, np.int32),
@@ -236,36 +278,53 @@ def collate(
         "text": np.zeros((count, shape.text), np.int32),
         "instruction": np.zeros((count, shape.text), bool),
         "index": {g: np.zeros((count, shape.length(config, g), *corners), np.int32) for g in granularities},
-        "length": {g: np.zeros(count, np.int32) for g in granularities},
+        "length": {g: np.zeros((count, shape.samples) if many else count, np.int32) for g in granularities},
         "targets": np.zeros((count, shape.answer), np.int32),
         "target_at": {g: np.full((count, shape.answer), -1, np.int32) for g in granularities},
     }
     if config.most_tiles:
         batch["weight"] = {g: np.zeros(batch["index"][g].shape, np.float32) for g in granularities}
-    for b, sample in enumerate(samples):
-        layout = _layout(sample)
-        first = _first_slots(sample, shape, config)
-        counts = tile_counts(sample, config)
-        batch["pixels"][b, : len(tiles[b])] = tiles[b]
-        for image, (slot, count) in enumerate(zip(first, counts, strict=True)):
-            batch["first_tile"][b, image] = slot
-            batch["tile_image"][b, slot : slot + count] = image
-        text, labels = layout.text[:limit], layout.labels[:limit]
-        _fits(sample, "text tokens", len(text), shape.text)
-        batch["text"][b, : len(text)] = text
-        batch["instruction"][b, : len(text)] = labels == IGNORE
-        targets = labels[labels != IGNORE]
-        _fits(sample, "answer tokens", len(targets), shape.answer)
-        batch["targets"][b, : len(targets)] = targets
-        for g in granularities:
-            placed = _place(layout, sample.sizes, config, [g] * len(sample.sizes))
-            row = batch["index"][g][b]
-            _fits(sample, f"packed tokens at granularity {g}", placed.length, len(row))
-            _fill(row, placed, first, shape, config)
-            if config.most_tiles:
-                batch["weight"][g][b, : placed.length] = _weight(placed, sample.sizes, config, [g] * len(first))
-            batch["length"][g][b] = placed.length
-            batch["target_at"][g][b, : len(targets)] = _target_at(layout, placed)[: len(targets)]
+    if many:
+        reach = {g: shape.longest[config.granularities.index(g)] for g in granularities}
+        batch["reach"] = {g: np.zeros((count, size), bool) for g, size in reach.items()}
+        batch["text_sample"] = np.full((count, shape.text), -1, np.int32)
+        batch["image_sample"] = np.full((count, shape.images), -1, np.int32)
+    for b, members in itertools.groupby(zip(rows, samples, tiles, strict=True), key=lambda member: member[0]):
+        slot = image = token = answer = 0  # where the next sample of the row begins
+        at = dict.fromkeys(granularities, 0)
+        for k, (_, sample, own) in enumerate(members):
+            _fits(sample, "place among the samples of its row", k + 1, shape.samples)
+            layout, counts = _layout(sample), tile_counts(sample, config)
+            first = _first_slots(sample, shape, config, slot, image)
+            batch["pixels"][b, slot : slot + len(own)] = own
+            for start, tile_total in zip(first, counts, strict=True):
+                batch["first_tile"][b, image] = start
+                batch["tile_image"][b, start : start + tile_total] = image
+                if many:
+                    batch["image_sample"][b, image] = k
+                image += 1
+            text, labels = layout.text[:limit], layout.labels[:limit]
+            targets = labels[labels != IGNORE]
+            texts, answers = slice(token, token + len(text)), slice(answer, answer + len(targets))
+            _fits(sample, "text tokens", texts.stop, shape.text)
+            _fits(sample, "answer tokens", answers.stop, shape.answer)
+            batch["text"][b, texts] = text
+            batch["instruction"][b, texts] = labels == IGNORE
+            batch["targets"][b, answers] = targets
+            if many:
+                batch["text_sample"][b, texts] = k
+            for g in granularities:
+                placed = _place(layout, sample.sizes, config, [g] * len(sample.sizes))
+                _fits(sample, f"packed tokens at granularity {g}", at[g] + placed.length, batch["index"][g].shape[1])
+                places = slice(at[g], at[g] + placed.length)
+                _fill(batch["index"][g][b, places], placed, first, shape, config, token)
+                if config.most_tiles:
+                    batch["weight"][g][b, places] = _weight(placed, sample.sizes, config, [g] * len(first))
+                batch["length"][g][(b, k) if many else b] = placed.length
+                found = _target_at(layout, placed)[: len(targets)]
+                batch["target_at"][g][b, answers] = np.where(found < 0, -1, found + at[g])
+                at[g] += placed.length
+            slot, token, answer = slot + sum(counts), texts.stop, answers.stop
     return batch
 
 
@@ -372,20 +431,20 @@ def _place(
     return _Placed(text_at, image_at, visual, length)
 
 
-def _fill(row: np.ndarray, placed: _Placed, first: Sequence[int], shape: Shape, config: ModelConfig) -> None:
-    """Writes the index of one packed sequence into `row`, int32 (S,) or (S, 4)."""
+def _fill(
+    row: np.ndarray, placed: _Placed, first: Sequence[int], shape: Shape, config: ModelConfig, token: int = 0
+) -> None:
+    """Writes the index of one packed sequence into `row`, int32 (S,) or (S, 4); its text begins at text row `token`."""
     stride = config.pyramid_rows
     newline = shape.text + shape.tiles * stride
     kept = int(np.searchsorted(placed.text_at, placed.length))
-    row.T[..., placed.text_at[:kept]] = np.arange(kept)
+    row.T[..., placed.text_at[:kept]] = token + np.arange(kept)
     for start, visual, slot in zip(placed.image_at, placed.visual, first, strict=True):
         if start < placed.length:
             row[start : start + len(visual)] = np.where(visual < 0, newline, visual + (shape.text + slot * stride))
 
 
-def _weight(
-    placed: _Placed, sizes: Sequence[Size], config: ModelConfig, choice: Sequence[Granularity]
-) -> np.ndarray:
+def _weight(placed: _Placed, sizes: Sequence[Size], config: ModelConfig, choice: Sequence[Granularity]) -> np.ndarray:
     """Weights of the four rows of each packed position, float32 (length, 4): 1 0 0 0 for text."""
     weight = np.zeros((placed.length, 4), np.float32)
     weight[:, 0] = 1
@@ -403,10 +462,10 @@ def _target_at(layout: _Layout, placed: _Placed) -> np.ndarray:
     return np.where(at < placed.length, at - 1, -1)
 
 
-def _first_slots(sample: Sample, shape: Shape, config: ModelConfig) -> list[int]:
-    """First tile slot of each image; images occupy consecutive slots."""
-    _fits(sample, "images", len(sample.sizes), shape.images)
-    ends = np.cumsum([0, *tile_counts(sample, config)])
+def _first_slots(sample: Sample, shape: Shape, config: ModelConfig, slot: int = 0, image: int = 0) -> list[int]:
+    """First tile slot of each image; images occupy consecutive slots, from `slot`, after `image` others of the row."""
+    _fits(sample, "images", image + len(sample.sizes), shape.images)
+    ends = np.cumsum([slot, *tile_counts(sample, config)])
     _fits(sample, "tiles", int(ends[-1]), shape.tiles)
     return [int(end) for end in ends[:-1]]
 
@@ -433,9 +492,9 @@ def _power(count: int) -> int:
     return 1 << (count - 1).bit_length() if count > 1 else 1
 
 
-def _eighth(count: int) -> int:
-    """The next multiple of an eighth of the power of two below: 1..16, 18, 20, ..., 32, 36, ..., 64, 72, ..."""
-    unit = max(1, _power(count) // 16)
+def _part(count: int, of: int = 16) -> int:
+    """The next multiple of 1 / `of` of the next power of two: 1..16, 18, 20, ..., 32, 36, ..., 64, 72, ..."""
+    unit = max(1, _power(count) // of)
     return -(-count // unit) * unit
 
 

@@ -1,12 +1,13 @@
 """Batches by number: a batch depends only on (data, seed, number), not on the batches before it.
 
 Grain sets the order of the records: reshuffled each epoch, mixed by weight. Batches are planned one
-window at a time. The samples of a window are measured (text tokenized, image headers read), sorted
-by shape and split into batches, and the batches are shuffled. So the samples of a batch have similar
-sizes, and each record is used once per epoch. Each process then decodes the images of its own rows.
+window at a time. The samples of a window are measured (text tokenized, image headers read) and dealt
+out to rows, `pack` to a row on average (`share_rows`). The rows are sorted by shape and split into
+batches, and the batches are shuffled. So the rows of a batch have similar sizes, and each record is
+used once per epoch. Each process then decodes the images of its own rows.
 
     window w      records w*K*B .. (w+1)*K*B - 1, in Grain's order
-    batch b       the (b mod K)-th, in shuffled order, of window b // K
+    batch b       the (b mod K)-th, in shuffled order, of window b // K: B / pack rows
     a process     the rows of each batch that its devices hold
 
 The position of a pipeline is one number, the next batch, so a run can resume with another number of
@@ -34,7 +35,17 @@ from avg_llava_jax.data.conversation import Tokens
 from avg_llava_jax.data.errors import BadSample
 from avg_llava_jax.data.feedback import Stored, asked
 from avg_llava_jax.data.geometry import visual_count
-from avg_llava_jax.data.packing import Sample, Shape, close_shape, collate, collate_words, load_tiles, merge, shape_of
+from avg_llava_jax.data.packing import (
+    Sample,
+    Shape,
+    collate,
+    collate_words,
+    load_tiles,
+    merge,
+    packed_length,
+    row_shape,
+    tiles_of,
+)
 from avg_llava_jax.data.sources import Part, read_sample
 from avg_llava_jax.data.tokenizer import Tokenizer
 
@@ -66,11 +77,15 @@ class Member(NamedTuple):
     sample: Sample
 
 
+Row = list[Member]
+"""The samples of a row, which has at least one."""
+
+
 @dataclasses.dataclass(frozen=True)
 class _Window:
-    """Members of each batch of a window, in the order of the batches, and the records that were skipped."""
+    """Rows of each batch of a window, in the order of the batches, and the records that were skipped."""
 
-    batches: list[list[Member]]
+    batches: list[list[Row]]
     skipped: list[Skipped]
 
 
@@ -79,7 +94,8 @@ class PlannedBatches:
     """The batches of this process, by number; a random-access source for Grain.
 
     parts: the sources and their weights.
-    batch_size: B, over all processes.
+    batch_size: B, samples over all processes, a multiple of `pack`.
+    pack: how many samples share a row, on average; a batch has B / pack rows.
     shapes: largest number of batch shapes for the surveyed records; each is compiled once.
     words: adds `patch_words` for phase `grounding`.
     feedback: stored feedback by `asked`; adds `nll` float32 (rows, G) to the batch, NaN in an empty row, and, where
@@ -103,6 +119,7 @@ class PlannedBatches:
     kept: tuple[np.ndarray, ...] | None = None
     once: bool = False
     shapes_of: PlannedBatches | None = None
+    pack: int = 1
 
     def __len__(self) -> int:
         if self.once:
@@ -117,36 +134,46 @@ class PlannedBatches:
     def __getitem__(self, number: int) -> Batch:
         """Batch `number`: the arrays of `collate_rows` for this process's rows, and
 
-        records  the record of each row, `path#number`, "" for an empty row; ids may repeat or be missing
+        records  the record of each sample, `path#number`, "" for an empty row; ids may repeat or be missing
         skipped  list of Skipped: records that planning skipped, distributed evenly over the batches of a window and
-                 their rows, so that exactly one process reports each; and rows of this process that cannot be read
+                 their rows, so that exactly one process reports each; and samples of this process that cannot be read
         """
         window = self._window(number // WINDOW)
-        members = window.batches[number % WINDOW]
-        rows = range(self.batch_size) if self.rows is None else self.rows
+        rows = range(self._rows) if self.rows is None else self.rows
         left_out = window.skipped[number % WINDOW :: len(window.batches)]
-        skipped = [one for at, one in enumerate(left_out) if at % self.batch_size in rows]
-        shape = self.fit([member.sample for member in members] or [EMPTY])
+        skipped = [one for at, one in enumerate(left_out) if at % self._rows in rows]
+        shape = self.fit([[member.sample for member in row] for row in window.batches[number % WINDOW]] or [[EMPTY]])
 
-        records, samples, stored = [""] * len(rows), [EMPTY] * len(rows), [self._nothing] * len(rows)
-        tiles = [self._tiles(EMPTY, self._nothing)] * len(rows)
-        for row, (record, sample) in enumerate(self.rows_of(number)):
-            try:
-                found = self._nothing if self.feedback is None else self._stored(sample)
-                tiles[row] = self._tiles(sample, found)
-            except BadSample as bad:
-                skipped.append(Skipped(record, sample.id, bad.reason, bad.detail))
-                continue
-            records[row], samples[row], stored[row] = record, sample, found
+        records, samples, stored, tiles, place = [], [], [], [], []
+        found = self.rows_of(number)
+        for at, row in enumerate([*found, *[[Member("", EMPTY)]] * (len(rows) - len(found))]):
+            for record, sample in row:
+                try:
+                    kept = self._nothing if self.feedback is None or not record else self._stored(sample)
+                    pixels = self._tiles(sample, kept)
+                except BadSample as bad:  # its place stays, empty
+                    skipped.append(Skipped(record, sample.id, bad.reason, bad.detail))
+                    record, sample, kept, pixels = "", EMPTY, self._nothing, self._tiles(EMPTY, self._nothing)
+                for column, value in zip(
+                    (records, samples, stored, tiles, place), (record, sample, kept, pixels, at), strict=True
+                ):
+                    column.append(value)
         stored = None if self.feedback is None else stored
-        batch = collate_rows(samples, tiles, shape, self.config, self.granularities, words=self.words, stored=stored)
+        batch = collate_rows(
+            samples, tiles, shape, self.config, self.granularities, words=self.words, stored=stored, rows=place
+        )
         return {**batch, "records": records, "skipped": skipped}
 
-    def rows_of(self, number: int) -> list[Member]:
-        """Members of this process's rows of batch `number`, without trailing empty rows; decodes nothing."""
-        members = self._window(number // WINDOW).batches[number % WINDOW]
-        rows = range(self.batch_size) if self.rows is None else self.rows
-        return [members[at] for at in rows if at < len(members)]
+    @property
+    def _rows(self) -> int:
+        """Rows of a batch, over all processes."""
+        return self.batch_size // self.pack
+
+    def rows_of(self, number: int) -> list[Row]:
+        """This process's rows of batch `number`, without trailing empty rows; decodes nothing."""
+        planned = self._window(number // WINDOW).batches[number % WINDOW]
+        rows = range(self._rows) if self.rows is None else self.rows
+        return [planned[at] for at in rows if at < len(planned)]
 
     def first(self, count: int) -> Iterator[Member]:
         """The usable ones of the first `count` records, in Grain's order."""
@@ -189,22 +216,34 @@ class PlannedBatches:
         """The ladder, and a wide shape for a batch that does not fit it."""
         if self.shapes_of is not None:
             return self.shapes_of._survey
-        samples = [member.sample for member in self.first(SURVEY)] or [EMPTY]
-        found = collections.Counter(close_shape(sample, self.config, self.granularities) for sample in samples)
-        wide = merge(shape_of(sample, self.config, self.granularities) for sample in samples)
+        rows = self._share(list(self.first(SURVEY)), -(-SURVEY // self.pack)) or [[Member("", EMPTY)]]
+        rows = [[member.sample for member in row] for row in rows]
+        found = collections.Counter(row_shape(row, self.config, self.granularities) for row in rows)
+        wide = merge(row_shape(row, self.config, self.granularities, close=False) for row in rows)
         return choose_shapes(found, self.shapes, self.config, self.granularities), wide
 
-    def fit(self, samples: Sequence[Sample]) -> Shape:
-        """The cheapest shape of the ladder that holds these samples; where none does, a wide shape.
+    def fit(self, rows: Sequence[Sequence[Sample]]) -> Shape:
+        """The cheapest shape of the ladder that holds these rows; where none does, a wide shape.
 
         Few of the records that the survey did not see are larger than all that it saw, and those share one more shape.
         """
-        close = merge(close_shape(sample, self.config, self.granularities) for sample in samples)
+        close = merge(row_shape(row, self.config, self.granularities) for row in rows)
         ladder, wide = self._survey
         for rung in ladder:
             if merge([rung, close]) == rung:
                 return rung
-        return merge([wide, *(shape_of(sample, self.config, self.granularities) for sample in samples)])
+        return merge([wide, *(row_shape(row, self.config, self.granularities, close=False) for row in rows)])
+
+    def _share(self, members: Sequence[Member], most: int) -> list[Row]:
+        """At most `most` rows of these samples, none of them empty."""
+        if self.pack == 1:
+            return [[member] for member in members]
+        finest = self.granularities[-1]
+        loads = [
+            (tiles_of(sample, self.config), packed_length(sample, self.config, finest), len(sample.tokens.ids))
+            for _, sample in members
+        ]
+        return [[members[at] for at in row] for row in share_rows(np.array(loads), min(most, len(members)))]
 
     @functools.cached_property
     def _order(self) -> grain.MapDataset:
@@ -247,14 +286,32 @@ class PlannedBatches:
         count = min(WINDOW, len(self) - window * WINDOW)
         start, end = (number * WINDOW * self.batch_size for number in (window, window + 1))
         read = [self._read(at) for at in range(start, min(end, sum(self.sizes)) if self.once else end)]
-        members = [one for one in read if isinstance(one, Member)]
-        # A stable sort: samples of the same shape stay in Grain's order.
-        members.sort(key=lambda member: _cost(self.fit([member.sample]), self.config, self.granularities))
+        rows = self._share([one for one in read if isinstance(one, Member)], count * self._rows)
+        # A stable sort: rows of the same shape stay in their order, without packing Grain's.
+        rows.sort(key=lambda row: _cost(self.fit([[sample for _, sample in row]]), self.config, self.granularities))
         # Skipped records shorten every batch a little, instead of emptying one.
-        ends = [len(members) * number // count for number in range(count + 1)]
-        batches = [members[start:end] for start, end in itertools.pairwise(ends)]
+        ends = [len(rows) * number // count for number in range(count + 1)]
+        batches = [rows[start:end] for start, end in itertools.pairwise(ends)]
         random.Random(f"{self.seed}/{window}").shuffle(batches)
         return _Window(batches, [one for one in read if isinstance(one, Skipped)])
+
+
+def share_rows(loads: np.ndarray, count: int) -> list[list[int]]:
+    """Deals samples out to `count` rows of about equal loads: the numbers of each row's samples, ascending.
+
+    loads: (samples, kinds), not negative; tiles, packed length and text, for example, each relative to its mean. The
+    largest samples come first, and each goes where it adds least to the sum over rows and kinds of load ** 4, which the
+    fullest rows dominate. Every row gets a sample where there are as many. With one kind:
+
+        loads 5 4 3 3 1, count 2  ->  [0, 3], [1, 2, 4]
+    """
+    loads = loads / np.maximum(loads.sum(axis=0), 1) * count
+    full, rows = np.zeros((count, loads.shape[1])), [[] for _ in range(count)]
+    for sample in np.argsort(-loads.sum(axis=1), kind="stable").tolist():
+        row = int(np.argmin(((full + loads[sample]) ** 4 - full**4).sum(axis=1)))
+        full[row] += loads[sample]
+        rows[row].append(sample)
+    return [sorted(row) for row in rows]
 
 
 def hold_out(count: int, share: float) -> tuple[np.ndarray, np.ndarray]:
@@ -290,23 +347,33 @@ def collate_rows(
     *,
     words: bool = False,
     stored: Sequence[Stored] | None = None,
+    rows: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """The arrays of a training batch: those of `packing.collate`, and
 
     visual       int32 (rows, I, G)         visual tokens of each image at each of `granularities`, 0 = no such image
-    patch_words  int32 (rows, T, P, WORDS)  if `words`
-    nll          float32 (rows, G)          if feedback is `stored`, NaN = none
+    patch_words  int32 (rows, T, P, WORDS)  if `words`, of samples with a row each
+    nll          float32 (rows, G)          if feedback is `stored`, NaN = none; (rows, K, G) where samples share a row
     features     (rows, T, P, D)            in place of `pixels`, if features are stored: `tiles` holds them
     """
-    batch = collate(samples, shape, config, granularities, tiles)
-    batch["visual"] = np.zeros((len(samples), shape.images, len(granularities)), np.int32)
-    for row, sample in enumerate(samples):
-        for image, size in enumerate(sample.sizes):
-            batch["visual"][row, image] = [visual_count(size, config.of(len(sample.sizes)), g) for g in granularities]
+    rows = range(len(samples)) if rows is None else rows
+    batch = collate(samples, shape, config, granularities, tiles, rows)
+    count = len(batch["text"])
+    batch["visual"] = np.zeros((count, shape.images, len(granularities)), np.int32)
+    nll = np.full((count, shape.samples, len(config.granularities)), np.nan, np.float32)
+    for row, members in itertools.groupby(range(len(samples)), key=lambda at: rows[at]):
+        image = 0
+        for place, at in enumerate(members):
+            sizes = samples[at].sizes
+            for size in sizes:
+                batch["visual"][row, image] = [visual_count(size, config.of(len(sizes)), g) for g in granularities]
+                image += 1
+            if stored is not None:
+                nll[row, place] = stored[at].nll
     if words:
         batch["patch_words"] = collate_words(samples, shape.tiles, config)
     if stored is not None:
-        batch["nll"] = np.stack([one.nll for one in stored])
+        batch["nll"] = nll if shape.samples > 1 else nll[:, 0]
         if stored[0].features is not None:
             batch["features"] = batch.pop("pixels")
     return batch

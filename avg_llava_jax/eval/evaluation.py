@@ -12,6 +12,7 @@ again. Another router over the same model needs only `routing`.
 from __future__ import annotations
 
 import collections
+import concurrent.futures
 import contextlib
 import dataclasses
 import json
@@ -44,6 +45,8 @@ from avg_llava_jax.inference.model import Model, length_at, softmax, visual_toke
 from avg_llava_jax.inference.requests import Prepared, Request
 from avg_llava_jax.inference.tickets import Ticket
 
+READ_AHEAD = 32
+"""Questions whose images are read before the engine has room for them."""
 DIGITS = 7
 """Decimals of a certainty in a record."""
 DERIVED = ("report.json", "tradeoff.json", "skipped.jsonl", "plots")
@@ -171,26 +174,55 @@ def _answer(model: Model, log: Log, max_new_tokens: int, slots: int) -> None:
         queue=AHEAD * slots + len(config.granularities),
         prompts=[length_at(config, s, (g,) * len(s.sizes)) for s in samples for g in config.granularities],
     )
-    waiting, running = deque(_in_order(config, log.todo)), list[_Asked]()
-    images: Images = []
-    before: Question | None = None
-    while waiting or running:
+    reading, running = _read_ahead(config, log, _in_order(config, log.todo)), list[_Asked]()
+    more = True
+    while more or running:
         # Enough to keep slots and micro-batches full, few enough that no image is evicted and encoded again.
-        while waiting and sum(each.requests for each in running) < AHEAD * slots:
-            question = waiting.popleft()
-            try:
-                check_fits(config, question.sample)
-                made_by = log.made_by(question)
-                if before is None or before.sample.images != question.sample.images:
-                    images, before = read_images(config, question.sample), question
-            except BadSample as error:
-                log.skip(question, error)
-                continue
-            running.append(_Asked(engine, question, request, images, made_by))
+        while more and sum(each.requests for each in running) < AHEAD * slots:
+            question, images, made_by = next(reading, (None, [], {}))
+            if question is None:
+                more = False
+            elif isinstance(made_by, BadSample):
+                log.skip(question, made_by)
+            else:
+                running.append(_Asked(engine, question, request, images, made_by))
         engine.step()
         for each in [each for each in running if each.answered()]:
             running.remove(each)
             log.add(each.record())
+
+
+def _read_ahead(
+    config: ModelConfig, log: Log, questions: Sequence[Question]
+) -> Iterator[tuple[Question, Images, MadeBy | BadSample]]:
+    """Each question with its images and its `made_by`, or with what is wrong; a thread reads `READ_AHEAD` ahead.
+
+    A question about the same images as the one before shares their tiles.
+    """
+    before: Question | None = None
+    images: Images = []
+
+    def read(question: Question) -> tuple[Question, Images, MadeBy | BadSample]:
+        nonlocal before, images
+        try:
+            check_fits(config, question.sample)
+            made_by = log.made_by(question)
+            if before is None or before.sample.images != question.sample.images:
+                images, before = read_images(config, question.sample), question
+            return question, images, made_by
+        except BadSample as error:
+            return question, [], error
+
+    pool, ahead = concurrent.futures.ThreadPoolExecutor(1, "images"), deque[concurrent.futures.Future]()
+    try:
+        for question in questions:
+            ahead.append(pool.submit(read, question))
+            if len(ahead) > READ_AHEAD:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _in_order(config: ModelConfig, questions: Sequence[Question]) -> list[Question]:

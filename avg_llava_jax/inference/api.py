@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import pathlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -25,14 +25,15 @@ from avg_llava_jax.convert.quantize import quantized
 from avg_llava_jax.data.conversation import PLACEHOLDER, Turn
 from avg_llava_jax.data.packing import tiles_of
 from avg_llava_jax.data.tokenizer import Tokenizer, load_tokenizer
-from avg_llava_jax.inference import calibration
+from avg_llava_jax.inference import calibration, stacked
 from avg_llava_jax.inference.buckets import STEPS, bucket
 from avg_llava_jax.inference.device import page_bytes
 from avg_llava_jax.inference.engine import Engine
-from avg_llava_jax.inference.model import Model
+from avg_llava_jax.inference.model import Model, unstacked
 from avg_llava_jax.inference.requests import Answer, ImageLike, Prepared, Request
+from avg_llava_jax.inference.stacked import Stack
 from avg_llava_jax.inference.tickets import Ticket
-from avg_llava_jax.models import language, one_cpu
+from avg_llava_jax.models import one_cpu
 from avg_llava_jax.models.avg_llava import Params
 
 
@@ -80,24 +81,28 @@ class AvgLlava(Model):
         mesh: Mesh | None = None,
         dtype: Any = None,
         quantize: Literal["int8"] | None = None,
+        adapters: Mapping[str, str | os.PathLike[str]] | None = None,
     ) -> AvgLlava:
         """Load a checkpoint folder of this project, or one in the released layout; see `checkpoint.load`.
 
         vision_tower: the CLIP folder that a released config names.
         mesh: shards the parameters over devices. dtype: converts them; compute runs in it.
         quantize: "int8" stores the language model's weights as int8, see `convert.quantize`.
+        adapters: folders of adapters on this base by the names that `Request.adapter` gives, see `checkpoint.load_own`.
 
         Raises:
-          ValueError: `quantize` is unknown, or the checkpoint cannot be read; the message names the file.
+          ValueError: `quantize` is unknown, or a folder cannot be read; the message names the file.
         """
         if quantize not in (None, "int8"):
             raise ValueError(f"quantize={quantize!r}: choose int8 or None")
         loaded = checkpoint.load(path, vision_tower, mesh, dtype)
+        own = [checkpoint.load_own(each, path, loaded, vision_tower, mesh) for each in (adapters or {}).values()]
         params = quantized(loaded.params) if quantize else loaded.params
+        leaves = stacked.stack(params, own) if own else None
         if not one_cpu.here():  # there the engine's layers share the memory of the stacked ones
-            layers = language.unstack(params["language"]["layers"], free=True)
-            params = params | {"language": params["language"] | {"layers": layers}}
+            params, leaves = unstacked(params, free=True), leaves and unstacked(leaves, free=True)
         model = cls(loaded.config, params, load_tokenizer(loaded.tokenizer_folder), loaded.meta["step"])
+        model.adapters = Stack(tuple(adapters or ()), leaves)
         try:
             model.calibration = calibration.read(pathlib.Path(path), model.step, quantize)
         except ValueError as error:  # raised where a request needs it

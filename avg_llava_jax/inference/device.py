@@ -25,7 +25,7 @@ class Part(NamedTuple):
     """A chunk of one prompt to prefill: ids, places int32 (n,), for positions start .. start + n - 1 of a slot.
 
     weights: None, or float32 (n, 4) with places (n, 4), see `programs.Chunk`.
-    then: what its first token depends on; None where more of the prompt follows.
+    then: what its first token depends on; None where more of the prompt follows. adapter: its number, see `stacked`.
     """
 
     slot: int
@@ -34,6 +34,7 @@ class Part(NamedTuple):
     places: np.ndarray
     weights: np.ndarray | None
     then: Next | None
+    adapter: int = 0
 
 
 class Answering(NamedTuple):
@@ -42,6 +43,7 @@ class Answering(NamedTuple):
     slot: int
     cached: int
     then: Next
+    adapter: int = 0
 
 
 class Prefilled(NamedTuple):
@@ -74,6 +76,7 @@ class Device:
     def __init__(self, model: Model, buckets: Buckets):
         self.model, self.buckets = model, buckets
         self._model = model.config, model.unstacked
+        self._several = bool(model.adapters.names)
         self._stops = np.array(model.stop_ids, np.int32)
         sizes = {*buckets.prompts, *buckets.rows}
         self._neutral: dict[int, Shaping] = {size: jax.device_put(self._shaping(size)) for size in sizes}
@@ -108,17 +111,21 @@ class Device:
     def _warm_first(self, prompts: int, chunk: int) -> None:
         self._first(self.prefill([], prompts, chunk, 0, 1).logits, [], [])
 
-    def encode(self, tiles: Sequence[np.ndarray], pages: Sequence[int]) -> None:
-        """Encode tiles uint8 (H, W, 3) into pages; there are at most `buckets.tiles[-1]` tiles."""
+    def encode(self, tiles: Sequence[np.ndarray], pages: Sequence[int], adapter: int = 0) -> None:
+        """Encode tiles uint8 (H, W, 3) into pages; there are at most `buckets.tiles[-1]` tiles, all of one adapter."""
         count = bucket(self.buckets.tiles, len(tiles))
         pixels = np.zeros((count, *tiles[0].shape), np.uint8)
         pixels[: len(tiles)] = tiles
         at = np.full(count, self.buckets.pages, np.int32)
         at[: len(pages)] = pages
-        self._pool = programs.encode(*self._model, self._pool, pixels, at)
+        self._pool = programs.encode(*self._model, self._pool, pixels, at, self._number(adapter))
 
-    def route(self, pages: Sequence[Sequence[int]], texts: Sequence[np.ndarray]) -> Routing:
-        """Score images, one per row: the pages of its tiles and the text ids (n,) of its prompt.
+    def _number(self, adapter: int | np.ndarray) -> np.ndarray | None:
+        """What programs take as `adapter`."""
+        return np.asarray(adapter, np.int32) if self._several else None
+
+    def route(self, pages: Sequence[Sequence[int]], texts: Sequence[np.ndarray], adapter: int = 0) -> Routing:
+        """Score images, one per row: the pages of its tiles and the text ids (n,) of its prompt; all of one adapter.
 
         Rows after the last image hold garbage.
         """
@@ -128,7 +135,7 @@ class Device:
         lengths = np.zeros(count, np.int32)
         for row, (own, ids) in enumerate(zip(pages, texts, strict=True)):
             at[row, : len(own)], text[row, : len(ids)], lengths[row] = own, ids, len(ids)
-        return programs.route(*self._model, self._pool, at, text, lengths)
+        return programs.route(*self._model, self._pool, at, text, lengths, self._number(adapter))
 
     def prefill(self, parts: Sequence[Part], prompts: int, chunk: int, window: int, ends: int) -> Prefilled:
         """Prefill chunks of prompts.
@@ -140,17 +147,19 @@ class Device:
         by_slot = self.buckets.lanes > 1
         rows = [part.slot for part in parts] if by_slot else list(range(len(parts)))
         slot, start = np.full(prompts, self.buckets.slots, np.int32), np.full(prompts, self.buckets.capacity, np.int32)
-        length = np.zeros(prompts, np.int32)
+        length, adapter = np.zeros((2, prompts), np.int32)
         corners = (4,) if self.model.config.most_tiles else ()
         ids = np.zeros((prompts, chunk), np.int32)
         places = np.full((prompts, chunk, *corners), programs.TEXT, np.int32)
         weights = np.zeros(places.shape, np.float32) if corners else None
         for row, part in zip(rows, parts, strict=True):
-            slot[row], start[row], length[row] = part.slot, part.start, len(part.ids)
+            slot[row], start[row], length[row], adapter[row] = part.slot, part.start, len(part.ids), part.adapter
             ids[row, : len(part.ids)], places[row, : len(part.ids)] = part.ids, part.places
             if weights is not None:
                 weights[row, : len(part.ids)] = part.weights
-        arrays = programs.Chunk(None if by_slot else slot, start, length, ids, places, weights)
+        arrays = programs.Chunk(
+            None if by_slot else slot, start, length, ids, places, weights, self._number(adapter)
+        )
         self._cache, *found = programs.prefill(*self._model, self._cache, self._pool, arrays, window, ends)
         at, ended = [row for row, part in zip(rows, parts, strict=True) if part.then], [p.then for p in parts if p.then]
         if all(answer.greedy for answer in ended):
@@ -169,14 +178,20 @@ class Device:
         """At most `steps` tokens of each answer, their log-probabilities and their scores, by the program of the first
         `rows` slots."""
         at, then = [answer.slot for answer in answers], [answer.then for answer in answers]
-        state = np.zeros((3, rows), np.int32)
+        *state, adapter = columns = np.zeros((4, rows), np.int32)
         for answer in answers:
-            state[:, answer.slot] = answer.then.tokens[-1], answer.cached, len(answer.then.tokens)
+            columns[:, answer.slot] = answer.then.tokens[-1], answer.cached, len(answer.then.tokens), answer.adapter
         sampling = self._sampling(rows, at, then)
         greedy = self.buckets.greedy and all(answer.greedy for answer in then)
         sizes = STEPS, window, greedy
         self._cache, tokens, chances, made, scores = programs.decode(
-            *self._model, self._cache, programs.Rows(*state), sampling, self._stops, np.int32(steps), *sizes
+            *self._model,
+            self._cache,
+            programs.Rows(*state, self._number(adapter)),
+            sampling,
+            self._stops,
+            np.int32(steps),
+            *sizes,
         )
         tokens, chances, made = jax.device_get((tokens, chances, made))
         found, likely = ([part[row, : made[row]].tolist() for row in at] for part in (tokens, chances))

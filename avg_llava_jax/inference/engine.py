@@ -247,22 +247,24 @@ class Engine:
     def _encode(self) -> bool:
         """Encode a micro-batch of tiles, route one of images, and pack prompts, ahead of free slots.
 
+        The tiles of a micro-batch, and its images, are of one adapter.
         Scores are fetched a round later: the device routes while the host prepares prefills, or beside them.
 
         Returns whether there was a micro-batch to run.
         """
         while self._waiting and len(self._encoding) + len(self._routed) < AHEAD * self.buckets.slots:
             job = self._waiting[0]
-            job.pages = self._images.take(job.images)
+            job.pages = self._images.take(job.images, job.prepared.adapter)
             if job.pages is None:
                 break  # until earlier requests have been prefilled, and free their pages
             job.reached("taken")
             self._encoding.append(self._waiting.pop(0))
         self._fetch_scores()
-        missing, most = self._images.missing(self.buckets.tiles[-1]), self.buckets.tiles[-1]
+        most = self.buckets.tiles[-1]
+        adapter, missing = self._images.missing(most)
         encode = bool(missing) and (self._eager or len(missing) == most)
         if encode:
-            self._device.encode(list(missing.values()), list(missing))
+            self._device.encode(list(missing.values()), list(missing), adapter)
             self._images.encoded(missing)
         ready = [job for job in self._encoding if self._images.ready(job.digests)]
         price = self._cost_weight()
@@ -270,10 +272,13 @@ class Engine:
             for job in ready:
                 job.spare(self.config)
         unrouted = [(job, at) for job in ready for at in range(len(job.scores), len(job.scores) + job.unrouted)]
+        adapter = unrouted[0][0].prepared.adapter if unrouted else 0
+        unrouted = [each for each in unrouted if each[0].prepared.adapter == adapter]
         batch = unrouted[: self.buckets.images[-1]]
         route = bool(batch) and (self._eager or len(batch) == self.buckets.images[-1])
         if route:
-            routing = self._device.route([job.pages[at] for job, at in batch], [job.text for job, _ in batch])
+            pages, texts = [job.pages[at] for job, at in batch], [job.text for job, _ in batch]
+            routing = self._device.route(pages, texts, adapter)
             self._routing = [job for job, _ in batch], routing.logits
         for job in ready:
             if not job.unrouted:
@@ -361,7 +366,8 @@ class Engine:
                 then = job.next() if start + length == len(job.keys) else None
                 now = slice(start, start + length)
                 weights = None if job.weights is None else job.weights[now]
-                parts.append(Part(job.slot, start, job.ids[now], job.places[now], weights, then))
+                adapter = job.prepared.adapter
+                parts.append(Part(job.slot, start, job.ids[now], job.places[now], weights, then, adapter))
             after = self._device.prefill(parts, prefill.prompts, prefill.chunk, prefill.window, prefill.ends)
             self._scheduler.prefilled(prefill)
             calls.append((prefill, parts, after))
@@ -397,7 +403,7 @@ class Engine:
         decode = self._scheduler.next_decode()
         if decode is None:
             return
-        answers = [Answering(job.slot, job.cached, job.next()) for job in decode.works]
+        answers = [Answering(job.slot, job.cached, job.next(), job.prepared.adapter) for job in decode.works]
         made, chances, scores = self._device.decode(answers, decode.rows, decode.window, decode.steps)
         for job, tokens, likely, of_tokens in zip(decode.works, made, chances, scores, strict=True):
             self._scheduler.decoded(job, tokens)
@@ -450,6 +456,7 @@ class Engine:
             job.timings(),
             job.token_scores,
             job.price,
+            job.matcher is not None and job.matcher.closed,
         )
         self._counters.add(
             ttft_seconds=job.times["first"] - job.times["submitted"],

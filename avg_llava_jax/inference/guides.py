@@ -6,6 +6,11 @@ llguidance reads them. Before each token it marks those with which the answer ca
     Guide.choice(["yes", "no"])    before the first token    may come: y, n, ye, yes, no and these after a space
                                    after "ye"                may come: s
                                    after "yes"               the answer is complete
+
+JSON is closed before its tokens run out, since JSON that is cut is none. Where little more is left than its shortest
+end takes, those tokens alone may come:
+
+    Guide.json(), 6 tokens left    {"a": [1, "b    ends by    "] }
 """
 
 from __future__ import annotations
@@ -13,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +30,10 @@ from avg_llava_jax.data.tokenizer import Tokenizer
 COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """JSON with one space after `:` and `,`: small models repeat white space for ever where they may."""
 
+SPARE = 16
+"""Tokens by which JSON is closed early, or an eighth of the answer's limit if that is less: one token of the model may
+lengthen the shortest end by several, as a key does."""
+
 MESSAGE = 300  # characters of llguidance's messages, which quote the grammar
 
 
@@ -31,7 +41,7 @@ MESSAGE = 300  # characters of llguidance's messages, which quote the grammar
 class Guide:
     """What an answer must be. Made by the methods below; needs the extra `serve`.
 
-    grammar_text: the grammar, in llguidance's JSON.
+    grammar_text: the grammar, in llguidance's JSON. closes: whether an answer is closed before its tokens run out.
 
     Raises:
       ValueError: it cannot be followed; says why in one line.
@@ -39,6 +49,7 @@ class Guide:
     """
 
     grammar_text: str
+    closes: bool = False
 
     def __post_init__(self) -> None:
         with extras.required("serve", "a guide"):
@@ -79,16 +90,16 @@ class Guide:
         schema = {"type": "object"} if schema is None else schema
         if not isinstance(schema, dict):
             raise ValueError("a JSON schema must be an object")
-        return cls._of({"json_schema": strict(schema)})
+        return cls._of({"json_schema": strict(schema)}, closes=True)
 
     @classmethod
     def _lark(cls, text: str) -> Guide:
         return cls._of({"lark_grammar": text})
 
     @classmethod
-    def _of(cls, answer: dict[str, Any]) -> Guide:
+    def _of(cls, answer: dict[str, Any], closes: bool = False) -> Guide:
         start = {"lark_grammar": 'start: " "? @answer'}
-        return cls(json.dumps({"grammars": [start, answer | {"name": "answer"}]}))
+        return cls(json.dumps({"grammars": [start, answer | {"name": "answer"}]}), closes)
 
 
 def strict(schema: dict[str, Any]) -> dict[str, Any]:
@@ -128,14 +139,43 @@ class Matcher:
 
         self._matcher = LLMatcher(_vocabulary_of(tokenizer, stop_ids), guide.grammar_text, log_level=0)
         self._read, self._words = 0, -(-vocabulary // 32)
+        self._closes, self._tokenizer = guide.closes, tokenizer
+        self.closed = False  # whether the answer was closed before its tokens ran out
+        self._look = math.inf  # the number of tokens left at which to look for the shortest end again
         self._check()
 
-    def allowed(self) -> np.ndarray:
-        """The tokens that may come next, uint32 (ceil(V / 32),), see `programs.Shaping`."""
+    def allowed(self, left: int, most: int) -> np.ndarray:
+        """The tokens that may come next, uint32 (ceil(V / 32),), see `programs.Shaping`.
+
+        left: tokens that may still come, of the most that the answer may have.
+        """
         mask = np.zeros(self._words, np.uint32)
         found = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)
         mask[: len(found)] = found[: len(mask)]
+        if self._closes and left <= self._look and not self.complete:
+            end, spare = self._end(left), min(SPARE, most // 8)
+            slack = left // 2 if end is None else left - len(end) - spare
+            self._look = left - slack // 3  # a token may lengthen the end by two more
+            if end and slack <= 0:
+                self.closed, mask[:] = True, 0
+                mask[end[0] // 32] = 1 << end[0] % 32
         return mask
+
+    def _end(self, most: int) -> list[int] | None:
+        """Tokens with which JSON ends soon, [] if it may end here; None where they are over `most`."""
+        matcher, end, token_of = self._matcher.deep_copy(), [], _closers(self._tokenizer)
+        while not matcher.is_accepting():
+            tokens = matcher.compute_ff_tokens()
+            if not tokens:
+                bits = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little")
+                known = [each for each, token in token_of.items() if bits[token]]
+                if "~" in known:  # which JSON has in texts alone
+                    known = [each for each in known if each == '"']
+                tokens = [token_of[known[0]] if known else int(bits.argmax())]
+            if len(end) + len(tokens) > most or not matcher.consume_tokens(tokens):
+                return None
+            end += tokens
+        return end
 
     def read(self, tokens: Sequence[int]) -> None:
         """Follow an answer to its newest token. Raises ValueError where that takes more than llguidance's limits."""
@@ -172,6 +212,13 @@ def _vocabulary_of(tokenizer: Tokenizer, stop_ids: tuple[int, ...]) -> Any:
     from llguidance import LLTokenizer, TokenizerWrapper
 
     return LLTokenizer(TokenizerWrapper(_Vocabulary(tokenizer)), eos_token=list(stop_ids))
+
+
+@functools.cache
+def _closers(tokenizer: Tokenizer) -> dict[str, int]:
+    """The token of each character that ends something in JSON, and of `~`."""
+    found = {tokenizer.bytes_of(token): token for token in reversed(range(tokenizer.vocab_size))}
+    return {each: found[each.encode()] for each in '}]"0~' if each.encode() in found}
 
 
 def _one_line(message: str) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
@@ -17,10 +18,14 @@ Digest = bytes
 
 @dataclasses.dataclass
 class Stored:
-    """An image's pages. users: requests that need them; missing: tiles uint8 (H, W, 3) to encode yet, by page."""
+    """An image's pages. users: requests that need them; missing: tiles uint8 (H, W, 3) to encode yet, by page.
+
+    adapter: the number of the adapter that encodes it, see `stacked`.
+    """
 
     pages: list[int]
     missing: dict[int, np.ndarray]
+    adapter: int
     users: int = 0
 
 
@@ -40,10 +45,11 @@ class ImagePages:
         self._free = list(range(self.count))[::-1]
         self._stored: OrderedDict[Digest, Stored] = OrderedDict()  # least recently used first
 
-    def take(self, images: Sequence[tuple[Digest, np.ndarray]]) -> list[list[int]] | None:
+    def take(self, images: Sequence[tuple[Digest, np.ndarray]], adapter: int = 0) -> list[list[int]] | None:
         """Take pages for each image, kept until `leave`; None, and nothing taken, where too few can be freed.
 
         images: digests and tiles uint8 (t, H, W, 3); tiles of new images are `missing` until they are encoded.
+        adapter: its number; the digest of an image is another for each.
         """
         new = {digest: tiles for digest, tiles in images if digest not in self._stored}
         wanted = {digest for digest, _ in images}
@@ -64,7 +70,7 @@ class ImagePages:
         self.misses += len(new)
         for digest, tiles in new.items():
             pages = [self._free.pop() for _ in tiles]
-            self._stored[digest] = Stored(pages, dict(zip(pages, tiles, strict=True)))
+            self._stored[digest] = Stored(pages, dict(zip(pages, tiles, strict=True)), adapter)
         for digest, _ in images:
             self._stored[digest].users += 1
             self._stored.move_to_end(digest)
@@ -78,15 +84,12 @@ class ImagePages:
             if not stored.users and stored.missing:
                 self._free += self._stored.pop(digest).pages
 
-    def missing(self, most: int) -> dict[int, np.ndarray]:
-        """At most `most` tiles uint8 (H, W, 3) to encode next, by page, in the order of requests."""
-        found: dict[int, np.ndarray] = {}
-        for stored in self._stored.values():
-            for page, tile in stored.missing.items():
-                if len(found) == most:
-                    return found
-                found[page] = tile
-        return found
+    def missing(self, most: int) -> tuple[int, dict[int, np.ndarray]]:
+        """An adapter and at most `most` tiles uint8 (H, W, 3) of it to encode next, by page, in requests' order."""
+        waiting = [stored for stored in self._stored.values() if stored.missing]
+        adapter = waiting[0].adapter if waiting else 0
+        of_one = (tile for stored in waiting if stored.adapter == adapter for tile in stored.missing.items())
+        return adapter, dict(itertools.islice(of_one, most))
 
     def encoded(self, pages: Iterable[int]) -> None:
         """Mark pages as encoded."""

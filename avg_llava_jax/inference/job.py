@@ -96,7 +96,8 @@ class Job(Work):
 
     def next(self) -> Next:
         """What its next token depends on."""
-        allowed = None if self.matcher is None else self.matcher.allowed()
+        left = self.limit - len(self.tokens)
+        allowed = None if self.matcher is None else self.matcher.allowed(left, self.limit)
         return Next(self.prepared.request, self.limit, self.text, self.tokens, allowed)
 
     def certainty(self, count: int) -> float:
@@ -138,6 +139,7 @@ def make_job(
     if count > most_tiles:
         raise ValueError(f"the images have {count} tiles, the engine holds {most_tiles}: send fewer images")
     guide = prepared.request.guide
+    images = read_images(model.config, sample) if images is None else images
     return Job(
         matcher=None if guide is None else model.matcher(guide),
         each_token=guide is not None,  # what may come after a token depends on it
@@ -145,9 +147,14 @@ def make_job(
         ticket=ticket,
         stream=TextStream(model.tokenizer.decode, prepared.request.stop),
         text=np.array([token for token in sample.tokens.ids if token != IMAGE], np.int32),
-        images=read_images(model.config, sample) if images is None else images,
+        images=[(_of_adapter(digest, prepared.adapter), tiles) for digest, tiles in images],
         times={"submitted": submitted},
     )
+
+
+def _of_adapter(digest: Digest, adapter: int) -> Digest:
+    """The digest of an image as an adapter encodes it."""
+    return digest + adapter.to_bytes(4, "little") if adapter else digest
 
 
 def pack(config: ModelConfig, job: Job, pages: int, cost_weight: float = 0.0) -> None:
@@ -203,7 +210,8 @@ def _pack(config: ModelConfig, job: Job, pages: int) -> None:
             keys += [image_key(digest, config.pyramid_offsets[granularity])] * count
         else:
             keys.append(token)
-    job.keys = np.array(keys, np.int64)
+    # Adapters share no prefix: every shared one begins at the first position.
+    job.keys = np.array(keys, np.int64) + (np.arange(len(keys)) == 0) * (job.prepared.adapter << 32)
     job.limit = min(job.prepared.request.max_new_tokens, config.language.max_length - length + 1)
 
 

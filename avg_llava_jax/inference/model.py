@@ -12,13 +12,15 @@ import numpy as np
 from avg_llava_jax import reuse
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.data.conversation import PLACEHOLDER, encode_prompt, encode_raw, stop_ids
+from avg_llava_jax.data.errors import BadSample
 from avg_llava_jax.data.geometry import visual_count
 from avg_llava_jax.data.packing import Sample, make_sample, packed_length
 from avg_llava_jax.data.tokenizer import Tokenizer
-from avg_llava_jax.inference import choosing
+from avg_llava_jax.inference import choosing, stacked
 from avg_llava_jax.inference.calibration import Calibration
 from avg_llava_jax.inference.guides import Guide, Matcher
 from avg_llava_jax.inference.requests import Answer, Granularity, Prepared, Read, Request, TokenScore, as_ref
+from avg_llava_jax.inference.stacked import Stack
 from avg_llava_jax.models import language
 from avg_llava_jax.models.avg_llava import Params
 
@@ -35,6 +37,7 @@ class Model:
     """A model to answer with: `config`, `params`, `tokenizer` and `step`, the training steps of the parameters.
 
     stop_ids: tokens that end an answer. calibration: thresholds for `Request.escalate`, or the error of reading them.
+    adapters: those that a request may choose.
 
     Raises:
       ValueError: the tokenizer has more ids than the model's vocabulary.
@@ -49,12 +52,13 @@ class Model:
         self.config, self.params, self.tokenizer, self.step = config, params, tokenizer, step
         self.stop_ids = stop_ids(tokenizer, config.template)
         self.calibration: Calibration | ValueError | None = None
+        self.adapters = Stack()
 
     @functools.cached_property
     def unstacked(self) -> Params:
-        """The parameters with the language model's layers as a tuple, as the engine's programs take them."""
-        layers = language.unstack(self.params["language"]["layers"])
-        return self.params | {"language": self.params["language"] | {"layers": layers}}
+        """The parameters, adapters beside them, with the language model's layers as a tuple, as programs take them."""
+        found = [unstacked(params) for params in (self.params, self.adapters.leaves) if params]
+        return functools.reduce(stacked.beside, found)
 
     @functools.cached_property
     def made_by(self) -> dict[str, str]:
@@ -67,13 +71,13 @@ class Model:
             return self
         shorter = dataclasses.replace(self.config.language, max_length=max_length)
         model = Model(dataclasses.replace(self.config, language=shorter), self.params, self.tokenizer, self.step)
-        model.stop_ids, model.calibration = self.stop_ids, self.calibration
+        model.stop_ids, model.calibration, model.adapters = self.stop_ids, self.calibration, self.adapters
         model.__dict__["unstacked"] = self.unstacked
         return model
 
     def prepare(self, request: Request) -> Prepared:
         """Check and tokenize a request; opens the headers of its images alone. Raises ValueError in one line."""
-        size = self.config.language.vocab_size
+        size, number = self.config.language.vocab_size, self.adapters.number(request.adapter)
         if stranger := [token for token in request.logit_bias if not 0 <= token < size]:
             raise ValueError(f"logit_bias={stranger[0]!r} is no token: ids are 0 .. {size - 1}")
         refs = [as_ref(image) for image in request.images]
@@ -81,6 +85,8 @@ class Model:
             tokens = encode_raw(request.prompt, self.tokenizer)
         else:
             prompt = request.prompt
+            if isinstance(prompt, str) and not prompt.strip() and not refs:
+                raise BadSample("empty_question", "the question has no text and no image")
             turns = [{"from": "human", "value": prompt}] if isinstance(prompt, str) else prompt
             tokens = encode_prompt(turns, self.tokenizer, self.config.template, len(refs))
         if tokens.images != len(refs):
@@ -95,7 +101,7 @@ class Model:
         choosing.check_budget(self.config, sample.sizes, choice, request.max_visual_tokens)
         if len(tokens.ids) - len(refs) > self.config.language.max_length or None not in choice:
             check_length(self.config, sample, [g or self.config.granularities[0] for g in choice])
-        return Prepared(request, sample, choice, fixed_price=calibrated)
+        return Prepared(request, sample, choice, number, fixed_price=calibrated)
 
     def matcher(self, guide: Guide) -> Matcher:
         """A matcher of an answer that is still empty. Raises ValueError where the guide cannot be followed."""
@@ -114,6 +120,8 @@ class Model:
 
     def _calibrated(self, request: Request, choice: Sequence[int | None]) -> float:
         """The calibrated threshold of a request that begins at `choice`."""
+        if request.adapter is not None:
+            raise ValueError(f"escalate=calibrated is known for the base, not for adapter={request.adapter!r}")
         if isinstance(self.calibration, ValueError):
             raise self.calibration
         if self.calibration is None:
@@ -147,6 +155,7 @@ class Model:
         timings: dict[str, float],
         logprobs: Sequence[TokenScore] = (),
         cost_weight: float | None = None,
+        closed: bool = False,
     ) -> Answer:
         """The answer of a request that has ended.
 
@@ -165,11 +174,20 @@ class Model:
             reads=tuple(reads),
             logprobs=tuple(logprobs[: len(ids)]),
             cost_weight=cost_weight,
+            closed=closed,
         )
 
     def read_of(self, prepared: Prepared, choice: tuple[int | str, ...], certainty: float) -> Read:
         """The read of a request at one granularity per image."""
         return Read(_single(choice), sum(visual_tokens(self.config, prepared.sample, choice)), certainty)
+
+
+def unstacked(params: Params, free: bool = False) -> Params:
+    """Parameters with the language model's layers, where there are any, as a tuple; see `language.unstack`."""
+    if "layers" not in params.get("language", {}):  # adapters of the encoder alone
+        return params
+    layers = language.unstack(params["language"]["layers"], free)
+    return params | {"language": params["language"] | {"layers": layers}}
 
 
 def length_at(config: ModelConfig, sample: Sample, choice: Sequence[Granularity]) -> int:

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from avg_llava_jax.config import ModelConfig
+from avg_llava_jax.inference import stacked
 from avg_llava_jax.inference.requests import TOP
 from avg_llava_jax.models import avg_llava, language
 from avg_llava_jax.models.avg_llava import Params
@@ -104,6 +105,7 @@ class Chunk(NamedTuple):
         None where row i is slot i. A padding row has a slot or a start outside of the cache.
     ids: int (B, S), token ids where `places` is TEXT. places: int (B, S), see `TEXT`.
     weights: None, or fp32 (B, S, 4) with places int (B, S, 4), where `config.most_tiles` reduces mosaics.
+    adapter: int (B,), of each row, see `stacked`; None where the model has none.
     """
 
     slot: jax.Array | None
@@ -112,17 +114,20 @@ class Chunk(NamedTuple):
     ids: jax.Array
     places: jax.Array
     weights: jax.Array | None = None
+    adapter: jax.Array | None = None
 
 
 class Rows(NamedTuple):
     """Answers to decode: int (B,) each, row i is slot i. A row whose limit is reached writes nothing.
 
     last: the newest token, not in the cache yet. cached: positions in the cache. count: tokens generated.
+    adapter: as in `Chunk`.
     """
 
     last: jax.Array
     cached: jax.Array
     count: jax.Array
+    adapter: jax.Array | None = None
 
 
 @functools.partial(sharding.jit, static_argnums=(0, 2, 3, 4))
@@ -134,22 +139,40 @@ def empty(config: ModelConfig, params: Params, slots: int, capacity: int, pages:
 
 
 @functools.partial(sharding.jit, static_argnums=0, donate_argnums=2)
-def encode(config: ModelConfig, params: Params, pool: jax.Array, pixels: jax.Array, pages: jax.Array) -> jax.Array:
-    """Encode tiles of any images into pages of the pool: pixels uint8 (M, H, W, 3), pages int (M,) -> pool."""
+def encode(
+    config: ModelConfig,
+    params: Params,
+    pool: jax.Array,
+    pixels: jax.Array,
+    pages: jax.Array,
+    adapter: jax.Array | None = None,
+) -> jax.Array:
+    """Encode tiles of any images into pages of the pool: pixels uint8 (M, H, W, 3), pages int (M,) -> pool.
+
+    adapter: int (), of all tiles; None where the model has none.
+    """
+    params = stacked.of_rows(params, adapter)
     pyramid = avg_llava.pyramid_of(config, params, pixels[:, None])[:, 0].astype(pool.dtype)
     return _pooled(pool.at[pages].set(constrain(pyramid, None, None, None), mode="drop"))
 
 
 @functools.partial(sharding.jit, static_argnums=0)
 def route(
-    config: ModelConfig, params: Params, pool: jax.Array, pages: jax.Array, text: jax.Array, count: jax.Array
+    config: ModelConfig,
+    params: Params,
+    pool: jax.Array,
+    pages: jax.Array,
+    text: jax.Array,
+    count: jax.Array,
+    adapter: jax.Array | None = None,
 ) -> Routing:
     """Score the granularities of images, one per row.
 
     pages: int (B, T), -1 after the image's last tile. text: int (B, L), the prompt's text ids, the first `count` (B,)
     of them real. An image's scores depend on its own tiles and the prompt, so images of one request may lie in
-    different batches. Shapes of the result are those of `Routing`, with I = 1.
+    different batches. Shapes of the result are those of `Routing`, with I = 1. adapter: as in `encode`.
     """
+    params = stacked.of_rows(params, adapter)
     batch = {
         "tile_image": jnp.where(pages < 0, -1, 0),
         "first_tile": jnp.zeros((len(pages), 1), jnp.int32),
@@ -178,6 +201,7 @@ def prefill(
     Returns the cache, the logits (B, V) at each chunk's last position, and for its last E positions the best token
     int (B, E) and its log-probability fp32 (B, E). Where a chunk is shorter than E, only the last ones are real.
     """
+    params = stacked.of_rows(params, chunk.adapter)
     x = assemble(config, params, pool, chunk)
     span = Span(chunk.start, chunk.slot, window)
     last = jnp.maximum(chunk.length[:, None] - ends + jnp.arange(ends), 0)
@@ -208,7 +232,7 @@ def assemble(config: ModelConfig, params: Params, pool: jax.Array, chunk: Chunk)
     """Packed embeddings (B, S, D) of chunks: text by `ids`, visual tokens and newlines by `places`."""
     rows, places = pool.reshape(-1, pool.shape[-1]), chunk.places
     text = avg_llava.embed(config, params, chunk.ids)
-    newline = params["image_newline"].astype(text.dtype)
+    newline = params["image_newline"].astype(text.dtype)[..., None, :]  # (1, D), or each row's own (B, 1, D)
     if chunk.weights is None:
         taken = _taken(rows, places)
     else:
@@ -239,6 +263,7 @@ def decode(
     Returns the cache, tokens int (B, most), their log-probabilities fp32 (B, most), the number of real ones in each row
     int (B,), and their scores (B, most).
     """
+    params = stacked.of_rows(params, rows.adapter)
     capacity, row = cache[0].k.shape[2], jnp.arange(len(rows.last))
 
     def unfinished(carry: tuple) -> jax.Array:
@@ -260,7 +285,8 @@ def decode(
             scores = jax.tree.map(lambda all_steps, one: all_steps.at[:, step].set(one), scores, new)
         tokens = tokens.at[row, step].set(token)
         chances = chances.at[row, step].set(log_probability(logits, token))
-        rows = Rows(jnp.where(done, rows.last, token), rows.cached + made, rows.count + made)
+        last = jnp.where(done, rows.last, token)
+        rows = rows._replace(last=last, cached=rows.cached + made, count=rows.count + made)
         done = done | jnp.isin(token, stops) | (rows.count >= sampling.limit)
         return step + 1, cache, rows, done, tokens, chances, counts, scores
 

@@ -25,8 +25,8 @@ class Request:
     """One question about images.
 
     prompt: a question, or a conversation of turns `{"from": "human" | "gpt", "value": text}` that ends
-        with a question. `<image>` marks the place of an image; without it the images come first. A value that is the
-        list of texts around the images has no markers, see `data.conversation`.
+        with a question, which may be empty there. `<image>` marks the place of an image; without it the images come
+        first. A value that is the list of texts around the images has no markers, see `data.conversation`.
     images: one image or several: paths, encoded bytes, or Pillow images.
     granularity: "auto" (the router chooses for each image), tokens per tile, or a list with one of these
         for each image.
@@ -51,6 +51,7 @@ class Request:
     seed: the same request with the same seed gets the same answer, alone or in any batch.
     stop: strings that end the answer; they are not part of it.
     raw: use `prompt`, one text or the list of texts around the images, as it is, without a conversation template.
+    adapter: the name of an adapter that the model was loaded with; None = the base.
 
     Raises:
       ValueError: a field is out of range; the message names it and its range.
@@ -77,6 +78,7 @@ class Request:
     seed: int = 0
     stop: str | Sequence[str] = ()
     raw: bool = False
+    adapter: str | None = None
 
     def __post_init__(self) -> None:
         stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
@@ -154,6 +156,7 @@ class Answer:
     finish: "stop" (a stop id, a stop string or a complete guide) or "length".
     reads: each read, coarse to fine; the last one gave the answer.
     logprobs: the score of each of `token_ids`, () where `Request.logprobs` is None.
+    closed: whether its guide closed it early, before its tokens ran out; `finish` is "stop" then too.
     """
 
     text: str
@@ -166,6 +169,7 @@ class Answer:
     reads: tuple[Read, ...]
     logprobs: tuple[TokenScore, ...] = ()
     cost_weight: float | None = None
+    closed: bool = False
 
     @property
     def certainty(self) -> float:
@@ -177,13 +181,14 @@ class Answer:
 class Prepared:
     """A checked, tokenized request, with `escalate` as a number.
 
-    choice: the requested granularity of each image, None where the router chooses.
+    choice: the requested granularity of each image, None where the router chooses. adapter: its number, see `stacked`.
     fixed_price: the engine's load must not raise `cost_weight`: a calibrated threshold holds at its own price alone.
     """
 
     request: Request
     sample: Sample
     choice: tuple[int | None, ...]
+    adapter: int = 0
     fixed_price: bool = False
 
 

@@ -1,4 +1,4 @@
-"""Softmax attention: of a sequence over itself, and of new tokens over a cache, by the platform's fastest kernel.
+"""Softmax attention: of sequences over themselves, and of new tokens over a cache, by the platform's fastest kernel.
 
 Layers call `self_attention` and `cached_attention`; `kernel_for` chooses the kernel. Queries, keys and values have the
 projections' layout, (B, S, heads, d); a cache stores heads first (see `cache`).
@@ -6,7 +6,7 @@ projections' layout, (B, S, heads, d); a cache stores heads first (see `cache`).
 
 import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,16 @@ Kernel = Literal["splash", "cudnn", "one_cpu", "blocks", "dense"]
 
 QUERY_BLOCK = 256
 """Queries in a block: their scores are in memory together where no flash kernel runs."""
+
+
+class Segments(NamedTuple):
+    """Sequences that share rows, one after another.
+
+    ids: which sequence each position belongs to. reach: positions of the longest of them; no query looks further back.
+    """
+
+    ids: Int[Array, "B S"]
+    reach: int
 
 
 def kernel_for(platform: str, devices: int, dtype: jnp.dtype, head_dim: int, length: int) -> Kernel:
@@ -52,17 +62,20 @@ def self_attention(
     k: Float[ArrayLike, "B S K d"],
     v: Float[ArrayLike, "B S K d"],
     causal: bool,
+    segments: Segments | None = None,
 ) -> Float[Array, "B S Q d"]:
-    """Attention of a sequence over itself.
+    """Attention of a sequence over itself; with `segments`, of several that share a row, each over itself alone.
 
-    The mesh in use (`jax.set_mesh`) decides the platform; its devices need not exist when it is compiled for.
+    One rule: with `causal` a query attends to the positions up to its own, with `segments` to those of its segment;
+    segments come with `causal` alone. The mesh in use (`jax.set_mesh`) decides the platform; its devices need not exist
+    when it is compiled for.
     """
     kernel = kernel_for(*placement.platform(), q.dtype, q.shape[-1], q.shape[1])
     if kernel == "one_cpu":
-        return one_cpu.self_attention(q, k, v, causal)
+        return one_cpu.self_attention(q, k, v, causal, *(segments or ()))
     if kernel in ("splash", "cudnn"):
-        return by_device(functools.partial(FUSED[kernel], causal=causal), q, k, v)
-    return _in_blocks(q, k, v, causal) if kernel == "blocks" else _over_own(q, k, v, causal)
+        return by_device(functools.partial(FUSED[kernel], causal=causal), q, k, v, segments)
+    return (_in_blocks if kernel == "blocks" else _over_own)(q, k, v, causal, *(segments or ()))
 
 
 def cached_attention(
@@ -109,16 +122,23 @@ def by_device(
     q: Float[ArrayLike, "B S Q d"],
     k: Float[ArrayLike, "B S K d"],
     v: Float[ArrayLike, "B S K d"],
+    segments: Segments | None = None,
 ) -> Float[Array, "B S Q d"]:
     """A fused kernel on a mesh: each device computes its own samples and heads.
 
     Queries are sharded as their keys are, so that a query head lies on the device of its key head.
     """
     mesh = jax.sharding.get_abstract_mesh()
+    ids, reach = segments or (None, None)
     if mesh.empty or mesh.size == 1:
-        return kernel(q, k, v)
+        return kernel(q, k, v, ids=ids, reach=reach)
     spec = placement.fitting(mesh, placement.spec("batch", None, "heads", None), k.shape)
-    return jax.shard_map(kernel, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(q, k, v)
+    specs = (spec,) * 3 + (None if ids is None else jax.sharding.PartitionSpec(*spec[:2]),)
+
+    def on(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array | None) -> jax.Array:
+        return kernel(q, k, v, ids=ids, reach=reach)
+
+    return jax.shard_map(on, in_specs=specs, out_specs=spec, check_vma=False)(q, k, v, ids)
 
 
 def padded_attention(
@@ -127,18 +147,26 @@ def padded_attention(
     v: Float[ArrayLike, "B S K d"],
     causal: bool,
     implementation: Literal["cudnn", "xla"] = "cudnn",
+    ids: Int[ArrayLike, "B S"] | None = None,
+    reach: int | None = None,
 ) -> Float[Array, "B S Q d"]:
     """`jax.nn.dot_product_attention`, padded to an even length: JAX cannot differentiate cuDNN's at an odd length.
 
     Padding lies to the right, where causal attention does not reach; non-causal attention gets the real length. A CLIP
-    encoder's 577 positions become 578.
+    encoder's 577 positions become 578. Segments are a mask (B, S, S) in memory: cuDNN's own packed layout is not in
+    JAX's public interface.
     """
     length = q.shape[1]
     odd = length % 2
     real = jnp.full(len(q), length, jnp.int32) if odd and not causal else None
     q, k, v = (jnp.pad(x, [(0, 0), (0, odd), (0, 0), (0, 0)]) for x in (q, k, v))
+    del reach  # cuDNN has no window beside a mask
+    mask = None
+    if ids is not None:
+        ids = jnp.pad(ids, [(0, 0), (0, odd)])
+        mask = (ids[:, :, None] == ids[:, None])[:, None]
     out = jax.nn.dot_product_attention(
-        q, k, v, is_causal=causal, key_value_seq_lengths=real, implementation=implementation
+        q, k, v, mask=mask, is_causal=causal, key_value_seq_lengths=real, implementation=implementation
     )
     return out[:, :length]
 
@@ -151,8 +179,13 @@ def _over_own(
     k: Float[ArrayLike, "B S K d"],
     v: Float[ArrayLike, "B S K d"],
     causal: bool,
+    ids: Int[ArrayLike, "B S"] | None = None,
+    reach: int | None = None,
 ) -> Float[Array, "B S Q d"]:
+    del reach  # all scores are in memory
     mask = jnp.tri(q.shape[1], dtype=bool) if causal else None
+    if ids is not None:
+        mask = (mask & (ids[:, :, None] == ids[:, None]))[:, None]
     return dense(*(x.swapaxes(1, 2) for x in (q, k, v)), mask).swapaxes(1, 2)
 
 
@@ -161,19 +194,34 @@ def _in_blocks(
     k: Float[ArrayLike, "B S K d"],
     v: Float[ArrayLike, "B S K d"],
     causal: bool,
+    ids: Int[ArrayLike, "B S"] | None = None,
+    reach: int | None = None,
 ) -> Float[Array, "B S Q d"]:
-    """`dense` for `QUERY_BLOCK` queries at a time; the backward pass recomputes their scores."""
+    """`dense` for `QUERY_BLOCK` queries at a time; the backward pass recomputes their scores.
+
+    With `reach`, a block reads only the keys from its first query's reach to its end.
+    """
     length = q.shape[1]
     count = -(-length // QUERY_BLOCK)
     block = -(-length // count)
+    seen = length if reach is None else min(length, block + reach - 1)
     q = jnp.pad(q, [(0, 0), (0, count * block - length), (0, 0), (0, 0)])
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
 
     @jax.checkpoint
-    def one(part: tuple[jax.Array, jax.Array]) -> jax.Array:
-        q, start = part
-        mask = jnp.arange(length) <= start + jnp.arange(block)[:, None] if causal else None
-        return dense(q, k, v, mask)
+    def one(part: tuple[jax.Array, ...]) -> jax.Array:
+        q, start, *own = part
+        first = jnp.clip(start + block - seen, 0, length - seen)
+        keys, values = (jax.lax.dynamic_slice_in_dim(x, first, seen, axis=2) for x in (k, v))
+        mask = first + jnp.arange(seen) <= start + jnp.arange(block)[:, None] if causal else None
+        for each in own:
+            theirs = jax.lax.dynamic_slice_in_dim(ids, first, seen, axis=1)
+            mask = (mask & (each[..., None] == theirs[:, None]))[:, None]
+        return dense(q, keys, values, mask)
 
-    out = jax.lax.map(one, (rearrange(q, "b (n s) h d -> n b h s d", n=count), jnp.arange(count) * block))
+    parts = [rearrange(q, "b (n s) h d -> n b h s d", n=count), jnp.arange(count) * block]
+    if ids is not None:
+        own = jnp.pad(ids, [(0, 0), (0, count * block - length)])
+        parts.append(rearrange(own, "b (n s) -> n b s", n=count))
+    out = jax.lax.map(one, tuple(parts))
     return rearrange(out, "n b h s d -> b (n s) h d")[:, :length]

@@ -7,7 +7,7 @@
 Compute runs in the dtype of the parameters: cast them to choose it. config.py has the legend of dims.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -38,7 +38,7 @@ def init(config: ModelConfig, rng: Key[ArrayLike, ""]) -> Params:
             rngs[3],
             jnp.zeros((1, 1, config.pyramid_rows, width)),
             jnp.zeros((1, 1, width)),
-            jnp.ones((1, 1), bool),
+            jnp.ones((1, 1, 1), bool),
             jnp.zeros((1, 1), jnp.int32),
             jnp.zeros((1, 1), jnp.int32),
         )["params"],
@@ -96,14 +96,18 @@ def route(
 ) -> Routing:
     """Score the granularities of each image by its pyramid and the raw text embeddings.
 
-    batch: `instruction` bool (B, L), `tile_image` int (B, T), `first_tile` int (B, I), see `Router`.
+    batch: `instruction` bool (B, L), `tile_image` int (B, T), `first_tile` int (B, I), see `Router`; where samples
+        share a row, `text_sample` int (B, L) and `image_sample` int (B, I): an image's router reads its sample's text.
     dropout: None at inference.
     """
+    reads = batch["instruction"][:, None]
+    if "text_sample" in batch:
+        reads = reads & (batch["text_sample"][:, None] == batch["image_sample"][..., None])
     return Router(config).apply(
         {"params": params["router"]},
         pyramid,
         text,
-        batch["instruction"],
+        reads,
         batch["tile_image"],
         batch["first_tile"],
         dropout,
@@ -132,8 +136,8 @@ def assemble(
     visual = pyramid.reshape(len(text), -1, text.shape[-1])
     rows = jnp.concatenate([text, visual.astype(text.dtype), newline], axis=1)
     if weight is None:
-        return jnp.take_along_axis(rows, index[..., None], axis=1)
-    corners = jnp.take_along_axis(rows, index.reshape(len(index), -1)[..., None], axis=1)
+        return jax.vmap(linear.take)(rows, index)
+    corners = jax.vmap(linear.take)(rows, index.reshape(len(index), -1))
     return blend(corners.reshape(*index.shape, -1), weight)
 
 
@@ -143,10 +147,14 @@ def blend(corners: Float[ArrayLike, "B S 4 D"], weight: Float[ArrayLike, "B S 4"
 
 
 def decoder(
-    config: ModelConfig, params: Params, x: Float[ArrayLike, "B S D"], remat: Remat = "none"
+    config: ModelConfig,
+    params: Params,
+    x: Float[ArrayLike, "B S D"],
+    remat: Remat = "none",
+    parts: Sequence[language.Part] = (),
 ) -> Float[Array, "B S D"]:
-    """Hidden states of the packed embeddings of whole sequences, without a cache."""
-    return language.decoder(config.language, params["language"], x, remat=remat)[0]
+    """Hidden states of the packed embeddings of whole sequences, without a cache; parts: see `language.decoder`."""
+    return language.decoder(config.language, params["language"], x, remat=remat, parts=parts)[0]
 
 
 def unembed(config: ModelConfig, params: Params, hidden: Float[ArrayLike, "*M D"]) -> Float[Array, "*M V"]:

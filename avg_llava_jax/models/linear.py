@@ -1,6 +1,6 @@
 """The linear layer of encoder and language model: plain or int8, with or without a low-rank adapter.
 
-    y = x @ W + b + s * ((x @ A) @ B)      W (in, out), A (in, r), B (r, out), s ()
+    y = x @ W + b + (s * (x @ A)) @ B      W (in, out), A (in, r), B (r, out), s (), or (rows, 1, r) of several adapters
 
 The parameters of a layer say which: `kernel`, `bias`; `kernel_scale` where the kernel is int8 (`convert.quantize`);
 `lora_a`, `lora_b`, `lora_scale` where it has an adapter (`adapters`). Training, scoring, prefill and decode run this.
@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jaxtyping import Array, ArrayLike, Float, Key
+from jaxtyping import Array, ArrayLike, Float, Int, Key, Shaped
 
 from avg_llava_jax.models.dropout import dropped
 
@@ -20,23 +20,57 @@ from avg_llava_jax.models.dropout import dropped
 class Linear(nn.Dense):
     """`nn.Dense`, also for an int8 kernel q (in, out) with scales (out,), and with a low-rank adapter.
 
+    The gradient of a bias, a sum over all rows, is added up in fp32.
+
     Scales are applied after the product, y = (x @ q) * scale: weights stay int8 in memory, and XLA converts them as it
-    multiplies. An adapter of rank r adds s * (x @ A) @ B in the dtype of x.
+    multiplies. An adapter of rank r adds (s * (x @ A)) @ B in the dtype of x.
     """
 
+    @nn.compact
     def __call__(self, x: Float[ArrayLike, "*M in"]) -> Float[Array, "*M out"]:
-        y = self._quantized(x) if self.has_variable("params", "kernel_scale") else super().__call__(x)
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), self.param_dtype)
+        if self.has_variable("params", "kernel_scale"):
+            y = x @ kernel.astype(x.dtype) * self.get_variable("params", "kernel_scale")
+        else:
+            y = x @ kernel
+        if self.use_bias:
+            bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
+            y = y + jnp.broadcast_to(bias.astype(jnp.float32), y.shape).astype(bias.dtype)
         if not self.has_variable("params", "lora_a"):
             return y
         a, b, scale = (self.get_variable("params", f"lora_{name}") for name in ("a", "b", "scale"))
         if self.has_variable("params", "lora_keys"):
             x = dropped(x, self.get_variable("params", "lora_keys"), self.get_variable("params", "lora_keep"))
-        return y + (x @ a.astype(x.dtype) @ b.astype(x.dtype) * scale).astype(y.dtype)
+        low = (x @ a.astype(x.dtype) * scale).astype(x.dtype)
+        return y + (low @ b.astype(x.dtype)).astype(y.dtype)
 
-    def _quantized(self, x: Float[ArrayLike, "*M in"]) -> Float[Array, "*M out"]:
-        y = x @ self.get_variable("params", "kernel").astype(x.dtype)
-        y = y * self.get_variable("params", "kernel_scale")
-        return y + self.get_variable("params", "bias") if self.use_bias else y
+
+@jax.custom_vjp
+def product_fp32(x: Float[ArrayLike, "*M in"], kernel: Float[ArrayLike, "in out"]) -> Float[Array, "*M out"]:
+    """x @ kernel in fp32, from bf16 operands too; the backward pass multiplies in the operands' dtype."""
+    return jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
+
+
+def _backward(operands: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return jax.vjp(jnp.matmul, *operands)[1](grad.astype(operands[0].dtype))
+
+
+product_fp32.defvjp(lambda x, kernel: (product_fp32(x, kernel), (x, kernel)), _backward)
+
+
+@jax.custom_vjp
+def take(table: Shaped[ArrayLike, "N D"], ids: Int[ArrayLike, "*M"]) -> Shaped[Array, "*M D"]:
+    """table[ids], whose gradient is added up in fp32: in bf16 nothing is added from 256 equal parts on."""
+    return table[ids]
+
+
+def _added(given: tuple[ArrayLike, ArrayLike], grad: jax.Array) -> tuple[jax.Array, None]:
+    table, ids = given
+    sums = jnp.zeros(table.shape, jnp.float32).at[ids].add(grad.astype(jnp.float32))
+    return sums.astype(table.dtype), None
+
+
+take.defvjp(lambda table, ids: (table[ids], (table, ids)), _added)
 
 
 def differs_by_row(layers: dict[str, Any]) -> bool:

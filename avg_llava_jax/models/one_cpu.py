@@ -34,11 +34,13 @@ def self_attention(
     k: Float[ArrayLike, "B S K d"],
     v: Float[ArrayLike, "B S K d"],
     causal: bool,
+    ids: Int[ArrayLike, "B S"] | None = None,
+    reach: int | None = None,
 ) -> Float[Array, "B S Q d"]:
-    """`attention.self_attention`, one head of one sample at a time.
+    """`attention.self_attention`, one head of one sample at a time; ids and reach of its segments.
 
-    A causal block reads only the keys up to its end, which saves nearly half of the work. The backward pass recomputes
-    scores, which is cheaper than loading them from memory.
+    A causal block reads only the keys within reach, up to its end: without segments that saves nearly half of the work.
+    The backward pass recomputes scores, which is cheaper than loading them from memory.
     """
     batch, length, heads, _ = q.shape
     positions = jnp.arange(length)
@@ -48,10 +50,14 @@ def self_attention(
         return rearrange(x, "b s h d -> (b h) s d")
 
     @jax.checkpoint
-    def one(head: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        return _by_blocks(*head, positions if causal else None, causal)
+    def one(head: tuple[jax.Array, ...]) -> jax.Array:
+        q, k, v, *own = head
+        return _by_blocks(q, k, v, positions if causal else None, causal, *own, reach=reach)
 
-    out = jax.lax.map(one, (by_head(q * q.shape[-1] ** -0.5), by_head(k), by_head(v)))
+    given = [by_head(q * q.shape[-1] ** -0.5), by_head(k), by_head(v)]
+    if ids is not None:
+        given.append(jnp.repeat(ids, heads, axis=0))
+    out = jax.lax.map(one, tuple(given))
     return rearrange(out, "(b h) s d -> b s h d", b=batch)
 
 
@@ -89,23 +95,28 @@ def _by_blocks(
     v: Float[ArrayLike, "C d"],
     positions: Int[ArrayLike, " S"] | None,
     own: bool = False,
+    ids: Int[ArrayLike, " S"] | None = None,
+    reach: int | None = None,
 ) -> Float[Array, "S d"]:
     """Attention of one head in blocks of queries.
 
     positions: the last key that each query attends to; None = all of them. own: positions are 0 .. S - 1, so
-    that a block reads no key after its end.
+    that a block reads no key after its end. ids, reach: with `own`, see `attention.Segments`.
     """
     length, rows = len(q), []
     block = math.ceil(length / min(math.ceil(length / BLOCK), MOST_BLOCKS))
     for start in range(0, length, block):
         stop = min(start + block, length)
-        count = stop if own else len(k)
-        scores = jnp.einsum("qd,kd->qk", q[start:stop], k[:count], preferred_element_type=jnp.float32)
+        seen = slice(0 if reach is None else max(0, start - reach + 1), stop if own else len(k))
+        scores = jnp.einsum("qd,kd->qk", q[start:stop], k[seen], preferred_element_type=jnp.float32)
         if positions is not None:
-            scores = scores + jnp.where(jnp.arange(count) <= positions[start:stop, None], 0.0, -jnp.inf)
+            mask = jnp.arange(seen.start, seen.stop) <= positions[start:stop, None]
+            if ids is not None:
+                mask &= ids[seen] == ids[start:stop, None]
+            scores = scores + jnp.where(mask, 0.0, -jnp.inf)
         weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
         total = jnp.sum(weights, axis=-1, keepdims=True)
-        rows.append((weights.astype(v.dtype) @ v[:count] / total).astype(v.dtype))
+        rows.append((weights.astype(v.dtype) @ v[seen] / total).astype(v.dtype))
     return jnp.concatenate(rows)
 
 

@@ -12,6 +12,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.models.attention import dense, self_attention
 from avg_llava_jax.models.dropout import dropper
+from avg_llava_jax.models.linear import Linear
 
 
 class Routing(NamedTuple):
@@ -32,7 +33,7 @@ class Routing(NamedTuple):
 def select_text(
     features: Float[ArrayLike, "B I P D"],
     text: Float[ArrayLike, "B L D"],
-    instruction: Bool[ArrayLike, "B L"],
+    instruction: Bool[ArrayLike, "B _ L"],
     count: int,
 ) -> tuple[Float[Array, "B I J D"], Int[Array, "B I J"]]:
     """Select the J = `count` instruction tokens most similar to each image.
@@ -42,14 +43,14 @@ def select_text(
 
     Args:
       features: the finest features of tile 0 of each image.
-      text: raw token embeddings; instruction: tokens that may be selected.
+      text: raw token embeddings; instruction: tokens that may be selected, by each image or by all.
     Returns:
       rows, most similar first, and their positions. Where an image has fewer instruction tokens, rows are zero and
       positions -1.
     """
     mean_patch = jnp.mean(unit(features), axis=-2)
     similarity = jnp.einsum("bid,bld->bil", mean_patch, unit(text))
-    similarity = jnp.where(instruction[:, None], similarity, -jnp.inf)
+    similarity = jnp.where(instruction, similarity, -jnp.inf)
     short = max(0, count - text.shape[1])
     similarity = jnp.pad(similarity, ((0, 0), (0, 0), (0, short)), constant_values=-jnp.inf)
     best, positions = jax.lax.top_k(similarity, count)
@@ -74,7 +75,7 @@ class Router(nn.Module):
         self,
         pyramid: Float[ArrayLike, "B T R D"],
         text: Float[ArrayLike, "B L D"],
-        instruction: Bool[ArrayLike, "B L"],
+        instruction: Bool[ArrayLike, "B _ L"],
         tile_image: Int[ArrayLike, "B T"],
         first_tile: Int[ArrayLike, "B I"],
         dropout: Key[ArrayLike, " B"] | None = None,
@@ -83,8 +84,8 @@ class Router(nn.Module):
 
         Args:
           pyramid: all granularities of each tile, see `scaler.scale`.
-          text: raw token embeddings; instruction: tokens that may be selected.
-          tile_image: which image of the sample a tile belongs to, -1 = empty tile slot.
+          text: raw token embeddings; instruction: tokens that may be selected, by each image or by all.
+          tile_image: which image of the row a tile belongs to, -1 = empty tile slot.
           first_tile: the tile slot of each image's tile 0, -1 = empty image slot.
           dropout: one key per sample; None = no dropout.
         """
@@ -101,13 +102,13 @@ class Router(nn.Module):
         x = nn.LayerNorm(router.norm_eps, use_fast_variance=False, name="norm1")(
             x + drop(self._attend(x, tile_image, None if dropout is None else drop))
         )
-        y = drop(jax.nn.relu(nn.Dense(x.shape[-1], name="linear1")(x)))
+        y = drop(jax.nn.relu(Linear(x.shape[-1], name="linear1")(x)))
         x = nn.LayerNorm(router.norm_eps, use_fast_variance=False, name="norm2")(
-            x + drop(nn.Dense(x.shape[-1], name="linear2")(y))
+            x + drop(Linear(x.shape[-1], name="linear2")(y))
         )
 
-        opinions = jax.nn.gelu(nn.Dense(x.shape[-1], name="hidden")(x), approximate=False)
-        opinions = nn.Dense(len(config.granularities), name="logits")(opinions).astype(jnp.float32)
+        opinions = jax.nn.gelu(Linear(x.shape[-1], name="hidden")(x), approximate=False)
+        opinions = Linear(len(config.granularities), name="logits")(opinions).astype(jnp.float32)
         rows = config.pyramid_rows + router.text_tokens
         # The voter starts as the mean: from weights of random sign, few text rows take long to outvote many patches.
         voter = self.param("voter", nn.initializers.constant(1 / rows), (rows,))
@@ -128,8 +129,8 @@ class Router(nn.Module):
         """
         width, heads = x.shape[-1], self.config.router.heads
         tokens = self.config.router.attention == "tokens"
-        q, k, v = (nn.Dense(width, name=name)(x) for name in ("q", "k", "v"))
-        out = nn.Dense(width, name="out")
+        q, k, v = (Linear(width, name=name)(x) for name in ("q", "k", "v"))
+        out = Linear(width, name="out")
         if tokens and drop is None:
             q, k, v = (rearrange(y, "b t r (h d) -> (b t) r h d", h=heads) for y in (q, k, v))
             y = self_attention(q, k, v, causal=False)

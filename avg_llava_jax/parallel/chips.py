@@ -29,6 +29,7 @@ class Card(NamedTuple):
 
     capability: CUDA compute capability. cores: streaming multiprocessors, with `lanes` fp32 units each. clock: GHz.
     cache: bytes of L2. shared: bytes of shared memory of a core. network: bytes/s a GPU sends to other hosts.
+    threads: of a core.
     """
 
     capability: tuple[int, int]
@@ -38,6 +39,7 @@ class Card(NamedTuple):
     cache: int
     shared: int
     network: float
+    threads: int = 2048
 
 
 class Chip(NamedTuple):
@@ -58,6 +60,7 @@ class Chip(NamedTuple):
 
 AMPERE = Card((8, 0), 108, 64, 1.41, 40 * 2**20, 167936, 25e9)
 HOPPER = Card((9, 0), 132, 128, 1.98, 50 * 2**20, 233472, 50e9)
+ADA = Card((8, 9), 128, 128, 2.535, 75497472, 102400, 3e9, 1536)
 BLACKWELL = Card((10, 0), 148, 128, 1.965, 132644864, 233472, 50e9)
 
 CHIPS = {
@@ -73,9 +76,11 @@ CHIPS = {
     ),
     "h200": Chip(("NVIDIA H200",), 151397597184, 989e12, 4800e9, 450e9, HOPPER),
     "b200": Chip(("NVIDIA B200",), 191514411008, 2250e12, 7672e9, 900e9, BLACKWELL),
+    "rtx4090": Chip(("NVIDIA GeForce RTX 4090",), 25433735168, 165.2e12, 1008e9, 32e9, ADA),
 }
 """Name of a topology -> chip. Sources: https://docs.cloud.google.com/tpu/docs/v5e and its neighbours, NVIDIA's data
-sheets for A100, H100, H200 and DGX B200. `a100-80` is the A100 SXM; an H100 PCIe without a bridge sends over PCIe 5."""
+sheets for A100, H100, H200 and DGX B200, its Ada white paper. `a100-80` is the A100 SXM; an H100 PCIe without a bridge
+sends over PCIe 5, an RTX 4090 over PCIe 4."""
 
 # Without a GPU to time them on, XLA makes every product a Triton fusion, and odd sizes fail with "Couldn't find output
 # tile sizes". On a GPU, where XLA times them, most are cuBLAS calls.
@@ -165,7 +170,7 @@ def description(chip: Chip) -> str:
   device_memory_size: {int(chip.memory)} memory_bandwidth: {int(chip.bandwidth)} l2_cache_size: {card.cache}
   shared_memory_per_core: {card.shared} shared_memory_per_block_optin: {card.shared - 1024}
   shared_memory_per_block: 49152 registers_per_core_limit: 65536 registers_per_block_limit: 65536
-  threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
+  threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: {card.threads}
   block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
 }}
 platform_name: "CUDA"

@@ -29,18 +29,19 @@ def encoder_flops(config: ModelConfig, tiles: int) -> int:
     return tiles * (layers + patches * (2 * _pixels(config) * vision.width + connector))
 
 
-def language_flops(language: LanguageConfig, rows: int, length: int, answer: int) -> int:
+def language_flops(language: LanguageConfig, rows: int, length: int, answer: int, reach: int | None = None) -> int:
     """FLOPs of a forward pass over sequences (rows, length) with logits at `answer` positions of each.
 
     Twice the layers' parameters per token, twice the unembedding's per answer token, and attention's two products over
-    all pairs of positions, causally masked ones included, as is the convention (PaLM, appendix B).
+    all pairs of positions, causally masked ones included, as is the convention (PaLM, appendix B). reach: the length of
+    the longest of the samples that share a row, the most keys that a position attends to.
 
     With width 1, one layer, one head of size 1, MLP width 1, vocabulary 3, rows 1, length 2, answer 1:
     2*(4 + 3)*2 + 2*3 + 4*2*2 = 50.
     """
     inner, shared = language.heads * language.head_dim, language.kv_heads * language.head_dim
     layer = language.width * (2 * inner + 2 * shared + 3 * language.mlp_width)
-    attention = 4 * length * length * inner
+    attention = 4 * length * min(length, reach or length) * inner
     a_row = language.layers * (2 * layer * length + attention) + 2 * language.width * language.vocab_size * answer
     return rows * a_row
 
@@ -68,7 +69,8 @@ def step_flops(
     parts = {"encode": times * encoder_flops(config, tiles) - (first if learns else 0)}
     for granularity in granularities:
         length = shape.length(config, granularity)
-        parts[f"LMM {granularity}"] = times * language_flops(config.language, rows, length, shape.answer)
+        reach = shape.longest[config.granularities.index(granularity)] if shape.samples > 1 else None
+        parts[f"LMM {granularity}"] = times * language_flops(config.language, rows, length, shape.answer, reach)
     if not learns:
         qkv = 2 * tiles * (config.pyramid_rows + config.router.text_tokens) * 3 * config.language.width**2
         parts["router"] = 3 * router_flops(config, rows, shape.tiles) - qkv

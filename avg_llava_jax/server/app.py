@@ -43,7 +43,9 @@ logger = logging.getLogger(__name__)
 
 PAGE = pathlib.Path(__file__).with_name("page.html")
 DECODERS = 2
-"""Images that are decoded at once: each takes its pixels times some bytes of memory."""
+"""Images that are decoded at once, and large bodies that are read: each takes its size times some bytes of memory."""
+LARGE = 1 << 20
+"""Bytes of a body from which on it holds images, and is read where they are decoded."""
 GRACE = 10.0
 """Seconds that a client has to take its reply, in addition to those of the answer."""
 LEFT = 499  # the status that nginx logs for a client that disconnected
@@ -78,7 +80,7 @@ ENDPOINTS = {
 class Service:
     """An engine behind HTTP.
 
-    name: the model's name for clients. keys: those that clients must send one of; none = no key.
+    name: the base's name for clients; adapters have theirs. keys: those that clients must send one of; none = no key.
     places: requests answered at once, the engine's slots plus its queue; more are refused before their body is read.
     origins: of web pages that browsers may let use this server; "*" = all.
     draining: set it to refuse new requests. running: requests without a complete reply whose body is complete.
@@ -93,7 +95,8 @@ class Service:
         places: int = 72,
         origins: Sequence[str] = (),
     ):
-        self.engine, self.model, self.name, self.limits = engine, engine.model, name, limits
+        self.engine, self.model, self.limits = engine, engine.model, limits
+        self.names = (name, *self.model.adapters.names)
         self.draining, self.running = False, 0
         self.metrics = Metrics()
         self._keys, self._clients = keys, Clients(limits)
@@ -143,13 +146,12 @@ class Service:
         return PlainTextResponse(self.metrics.text(self.engine.stats()), media_type=CONTENT_TYPE)
 
     async def models(self, request: Request) -> Response:
-        """The one model, in a list or by its name; `avg_llava` holds its granularities and the limits of a request."""
+        """The models, in a list or one by its name; `avg_llava` holds the granularities and the limits of a request."""
         self._caller(request)
         config, limits = self.model.config, self.limits
         ours = {
             "granularities": list(config.granularities),
             "max_length": config.language.max_length,
-            "step": self.model.step,
             "limits": {
                 "body_bytes": limits.body_bytes,
                 "pixels": limits.pixels,
@@ -157,19 +159,15 @@ class Service:
                 "new_tokens": limits.new_tokens,
             },
         }
-        entry = {
-            "id": self.name,
-            "object": "model",
-            "created": self._since,
-            "owned_by": "avg_llava_jax",
-            "avg_llava": ours,
-        }
+        base, *others = self.names
+        entry = {"object": "model", "created": self._since, "owned_by": "avg_llava_jax"}
+        entries = [{"id": base} | entry | {"avg_llava": {"step": self.model.step} | ours}]
+        entries += [{"id": name} | entry | {"parent": base, "avg_llava": ours} for name in others]
         asked = request.path_params.get("name")
         if asked is None:
-            return json_response({"object": "list", "data": [entry]})
-        if asked != self.name:
-            raise Refusal(404, f"model {asked!r} does not exist here, only {self.name!r}", "model", "model_not_found")
-        return json_response(entry)
+            return json_response({"object": "list", "data": entries})
+        reading.check_model({"model": asked}, self.names)
+        return json_response(entries[self.names.index(asked)])
 
     async def tokenize(self, request: Request) -> Response:
         """Token ids of a prompt or of messages, see `tokenizing`."""
@@ -179,7 +177,7 @@ class Service:
 
     def _tokenized(self, body: bytes, headers: Any) -> dict[str, Any]:
         values = reading.parsed(bodies.unpacked(body, headers, self.limits))
-        return tokenizing.tokenized(values, self.model, self.limits, self.name)
+        return tokenizing.tokenized(values, self.model, self.limits, self.names)
 
     async def generate(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request of `ENDPOINTS`, from its headers to its last byte."""
@@ -212,7 +210,9 @@ class Service:
         body = await bodies.receive(request, self._clients, who, self.limits)
         stack.enter_context(self._clients.admitted(who))
         stack.enter_context(self._place())
-        ask, prepared = await self._in_thread(self._prepare, endpoint, body, request.headers)
+        threads = self._decoders if len(body) > LARGE else self._threads
+        preparing = asyncio.get_running_loop().run_in_executor(threads, self._prepare, endpoint, body, request.headers)
+        ask, prepared = await _unless_left(request, preparing)
         del body
         text_tokens, tiles = len(prepared.sample.tokens.ids) - len(prepared.sample.sizes), []
         if prepared.sample.images:
@@ -226,7 +226,7 @@ class Service:
             pieces.append(self._follow(tickets[-1], begin))
             stack.push_async_callback(pieces[-1].aclose)
             stack.callback(tickets[-1].cancel)
-        reply = endpoint.reply(self.name, self.model, ask, text_tokens)
+        reply = endpoint.reply(ask.given.get("model", self.names[0]), self.model, ask, text_tokens)
         if not ask.stream:
             answers = await _unless_left(request, _last_of_each(pieces))
             return json_response(reply.whole(answers))
@@ -241,7 +241,7 @@ class Service:
     def _prepare(self, endpoint: Endpoint, body: bytes, headers: Any) -> tuple[reading.Ask, Prepared]:
         """The checked, tokenized request of a body."""
         values = reading.parsed(bodies.unpacked(body, headers, self.limits))
-        ask = endpoint.read(values, self.model.config, self.limits, self.name)
+        ask = endpoint.read(values, self.model.config, self.limits, self.names)
         return ask, self.model.prepare(ask.request)
 
     async def _in_thread(self, call: Callable[..., T], *arguments: Any) -> T:

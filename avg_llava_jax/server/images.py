@@ -92,16 +92,24 @@ def _decoded(url: str, where: str) -> bytes:
     head, comma, data = url.partition(",")
     if not comma or not head.lower().endswith(";base64"):
         raise Refusal(400, f"{where} must have the form data:image/png;base64,...", where, "invalid_image_url")
+    try:
+        content = base64.b64decode(data, validate=True)
+    except (binascii.Error, ValueError):  # ValueError: not ASCII
+        content = _mended(data, where)
+    if not content:
+        raise Refusal(400, f"{where}: the data URI is empty", where, "invalid_base64")
+    return content
+
+
+def _mended(data: str, where: str) -> bytes:
+    """The bytes of base64 that is not quite: cleaning takes longer than decoding, so only where that fails."""
     if "%" in data:
         data = urllib.parse.unquote(data)
     data = re.sub(r"\s", "", data).rstrip("=").translate(str.maketrans("-_", "+/"))
     try:
-        content = base64.b64decode(data + "=" * (-len(data) % 4), validate=True)
-    except (binascii.Error, ValueError) as error:  # ValueError: not ASCII
+        return base64.b64decode(data + "=" * (-len(data) % 4), validate=True)
+    except (binascii.Error, ValueError) as error:
         raise Refusal(400, f"{where}: not valid base64 ({error})", where, "invalid_base64") from None
-    if not content:
-        raise Refusal(400, f"{where}: the data URI is empty", where, "invalid_base64")
-    return content
 
 
 class _SameHost(urllib.request.HTTPRedirectHandler):

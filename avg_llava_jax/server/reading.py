@@ -1,13 +1,14 @@
 """From the JSON of /v1/chat/completions to a `Request`; an invalid field is refused by its name.
 
-    messages: system, user and assistant, the last from the user; content is a text or a list of parts
+    messages: system, user and assistant, the last of them from the user; content is a text or a list of parts
         {"type": "text", "text": ...} and {"type": "image_url", "image_url": {"url": ..., "detail": ...}}
     every other field: a row of CHAT
 
 The parts say where images are; `<image>` in a text is text. A message's images precede its text, as in training, unless
 one stands between two texts: then all parts keep their order. System messages are prepended to the first question.
 `detail` of an image sets its granularity: `low` the coarsest, `high` and `original` the finest, `auto` the router's
-choice. An earlier answer may be empty, as the model's own may be.
+choice. Any message may be empty, as the model's own answer may be, and the first may be an answer. A system message
+alone has an empty question behind it.
 """
 
 from __future__ import annotations
@@ -138,8 +139,10 @@ LOOKING = (
 )
 """Our own fields."""
 
+MODEL = Field("model", TEXT, sets="adapter", about="the base, which it is if absent, or an adapter")
+
 CHAT = (
-    Field("model", TEXT, about="may be absent"),
+    MODEL,
     Field("messages", LIST, about="roles `system`, `developer`, `user`, `assistant`; parts `text`, `image_url`"),
     *STREAMING,
     Field("max_tokens", Number(1, MANY, whole=True), nothing=(-1,), about=f"{DEFAULT_NEW_TOKENS} if absent"),
@@ -201,6 +204,7 @@ class Ask:
     """A request and how to send its answer.
 
     given: the honoured fields as they were asked for, without the prompt. count: answers, each by a seed of its own.
+    made: answers to choose these from, 0 = no more than these.
     usage_with_each: send the usage so far with every piece. tools: the functions that the answer may call.
     """
 
@@ -211,6 +215,7 @@ class Ask:
     usage_with_each: bool = False
     count: int = 1
     tools: Tools | None = None
+    made: int = 0
 
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
@@ -220,11 +225,13 @@ class Ask:
     @property
     def seeds(self) -> list[int]:
         """A seed for each answer."""
-        return [(self.request.seed + number) % 2**32 for number in range(self.count)]
+        return [(self.request.seed + number) % 2**32 for number in range(self.made or self.count)]
 
 
-def read(values: Any, config: ModelConfig, limits: Limits, served: str) -> Ask:
-    """Check the JSON of /v1/chat/completions and convert it to a request. served: the name of the model here.
+def read(values: Any, config: ModelConfig, limits: Limits, served: Sequence[str]) -> Ask:
+    """Check the JSON of /v1/chat/completions and convert it to a request.
+
+    served: the names of the models here, the base's first.
 
     Raises:
       Refusal: 400, or 404 for another model; names the field.
@@ -243,11 +250,14 @@ def read(values: Any, config: ModelConfig, limits: Limits, served: str) -> Ask:
     return dataclasses.replace(ask, request=dataclasses.replace(ask.request, guide=tools.guide), tools=tools)
 
 
-def check_model(given: dict[str, Any], served: str) -> None:
-    """Raise Refusal 404 for another model than the one served here."""
-    model = given.get("model", served)
-    if model != served:
-        raise Refusal(404, f"model {short(model)} does not exist here, only {served!r}", "model", "model_not_found")
+def check_model(given: dict[str, Any], served: Sequence[str]) -> None:
+    """Raise Refusal 404 for another model than those served here; drop the base's name, so that only adapters stay."""
+    model = given.get("model", served[0])
+    if model not in served:
+        only = ", ".join(map(repr, served))
+        raise Refusal(404, f"model {short(model)} does not exist here, only {only}", "model", "model_not_found")
+    if model == served[0]:
+        given.pop("model", None)
 
 
 def ask_of(
@@ -345,11 +355,11 @@ def conversation(
             said[-1] = said[-1].followed_by(message)
         else:
             said.append(message)
+    if system and not said:
+        said = [_Message("human", [""], [], [])]
     if not said or said[-1].role != "human":
         raise Refusal(400, f"{where} must end with a message from the user", where)
-    if said[0].role != "human":
-        raise Refusal(400, "the first message after the system's must be from the user", where)
-    turns = [{"from": one.role, "value": [""] if one.role == "gpt" and one.blank else one.texts} for one in said]
+    turns = [{"from": one.role, "value": [""] if one.blank else one.texts} for one in said]
     if system:
         turns.insert(0, {"from": "system", "value": ["\n".join(system)]})
     check_characters((text for turn in turns for text in turn["value"]), config, where)
@@ -363,9 +373,9 @@ def _message(message: Any, where: str, before: int, limits: Limits) -> _Message:
     where, content = f"{where}.content", fields.get("content")
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
-    elif not content and role != "human" and not isinstance(content, (bool, int, float)):
+    elif not content and not isinstance(content, (bool, int, float, dict)):
         content = [{"type": "text", "text": ""}]
-    if not isinstance(content, list) or not content:
+    if not isinstance(content, list):
         raise Refusal(400, f"{where} must be a string or a list of parts, not {short(content)}", where)
     parts: list[str | SentImage] = []
     details: list[str] = []

@@ -6,7 +6,8 @@
 Our extensions of OpenAI's fields are `usage.visual_tokens` and `usage.granularity`, and `avg_llava` on the completion
 and on the last chunk with a choice; a stream that escalates has a chunk with the `avg_llava` of the first read before:
 
-    {"granularity": 16, "visual_tokens": 75, "certainty": 0.98, "probabilities": {"4": 0.1, ...}, "cost_weight": 0.0,
+    {"granularity": 16, "visual_tokens": 75, "certainty": 0.98, "closed": false, "probabilities": {"4": 0.1, ...},
+     "cost_weight": 0.0,
      "timings": {"encode": 0.02, ...}, "reads": [{"granularity": 16, "visual_tokens": 75, "certainty": 0.98}],
      "images": [{"granularity": 16, "probabilities": ..., "visual_tokens": 75, "finest": 280, "size": [640, 480],
                  "tiles": LATTICE, "cells": LATTICE, "borders": {"x": [0, 80, ...], "y": ...}}]}
@@ -167,6 +168,7 @@ class Reply:
             "granularity": answer.granularity,
             "visual_tokens": answer.visual_tokens,
             "certainty": answer.certainty,
+            "closed": answer.closed,
             "reads": [dataclasses.asdict(read) for read in answer.reads],
             "probabilities": answer.probabilities or None,
             "cost_weight": answer.cost_weight,

@@ -28,6 +28,7 @@ from avg_llava_jax.server.reading import (
     DEFAULT_NEW_TOKENS,
     LOOKING,
     MANY,
+    MODEL,
     SAMPLING,
     STREAMING,
     Ask,
@@ -56,7 +57,7 @@ TEXT_FORMAT = (
 )
 
 RESPONSE = (
-    Field("model", TEXT, about="may be absent"),
+    MODEL,
     Field("input", Parsed("a text, or a list of messages", lambda value, path: value)),
     Field("instructions", TEXT, about="the system message"),
     *STREAMING,
@@ -80,7 +81,7 @@ RESPONSE = (
 """Fields of /v1/responses."""
 
 
-def read(values: Any, config: ModelConfig, limits: Limits, served: str) -> Ask:
+def read(values: Any, config: ModelConfig, limits: Limits, served: Sequence[str]) -> Ask:
     """Check the JSON of /v1/responses and convert it to a request; see `reading.read`."""
     given = read_fields(values, RESPONSE, extras=limits.unknown_fields)
     check_model(given, served)

@@ -158,6 +158,12 @@ def options(given: dict[str, Any], new_tokens: int) -> dict[str, Any]:
         found["logprobs"] = given.get("top_logprobs", 0)
     elif given.get("top_logprobs"):
         raise Refusal(400, "top_logprobs needs logprobs: true", "top_logprobs")
-    if given.get("n", 1) > 1 and not given.get("temperature"):
-        raise Refusal(400, f"n={given['n']} needs a temperature over 0: greedy answers are all the same", "n")
+    if given.get("n", 1) > 1:
+        check_sampled("n", given)
     return found
+
+
+def check_sampled(name: str, given: dict[str, Any]) -> None:
+    """Refuse a field that asks for several answers where they would all be the same."""
+    if not given.get("temperature"):
+        raise Refusal(400, f"{name}={given[name]} needs a temperature over 0: greedy answers are all the same", name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from avg_llava_jax.data.conversation import IMAGE, encode_raw
@@ -10,10 +11,10 @@ from avg_llava_jax.inference.model import Model
 from avg_llava_jax.server import reading
 from avg_llava_jax.server.fields import FLAG, TEXT, Field, read_fields
 from avg_llava_jax.server.limits import Limits
-from avg_llava_jax.server.reading import check_characters, check_model
+from avg_llava_jax.server.reading import MODEL, check_characters, check_model
 
 TOKENIZE = (
-    Field("model", TEXT, about="may be absent"),
+    MODEL,
     Field("prompt", TEXT, about="a text without a template"),
     Field("add_special_tokens", FLAG, about="whether BOS precedes a prompt; true if absent"),
     Field("return_token_strs", nothing=(False,)),
@@ -21,7 +22,7 @@ TOKENIZE = (
 """Fields of /tokenize with a prompt; with messages they are those of /v1/chat/completions."""
 
 
-def tokenized(values: Any, model: Model, limits: Limits, served: str) -> dict[str, Any]:
+def tokenized(values: Any, model: Model, limits: Limits, served: Sequence[str]) -> dict[str, Any]:
     """{"count", "max_model_len", "tokens", "visual_tokens"} of a body.
 
     count, tokens: of the text. visual_tokens: {granularity: visual tokens of all images together}.

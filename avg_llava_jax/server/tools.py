@@ -142,7 +142,8 @@ def _guide(functions: Sequence[dict[str, Any]], may_talk: bool, several: bool) -
         schema = {"type": "object"} | function.get("parameters", NO_PARAMETERS)
         guided(Guide.json, schema, f"tools[{number}].function.parameters")
         grammars.append({"name": f"arguments_{number}", "json_schema": strict(schema)})
-    return guided(Guide, json.dumps({"grammars": [{"lark_grammar": "\n".join(lines)}, *grammars]}), "tools")
+    grammar = json.dumps({"grammars": [{"lark_grammar": "\n".join(lines)}, *grammars]})
+    return guided(lambda text: Guide(text, closes=True), grammar, "tools")
 
 
 def as_text(messages: Sequence[Any]) -> list[Any]:

@@ -29,6 +29,7 @@ class DataConfig:
     max_pixels: a record with a larger image is skipped.
     max_skipped_share: the run fails if a larger share of the samples is skipped.
     shapes: number of batch shapes; each is compiled once, and fewer of them mean more padding.
+    pack: samples that share a row, on average: less padding where samples differ in length; 1 = a row each.
     workers: processes that read data; 0 = a thread.
     validation: held-out samples, measured every `evaluate_every` steps: a path like `path`, or a share of the records
       of each path such as `0.02`, the same records in every run; "" = none.
@@ -40,11 +41,14 @@ class DataConfig:
     max_pixels: int = MAX_PIXELS
     max_skipped_share: float = 0.05
     shapes: int = 6
+    pack: int = 1
     workers: int = 0
     validation: str = ""
     validation_images: str = ""
 
     def __post_init__(self) -> None:
+        if self.pack < 1:
+            raise ValueError(f"data.pack={self.pack} must be at least 1")
         if self.validation_share is not None and not 0 < self.validation_share < 1:
             raise ValueError(f"data.validation={self.validation}: a share of the records lies between 0 and 1")
         if not 1 <= self.max_pixels <= 2 * MAX_PIXELS:
@@ -219,6 +223,11 @@ class TrainConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     rglf: RglfConfig = RglfConfig()
     mesh: MeshConfig = MeshConfig()
+
+    @property
+    def rows(self) -> int:
+        """Rows of a batch, over all devices."""
+        return self.batch_size // self.data.pack
 
 
 def defaults() -> ConfigDict:

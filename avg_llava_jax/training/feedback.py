@@ -7,6 +7,7 @@ with stored features without the encoder too.
 
 import dataclasses
 import functools
+import itertools
 import math
 import pathlib
 from collections.abc import Mapping
@@ -117,7 +118,7 @@ def _questions(batches: PlannedBatches, window: int) -> set[str]:
     """The questions of a window, by `asked`, in this process's rows."""
     questions = set()
     for number in range(window * WINDOW, (window + 1) * WINDOW):
-        for member in batches.rows_of(number):
+        for member in itertools.chain(*batches.rows_of(number)):
             try:
                 questions.add(asked(member.sample))
             except BadSample:  # its image is gone: nothing can be asked
@@ -145,15 +146,18 @@ def _window(
         measured = measure_batch(config, execution, keep_features, params, arrays)
         ours = multihost_utils.global_array_to_host_local_array(measured, mesh, rows.spec)
         nll, features = map(np.asarray, ours)
-        tiles = (batch["tile_image"] >= 0).sum(axis=1)
-        for row, (record, sample) in enumerate(batches.rows_of(number)):
-            try:
-                question = asked(sample)
-            except BadSample:
-                continue
-            if question in known:
-                continue
-            found[question] = Stored(nll[row], features[row, : tiles[row]] if keep_features else None, record)
+        for row, members in enumerate(batches.rows_of(number)):
+            image = batch["tile_image"][row]
+            of_tile = np.where(image < 0, -1, batch["image_sample"][row, image] if "image_sample" in batch else 0)
+            for place, (record, sample) in enumerate(members):
+                try:
+                    question = asked(sample)
+                except BadSample:
+                    continue
+                if question in known:
+                    continue
+                own = nll[row].reshape(-1, nll.shape[-1])[place]
+                found[question] = Stored(own, features[row, of_tile == place] if keep_features else None, record)
     return found
 
 
@@ -165,8 +169,8 @@ def measure_batch(
     params: avg_llava.Params,
     batch: Mapping[str, Any],
 ) -> tuple[jax.Array, jax.Array]:
-    """Mean NLL (B, G), NaN where a sample has no answer, and the features (B, T, P, D), or of no tile (B, 0, P, D)."""
+    """Mean NLL (B, *n, G), NaN where a sample has no answer, and features (B, T, P, D), or of no tile (B, 0, P, D)."""
     features = avg_llava.encode_images(config, params, batch["pixels"])
     text = avg_llava.embed(config, params, batch["text"])
     nll, answered = rglf.feedback(config, params, scale(config, features), text, batch, execution)
-    return jnp.where(answered[:, None], nll, jnp.nan), features if keep_features else features[:, :0]
+    return jnp.where(answered[..., None], nll, jnp.nan), features if keep_features else features[:, :0]

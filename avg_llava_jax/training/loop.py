@@ -218,7 +218,7 @@ class _Reporter:
 
     def __init__(self, config: TrainConfig, run: _Run, log: MetricsLog | None, progress: Progress, shapes: int):
         self._phase, self._run, self._log, self._progress = config.phase, run, log, progress
-        self._batch_size, self._max_bad_steps = config.batch_size, config.max_bad_steps
+        self._rows, self._max_bad_steps = config.rows, config.max_bad_steps
         self._bad_steps = hosts.gather(log.bad_steps if log else 0)[0]  # the first process has the log
         self._peak = config.optimizer.learning_rate
         self._rate = rate_shape(config.optimizer, config.steps)
@@ -233,7 +233,7 @@ class _Reporter:
             tokens = int(sum(length.sum() for length in batch["length"].values()))
         else:  # phase grounding: patches
             tokens = int((batch["tile_image"] >= 0).sum()) * batch["patch_words"].shape[2]
-        self._pending = self._run.step, metrics, records, tokens * self._batch_size // len(records)
+        self._pending = self._run.step, metrics, records, tokens * self._rows // len(batch["text"])
 
     def say_shape(self, batch: Batch) -> None:
         """Log which batch shape is compiled, and how many there are."""
@@ -241,7 +241,7 @@ class _Reporter:
         (rows, tiles), text, answer = batch["tile_image"].shape, batch["text"].shape[1], batch["targets"].shape[1]
         lengths = ", ".join(str(index.shape[1]) for index in batch["index"].values())
         self._progress.say(
-            f"compiling batch shape {self._seen} of {max(self._shapes, self._seen)}: {rows} samples of {tiles} tiles, "
+            f"compiling batch shape {self._seen} of {max(self._shapes, self._seen)}: {rows} rows of {tiles} tiles, "
             f"{text} text tokens, {answer} of them answer" + (f", packed to {lengths}" if lengths else "")
         )
 

@@ -1,5 +1,6 @@
 """Losses of the model, pure functions of parameters and one batch (paper, section 3.4); `rglf` has the router's."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -8,12 +9,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from avg_llava_jax.config import ModelConfig
-from avg_llava_jax.models import avg_llava
+from avg_llava_jax.models import avg_llava, language
 from avg_llava_jax.models.stack import Remat
 
 Batch = Mapping[str, Any]
 """Arrays as `data.pipeline.collate_rows` describes them; those of one granularity in a dict {g: array}."""
 Metrics = dict[str, Float[Array, ""]]
+SEQUENCES = ("index", "target_at", "weight", "length")
+"""The arrays of a batch that are of one granularity each."""
 Execution = Literal["per_length", "vmap"]
 
 
@@ -22,31 +25,49 @@ def answer_nll(
     params: avg_llava.Params,
     pyramid: Float[ArrayLike, "B T R D"],
     text: Float[ArrayLike, "B L D"],
-    index: Int[ArrayLike, "B S *corners"],
-    target_at: Int[ArrayLike, "B A"],
+    index: Sequence[Int[ArrayLike, "B _ *corners"]],
+    target_at: Sequence[Int[ArrayLike, "B A"]],
     targets: Int[ArrayLike, "B A"],
     remat: Remat = "none",
-    weight: Float[ArrayLike, "B S corners"] | None = None,
-) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
-    """Negative log-likelihood of each sample's answer at one granularity.
+    weight: Sequence[Float[ArrayLike, "B _ corners"]] | None = None,
+    length: Sequence[Int[ArrayLike, "B n"]] | None = None,
+    reach: Sequence[int] | None = None,
+) -> tuple[Float[Array, "G B ..."], Float[Array, "G B ..."]]:
+    """Negative log-likelihood of each sample's answer at each of G granularities, in one walk through the decoder.
 
-    Logits are computed only at the A positions that predict an answer token, not at all S.
+    The sequences of a sample lie one after another in a row, so that every layer's parameters are gathered once, and
+    their gradients summed once, for all of them. Logits are computed only at the A positions of each that predict an
+    answer token. With sequences of 5 and 7 positions, position 2 of the second is position 5 + 2 of the row.
 
     Args:
-      index, weight: see `avg_llava.assemble`.
-      target_at: the packed position whose next token is the target, -1 = none.
+      index, weight: of each granularity, see `avg_llava.assemble`.
+      target_at: of each granularity, the packed position whose next token is the target, -1 = none.
       targets: token ids.
+      length, reach: of each granularity, see `language.Part`: n samples share a row; None = one a row.
     Returns:
-      the sum over the answer in nats, and the number of its tokens, both fp32.
+      the sum over each sample's answer in nats, and the number of its tokens, both fp32: (G, B, n), or (G, B)
+      without `length`.
     """
-    packed = avg_llava.assemble(params, pyramid, text, index, weight)
-    hidden = avg_llava.decoder(config, params, packed, remat=remat)
-    at = jnp.take_along_axis(hidden, jnp.maximum(target_at, 0)[..., None], axis=1)
-    log_probs = jax.nn.log_softmax(avg_llava.unembed(config, params, at))
+    parts = [language.Part(each.shape[1]) for each in index]
+    if length is not None:
+        parts = [language.Part(*each) for each in zip([part.size for part in parts], length, reach, strict=True)]
+    joined = None if weight is None else jnp.concatenate(weight, axis=1)
+    packed = avg_llava.assemble(params, pyramid, text, jnp.concatenate(index, axis=1), joined)
+    hidden = avg_llava.decoder(config, params, packed, remat, parts)
+    starts = itertools.accumulate([part.size for part in parts[:-1]], initial=0)
+    at = jnp.concatenate([jnp.maximum(each, 0) + start for each, start in zip(target_at, starts, strict=True)], axis=1)
+    logits = avg_llava.unembed(config, params, jnp.take_along_axis(hidden, at[..., None], axis=1))
+    log_probs = jax.nn.log_softmax(logits.reshape(*logits.shape[:1], len(index), -1, logits.shape[-1]))
     # Summed rather than looked up, so that each device reads its own part of the vocabulary.
-    nll = -jnp.sum(jnp.where(jnp.arange(log_probs.shape[-1]) == targets[..., None], log_probs, 0.0), axis=-1)
-    counted = target_at >= 0
-    return jnp.sum(jnp.where(counted, nll, 0.0), axis=1), jnp.sum(counted, axis=1).astype(jnp.float32)
+    chosen = jnp.arange(log_probs.shape[-1]) == targets[:, None, :, None]
+    nll = -jnp.sum(jnp.where(chosen, log_probs, 0.0), axis=-1)
+    counted = jnp.stack(target_at, axis=1) >= 0
+    if length is not None:  # (B, G, n, A)
+        of = jnp.stack([language.split(*each)[0] for each in zip(length, target_at, strict=True)], axis=1)
+        counted = counted[:, :, None] & (of[:, :, None] == jnp.arange(length[0].shape[1])[:, None])
+        nll = nll[:, :, None]
+    sums, counts = jnp.sum(jnp.where(counted, nll, 0.0), axis=-1), jnp.sum(counted, axis=-1)
+    return jnp.swapaxes(sums, 0, 1), jnp.swapaxes(counts, 0, 1).astype(jnp.float32)
 
 
 def granularity_nll(
@@ -58,13 +79,14 @@ def granularity_nll(
     granularities: Sequence[int],
     execution: Execution = "per_length",
     remat: Remat = "none",
-) -> tuple[Float[Array, "G B"], Float[Array, "G B"]]:
+) -> tuple[Float[Array, "G B ..."], Float[Array, "G B ..."]]:
     """`answer_nll` at each granularity: sums and counts.
 
-    `per_length` runs one program part per granularity at its own static length. `vmap` pads all to the longest
-    and maps over the granularity axis.
+    `per_length` runs each granularity at its own static length. `vmap` pads all to the longest and maps over the
+    granularity axis.
     """
     shared = (batch["targets"], remat)
+    reach = [batch["reach"][g].shape[1] for g in granularities] if "reach" in batch else None
     if execution == "vmap":
         longest = max(batch["index"][g].shape[1] for g in granularities)
 
@@ -76,17 +98,23 @@ def granularity_nll(
 
         target_at = jnp.stack([batch["target_at"][g] for g in granularities])
         weight = padded("weight") if "weight" in batch else None
-        return jax.vmap(lambda i, t, w: answer_nll(config, params, pyramid, text, i, t, *shared, w))(
-            padded("index"), target_at, weight
-        )
+        length = None if reach is None else jnp.stack([batch["length"][g] for g in granularities])
+        most = None if reach is None else [max(reach)]
 
-    weights = batch.get("weight", {})
-    parts = [
-        answer_nll(config, params, pyramid, text, batch["index"][g], batch["target_at"][g], *shared, weights.get(g))
-        for g in granularities
-    ]
-    sums, counts = zip(*parts, strict=True)
-    return jnp.stack(sums), jnp.stack(counts)
+        def one(index: jax.Array, target_at: jax.Array, *rest: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+            weights, lengths = (None if each is None else [each] for each in rest)
+            sums, counts = answer_nll(
+                config, params, pyramid, text, [index], [target_at], *shared, weights, lengths, most
+            )
+            return sums[0], counts[0]
+
+        return jax.vmap(one)(padded("index"), target_at, weight, length)
+
+    index, target_at, weight, length = (
+        [batch[name][g] for g in granularities] if name in batch else None for name in SEQUENCES
+    )
+    length = length if reach else None
+    return answer_nll(config, params, pyramid, text, index, target_at, *shared, weight, length, reach)
 
 
 def language_loss(
@@ -104,7 +132,8 @@ def language_loss(
     pyramid = avg_llava.pyramid_of(config, params, batch["pixels"], remat)
     text = avg_llava.embed(config, params, batch["text"])
     sums, counts = granularity_nll(config, params, pyramid, text, batch, granularities, "per_length", remat)
-    per_granularity = jnp.sum(sums, axis=1) / jnp.maximum(jnp.sum(counts, axis=1), 1.0)
+    sums, counts = (x.reshape(len(x), -1).sum(axis=1) for x in (sums, counts))
+    per_granularity = sums / jnp.maximum(counts, 1.0)
     metrics = {f"nll/{g}": nll for g, nll in zip(granularities, per_granularity, strict=True)}
     return jnp.mean(per_granularity), metrics
 

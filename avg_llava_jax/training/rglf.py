@@ -32,19 +32,20 @@ def feedback(
     text: Float[ArrayLike, "B L D"],
     batch: losses.Batch,
     execution: losses.Execution,
-) -> tuple[Float[Array, "B G"], Bool[Array, " B"]]:
+) -> tuple[Float[Array, "*rows G"], Bool[Array, "*rows"]]:
     """Feedback of the frozen model: mean answer NLL in nats at every granularity, without gradient.
 
     Stored feedback (`batch["nll"]`, NaN = none) is returned unchanged.
 
     Returns:
-      the NLL in fp32, and which samples have an answer token at every granularity.
+      the NLL in fp32, and which samples have an answer token at every granularity: rows are (B, n) where n samples
+      share a row, else (B,).
     """
     if "nll" in batch:
-        answered = jnp.all(jnp.isfinite(batch["nll"]), axis=1)
-        return jnp.where(answered[:, None], batch["nll"], 0.0), answered
+        answered = jnp.all(jnp.isfinite(batch["nll"]), axis=-1)
+        return jnp.where(answered[..., None], batch["nll"], 0.0), answered
     sums, counts = losses.granularity_nll(config, params, pyramid, text, batch, config.granularities, execution)
-    return jax.lax.stop_gradient(sums / jnp.maximum(counts, 1.0)).T, jnp.all(counts > 0, axis=0)
+    return jax.lax.stop_gradient(jnp.moveaxis(sums / jnp.maximum(counts, 1.0), 0, -1)), jnp.all(counts > 0, axis=0)
 
 
 def rank(nll: Float[ArrayLike, " G"], tie_nats: float) -> tuple[Float[Array, " G"], Int[Array, " G"]]:
@@ -149,11 +150,15 @@ def batch_loss(
         pyramid = avg_llava.pyramid_of(config, params, batch["pixels"])
     text = avg_llava.embed(config, params, batch["text"])
     shared = (config, params, pyramid, text, batch)
-    nll, answered = feedback(*shared, settings.execution)  # (B, G), (B,)
+    nll, answered = feedback(*shared, settings.execution)  # (B, *n, G), (B, *n)
     logits = avg_llava.route(*shared, dropout=keys).logits  # (B, I, G)
 
-    valid = ((batch["first_tile"] >= 0) & answered[:, None]).reshape(-1)
-    nll = jnp.broadcast_to(nll[:, None], logits.shape).reshape(len(valid), -1)
+    rows = len(logits)
+    sample = jnp.maximum(batch.get("image_sample", jnp.zeros_like(batch["first_tile"])), 0)  # of each image
+    nll = jnp.take_along_axis(nll.reshape(rows, -1, nll.shape[-1]), sample[..., None], axis=1)
+    answered = jnp.take_along_axis(answered.reshape(rows, -1), sample, axis=1)
+    valid = ((batch["first_tile"] >= 0) & answered).reshape(-1)
+    nll = nll.reshape(len(valid), -1)
     logits = logits.reshape(len(valid), -1)
     weights = {
         name: getattr(settings, name) for name in ("margin", "rank_weight", "ce_weight", "nll_weight", "tie_nats")

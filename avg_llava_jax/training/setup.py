@@ -272,11 +272,13 @@ def check_step(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
     for name in ("steps", "batch_size"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name}={getattr(config, name)} must be at least 1")
-    parts = optimizer.accumulate * mesh.shape["data"] * mesh.shape["fsdp"]
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    parts = optimizer.accumulate * devices * config.data.pack
     if config.batch_size % parts:
+        pack = f" times data.pack={config.data.pack}" if config.data.pack > 1 else ""
         raise ValueError(
             f"batch_size={config.batch_size} must be a multiple of {parts}: "
-            f"optimizer.accumulate={optimizer.accumulate} times mesh data x fsdp={parts // optimizer.accumulate}"
+            f"optimizer.accumulate={optimizer.accumulate} times mesh data x fsdp={devices}{pack}"
         )
 
 
@@ -318,6 +320,10 @@ def _without_effect(config: TrainConfig) -> None:
         )
     if config.evaluate_every and not config.data.validation:
         raise ValueError(f"evaluate_every={config.evaluate_every} has no effect without data.validation: leave it at 0")
+    if phase == "grounding" and config.data.pack > 1:
+        raise ValueError(
+            f"data.pack={config.data.pack} has no effect in phase grounding, which reads no text: leave it at 1"
+        )
     if phase == "grounding" and config.granularities:
         raise ValueError(f"granularities={config.granularities} has no effect in phase grounding: leave it unset")
 
@@ -408,7 +414,8 @@ def plan_batches(
         seed=config.seed,
         shapes=config.data.shapes,
         words=config.phase == "grounding",
-        rows=None if mesh is None else sharding.process_rows(mesh, config.batch_size),
+        rows=None if mesh is None else sharding.process_rows(mesh, config.rows),
+        pack=config.data.pack,
         feedback=read_feedback(config.rglf.feedback, model.granularities) if config.rglf.feedback else None,
         kept=None if share is None else tuple(hold_out(len(part.source), share)[0] for part in parts),
     )

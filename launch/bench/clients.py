@@ -7,11 +7,9 @@ requests to a server that this script starts. A client that cannot be installed,
 import dataclasses
 import json
 import pathlib
-import re
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +19,7 @@ from absl import flags
 from avg_llava_jax import SHIPPED
 from avg_llava_jax.commands import cli
 from avg_llava_jax.files import around, write_whole
+from launch.bench.running import running
 
 DOCUMENT = flags.DEFINE_string("document", "docs/serve.md", "Where the table stands.")
 WORKDIR = flags.DEFINE_string("workdir", "workdirs/clients", "Keeps the clients' environments and results.")
@@ -29,48 +28,12 @@ CLIENTS_ONLY = flags.DEFINE_list("clients", [], "Run these alone and leave the d
 SECONDS = flags.DEFINE_float("seconds", 1800, "Time for an installation or a run.", lower_bound=1)
 BEGIN, END = "<!-- clients: python -m launch.bench.clients -->\n", "<!-- end of clients -->\n"
 TOKENIZER = SHIPPED.parent / "tokenizer"
-
-OPENAI = """
-import base64, io, json, statistics, sys, time, zlib, struct
-import openai
-
-url, model, requests = sys.argv[1], sys.argv[2], int(sys.argv[3])
-client = openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0, timeout=300)
-
-def png(side):
-    def part(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    rows = b"".join(b"\\0" + bytes([y % 256, 99, 50]) * side for y in range(side))
-    head = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    return b"\\x89PNG\\r\\n\\x1a\\n" + part(b"IHDR", head) + part(b"IDAT", zlib.compress(rows)) + part(b"IEND", b"")
-
-image = "data:image/png;base64," + base64.b64encode(png(120)).decode()
-content = [{"type": "image_url", "image_url": {"url": image}}, {"type": "text", "text": "Who wears 7?"}]
-items = [{"type": "input_image", "image_url": image}, {"type": "input_text", "text": "Who wears 7?"}]
-kinds = [
-    lambda: client.chat.completions.create(model=model, messages=[{"role": "user", "content": content}], stream=True),
-    lambda: client.responses.create(model=model, input=[{"role": "user", "content": items}], stream=True),
-    lambda: client.completions.create(model=model, prompt="Who wears 7?", stream=True),
-]
-first, failed = [], 0
-for number in range(requests):
-    begin = time.perf_counter()
-    try:
-        stream = kinds[number % len(kinds)]()
-        next(iter(stream))
-        first.append(1e3 * (time.perf_counter() - begin))
-        for _ in stream:
-            pass
-    except openai.OpenAIError as error:
-        print(error, file=sys.stderr)
-        failed += 1
-print(json.dumps({"sent": requests, "failed": failed, "first_ms": statistics.median(first) if first else None}))
-"""
+ASKING = pathlib.Path(__file__).with_name("asking.py")
 
 
 @dataclasses.dataclass(frozen=True)
 class Client:
-    """A client. packages: what pip installs. asks: what its requests use.
+    """A client. packages: what it needs, itself first. asks: what its requests use.
 
     command: (its folder, url, model) -> argv, which runs in an empty folder. read: (that folder, what the command
     printed) -> {"sent", "failed", "first_ms"}.
@@ -80,10 +43,18 @@ class Client:
     asks: str
     command: Callable[[pathlib.Path, str, str], list[str]]
     read: Callable[[pathlib.Path, str], dict[str, Any]]
+    alone: str | None = None
+    """A package that is installed without what it needs."""
 
 
-def _openai(folder: pathlib.Path, url: str, model: str) -> list[str]:
-    return [f"{folder}/bin/python", "-c", OPENAI, url, model, str(REQUESTS.value)]
+def library(name: str, package: str, asks: str, *beside: str) -> Client:
+    """A client that `asking.py` asks through."""
+    return Client(
+        (package, *beside),
+        asks,
+        lambda folder, url, model: [f"{folder}/bin/python", str(ASKING), name, url, model, str(REQUESTS.value)],
+        lambda folder, printed: json.loads(printed.splitlines()[-1]),
+    )
 
 
 def _guidellm(folder: pathlib.Path, url: str, model: str) -> list[str]:
@@ -142,12 +113,20 @@ def _of_sglang(folder: pathlib.Path, _: str) -> dict[str, Any]:
 
 NEEDED = ("aiohttp", "numpy", "pybase64", "requests", "datasets", "pillow", "tqdm", "transformers>=5")
 CLIENTS = {
-    "openai": Client(
-        ("openai>=3.57,<4",),
-        "chat completions, responses with an image, completions; streamed",
-        _openai,
-        lambda folder, printed: json.loads(printed.splitlines()[-1]),
+    "openai": library(
+        "openai",
+        "openai>=3.57,<4",
+        "chat completions and responses with an image, completions, streamed; a conversation that greets first, `n`, "
+        "`json_schema`",
     ),
+    "litellm": library(
+        "litellm", "litellm>=1.110,<1.111", "streaming, `json_schema`, `ContextWindowExceededError` over the length"
+    ),
+    "langchain-openai": library(
+        "langchain", "langchain-openai>=1.7,<1.8", "`stream`, `with_structured_output` by each of its three methods"
+    ),
+    "instructor": library("instructor", "instructor>=1.17,<1.18", "the modes `JSON_SCHEMA`, `JSON`, `TOOLS`"),
+    "lm-eval": library("lm_eval", "lm-eval[api]>=0.4.13,<0.4.14", "`local-chat-completions`, messages of 0.4.9"),
     "guidellm": Client(
         ("guidellm>=0.8,<0.9",), "chat completions, `ignore_eos`, `continuous_usage_stats`", _guidellm, _of_guidellm
     ),
@@ -155,21 +134,28 @@ CLIENTS = {
         ("aiperf>=0.13,<0.14",), "chat completions with an image, `ignore_eos`, `min_tokens`", _aiperf, _of_aiperf
     ),
     "sglang": Client(
-        ("sglang>=0.5.5,<0.5.6", *NEEDED), "`bench_serving`: chat completions, `ignore_eos`", _sglang, _of_sglang
+        NEEDED,
+        "`bench_serving`: chat completions, `ignore_eos`, prompts of random tokens, some of them blank",
+        _sglang,
+        _of_sglang,
+        alone="sglang>=0.5.5,<0.5.6",  # with them it needs a GPU
     ),
 }
 
 
 def install(folder: pathlib.Path, client: Client) -> None:
-    """Install a client into `folder`, unless an earlier run did. sglang comes without what it needs on a GPU."""
-    if (folder / "installed").is_file():
+    """Install a client into `folder`, unless an earlier run did, by uv: pip takes minutes to resolve some."""
+    stamp, wanted = folder / "installed", "\n".join([*client.packages, client.alone or ""])
+    if stamp.is_file() and stamp.read_text() == wanted:
         return
+    python = f"{folder}/bin/python"
     run([sys.executable, "-m", "venv", str(folder)])
-    pip, (first, *rest) = [f"{folder}/bin/python", "-m", "pip", "install", "--quiet"], client.packages
-    run([*pip, *(["--no-deps"] if rest else []), first])
-    if rest:
-        run([*pip, *rest])
-    (folder / "installed").touch()
+    run([python, "-m", "pip", "install", "--quiet", "uv"])
+    pip = [python, "-m", "uv", "pip", "install", "--quiet", "--python", python]
+    run([*pip, *client.packages])
+    if client.alone:
+        run([*pip, "--no-deps", client.alone])
+    stamp.write_text(wanted)
 
 
 def run(command: list[str], folder: pathlib.Path | None = None) -> str:
@@ -208,19 +194,8 @@ def row(name: str, url: str, model: str) -> str:
 
 def main() -> None:
     before, after = around(DOCUMENT.value, BEGIN, END)  # fail before anything is installed
-    command = [sys.executable, "-m", "launch.serve", "--port=0", "--slots=2", f"--checkpoint={cli.CHECKPOINT.value}"]
-    server = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    try:
-        while not (place := re.search(r"^(\S+) at (\S+)/ and", line := server.stderr.readline())):
-            if not line:
-                raise RuntimeError("the server did not start: python -m launch.serve says why")
-        model, url = place.groups()
-        threading.Thread(target=server.stderr.read, daemon=True).start()  # else a full pipe would stop the server
-        names = CLIENTS_ONLY.value or list(CLIENTS)
-        rows = [row(name, url, model) for name in names]
-    finally:
-        server.terminate()
-        server.wait()
+    with running("--slots=2", f"--checkpoint={pathlib.Path(cli.CHECKPOINT.value).absolute()}") as server:
+        rows = [row(name, server.url, server.model) for name in CLIENTS_ONLY.value or CLIENTS]
     table = "| client | asks for | requests | failed | ms to the first piece |\n|---|---|---|---|---|\n" + "".join(rows)
     print(table, file=sys.stderr)
     if not CLIENTS_ONLY.value:

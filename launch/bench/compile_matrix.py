@@ -6,7 +6,7 @@
 The devices need not be present. Each target compiles in a separate process, since a compiler can crash or hang; that is
 a line of the table, and the next program follows. A program passes if it compiles, fits, overwrites its donated
 arguments, and holds and sends nothing that `judge` does not expect. Results are kept in --known and written to the
-document at once; remove that folder when the programs have changed. It exits with 1 where something fails.
+document at once; those of the same code and jax are reused, and no others. It exits with 1 where something fails.
 
 A new program is one more entry of `CASES`.
 """
@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
+from avg_llava_jax import reuse
 from avg_llava_jax.commands import cli
 
 if TYPE_CHECKING:
@@ -90,8 +91,8 @@ class Case:
     """Of the sequences whose scores must not lie in memory."""
 
 
-def training(name: str, **settings: Any) -> Case:
-    """The training step. rows: samples of a micro-batch for each replica of the model."""
+def training(name: str, beside: bool = False, **settings: Any) -> Case:
+    """The training step, or what runs beside it: the optimizer's first state, validation, feedback and `explain`."""
     model, dtype, sizes = models()[name]
     shape = _shape(model, sizes)
     shown = " ".join(f"{key.rpartition('.')[2]}={value}" for key, value in settings.items() if key != "phase")
@@ -104,9 +105,13 @@ def training(name: str, **settings: Any) -> Case:
         config.update_from_flattened_dict({"compute_dtype": dtype, **settings})
         config.mesh.update(mesh)
         config.batch_size = ROWS * mesh["data"] * mesh["fsdp"] * config.optimizer.accumulate
-        yield planning.training(config, model, target, shape)._replace(name="")
+        if beside:
+            yield from planning.beside_training(config, model, target, shape)
+        else:
+            yield planning.training(config, model, target, shape)._replace(name="")
 
-    return Case(f"{name} {settings['phase']} {shown}".strip(), make, _lengths(model, shape))
+    what = f"{name} beside {settings['phase']}" if beside else f"{name} {settings['phase']} {shown}".strip()
+    return Case(what, make, _lengths(model, shape))
 
 
 def answering(name: str, dtype: str) -> Case:
@@ -188,6 +193,11 @@ CASES: list[Callable[[], Case]] = [
         )
     ),
     functools.partial(training, "tiny", phase="multi_granularity", compute_dtype="bfloat16"),
+    *(
+        functools.partial(training, name, beside=True, phase=phase)
+        for name in ("7B", "tiny")
+        for phase in ("multi_granularity", "rglf")
+    ),
     functools.partial(answering, "7B", "bfloat16"),
     functools.partial(answering, "tiny", "float32"),
     functools.partial(answering, "tiny", "bfloat16"),
@@ -365,7 +375,8 @@ def _read(stream: Any, put: Callable[[str | None], None]) -> None:
 
 
 def _file(where: str, case: str) -> pathlib.Path:
-    return pathlib.Path(WORKDIR.value) / _name(where) / f"{_name(case)}.json"
+    """Below a folder of this code's own: other programs' results are not reused."""
+    return pathlib.Path(WORKDIR.value) / reuse.programs(__file__) / _name(where) / f"{_name(case)}.json"
 
 
 def _name(text: str) -> str:
@@ -420,6 +431,7 @@ def main() -> None:
         return
     if DOCUMENT.value:
         around(DOCUMENT.value, BEGIN, END)  # fails now rather than after the first target
+    print(f"{sum(map(len, known().values()))} results of the same code are known", file=sys.stderr, flush=True)
     for where in CHOSEN.value:
         compile_all(where)
         if DOCUMENT.value:

@@ -9,6 +9,8 @@ Components that the phase trains run forward and backward, the others only forwa
 No part includes text embeddings or the summing of gradients.
 """
 
+import dataclasses
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -19,7 +21,8 @@ import optax
 from PIL import Image
 
 from avg_llava_jax import parameters
-from avg_llava_jax.config import ModelConfig
+from avg_llava_jax.config import LanguageConfig, ModelConfig, VisionConfig, from_dict
+from avg_llava_jax.configs import jersey
 from avg_llava_jax.data.conversation import IGNORE, IMAGE, Tokens
 from avg_llava_jax.data.images import image_ref
 from avg_llava_jax.data.packing import Sample, Shape, load_tiles, make_sample
@@ -34,6 +37,35 @@ from avg_llava_jax.training.step import Step
 
 Run = Callable[[], Any]
 """Does the thing once and returns what it computes, before it is computed."""
+
+
+WARM_UP = 2  # runs before the clock starts: the first compiles
+
+
+def model_of(shape: str, layers: int | None = None) -> ModelConfig:
+    """jersey: as the project ships it. mid: CLIP-B at 336 pixels and 1024 x 8. 7b: AVG-LLaVA."""
+    mid = ModelConfig(
+        vision=VisionConfig(width=768, layers=12, heads=12, mlp_width=3072),
+        language=LanguageConfig(width=1024, layers=8, heads=16, kv_heads=16, head_dim=64, mlp_width=2816),
+    )
+    model = {"jersey": from_dict(jersey.model().to_dict()), "mid": mid, "7b": ModelConfig()}[shape]
+    language = dataclasses.replace(model.language, layers=layers or model.language.layers)
+    return dataclasses.replace(model, language=language)
+
+
+def seconds(runs: Mapping[str, Run], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each until its result is ready, timed alternately, so that other load affects all alike."""
+
+    def once(run: Run) -> float:
+        begin = time.perf_counter()
+        jax.block_until_ready(run())
+        return time.perf_counter() - begin
+
+    for run in runs.values():
+        for _ in range(WARM_UP):
+            once(run)
+    took = [{name: once(run) for name, run in runs.items()} for _ in range(repeats)]
+    return {name: [each[name] for each in took] for name in runs}
 
 
 def random_batch(config: ModelConfig, rows: int, shape: Shape) -> dict[str, Any]:
@@ -126,7 +158,7 @@ def _of_the_model(config: TrainConfig, model: ModelConfig, params: parameters.Pa
     text = jax.jit(lambda p, ids: avg_llava.embed(model, p, ids))(speaks, batch["text"])
     del features
     for granularity in setup.granularities(config, model):
-        fixed = batch["index"][granularity], batch["target_at"][granularity], batch["targets"]
+        fixed = [batch["index"][granularity]], [batch["target_at"][granularity]], batch["targets"]
 
         def answer(p: Any, pyramid: jax.Array, text: jax.Array, fixed: Any) -> jax.Array:
             return losses.answer_nll(model, p, pyramid, text, *fixed, remat)[0]

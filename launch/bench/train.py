@@ -19,8 +19,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
@@ -47,22 +45,6 @@ REPEATS = flags.DEFINE_integer("repeats", 10, "How often each thing is timed; th
 BASELINE = flags.DEFINE_bool("baseline", True, "Time PyTorch too, where it is installed for the same device.")
 OUTPUT = flags.DEFINE_string("output", None, "JSON file for the figures.")
 
-WARM_UP = 2  # runs before the clock starts: the first compiles
-
-
-def model_of(shape: str, layers: int | None) -> "ModelConfig":
-    """jersey: as the project ships it. mid: CLIP-B at 336 pixels and 1024 x 8. 7b: AVG-LLaVA."""
-    from avg_llava_jax.config import LanguageConfig, ModelConfig, VisionConfig, from_dict
-    from avg_llava_jax.configs import jersey
-
-    mid = ModelConfig(
-        vision=VisionConfig(width=768, layers=12, heads=12, mlp_width=3072),
-        language=LanguageConfig(width=1024, layers=8, heads=16, kv_heads=16, head_dim=64, mlp_width=2816),
-    )
-    model = {"jersey": from_dict(jersey.model().to_dict()), "mid": mid, "7b": ModelConfig()}[shape]
-    language = dataclasses.replace(model.language, layers=layers or model.language.layers)
-    return dataclasses.replace(model, language=language)
-
 
 def config_of(phase: str, rows: int, dtype: str, remat: str) -> "TrainConfig":
     """Training settings of a phase. RGLF has no remat, since it has no backward pass through the model."""
@@ -82,26 +64,12 @@ def peak() -> tuple[float, str]:
     kind = jax.devices()[0].device_kind
     if chip := chips.by_kind(kind):
         return chip.flops, f"{kind}: the maker's figure for bfloat16"
+    from launch.bench.parts import seconds
+
     size, product = 2048, jax.jit(jnp.dot)
     matrix = jnp.ones((size, size), COMPUTE.value or "float32")
     best = min(seconds({"": lambda: product(matrix, matrix)}, 5)[""])
     return 2 * size**3 / best, f"{kind}: measured, the best of 5 products of {size} x {size} {matrix.dtype} matrices"
-
-
-def seconds(runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each until its result is ready, timed alternately, so that other load affects all alike."""
-    import jax
-
-    def once(run: Callable[[], Any]) -> float:
-        begin = time.perf_counter()
-        jax.block_until_ready(run())
-        return time.perf_counter() - begin
-
-    for run in runs.values():
-        for _ in range(WARM_UP):
-            once(run)
-    took = [{name: once(run) for name, run in runs.items()} for _ in range(repeats)]
-    return {name: [each[name] for each in took] for name in runs}
 
 
 def measure(config: "TrainConfig", model: "ModelConfig", shape: "Shape", repeats: int) -> dict[str, Any]:
@@ -131,11 +99,11 @@ def measure(config: "TrainConfig", model: "ModelConfig", shape: "Shape", repeats
         whole = bench_parts.Whole(steps, params, batch)
         del params
         say(f"{config.phase}: the whole step")
-        took = seconds({name: whole.run(name) for name in steps}, repeats)
+        took = bench_parts.seconds({name: whole.run(name) for name in steps}, repeats)
         of_parts = {}
         for part in bench_parts.parts(config, model, whole, batch):
             say(f"{config.phase}: {part.name}")
-            of_parts[part.name] = statistics.median(seconds({part.name: part.run}, repeats)[part.name])
+            of_parts[part.name] = statistics.median(bench_parts.seconds({part.name: part.run}, repeats)[part.name])
     lengths = {g: shape.length(model, g) for g in model.granularities}
     return {
         "batch_size": rows,
@@ -154,12 +122,18 @@ def baseline(
     config: "TrainConfig", model: "ModelConfig", shape: "Shape", platform: str, devices: int, repeats: int
 ) -> dict[str, Any]:
     """The results of `torch_baseline` on one device with its share of the batch, or {"left_out": reason}."""
+    from launch.bench import parts as bench_parts
+
     rows = max(1, config.batch_size // devices)
     say(f"{config.phase}: PyTorch")
     with tempfile.TemporaryDirectory() as folder:
         file = pathlib.Path(folder) / "batch.npz"
         write_batch(file, model, rows, shape)
-        work = baseline_work(config, model, platform) | {"batch": str(file), "repeats": repeats, "warm_up": WARM_UP}
+        work = baseline_work(config, model, platform) | {
+            "batch": str(file),
+            "repeats": repeats,
+            "warm_up": bench_parts.WARM_UP,
+        }
         command = [sys.executable, "-m", "launch.bench.torch_baseline"]
         done = subprocess.run(command, input=json.dumps(work), capture_output=True, text=True)
     if done.returncode:
@@ -249,6 +223,7 @@ def main() -> None:
 
     from avg_llava_jax.commands import planning
     from avg_llava_jax.files import write_json
+    from launch.bench.parts import model_of
 
     platform, devices = jax.default_backend(), jax.device_count()
     dtype = COMPUTE.value or ("float32" if platform == "cpu" else "bfloat16")
