@@ -30,17 +30,18 @@ BUDGETS = 24
 def joined(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Means over routers of frontiers in one unit, with `deviation` of accuracies and `deviations` of areas.
 
-    A point of a curve is the mean of the points at the same place, whose costs differ little.
+    Points of a curve are at the mean costs of the points at the same place, where each router's curve is read.
     """
     import numpy as np
 
+    from avg_llava_jax.eval.escalation import accuracy_at
+
     curves, some = {}, len(found) > 1
     for name in found[0]["curves"]:
-        cost, accuracy = (
-            np.array([[point[key] for point in one["curves"][name]] for one in found]) for key in ("cost", "accuracy")
-        )
+        cost = np.mean([[point["cost"] for point in one["curves"][name]] for one in found], axis=0)
+        accuracy = np.array([accuracy_at(one["curves"][name], cost) for one in found])
         spread = accuracy.std(axis=0, ddof=1) if some else np.zeros(accuracy.shape[1])
-        rows = zip(cost.mean(axis=0), accuracy.mean(axis=0), spread, strict=True)
+        rows = zip(cost, accuracy.mean(axis=0), spread, strict=True)
         curves[name] = [{"cost": float(c), "accuracy": float(a), "deviation": float(d)} for c, a, d in rows]
     areas = {name: np.array([one["areas"][name] for one in found]) for name in curves}
     return {
