@@ -34,7 +34,7 @@ WAYS = {
     "cpu": one_cpu.self_attention,
     "dense": attention._over_own,
     "blocks": attention._in_blocks,
-    "tpu": functools.partial(flash_attention, interpret=jax.default_backend() != "tpu"),
+    "tpu": lambda *arrays, **options: flash_attention(*arrays, interpret=jax.default_backend() != "tpu", **options),
     "padded": functools.partial(padded_attention, implementation="xla"),  # cuDNN's padding, on any device
     "gpu": padded_attention,
 }

@@ -231,7 +231,7 @@ def test_other_origins_only_by_flag(served, unweighted):
 
 def test_a_model_may_have_a_slash_in_its_name(unweighted):
     served = Served(unweighted)
-    served.service.name = "org/tiny"
+    served.service.names = ("org/tiny",)
     for path in ("org/tiny", "org%2Ftiny"):
         assert served.http.get(f"/v1/models/{path}").json()["id"] == "org/tiny"
     served.close()

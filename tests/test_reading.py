@@ -71,6 +71,7 @@ def test_an_empty_question_and_a_greeting_are_taken(ask, unweighted, empty):
         ([user(empty)], [[""]]),
         (turns, [["Hi"], [""], ["a"], [""]]),
         ([{"role": "system", "content": "Be brief."}], [["Be brief."], [""]]),
+        (turns[:3], [["Hi"], [""], ["a"], [""]]),
     ):
         request = ask(messages=messages).request
         assert [turn["value"] for turn in request.prompt] == wanted

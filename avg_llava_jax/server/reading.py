@@ -1,14 +1,14 @@
 """From the JSON of /v1/chat/completions to a `Request`; an invalid field is refused by its name.
 
-    messages: system, user and assistant, the last of them from the user; content is a text or a list of parts
+    messages: system, user and assistant; content is a text or a list of parts
         {"type": "text", "text": ...} and {"type": "image_url", "image_url": {"url": ..., "detail": ...}}
     every other field: a row of CHAT
 
 The parts say where images are; `<image>` in a text is text. A message's images precede its text, as in training, unless
 one stands between two texts: then all parts keep their order. System messages are prepended to the first question.
 `detail` of an image sets its granularity: `low` the coarsest, `high` and `original` the finest, `auto` the router's
-choice. Any message may be empty, as the model's own answer may be, and the first may be an answer. A system message
-alone has an empty question behind it.
+choice. Any message may be empty, as the model's own answer may be, and the first may be an answer. Messages that do not
+end with the user's have an empty question behind them.
 """
 
 from __future__ import annotations
@@ -355,10 +355,10 @@ def conversation(
             said[-1] = said[-1].followed_by(message)
         else:
             said.append(message)
-    if system and not said:
-        said = [_Message("human", [""], [], [])]
+    if not messages:
+        raise Refusal(400, f"{where} must hold a message", where)
     if not said or said[-1].role != "human":
-        raise Refusal(400, f"{where} must end with a message from the user", where)
+        said.append(_Message("human", [""], [], []))
     turns = [{"from": one.role, "value": [""] if one.blank else one.texts} for one in said]
     if system:
         turns.insert(0, {"from": "system", "value": ["\n".join(system)]})

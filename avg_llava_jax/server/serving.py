@@ -16,6 +16,9 @@ logger = logging.getLogger(__name__)
 TICK = 0.05
 STARTING_SECONDS = 30
 CLOSING_SECONDS = 5
+KEEP_ALIVE_SECONDS = 75
+"""An idle connection stays open for longer than clients (5 s) and proxies (60 s) keep theirs: who closes first must not
+be the server, or the next request meets a connection that is just closing."""
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -54,6 +57,7 @@ class Serving:
             access_log=False,
             log_level="warning",
             timeout_graceful_shutdown=CLOSING_SECONDS,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
         )
         self._server = uvicorn.Server(config)
         # Outside the main thread uvicorn installs no signal handlers; its own would close /health at once.
