@@ -19,3 +19,5 @@ install_import_hook(CHECKED, "beartype.beartype")
 CACHE = pathlib.Path(__file__).parent.parent / ".pytest_cache" / "compiled"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+# Most of the suite's time is XLA's. JAX_DISABLE_MOST_OPTIMIZATIONS=0 tests the programs as users run them.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")

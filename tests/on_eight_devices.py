@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from avg_llava_jax import parameters
+from avg_llava_jax import adapters, parameters
 from avg_llava_jax.config import ScalerConfig
 from avg_llava_jax.data.tokenizer import load_tokenizer
-from avg_llava_jax.inference import programs
+from avg_llava_jax.inference import programs, stacked
 from avg_llava_jax.inference.api import AvgLlava
 from avg_llava_jax.inference.engine import Engine
 from avg_llava_jax.inference.requests import Request
@@ -26,6 +26,7 @@ from tests.conftest import TOKENIZER
 from tests.random_model import random_model
 from tests.test_attention import draw, formula
 from tests.test_parameters import TINY
+from tests.test_stacked import adapted
 
 MODEL = dataclasses.replace(
     TINY,
@@ -59,6 +60,7 @@ def shared(batch):
     half = np.repeat(np.int32([[0, 1]]), TEXT // 2, axis=1)
     return batch | {
         "length": {g: np.tile(np.int32([5, LENGTH - 5]), (ROWS, 1)) for g in MODEL.granularities},
+        "reach": {g: np.zeros((ROWS, LENGTH - 5), bool) for g in MODEL.granularities},
         "text_sample": np.tile(half, (ROWS, 1)),
         "image_sample": np.arange(ROWS, dtype=np.int32)[:, None] % 2,
     }
@@ -109,10 +111,18 @@ def answered(params, batch, sizes):
     return jax.device_get((routing.logits, logits, cache, tokens))
 
 
+def with_adapter(params, tokenizer):
+    """A model, and an adapter `own` beside it."""
+    own, _ = adapters.divide(adapted(MODEL, random_model(MODEL, tokenizer).params, 1, 2, ("language", "encoder")))
+    model = AvgLlava(MODEL, params, tokenizer)
+    model.adapters = stacked.Stack(("own",), stacked.stack(params, [own]))
+    return model
+
+
 def engine_answers(model, sizes):
     """Tokens of four requests by an engine on a mesh, asked twice: what is compiled at first serves ever after."""
     params = jax.device_put(model.params, sharding.shardings(mesh_of(sizes), model.params))
-    engine = Engine(AvgLlava(MODEL, params, model.tokenizer), slots=4, chunk=32, image_cache_bytes=2**16)
+    engine = Engine(with_adapter(params, model.tokenizer), slots=4, chunk=32, image_cache_bytes=2**16)
     for _ in range(2):
         with compilations() as compiled:
             tickets = [engine.submit(request) for request in questions()]
@@ -125,7 +135,10 @@ def engine_answers(model, sizes):
 def questions():
     pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
     images = [Image.fromarray(pixels + np.uint8(n)) for n in range(3)]
-    return [Request("who wears " * (1 + 5 * n), image, max_new_tokens=12) for n, image in enumerate([*images, ()])]
+    return [
+        Request("who wears " * (1 + 5 * n), image, max_new_tokens=12, adapter=(None, "own")[n % 2])
+        for n, image in enumerate([*images, ()])
+    ]
 
 
 def equal(one, other):
@@ -149,7 +162,8 @@ def main():
     for sizes in [(4, 2, 1), (2, 2, 2)]:
         equal(one, answered(params, batch, sizes))
 
-    model = random_model(MODEL, load_tokenizer(TOKENIZER))
+    tokenizer = load_tokenizer(TOKENIZER)
+    model = with_adapter(random_model(MODEL, tokenizer).params, tokenizer)
     alone = [model.answer_batch([question])[0].token_ids for question in questions()]
     assert len(set(alone)) == len(alone)
     assert engine_answers(model, (2, 2, 2)) == alone

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from avg_llava_jax.models import attention, one_cpu
+from avg_llava_jax.models import attention, one_cpu, router
 from avg_llava_jax.models.attention import QUERY_BLOCK, cached_attention, dense, kernel_for, padded_attention
 from avg_llava_jax.models.cache import LayerCache, Span
+from avg_llava_jax.models.dropout import dropper
 from avg_llava_jax.models.flash import flash_attention
 from avg_llava_jax.models.one_cpu import BLOCK
 
@@ -34,7 +35,7 @@ WAYS = {
     "cpu": one_cpu.self_attention,
     "dense": attention._over_own,
     "blocks": attention._in_blocks,
-    "tpu": functools.partial(flash_attention, interpret=jax.default_backend() != "tpu"),
+    "tpu": lambda *arrays, **options: flash_attention(*arrays, interpret=jax.default_backend() != "tpu", **options),
     "padded": functools.partial(padded_attention, implementation="xla"),  # cuDNN's padding, on any device
     "gpu": padded_attention,
 }
@@ -143,6 +144,26 @@ def test_dense_attention_drops_and_masks():
     np.testing.assert_allclose(shown, dense(q, k[:, :, :4], v[:, :, :4]), atol=1e-6)
     halved = dense(q, k, v, drop=lambda weights: weights / 2)
     np.testing.assert_allclose(halved, dense(q, k, v) / 2, atol=1e-6)
+
+
+def test_the_router_drops_weights_block_by_block():
+    """Without dropout as the formula, and gradients too; with it every block of queries draws a mask of its own."""
+    q, k, v = (x.swapaxes(1, 2) for x in draw(jnp.float32, 2 * QUERY_BLOCK - 9, heads=2))
+
+    def total(way):
+        return jax.jit(jax.value_and_grad(lambda *arrays: jnp.sum(jnp.sin(way(*arrays))), (0, 1, 2)))(q, k, v)
+
+    for one, other in zip(
+        jax.tree.leaves(total(lambda *arrays: router._in_blocks(*arrays, dropper(0.0, None)))),
+        jax.tree.leaves(total(dense)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+    drop = dropper(0.5, jax.random.split(jax.random.key(0), 2))
+    kept = router._in_blocks(jnp.zeros_like(q), k, jnp.ones_like(v), drop)[..., 0]  # the share of kept weights, doubled
+    assert kept.mean() == pytest.approx(1, abs=0.01) and kept.std() > 0.02
+    block = -(-q.shape[2] // 2)
+    assert not np.any(np.isclose(kept[:, :, :block], np.roll(kept, -block, axis=2)[:, :, :block]).all(axis=2))
 
 
 @pytest.mark.parametrize("length", [1, 2, 577, 1148, 2885, 4096])

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -71,3 +72,23 @@ def test_a_sample_in_a_batch_is_as_alone(samples, measure):
         np.testing.assert_allclose(logits["learning"][row, :images], logits["tokens"][row, :images], atol=1e-5)
     one, other = (logits[attention][1, 0] for attention in ("tokens", "tiles"))
     assert not np.allclose(one, other, atol=1e-2)  # two routers, not one
+
+
+def test_one_walk_with_all_granularities_is_a_walk_with_each(tiny, params, samples):
+    """Losses and gradients; the granularities are weighted apart, so that none stands for another."""
+    batch = collate(samples, merge(shape_of(sample, tiny) for sample in samples), tiny)
+
+    def total(params, together):
+        pyramid = avg_llava.pyramid_of(tiny, params, batch["pixels"])
+        text = avg_llava.embed(tiny, params, batch["text"])
+        walks = [tiny.granularities] if together else [(g,) for g in tiny.granularities]
+        found = [losses.granularity_nll(tiny, params, pyramid, text, batch, walk) for walk in walks]
+        sums, counts = map(jnp.concatenate, zip(*found, strict=True))
+        return jnp.sum(sums * (1 + jnp.arange(len(sums)))[:, None]), (sums, counts)
+
+    walk = jax.jit(jax.value_and_grad(total, has_aux=True), static_argnums=1)
+    (_, (sums, counts)), grads = walk(params, True)
+    (_, (apart, apart_counts)), apart_grads = walk(params, False)
+    np.testing.assert_allclose(sums, apart, rtol=1e-5)
+    np.testing.assert_array_equal(counts, apart_counts)
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, atol=1e-4, rtol=1e-4), grads, apart_grads)

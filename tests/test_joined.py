@@ -217,7 +217,7 @@ QUESTIONS = {  # sizes of its images
 }
 
 
-@pytest.mark.parametrize("pair", CLIP, indirect=True, ids=" + ".join)
+@pytest.mark.parametrize("pair", [each for each in CLIP if each[1] != "Qwen2.5"], indirect=True, ids=" + ".join)
 def test_exported_and_asked(pair):
     """Both classes of the library, on a batch of mixed make-up: ids, greedy answers, and a second turn."""
     *_, folder, out = pair

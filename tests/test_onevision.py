@@ -315,6 +315,7 @@ def changed(before, after):
 def test_one_line_to_a_trained_router_and_back(theirs, llava_folder, tmp_path):
     """The line of docs/train.md from a OneVision folder to PyTorch, with the flags that it gives, at a tiny size."""
     line = re.search(r"^avg-llava train --config=configs/onevision_05b\.py(.|\n)*?(?=^```)", PAGE.read_text(), re.M)[0]
+    line = line.replace("\\\n", "")
     names = {
         "FOLDER": str(theirs[1]),
         "W1": str(tmp_path / "W1"),
@@ -334,7 +335,7 @@ def test_one_line_to_a_trained_router_and_back(theirs, llava_folder, tmp_path):
         module = importlib.import_module("avg_llava_jax.configs." + pathlib.Path(given.pop("config")).stem)
         config, workdir = module.get_config(), given.pop("workdir")
         config.update_from_flattened_dict({key.removeprefix("config."): value for key, value in given.items()})
-        ladder = {"model.scaler.halvings": 1} if config.phase != "rglf" else {}
+        ladder = {"model.scaler.halvings": 1, "fresh": ("router",)} if config.phase != "rglf" else {}
         train(tiny(config, llava_folder, **ladder), workdir)
     tuned, routed = checkpoint.load(tmp_path / "W1"), checkpoint.load(tmp_path / "W2")
     assert tuned.config.template == "llava_onevision" and tuned.config.granularities == (28, 49)
@@ -350,8 +351,9 @@ def test_adapters(theirs, llava_folder, tmp_path):
     """LoRA on a Qwen2 and a SigLIP: two steps change nothing else but connector and newline, and peft computes ours."""
     model, folder, _, params, cut = theirs
     lora = {"init_from": str(folder), "optimizer.lora.rank": 2, "optimizer.lora.targets": ("language", "encoder")}
-    rates = {"optimizer.learning_rate": 0.03, "optimizer.encoder_learning_rate": 0.03, "model.scaler.halvings": 0}
-    train(tiny(onevision_05b.get_config(), llava_folder, **lora, **rates), tmp_path / "run")
+    rates = {"optimizer.learning_rate": 0.03, "optimizer.encoder_learning_rate": 0.03}
+    ladder = {"model.scaler.halvings": 0, "fresh": ("router",)}
+    train(tiny(onevision_05b.get_config(), llava_folder, **lora, **rates, **ladder), tmp_path / "run")
     loaded = checkpoint.load(tmp_path / "run")
     new = changed(params, loaded.params)
     assert {path.split("/")[0] for path in new if not adapters.is_leaf(path)} == {

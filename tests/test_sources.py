@@ -36,6 +36,13 @@ def test_an_empty_column_does_not_hide_the_image(source, tokenizer, tiny, nothin
     assert found[0].tokens == found[1].tokens
 
 
+def test_a_video_is_refused_in_one_line(source):
+    records = source({"image": "a.png"}, {"video": "a.mp4"})
+    with pytest.raises(BadSample, match="record 1 is about a video: only images are read, give") as e:
+        _ = records[1]
+    assert "\n" not in str(e.value)
+
+
 def test_image_and_images_must_agree(source):
     records = source({"image": "a.png", "images": ["a.png"]}, {"image": "a.png", "images": ["b.png"]})
     assert len(records[0]["images"]) == 1

@@ -25,6 +25,7 @@ from avg_llava_jax.data.feedback import read_feedback
 from avg_llava_jax.data.geometry import visual_count
 from avg_llava_jax.data.packing import Shape, load_tiles
 from avg_llava_jax.data.pipeline import EMPTY, collate_rows
+from avg_llava_jax.eval import routing
 from avg_llava_jax.inference import programs
 from avg_llava_jax.inference.buckets import STEPS, length_bucket
 from avg_llava_jax.inference.sampling import sampling_of, shaping_of
@@ -33,6 +34,7 @@ from avg_llava_jax.parallel import costs, sharding
 from avg_llava_jax.parallel.chips import Target
 from avg_llava_jax.training import config as training_config
 from avg_llava_jax.training import setup
+from avg_llava_jax.training.feedback import measure_batch
 from avg_llava_jax.training.step import Step
 
 
@@ -138,6 +140,57 @@ def training(config: ml_collections.ConfigDict, model: ModelConfig, target: Targ
     """The training step of a model on batches of one shape."""
     config = training_config.read(config)
     mesh = sharding.make_mesh(dataclasses.asdict(config.mesh), target.devices)
+
+    def traced(config: training_config.TrainConfig) -> tuple[Any, dict[str, Any]]:
+        step, held = _step(config, model, mesh, shape)
+        given = (held[name] for name in ("trained", "optimizer", "frozen", "batch"))
+        return step.update.trace(*given, jax.ShapeDtypeStruct((), jnp.int32)), held
+
+    with jax.set_mesh(mesh):
+        program, held = traced(config)
+        useful = None
+        if config.remat != "none":
+            useful, _ = traced(dataclasses.replace(config, remat="none"))
+        return Program("train step", program, held, ("trained", "optimizer"), useful)
+
+
+def beside_training(
+    config: ml_collections.ConfigDict, model: ModelConfig, target: Target, shape: Shape
+) -> Iterator[Program]:
+    """The other programs of a run: the optimizer's first state, validation; in RGLF also of `feedback`, `explain`."""
+    config = training_config.read(config)
+    mesh = sharding.make_mesh(dataclasses.asdict(config.mesh), target.devices)
+    with jax.set_mesh(mesh):
+        step, held = _step(config, model, mesh, shape)
+        ours, batch = held["trained"], held["batch"]
+        yield Program("init", step.init.trace(ours), {"trained": ours})
+        given = {name: held[name] for name in ("trained", "frozen", "batch")}
+        yield Program("validation", step.evaluate.trace(*given.values()), given)
+        if config.phase != "rglf":
+            return
+        params = parameters.abstract(model, setup.DTYPES[config.compute_dtype])
+        given = {"parameters": sharding.placed(params, sharding.shardings(mesh, params)), "batch": batch}
+        params = given["parameters"]
+        yield Program("feedback", measure_batch.trace(model, config.rglf.execution, True, params, batch), given)
+        pixels = batch["pixels"]
+        yield Program("explain, encode", routing.encode.trace(model, params, pixels), given | {"batch": pixels})
+        pyramid = jax.ShapeDtypeStruct(
+            (*pixels.shape[:2], model.pyramid_rows, model.language.width),
+            params["image_newline"].dtype,
+            sharding=sharding.batch_sharding(mesh),
+        )
+        inputs = {name: batch[name] for name in routing.ROUTER_INPUTS}
+        yield Program(
+            "explain, route",
+            routing.route.trace(model, params, pyramid, inputs),
+            given | {"batch": inputs, "pyramid": pyramid},
+        )
+
+
+def _step(
+    config: training_config.TrainConfig, model: ModelConfig, mesh: Mesh, shape: Shape
+) -> tuple[Step, dict[str, Any]]:
+    """A training step, and the shapes of what its update takes, by kind."""
     setup.check_step(config, mesh)
     nothing, tiles, pack = None, load_tiles(EMPTY, model), config.data.pack
     if pack > 1:
@@ -147,33 +200,19 @@ def training(config: ml_collections.ConfigDict, model: ModelConfig, target: Targ
     if config.rglf.feedback:
         nothing = next(iter(read_feedback(config.rglf.feedback, model.granularities).values()))
         tiles = tiles if nothing.features is None else nothing.features[:0]
-
-    def traced(config: training_config.TrainConfig) -> tuple[Any, dict[str, Any]]:
-        step = Step(config, model, mesh)
-        rows = collate_rows(
-            [EMPTY],
-            [tiles],
-            shape,
-            model,
-            setup.packed_granularities(config, model),
-            words=config.phase == "grounding",
-            stored=[nothing] if nothing else None,
-        )
-        ours, frozen = step.split(step.params)
-        held = {
-            "trained": ours,
-            "frozen": frozen,
-            "optimizer": step.state,
-            "batch": _batch(rows, config.rows, mesh),
-        }
-        return step.update.trace(ours, step.state, frozen, held["batch"], jax.ShapeDtypeStruct((), jnp.int32)), held
-
-    with jax.set_mesh(mesh):
-        program, held = traced(config)
-        useful = None
-        if config.remat != "none":
-            useful, _ = traced(dataclasses.replace(config, remat="none"))
-        return Program("train step", program, held, ("trained", "optimizer"), useful)
+    rows = collate_rows(
+        [EMPTY],
+        [tiles],
+        shape,
+        model,
+        setup.packed_granularities(config, model),
+        words=config.phase == "grounding",
+        stored=[nothing] if nothing else None,
+    )
+    step = Step(config, model, mesh)
+    ours, frozen = step.split(step.params)
+    batch = _batch(rows, config.rows, mesh)
+    return step, {"trained": ours, "frozen": frozen, "optimizer": step.state, "batch": batch}
 
 
 def answering(config: ml_collections.ConfigDict, target: Target, shape: Shape, room: int) -> Iterator[Plan]:

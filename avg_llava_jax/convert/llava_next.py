@@ -200,8 +200,8 @@ def _check_processor(
 def placeholders(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, int]:
     """The ids of the tokens that stand for images and, in a LLaVA-OneVision, videos; the next ones where it lacks them.
 
-    A model here has no use for `<video>`. Without it, the library took the id of the unknown token for its own, and
-    counted the padding as videos.
+    A model here has no use for `<video>`; where the tokenizer lacks it, the library's processor takes the unknown
+    token's id for it, and the padding of a batch for videos.
     """
     found, free = {}, tokenizer.vocab_size
     for name in (IMAGE, VIDEO) if style_of(config) == ONEVISION else (IMAGE,):

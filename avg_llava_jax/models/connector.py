@@ -4,6 +4,8 @@ import flax.linen as nn
 import jax
 from jaxtyping import Array, ArrayLike, Float
 
+from avg_llava_jax.models.linear import Linear
+
 
 class Connector(nn.Module):
     """Two-layer MLP with exact GELU."""
@@ -12,5 +14,5 @@ class Connector(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[ArrayLike, "*M E"]) -> Float[Array, "*M D"]:
-        x = nn.Dense(self.width, name="up")(x)
-        return nn.Dense(self.width, name="down")(jax.nn.gelu(x, approximate=False))
+        x = Linear(self.width, name="up")(x)
+        return Linear(self.width, name="down")(jax.nn.gelu(x, approximate=False))

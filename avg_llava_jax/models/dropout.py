@@ -24,14 +24,19 @@ def dropped(
     return jnp.where(kept, x * jnp.asarray(2**16 / limit, x.dtype), 0)
 
 
-def dropper(rate: float, keys: Key[ArrayLike, " B"] | None) -> Callable[[jax.Array], jax.Array]:
-    """Dropout of arrays (B, ...) at `rate`; the n-th call folds n into the keys. None = no dropout."""
+def dropper(rate: float, keys: Key[ArrayLike, " B"] | None) -> Callable[..., jax.Array]:
+    """Dropout of arrays (B, ...) at `rate`; the n-th call folds n into the keys. None = no dropout.
+
+    The result takes an array, and in a loop, whose body is called once, also the number of the turn.
+    """
     if keys is None or rate == 0:
-        return lambda x: x
+        return lambda x, turn=None: x
     calls = itertools.count()
 
-    def drop(x: jax.Array) -> jax.Array:
-        call = next(calls)
-        return dropped(x, jax.vmap(lambda key: jax.random.fold_in(key, call))(keys), 1 - rate)
+    def drop(x: jax.Array, turn: jax.Array | None = None) -> jax.Array:
+        folded = keys
+        for number in (next(calls),) if turn is None else (next(calls), turn):
+            folded = jax.vmap(jax.random.fold_in, (0, None))(folded, number)
+        return dropped(x, folded, 1 - rate)
 
     return drop

@@ -10,7 +10,9 @@ Compute runs in the parameters' dtype; for quantized parameters, in the dtype of
 """
 
 import dataclasses
-from typing import Any
+import itertools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -20,9 +22,9 @@ from jaxtyping import Array, ArrayLike, Float, Int, Key, Shaped
 
 from avg_llava_jax.config import LanguageConfig
 from avg_llava_jax.models import one_cpu
-from avg_llava_jax.models.attention import Segments, cached_attention, self_attention
+from avg_llava_jax.models.attention import Segments, attention_at, cached_attention, self_attention
 from avg_llava_jax.models.cache import Cache, LayerCache, Span
-from avg_llava_jax.models.linear import Linear
+from avg_llava_jax.models.linear import Linear, take
 from avg_llava_jax.models.stack import SHALLOW, Remat, rematerialised, stack
 from avg_llava_jax.placement import constrain
 
@@ -64,16 +66,30 @@ def rotate(
     return (x.astype(jnp.float32) * cos + turned * sin).astype(x.dtype)
 
 
+class Part(NamedTuple):
+    """A part of each row: one sequence of `size` positions, or several that share it.
+
+    length: (B, n), the lengths of n sequences one after another. reach: at least the longest of them.
+
+    Parts of 3 and 4 positions, the second shared by sequences of 1 and 2, have positions 0 1 2, 0 0 1 0.
+    """
+
+    size: int
+    length: Int[ArrayLike, "B n"] | None = None
+    reach: int | None = None
+
+
 class DecoderLayer(nn.Module):
     """Pre-norm decoder layer: x and the cache.
 
-    Without a cache: causal, each row a whole sequence, or with `segments` several.
+    Without a cache: causal, each row a whole sequence, or with `segments` the sequences of `parts` one after another.
     With a cache: keys and values of x are written at `span`, then queries attend to the prefix written before as well.
-    With `last`: keys and values of all S tokens are written, but only the tokens at indices `last` of each row are
-    computed further: the MLP, two projections and the attention of all others are skipped.
+    With `last`: keys and values of all S tokens count, but only the tokens at indices `last` of each row are computed
+    further: the MLP, two projections and the attention of all others are skipped.
     """
 
     config: LanguageConfig
+    parts: tuple[int, ...] = ()
 
     @nn.compact
     def __call__(
@@ -84,7 +100,7 @@ class DecoderLayer(nn.Module):
         cache: LayerCache | None = None,
         span: Span | None = None,
         last: Int[ArrayLike, "B E"] | None = None,
-        segments: Segments | None = None,
+        segments: tuple[Segments | None, ...] = (None,),
     ) -> tuple[Float[Array, "B _ D"], LayerCache | None]:
         config = self.config
         y = nn.RMSNorm(config.norm_eps, name="norm1")(x)
@@ -104,8 +120,11 @@ class DecoderLayer(nn.Module):
         if last is not None:
             x, y, positions, *rope = (_at(part, last) for part in (x, y, positions, *rope))
         q = placed("q", config.heads)
-        if cache is None or (span.window == 0 and last is None):
-            y = self_attention(q, k, v, causal=True, segments=segments)
+        if last is None and (cache is None or span.window == 0):
+            parts = zip(*(_apart(each, self.parts or (q.shape[1],)) for each in (q, k, v)), segments, strict=True)
+            y = jnp.concatenate([self_attention(*each, causal=True, segments=own) for *each, own in parts], axis=1)
+        elif cache is None:
+            y = attention_at(q, k, v, last, _sequences(self.parts, segments, len(x)))
         else:
             # With `last`, the queries of a prompt from position 0 attend to the keys just written to the cache.
             window = span.window or (k.shape[1] if span.window == 0 else None)
@@ -118,6 +137,20 @@ class DecoderLayer(nn.Module):
         up = Linear(config.mlp_width, use_bias=False, name="up")(y)
         y = Linear(config.width, use_bias=False, name="down")(jax.nn.silu(gate) * up)
         return constrain(x + y, "batch", None, None), cache
+
+
+def _apart(x: Shaped[ArrayLike, "B S *rest"], parts: tuple[int, ...]) -> list[Shaped[Array, "B _ *rest"]]:
+    """The sequences of `parts` positions that lie one after another in each row."""
+    return jnp.split(x, list(itertools.accumulate(parts))[:-1], axis=1)
+
+
+def _sequences(sizes: tuple[int, ...], segments: tuple[Segments | None, ...], rows: int) -> Int[Array, "B S"]:
+    """A number of the sequence that each position belongs to, another in every part."""
+    numbers = (0 if own is None else own.ids for own in segments)
+    each = zip(sizes, numbers, strict=True)
+    return jnp.concatenate(
+        [jnp.broadcast_to(number, (rows, size)) + (part << 16) for part, (size, number) in enumerate(each)], axis=1
+    )
 
 
 def _at(x: Shaped[ArrayLike, "B S *rest"], place: Int[ArrayLike, "B E"]) -> Shaped[Array, "B E *rest"]:
@@ -133,8 +166,7 @@ def decoder(
     span: Span | None = None,
     last: Int[ArrayLike, "B E"] | None = None,
     remat: Remat = "none",
-    length: Int[ArrayLike, "B n"] | None = None,
-    reach: int | None = None,
+    parts: Sequence[Part] = (),
 ) -> tuple[Float[Array, "B _ D"], Cache | None]:
     """Walk embeddings through all layers and the final norm.
 
@@ -143,38 +175,55 @@ def decoder(
     Args:
       x: packed embeddings.
       cache, span: where keys and values are written, and which positions are attended to; None for whole sequences.
-      last: with a cache: the indices of each row whose hidden states are needed. The last layer computes only these,
-        which saves an eighth of the work of 8 layers, 1/32 of 32.
+      last: the indices of each row whose hidden states are needed. The last layer computes only these, which saves an
+        eighth of the work of 8 layers, 1/32 of 32; without a cache, where layers are unrolled and it saves most of one.
       remat: what the backward pass recomputes, see `stack.Remat`; for stacked layers without a cache.
-      length: without a cache: the lengths of the n sequences that share a row, one after another; None = one a row.
-      reach: with `length`, at least the longest of them.
+      parts: without a cache: what lies one after another in each row; () = one sequence of S positions.
     Returns:
       hidden (B, S, D), or (B, E, D) with `last`, and the updated cache (None without one).
     """
-    positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+    parts = parts or (Part(x.shape[1]),)
+    within, segments = zip(*(_within(part, len(x)) for part in parts), strict=True)
+    positions = jnp.concatenate(within, axis=1)
     if span is not None and span.window != 0:
         positions = span.start[:, None] + positions
-    segments = None
-    if length is not None:
-        ids, positions = split(length, positions)
-        segments = Segments(ids, x.shape[1] if reach is None else reach)
     rope, layers = rotary(config, positions), params["layers"]
-    layer = DecoderLayer(config)
+    layer = DecoderLayer(config, tuple(part.size for part in parts))
 
     def run(x: jax.Array, layer_params: Params, *rest: Any) -> tuple[jax.Array, LayerCache | None]:
         return layer.apply({"params": layer_params}, x, rope, positions, *rest, segments=segments)
 
     if cache is None and not isinstance(layers, tuple):
-        # A scan carries x alone.
-        x, _ = jax.lax.scan(rematerialised(run, remat), x, layers, unroll=config.layers <= SHALLOW)
+        step, unrolled = rematerialised(run, remat), config.layers <= SHALLOW
+        early = last is not None and unrolled and 2 * last.shape[1] <= x.shape[1]
+        before = jax.tree.map(lambda leaf: leaf[:-1], layers) if early else layers
+        x, _ = jax.lax.scan(step, x, before, unroll=unrolled)  # it carries x alone
+        if early:
+            x, _ = step(x, jax.tree.map(lambda leaf: leaf[-1], layers), None, None, last)
+        elif last is not None:
+            x = _at(x, last)
         return _norm(config, params, x), None
     layers = unstack(layers)
     written = []
+    # Traced once for all layers but the last, which may compute less.
+    same = jax.jit(lambda x, layer_params, *cache: run(x, layer_params, *cache, *(() if span is None else (span,))))
     for number, layer_params in enumerate(layers):
-        own = () if cache is None else (cache[number], span, last if number == len(layers) - 1 else None)
-        x, layer_cache = run(x, layer_params, *own)
+        own = () if cache is None else (cache[number],)
+        if last is not None and number == len(layers) - 1:
+            x, layer_cache = run(x, layer_params, *own, span, last)
+        else:
+            x, layer_cache = same(x, layer_params, *own)
         written.append(layer_cache)
     return _norm(config, params, x), None if cache is None else tuple(written)
+
+
+def _within(part: Part, rows: int) -> tuple[Int[Array, "B _"], Segments | None]:
+    """Positions of a part within their sequences, and which sequence each belongs to."""
+    positions = jnp.broadcast_to(jnp.arange(part.size), (rows, part.size))
+    if part.length is None:
+        return positions, None
+    ids, positions = split(part.length, positions)
+    return positions, Segments(ids, part.reach or part.size)
 
 
 def split(
@@ -250,7 +299,7 @@ def init(config: LanguageConfig, rng: Key[ArrayLike, ""]) -> Params:
 def embed(params: Params, ids: Int[ArrayLike, "*M"]) -> Float[Array, "*M D"]:
     """Raw embeddings of token ids."""
     # The table is gathered along its width first: the batch and the table's width share the mesh axis `fsdp`.
-    rows = jnp.asarray(constrain(params["embed"], "vocab", None))[ids]
+    rows = take(jnp.asarray(constrain(params["embed"], "vocab", None)), ids)
     if "embed_scale" in params:
         scale = params["embed_scale"]
         rows = rows.astype(scale.dtype) * scale[ids][..., None]

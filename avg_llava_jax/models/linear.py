@@ -1,4 +1,4 @@
-"""The linear layer of encoder and language model: plain or int8, with or without a low-rank adapter.
+"""The linear layer: plain or int8, with or without a low-rank adapter; and sums of gradients that need fp32.
 
     y = x @ W + b + (s * (x @ A)) @ B      W (in, out), A (in, r), B (r, out), s (), or (rows, 1, r) of several adapters
 
@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jaxtyping import Array, ArrayLike, Float, Key
+from jaxtyping import Array, ArrayLike, Float, Int, Key, Shaped
 
 from avg_llava_jax.models.dropout import dropped
 
@@ -20,12 +20,22 @@ from avg_llava_jax.models.dropout import dropped
 class Linear(nn.Dense):
     """`nn.Dense`, also for an int8 kernel q (in, out) with scales (out,), and with a low-rank adapter.
 
+    The gradient of a bias, a sum over all rows, is added up in fp32.
+
     Scales are applied after the product, y = (x @ q) * scale: weights stay int8 in memory, and XLA converts them as it
     multiplies. An adapter of rank r adds (s * (x @ A)) @ B in the dtype of x.
     """
 
+    @nn.compact
     def __call__(self, x: Float[ArrayLike, "*M in"]) -> Float[Array, "*M out"]:
-        y = self._quantized(x) if self.has_variable("params", "kernel_scale") else super().__call__(x)
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), self.param_dtype)
+        if self.has_variable("params", "kernel_scale"):
+            y = x @ kernel.astype(x.dtype) * self.get_variable("params", "kernel_scale")
+        else:
+            y = x @ kernel
+        if self.use_bias:
+            bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
+            y = y + spread(bias, y.shape)
         if not self.has_variable("params", "lora_a"):
             return y
         a, b, scale = (self.get_variable("params", f"lora_{name}") for name in ("a", "b", "scale"))
@@ -34,10 +44,25 @@ class Linear(nn.Dense):
         low = (x @ a.astype(x.dtype) * scale).astype(x.dtype)
         return y + (low @ b.astype(x.dtype)).astype(y.dtype)
 
-    def _quantized(self, x: Float[ArrayLike, "*M in"]) -> Float[Array, "*M out"]:
-        y = x @ self.get_variable("params", "kernel").astype(x.dtype)
-        y = y * self.get_variable("params", "kernel_scale")
-        return y + self.get_variable("params", "bias") if self.use_bias else y
+
+def spread(x: Float[ArrayLike, "*N"], shape: tuple[int, ...]) -> Float[Array, "..."]:
+    """x broadcast to a shape. Its gradient, a sum over all copies, is added up in fp32."""
+    return jnp.broadcast_to(x.astype(jnp.float32), shape).astype(x.dtype)
+
+
+@jax.custom_vjp
+def take(table: Shaped[ArrayLike, "N D"], ids: Int[ArrayLike, "*M"]) -> Shaped[Array, "*M D"]:
+    """table[ids], whose gradient is added up in fp32: in bf16 nothing is added from 256 equal parts on."""
+    return table[ids]
+
+
+def _added(given: tuple[ArrayLike, ArrayLike], grad: jax.Array) -> tuple[jax.Array, None]:
+    table, ids = given
+    sums = jnp.zeros(table.shape, jnp.float32).at[ids].add(grad.astype(jnp.float32))
+    return sums.astype(table.dtype), None
+
+
+take.defvjp(lambda table, ids: (table[ids], (table, ids)), _added)
 
 
 def differs_by_row(layers: dict[str, Any]) -> bool:

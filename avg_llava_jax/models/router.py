@@ -10,8 +10,9 @@ from einops import rearrange
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key
 
 from avg_llava_jax.config import ModelConfig
-from avg_llava_jax.models.attention import dense, self_attention
+from avg_llava_jax.models.attention import QUERY_BLOCK, dense, self_attention
 from avg_llava_jax.models.dropout import dropper
+from avg_llava_jax.models.linear import Linear
 
 
 class Routing(NamedTuple):
@@ -101,13 +102,13 @@ class Router(nn.Module):
         x = nn.LayerNorm(router.norm_eps, use_fast_variance=False, name="norm1")(
             x + drop(self._attend(x, tile_image, None if dropout is None else drop))
         )
-        y = drop(jax.nn.relu(nn.Dense(x.shape[-1], name="linear1")(x)))
+        y = drop(jax.nn.relu(Linear(x.shape[-1], name="linear1")(x)))
         x = nn.LayerNorm(router.norm_eps, use_fast_variance=False, name="norm2")(
-            x + drop(nn.Dense(x.shape[-1], name="linear2")(y))
+            x + drop(Linear(x.shape[-1], name="linear2")(y))
         )
 
-        opinions = jax.nn.gelu(nn.Dense(x.shape[-1], name="hidden")(x), approximate=False)
-        opinions = nn.Dense(len(config.granularities), name="logits")(opinions).astype(jnp.float32)
+        opinions = jax.nn.gelu(Linear(x.shape[-1], name="hidden")(x), approximate=False)
+        opinions = Linear(len(config.granularities), name="logits")(opinions).astype(jnp.float32)
         rows = config.pyramid_rows + router.text_tokens
         # The voter starts as the mean: from weights of random sign, few text rows take long to outvote many patches.
         voter = self.param("voter", nn.initializers.constant(1 / rows), (rows,))
@@ -124,12 +125,12 @@ class Router(nn.Module):
     ) -> Float[Array, "B T rows D"]:
         """Self-attention over the rows of a tile (`tokens`) or an image's tiles (`tiles`).
 
-        drop: dropout of the attention weights in training; without it they need not be in memory.
+        drop: dropout of the attention weights in training.
         """
         width, heads = x.shape[-1], self.config.router.heads
         tokens = self.config.router.attention == "tokens"
-        q, k, v = (nn.Dense(width, name=name)(x) for name in ("q", "k", "v"))
-        out = nn.Dense(width, name="out")
+        q, k, v = (Linear(width, name=name)(x) for name in ("q", "k", "v"))
+        out = Linear(width, name="out")
         if tokens and drop is None:
             q, k, v = (rearrange(y, "b t r (h d) -> (b t) r h d", h=heads) for y in (q, k, v))
             y = self_attention(q, k, v, causal=False)
@@ -139,4 +140,24 @@ class Router(nn.Module):
         q, k, v = (rearrange(y, first, h=heads) for y in (q, k, v))
         mask = None if tokens else (tile_image[:, :, None] == tile_image[:, None, :])[:, None]
         back = "b (t h) r d -> b t r (h d)" if tokens else "b (r h) t d -> b t r (h d)"
-        return out(rearrange(dense(q, k, v, mask, drop), back, h=heads))
+        y = _in_blocks(q, k, v, drop) if tokens else dense(q, k, v, mask, drop)
+        return out(rearrange(y, back, h=heads))
+
+
+def _in_blocks(
+    q: Float[ArrayLike, "B Q S d"], k: Float[ArrayLike, "B Q S d"], v: Float[ArrayLike, "B Q S d"], drop: Callable
+) -> Float[Array, "B Q S d"]:
+    """`dense` with dropout for `QUERY_BLOCK` queries at a time; the backward pass recomputes their weights."""
+    length = q.shape[2]
+    count = -(-length // QUERY_BLOCK)
+    if count == 1:
+        return dense(q, k, v, drop=drop)
+    q = jnp.pad(q, [(0, 0), (0, 0), (0, -length % count), (0, 0)])
+
+    @jax.checkpoint
+    def one(part: tuple[jax.Array, jax.Array]) -> jax.Array:
+        block, turn = part
+        return dense(block, k, v, drop=lambda weights: drop(weights, turn))
+
+    out = jax.lax.map(one, (rearrange(q, "b h (n s) d -> n b h s d", n=count), jnp.arange(count)))
+    return rearrange(out, "n b h s d -> b h (n s) d")[:, :, :length]

@@ -7,6 +7,7 @@ import flax.linen as nn
 from jaxtyping import Array, ArrayLike, Float, UInt8
 
 from avg_llava_jax.config import VisionConfig
+from avg_llava_jax.models.linear import Linear, spread
 from avg_llava_jax.models.stack import Remat, stack
 from avg_llava_jax.models.vit import EncoderLayer, patches_of
 
@@ -26,6 +27,7 @@ class Siglip(nn.Module):
         config = self.config
         init = nn.initializers.normal(config.width**-0.5)
         position = self.param("position", init, (config.grid**2, config.width))
-        x = nn.Dense(config.width, name="patch_embed")(patches_of(config, pixels).astype(position.dtype)) + position
+        x = Linear(config.width, name="patch_embed")(patches_of(config, pixels).astype(position.dtype))
+        x = x + spread(position, x.shape)
         x, _ = stack(EncoderLayer, config.used_layers, self.remat)(config, name="layers")(x)
         return x

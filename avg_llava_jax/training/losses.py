@@ -1,5 +1,6 @@
 """Losses of the model, pure functions of parameters and one batch (paper, section 3.4); `rglf` has the router's."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -14,6 +15,8 @@ from avg_llava_jax.models.stack import Remat
 Batch = Mapping[str, Any]
 """Arrays as `data.pipeline.collate_rows` describes them; those of one granularity in a dict {g: array}."""
 Metrics = dict[str, Float[Array, ""]]
+SEQUENCES = ("index", "target_at", "weight", "length")
+"""The arrays of a batch that are of one granularity each."""
 Execution = Literal["per_length", "vmap"]
 
 
@@ -22,39 +25,48 @@ def answer_nll(
     params: avg_llava.Params,
     pyramid: Float[ArrayLike, "B T R D"],
     text: Float[ArrayLike, "B L D"],
-    index: Int[ArrayLike, "B S *corners"],
-    target_at: Int[ArrayLike, "B A"],
+    index: Sequence[Int[ArrayLike, "B _ *corners"]],
+    target_at: Sequence[Int[ArrayLike, "B A"]],
     targets: Int[ArrayLike, "B A"],
     remat: Remat = "none",
-    weight: Float[ArrayLike, "B S corners"] | None = None,
-    length: Int[ArrayLike, "B n"] | None = None,
-    reach: int | None = None,
-) -> tuple[Float[Array, "*rows"], Float[Array, "*rows"]]:
-    """Negative log-likelihood of each sample's answer at one granularity.
+    weight: Sequence[Float[ArrayLike, "B _ corners"]] | None = None,
+    length: Sequence[Int[ArrayLike, "B n"]] | None = None,
+    reach: Sequence[int] | None = None,
+) -> tuple[Float[Array, "G B ..."], Float[Array, "G B ..."]]:
+    """Negative log-likelihood of each sample's answer at each of G granularities, in one walk through the decoder.
 
-    Logits are computed only at the A positions that predict an answer token, not at all S.
+    The sequences of a sample lie one after another in a row, so that every layer's parameters are gathered once, and
+    their gradients summed once, for all of them. Logits are computed only at the A positions of each that predict an
+    answer token. With sequences of 5 and 7 positions, position 2 of the second is position 5 + 2 of the row.
 
     Args:
-      index, weight: see `avg_llava.assemble`.
-      target_at: the packed position whose next token is the target, -1 = none.
+      index, weight: of each granularity, see `avg_llava.assemble`.
+      target_at: of each granularity, the packed position whose next token is the target, -1 = none.
       targets: token ids.
-      length, reach: of the n samples that share a row, one after another; None = one a row.
+      length, reach: of each granularity, see `language.Part`: n samples share a row; None = one a row.
     Returns:
-      the sum over each sample's answer in nats, and the number of its tokens, both fp32: (B, n), or (B,)
+      the sum over each sample's answer in nats, and the number of its tokens, both fp32: (G, B, n), or (G, B)
       without `length`.
     """
-    packed = avg_llava.assemble(params, pyramid, text, index, weight)
-    hidden = avg_llava.decoder(config, params, packed, remat, length, reach)
-    at = jnp.take_along_axis(hidden, jnp.maximum(target_at, 0)[..., None], axis=1)
-    log_probs = jax.nn.log_softmax(avg_llava.unembed(config, params, at))
+    parts = [language.Part(each.shape[1]) for each in index]
+    if length is not None:
+        parts = [language.Part(*each) for each in zip([part.size for part in parts], length, reach, strict=True)]
+    joined = None if weight is None else jnp.concatenate(weight, axis=1)
+    packed = avg_llava.assemble(params, pyramid, text, jnp.concatenate(index, axis=1), joined)
+    starts = itertools.accumulate([part.size for part in parts[:-1]], initial=0)
+    at = jnp.concatenate([jnp.maximum(each, 0) + start for each, start in zip(target_at, starts, strict=True)], axis=1)
+    logits = avg_llava.unembed(config, params, avg_llava.decoder(config, params, packed, remat, parts, at))
+    log_probs = jax.nn.log_softmax(logits.reshape(*logits.shape[:1], len(index), -1, logits.shape[-1]))
     # Summed rather than looked up, so that each device reads its own part of the vocabulary.
-    nll = -jnp.sum(jnp.where(jnp.arange(log_probs.shape[-1]) == targets[..., None], log_probs, 0.0), axis=-1)
-    counted = target_at >= 0
-    if length is not None:  # (B, n, A)
-        of, _ = language.split(length, target_at)
-        counted = counted[:, None] & (of[:, None] == jnp.arange(length.shape[1])[:, None])
-        nll = nll[:, None]
-    return jnp.sum(jnp.where(counted, nll, 0.0), axis=-1), jnp.sum(counted, axis=-1).astype(jnp.float32)
+    chosen = jnp.arange(log_probs.shape[-1]) == targets[:, None, :, None]
+    nll = -jnp.sum(jnp.where(chosen, log_probs, 0.0), axis=-1)
+    counted = jnp.stack(target_at, axis=1) >= 0
+    if length is not None:  # (B, G, n, A)
+        of = jnp.stack([language.split(*each)[0] for each in zip(length, target_at, strict=True)], axis=1)
+        counted = counted[:, :, None] & (of[:, :, None] == jnp.arange(length[0].shape[1])[:, None])
+        nll = nll[:, :, None]
+    sums, counts = jnp.sum(jnp.where(counted, nll, 0.0), axis=-1), jnp.sum(counted, axis=-1)
+    return jnp.swapaxes(sums, 0, 1), jnp.swapaxes(counts, 0, 1).astype(jnp.float32)
 
 
 def granularity_nll(
@@ -66,15 +78,14 @@ def granularity_nll(
     granularities: Sequence[int],
     execution: Execution = "per_length",
     remat: Remat = "none",
-) -> tuple[Float[Array, "*g_rows"], Float[Array, "*g_rows"]]:
+) -> tuple[Float[Array, "G B ..."], Float[Array, "G B ..."]]:
     """`answer_nll` at each granularity: sums and counts.
 
-    `per_length` runs one program part per granularity at its own static length. `vmap` pads all to the longest
-    and maps over the granularity axis.
+    `per_length` runs each granularity at its own static length. `vmap` pads all to the longest and maps over the
+    granularity axis.
     """
     shared = (batch["targets"], remat)
-    lengths = {g: batch["length"][g] if "reach" in batch else None for g in granularities}
-    reach = {g: batch["reach"][g].shape[1] if "reach" in batch else None for g in granularities}
+    reach = [batch["reach"][g].shape[1] for g in granularities] if "reach" in batch else None
     if execution == "vmap":
         longest = max(batch["index"][g].shape[1] for g in granularities)
 
@@ -86,30 +97,23 @@ def granularity_nll(
 
         target_at = jnp.stack([batch["target_at"][g] for g in granularities])
         weight = padded("weight") if "weight" in batch else None
-        length = jnp.stack(list(lengths.values())) if "reach" in batch else None
-        most = max(reach.values()) if "reach" in batch else None
-        return jax.vmap(lambda i, t, w, n: answer_nll(config, params, pyramid, text, i, t, *shared, w, n, most))(
-            padded("index"), target_at, weight, length
-        )
+        length = None if reach is None else jnp.stack([batch["length"][g] for g in granularities])
+        most = None if reach is None else [max(reach)]
 
-    weights = batch.get("weight", {})
-    parts = [
-        answer_nll(
-            config,
-            params,
-            pyramid,
-            text,
-            batch["index"][g],
-            batch["target_at"][g],
-            *shared,
-            weights.get(g),
-            lengths[g],
-            reach[g],
-        )
-        for g in granularities
-    ]
-    sums, counts = zip(*parts, strict=True)
-    return jnp.stack(sums), jnp.stack(counts)
+        def one(index: jax.Array, target_at: jax.Array, *rest: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+            weights, lengths = (None if each is None else [each] for each in rest)
+            sums, counts = answer_nll(
+                config, params, pyramid, text, [index], [target_at], *shared, weights, lengths, most
+            )
+            return sums[0], counts[0]
+
+        return jax.vmap(one)(padded("index"), target_at, weight, length)
+
+    index, target_at, weight, length = (
+        [batch[name][g] for g in granularities] if name in batch else None for name in SEQUENCES
+    )
+    length = length if reach else None
+    return answer_nll(config, params, pyramid, text, index, target_at, *shared, weight, length, reach)
 
 
 def language_loss(

@@ -1,8 +1,8 @@
 """Everything worth measuring on an accelerator, within a time limit: python -m launch.bench.accelerator --output=A.json
 
     parity      first logits of the shipped model at each granularity, in fp32, against those of this machine's CPU
-    train       `launch.bench.train`, 7B shapes, both phases, few layers (--layers)
-    inference   `launch.bench.inference`, 7B shapes
+    train       `launch.bench.train`, the shapes of --shape, both phases, few layers (--layers)
+    inference   `launch.bench.inference`, the shapes of --shape
     compile     `launch.bench.compile_matrix` for this device, where its compiler is installed
 
 Each part is a process of its own and gets a share of --minutes; one that fails or takes too long is noted, and the next
@@ -26,6 +26,7 @@ from avg_llava_jax.commands import cli
 
 OUTPUT = flags.DEFINE_string("output", "accelerator.json", "JSON file for all figures.")
 MINUTES = flags.DEFINE_float("minutes", 12.0, "Minutes for all parts together.", lower_bound=0.1)
+SHAPE = flags.DEFINE_enum("shape", "7b", ["jersey", "mid", "7b"], "Sizes of `train` and `inference`; jersey: a trial.")
 LAYERS = flags.DEFINE_integer("layers", 8, "Layers of the language model in `train`.", lower_bound=1)
 TARGET = flags.DEFINE_string("target", "", "This device as `compile_matrix` names it, as h200:1; empty = leave it out.")
 LOGITS = flags.DEFINE_string("logits", "", "Write the parity logits of the default device to this file, and end.")
@@ -102,11 +103,11 @@ def measure(part: str, folder: pathlib.Path, seconds: float) -> dict[str, Any]:
         return parity(folder, seconds)
     written = folder / f"{part}.json"
     if part == "train":
-        sizes = ["--shape=7b", f"--layers={LAYERS.value}", "--repeats=5", "--nobaseline"]
+        sizes = [f"--shape={SHAPE.value}", f"--layers={LAYERS.value}", "--repeats=5", "--nobaseline"]
         result = run(["launch.bench.train", *sizes, f"--output={written}"], seconds)
     elif part == "inference":
         written = folder / "inference.json"
-        result = run(["launch.bench.inference", "--shape=7b", "--notorch", f"--workdir={folder}"], seconds)
+        result = run(["launch.bench.inference", f"--shape={SHAPE.value}", "--notorch", f"--workdir={folder}"], seconds)
     else:
         written = folder / "known"
         where = [f"--target={TARGET.value}", f"--known={written}", "--tables=", f"--limit_s={seconds / 4:.0f}"]

@@ -91,8 +91,8 @@ class Case:
     """Of the sequences whose scores must not lie in memory."""
 
 
-def training(name: str, **settings: Any) -> Case:
-    """The training step. rows: samples of a micro-batch for each replica of the model."""
+def training(name: str, beside: bool = False, **settings: Any) -> Case:
+    """The training step, or what runs beside it: the optimizer's first state, validation, feedback and `explain`."""
     model, dtype, sizes = models()[name]
     shape = _shape(model, sizes)
     shown = " ".join(f"{key.rpartition('.')[2]}={value}" for key, value in settings.items() if key != "phase")
@@ -105,9 +105,13 @@ def training(name: str, **settings: Any) -> Case:
         config.update_from_flattened_dict({"compute_dtype": dtype, **settings})
         config.mesh.update(mesh)
         config.batch_size = ROWS * mesh["data"] * mesh["fsdp"] * config.optimizer.accumulate
-        yield planning.training(config, model, target, shape)._replace(name="")
+        if beside:
+            yield from planning.beside_training(config, model, target, shape)
+        else:
+            yield planning.training(config, model, target, shape)._replace(name="")
 
-    return Case(f"{name} {settings['phase']} {shown}".strip(), make, _lengths(model, shape))
+    what = f"{name} beside {settings['phase']}" if beside else f"{name} {settings['phase']} {shown}".strip()
+    return Case(what, make, _lengths(model, shape))
 
 
 def answering(name: str, dtype: str) -> Case:
@@ -189,6 +193,11 @@ CASES: list[Callable[[], Case]] = [
         )
     ),
     functools.partial(training, "tiny", phase="multi_granularity", compute_dtype="bfloat16"),
+    *(
+        functools.partial(training, name, beside=True, phase=phase)
+        for name in ("7B", "tiny")
+        for phase in ("multi_granularity", "rglf")
+    ),
     functools.partial(answering, "7B", "bfloat16"),
     functools.partial(answering, "tiny", "float32"),
     functools.partial(answering, "tiny", "bfloat16"),

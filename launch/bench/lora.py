@@ -9,7 +9,7 @@ stays frozen in both. Writes the table of docs/lora.md.
                                          zero, so that it computes what it did (Wu et al., "LLaMA Pro", 2024)
 
     jersey      with questions about neighbours, which the shipped model was not trained to answer
-    easy-vqa    shapes and colours: FOLDER is `easy_vqa/data` of the package easy-vqa
+    easy-vqa    its questions for a shape or a colour: FOLDER is `easy_vqa/data` of the package easy-vqa
 
 After an interruption the same command resumes; DIR/outcome.json holds what was measured.
 """
@@ -35,7 +35,7 @@ DATA = ("easy-vqa", "jersey")
 METHODS = {
     "full": {"optimizer.learning_rate": 1e-3},
     "lora": {
-        "optimizer.learning_rate": 5e-3,
+        "optimizer.learning_rate": 1e-2,
         "optimizer.lora.rank": 8,
     },
 }
@@ -70,11 +70,12 @@ def expand(folder: pathlib.Path) -> None:
 
 
 def easy_vqa(source: pathlib.Path, folder: pathlib.Path, split: str, pictures: int, turns: int) -> None:
-    """Write easy-vqa as LLaVA JSON, a conversation of up to `turns` questions about each picture."""
+    """Write easy-vqa as LLaVA JSON, a conversation of up to `turns` questions for a shape or a colour a picture."""
     shutil.copytree(source / split / "images", folder / split)
     asked: dict[int, list[list[str]]] = {}
     for question, answer, image in json.loads((source / split / "questions.json").read_text()):
-        asked.setdefault(image, []).append([question, answer])
+        if question.startswith("what"):
+            asked.setdefault(image, []).append([question, answer])
     records = []
     for image, pairs in list(asked.items())[:pictures]:
         step = max(1, len(pairs) // turns)
@@ -136,6 +137,19 @@ def run(root: pathlib.Path, base: str, data: str, method: str) -> dict[str, Any]
     return {"accuracy": accuracy(workdir, *test), "seconds": seconds, "steps": config.steps}
 
 
+def table(found: dict[str, Any]) -> str:
+    """The table in Markdown; a row that is not measured is missing."""
+    rows = ["| base | data | steps | untuned | full | LoRA, rank 8 | difference |", "|---|---|" + "---:|" * 5]
+    for base, title in BASES.items():
+        for data in DATA:
+            each = [found.get(f"{base} {data} {method}") for method in ("base", *METHODS)]
+            if all(each):
+                before, full, lora = (one["accuracy"] for one in each)
+                shown = f"{before:.3f} | {full:.3f} | {lora:.3f} | {lora - full:+.3f}"
+                rows.append(f"| {title} | {data} | {each[1]['steps']} | {shown} |")
+    return "\n".join(rows) + "\n"
+
+
 def main() -> None:
     from avg_llava_jax.files import around, write_whole
 
@@ -148,22 +162,13 @@ def main() -> None:
         easy_vqa(pathlib.Path(EASY_VQA.value), root / "easy-vqa", "test", QUESTIONS.value, 1)
     file = root / "outcome.json"
     found = json.loads(file.read_text()) if file.exists() else {}
-    for base in BASES:
-        for data in DATA:
-            for method in ("base", *METHODS):
-                key = f"{base} {data} {method}"
-                if key not in found:
-                    found[key] = run(root, base, data, method)
-                    write_whole(file, json.dumps(found, indent=1) + "\n")
-                    print(key, found[key], flush=True)
-    rows = ["| base | data | untuned | full | LoRA, rank 8 | difference |", "|---|---|---:|---:|---:|---:|"]
-    for base, title in BASES.items():
-        for data in DATA:
-            each = [found[f"{base} {data} {method}"]["accuracy"] for method in ("base", *METHODS)]
-            shown = " | ".join(f"{value:.3f}" for value in each)
-            rows.append(f"| {title} | {data} | {shown} | {each[2] - each[1]:+.3f} |")
-    before, after = around(DOCUMENT, BEGIN, END)
-    write_whole(DOCUMENT, before + "\n".join(rows) + "\n" + after)
+    for key in [f"{base} {data} {method}" for base in BASES for data in DATA for method in ("base", *METHODS)]:
+        if key not in found:
+            found[key] = run(root, *key.split())
+            write_whole(file, json.dumps(found, indent=1) + "\n")
+            print(key, found[key], flush=True)
+            before, after = around(DOCUMENT, BEGIN, END)
+            write_whole(DOCUMENT, before + table(found) + after)
 
 
 if __name__ == "__main__":

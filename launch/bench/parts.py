@@ -158,7 +158,7 @@ def _of_the_model(config: TrainConfig, model: ModelConfig, params: parameters.Pa
     text = jax.jit(lambda p, ids: avg_llava.embed(model, p, ids))(speaks, batch["text"])
     del features
     for granularity in setup.granularities(config, model):
-        fixed = batch["index"][granularity], batch["target_at"][granularity], batch["targets"]
+        fixed = [batch["index"][granularity]], [batch["target_at"][granularity]], batch["targets"]
 
         def answer(p: Any, pyramid: jax.Array, text: jax.Array, fixed: Any) -> jax.Array:
             return losses.answer_nll(model, p, pyramid, text, *fixed, remat)[0]
