@@ -155,7 +155,7 @@ LOADS = {
     "slow": Load("32 streams, half of them read 256 bytes at a time", slow),
     "idle": Load("32 streams beside 200 connections that send nothing more", idle),
     "large": Load("8 requests with 8 pictures of 12 megapixels each", large, large=True),
-    "beside": Load("a question of text, again and again beside those", beside_large, large=True),
+    "beside": Load("a question about a small picture, again and again beside those", beside_large, large=True),
 }
 
 
@@ -236,7 +236,7 @@ async def bring(servers: dict[str, Running]) -> str:
         body(QUESTIONS[0], [picture(8 * n + k, 4000, 3000) for k in range(8)], granularity=coarsest)
         for n in range(8 * wanted)
     ]
-    beside = [*many, body(QUESTIONS[1], [])]
+    beside = [*many, small[1]]
     loads = {name: LOADS[name] for name in ONLY.value or LOADS}
     found: dict[tuple[str, str], Figures] = collections.defaultdict(Figures)
     bodies = {
@@ -257,7 +257,9 @@ async def bring(servers: dict[str, Running]) -> str:
                 answers = [right[version, content] for content in bodies[name]]
                 await turn(server, load, bodies[name], answers, found[name, version])
                 print(
-                    f"round {number + 1}, {name}, {version}: {found[name, version]}"[:200], file=sys.stderr, flush=True
+                    f"round {number + 1}, {name}, {version}: {found[name, version].row(name, version)}",
+                    file=sys.stderr,
+                    flush=True,
                 )
     head = "| load | version | requests | wrong | left behind | median ms to the first piece | 95 % | MB more |\n"
     rows = [found[name, version].row(load.says, version) for name, load in loads.items() for version in servers]
