@@ -25,7 +25,6 @@ import shutil
 import time
 from typing import Any, NamedTuple, Protocol, Self
 
-import grain.checkpoint
 import jax
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
@@ -437,6 +436,8 @@ class Manager:
         items: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
         items["checksums"] = ocp.args.JsonSave({name: stored.checksums(tree) for name, tree in trees.items()})
         if data is not None:
+            import grain.checkpoint  # half a second, for training alone
+
             items["data"] = grain.checkpoint.CheckpointSave(_Position(data))
         self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 

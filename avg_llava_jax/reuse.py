@@ -62,6 +62,7 @@ def code(sources: tuple[str, ...] = ANSWERING, without: tuple[str, ...] = ()) ->
     return digest(found)
 
 
+@functools.cache
 def _bare(source: str) -> str:
     """A module's source without comments and docstrings."""
     tree = ast.parse(source)

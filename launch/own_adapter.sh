@@ -12,7 +12,8 @@ data="${1:-}" images="${2:-}" work="${3:-workdirs/own_adapter}"
 run() { "${PYTHON:-.venv/bin/python}" -m "launch.$1" "${@:2}"; }
 if [ -n "${BASE:-}" ]; then
   tune=(--config=configs/avg_llava_7b.py --config.batch_size=4 --config.steps=500 --config.checkpoint_every=100
-    --config.optimizer.learning_rate=2e-4 --config.optimizer.lora.rank=64)
+    --config.optimizer.learning_rate=2e-4 --config.optimizer.lora.rank=64
+    "--config.optimizer.lora.targets=('language','encoder')") # without the latter, the encoder's rate had no effect
   route=(--config=configs/avg_llava_7b_router.py --config.batch_size=8 --config.steps=500 --config.checkpoint_every=100)
   dtype=(--dtype=bfloat16)
 else

@@ -60,6 +60,7 @@ def shared(batch):
     half = np.repeat(np.int32([[0, 1]]), TEXT // 2, axis=1)
     return batch | {
         "length": {g: np.tile(np.int32([5, LENGTH - 5]), (ROWS, 1)) for g in MODEL.granularities},
+        "reach": {g: np.zeros((ROWS, LENGTH - 5), bool) for g in MODEL.granularities},
         "text_sample": np.tile(half, (ROWS, 1)),
         "image_sample": np.arange(ROWS, dtype=np.int32)[:, None] % 2,
     }

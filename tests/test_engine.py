@@ -1,6 +1,7 @@
 """The engine: the same answers as one at a time, whatever runs beside them, and nothing compiles."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -11,6 +12,7 @@ from avg_llava_jax.inference.api import AvgLlava
 from avg_llava_jax.inference.engine import Cancelled, QueueFull
 from avg_llava_jax.inference.requests import Request
 from avg_llava_jax.inference.stress import compilations, stress
+from avg_llava_jax.parallel import sharding
 from tests.random_model import plain
 from tests.small_engine import ended, make
 
@@ -58,6 +60,16 @@ def test_the_counter_of_compilations_counts():
         assert compiled() == 1
     jax.jit(lambda x: x * 5 + 1)(np.arange(3))
     assert compiled() == 1
+
+
+def test_a_program_compiled_ahead_is_not_compiled_again(model):
+    program = sharding.jit(lambda config, params, x: params["image_newline"] + x, static_argnums=0)
+    given = model.config, model.params, np.ones(1, np.float32)
+    with compilations() as compiled, ThreadPoolExecutor(1) as pool:
+        pool.submit(program.compile, *given).result()
+        assert compiled() == 1
+        program(*given)
+        assert compiled() == 1
 
 
 def test_warm_up_compiles_each_program_once(tiny, tokenizer, engine, capsys):

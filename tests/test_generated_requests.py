@@ -3,6 +3,7 @@
 python -m tests.test_generated_requests 10000     so many of them
 """
 
+import dataclasses
 import json
 import sys
 from collections import Counter
@@ -15,7 +16,7 @@ from avg_llava_jax.server.fields import ANYTHING, Field, Number, OneOf, Typed
 from avg_llava_jax.server.reading import CHAT, IMAGE_URL, MESSAGE, PART, STREAM_OPTIONS
 from avg_llava_jax.server.responses import RESPONSE
 from avg_llava_jax.server.tokenizing import TOKENIZE
-from tests.served import Served, encoded, link
+from tests.served import LIMITS, Served, encoded, link
 
 hypothesis = pytest.importorskip("hypothesis", reason="generated requests need hypothesis")
 st = hypothesis.strategies
@@ -140,7 +141,8 @@ if __name__ == "__main__":
         pinpoints=((16, 32), (32, 16), (32, 32)),
         template="mistral_instruct",
     )
-    server = Served(Model(config, None, load_tokenizer(TOKENIZER)))
+    limits = dataclasses.replace(LIMITS, seconds=3600)  # on a busy machine, the double may wait for long
+    server = Served(Model(config, None, load_tokenizer(TOKENIZER)), limits=limits)
     server.engine.places, server.http = 64, httpx.Client(base_url=server.url, timeout=3600)
     counts, wanted = Counter(), int(sys.argv[1])
     while (sent := sum(counts.values())) < wanted:

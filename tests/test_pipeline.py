@@ -161,6 +161,20 @@ def test_batches_come_in_few_shapes(llava_folder, tokenizer, tiny):
         assert len(shapes) <= limit
 
 
+@pytest.mark.parametrize("pack", [1, 2])
+def test_the_shapes_of_coming_batches_are_known_before_them(llava_folder, tokenizer, tiny, pack):
+    """From batch 2 to the end of its window, each once and in order, with all arrays of a batch."""
+    batches = planned(llava_folder, tokenizer, tiny, pack=pack)
+
+    def shapes(batch):
+        return str({key: np.shape(value) if not isinstance(value, dict) else shapes(value)
+                    for key, value in batch.items() if key not in ("records", "skipped")})  # fmt: skip
+
+    coming = [shapes(batch) for batch in batches.coming(2, 1000)]
+    assert coming == list(dict.fromkeys(shapes(batches[number]) for number in range(2, WINDOW)))
+    assert len(coming) > 1 and [shapes(batch) for batch in batches.coming(2, 1)] == coming[:1]
+
+
 def test_shapes_are_chosen_to_hold_all_found(tiny):
     found = {Shape(t, 1, length, length, 1.0): 10 * t for t in (1, 2, 3) for length in (16, 64)}
     ladder = choose_shapes(found, 3, tiny, tiny.granularities)

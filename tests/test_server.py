@@ -67,10 +67,12 @@ def test_openai_client_streams(served):
         )
     )
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == "see how it"
-    assert [chunk.choices[0].finish_reason for chunk in chunks[:-1]] == [None] * 4 + ["length"]
+    assert [chunk.choices[0].finish_reason for chunk in chunks[:-1]] == [None] * 5 + ["length"]  # with the glance
     assert chunks[0].choices[0].delta.role == "assistant" and len({chunk.id for chunk in chunks}) == 1
     assert chunks[-1].choices == [] and chunks[-1].usage.completion_tokens == 3
     assert chunks[-1].usage.model_extra["granularity"] == 16
+    glance = chunks[1].model_extra["avg_llava"]
+    assert glance["granularity"] == 4 and [read["certainty"] for read in glance["reads"]] == [0.25]
     (image,) = chunks[-2].model_extra["avg_llava"]["images"]
     assert (image["granularity"], image["probabilities"]) == (16, None)
     assert image["cells"] == {"left": 0, "top": 0, "width": 32, "height": 16, "columns": 8, "rows": 4}

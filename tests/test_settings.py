@@ -67,6 +67,7 @@ SHOWN_BY = {
     "data.images": "test_the_data_is_what_the_settings_say",
     "data.max_pixels": "test_the_data_is_what_the_settings_say",
     "data.shapes": "test_the_data_is_what_the_settings_say",
+    "data.pack": "test_the_data_is_what_the_settings_say",
     "data.workers": "test_the_data_is_what_the_settings_say",
     "data.max_skipped_share": "test_too_many_bad_records_stop_a_run",
     "rglf.feedback": "test_stored_feedback_trains_as_live_does",
@@ -179,6 +180,9 @@ FRESH = {"tokenizer": "T", "data.path": "jersey"}
         ("grounding", {}, r"granularities=\(4,\) has no effect in phase grounding"),
         ("connector", FRESH | {"fresh": ("router",)}, r"fresh=\('router',\) has no effect without init_from"),
         ("connector", FRESH | {"vision_tower": "V"}, "vision_tower='V' has no effect without init_from"),
+        ("grounding", {"granularities": (), "data.pack": 2}, "data.pack=2 has no effect in phase grounding"),
+        ("connector", {"data.pack": 3}, "batch_size=4 must be a multiple of 3: .* times data.pack=3"),
+        ("connector", {"data.pack": 0}, "data.pack=0 must be at least 1"),
         ("rglf", {"rglf.execution": "both"}, "rglf.execution='both': choose per_length or vmap"),
     ],
 )
@@ -206,6 +210,7 @@ def test_the_data_is_what_the_settings_say(tiny, tokenizer, llava_folder):
     assert not any(plain[number]["skipped"] for number in range(16))
     small = planned(**{"data.max_pixels": 500})
     assert "too_large_image" in {one.reason for number in range(16) for one in small[number]["skipped"]}
+    assert [len(planned(**{"data.pack": pack})[0]["text"]) for pack in (1, 2)] == [4, 2]
     assert planned(**{"data.path": "jersey"}).parts[0].path == "jersey"
     with pytest.raises(FileNotFoundError, match="nowhere"):
         planned(**{"data.images": "nowhere"})

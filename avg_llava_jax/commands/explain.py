@@ -1,4 +1,4 @@
-"""Show why the router chose a granularity: scores, votes, and the words it used; and whether it would look again.
+"""Show why the router chose a granularity, and whether the answer would escalate.
 
 avg-llava explain --image=photo.png --prompt="Who wears 7?" --figure=why.png
 avg-llava explain --image=photo.png --prompt="Who wears 7?" --figure=why.png --cost_weight=2 --escalate=0.9

@@ -16,6 +16,7 @@ from avg_llava_jax.commands import cli
 WORKDIR = flags.DEFINE_string("workdir", "workdirs/quickstart", "The folder of checkpoints, report.json and plots.")
 STEPS = flags.DEFINE_integer("steps", None, "Router training steps; default: as in configs/jersey.py:router.")
 PICTURES = flags.DEFINE_integer("pictures", None, "Pictures the router trains on; default: as in the config.")
+SEED = flags.DEFINE_integer("seed", 0, "Seed of the routers' parameters, dropout and order of samples.", lower_bound=0)
 QUESTIONS = flags.DEFINE_integer("questions", 1008, "Number of test questions.", lower_bound=6)
 
 
@@ -24,6 +25,7 @@ def main() -> None:
 
     begin = time.perf_counter()
     config = quickstart.router_config(cli.CHECKPOINT.value, STEPS.value, PICTURES.value)
+    config.seed = SEED.value
     quickstart.run(pathlib.Path(WORKDIR.value), config, QUESTIONS.value)
     print(f"{WORKDIR.value}/report.json, after {time.perf_counter() - begin:.0f} s")
 

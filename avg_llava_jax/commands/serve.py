@@ -36,10 +36,10 @@ QUEUE = flags.DEFINE_integer("queue", 64, "Requests that may wait; more are refu
 SLO_TTFT = flags.DEFINE_float(
     "slo_ttft", None, "Seconds to the first token that a higher price of visual tokens keeps under load; default: none."
 )
-SLO_COST_WEIGHTS = flags.DEFINE_list("slo_cost_weights", ["0", "2"], "The lowest and highest price for --slo_ttft.")
-MAX_LENGTH = flags.DEFINE_integer(
-    "max_length", None, "Most tokens of prompt and answer; fewer save memory."
+SLO_COST_WEIGHTS = flags.DEFINE_list(
+    "slo_cost_weights", ["0", "100"], "The lowest and highest price for --slo_ttft; at 100 the router is not asked."
 )
+MAX_LENGTH = flags.DEFINE_integer("max_length", None, "Most tokens of prompt and answer; fewer save memory.")
 IMAGE_CACHE_MB = flags.DEFINE_integer("image_cache_mb", 256, "Device memory for encoded images.", lower_bound=1)
 IMAGE_HOSTS = flags.DEFINE_list("image_hosts", [], "Hosts of image URLs to fetch: a.com,b.org:8080.")
 MAX_BODY_MB = flags.DEFINE_integer("max_body_mb", 32, "Size of the largest request, images included.", lower_bound=1)
@@ -85,7 +85,7 @@ def slo_of(ttft: float | None, weights: list[str]) -> Slo | None:
         low, high = map(float, weights)
     except ValueError:
         given = ",".join(weights)
-        raise ValueError(f"--slo_cost_weights={given}: give the lowest and the highest, such as 0,2") from None
+        raise ValueError(f"--slo_cost_weights={given}: give the lowest and the highest, such as 0,100") from None
     return None if ttft is None else Slo(ttft, low, high)
 
 

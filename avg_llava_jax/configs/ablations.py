@@ -34,5 +34,7 @@ def get_config(name: str = "full") -> ConfigDict:
         raise ValueError(f"configs/ablations.py:{name}: choose {', '.join(ABLATIONS)}")
     config = jersey.get_config("router")
     config.model = defaults().model  # as in the checkpoint
+    config.rglf.nll_weight = 0.0  # RGLF alone
+    config.data.path = "jersey?split=router&turns=1&coarse=0.4&near=0.5&size=2048"  # of the table in docs/ablations.md
     config.update_from_flattened_dict(ABLATIONS[name])
     return config

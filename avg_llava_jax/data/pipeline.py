@@ -164,6 +164,24 @@ class PlannedBatches:
         )
         return {**batch, "records": records, "skipped": skipped}
 
+    def coming(self, number: int, count: int) -> list[Batch]:
+        """A batch without samples for each shape of the `count` batches from `number` on, in their order.
+
+        It looks no further than the window of batch `number`, and decodes nothing.
+        """
+        planned = self._window(number // WINDOW).batches[number % WINDOW :][:count]
+        samples = [[[sample for _, sample in row] for row in each] or [[EMPTY]] for each in planned]
+        shapes = dict.fromkeys(map(self.fit, samples))
+        rows = self._rows if self.rows is None else len(self.rows)
+        stored = None if self.feedback is None else [self._nothing] * rows
+        tiles = [self._tiles(EMPTY, self._nothing)] * rows
+        return [
+            collate_rows(
+                [EMPTY] * rows, tiles, shape, self.config, self.granularities, words=self.words, stored=stored
+            )
+            for shape in shapes
+        ]
+
     @property
     def _rows(self) -> int:
         """Rows of a batch, over all processes."""

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from avg_llava_jax.config import ModelConfig
-from avg_llava_jax.data.packing import Sample, collate, shape_of
+from avg_llava_jax.data.packing import Sample, collate, shape_of, tiles_of
 from avg_llava_jax.eval.evaluation import Question
 from avg_llava_jax.eval.policies import by_key
 from avg_llava_jax.inference.model import Model
@@ -51,8 +51,27 @@ def route(
     return avg_llava.route(config, params, pyramid, avg_llava.embed(config, params, inputs["text"]), inputs)
 
 
-def encode_all(model: Model, samples: Sequence[Sample], batch_size: int = 32) -> Iterator[Encoded]:
-    """Encode prompts in batches of equal tiles and images, with one text length for all."""
+Seen = Mapping[tuple, np.ndarray]
+"""Pyramids (tiles, R, D) by the images of a sample."""
+
+
+def see(model: Model, samples: Sequence[Sample], batch_size: int = 32) -> Seen:
+    """The images of the prompts, each encoded once however many prompts are about it; held in the host's memory."""
+    distinct = [sample for sample in dict((sample.images, sample) for sample in samples).values() if sample.sizes]
+    return {
+        distinct[row].images: pyramid[: tiles_of(distinct[row], model.config)]
+        for batch in encode_all(model, distinct, batch_size)
+        for row, pyramid in zip(batch.rows, np.asarray(batch.pyramid), strict=False)
+    }
+
+
+def encode_all(
+    model: Model, samples: Sequence[Sample], batch_size: int = 32, seen: Seen | None = None
+) -> Iterator[Encoded]:
+    """Encode prompts in batches of equal tiles and images, with one text length for all.
+
+    seen: what `see` returned, for all of their images; None = encode them here.
+    """
     config = model.config
     shapes = [dataclasses.replace(shape_of(sample, config), answer=1, fill=1.0) for sample in samples]
     text = max((shape.text for shape in shapes), default=0)
@@ -69,8 +88,9 @@ def encode_all(model: Model, samples: Sequence[Sample], batch_size: int = 32) ->
                 continue
             shape = dataclasses.replace(shapes[part[0]], text=text)
             padded = [samples[row] for row in np.resize(part, batch_size)]  # one program for all batches of a shape
-            batch = collate(padded, shape, config, granularities=())
-            pyramid = encode(config, model.params, batch["pixels"])
+            known = None if seen is None else [seen[sample.images] for sample in padded]
+            batch = collate(padded, shape, config, (), known)
+            pyramid = encode(config, model.params, batch["pixels"]) if seen is None else batch["pixels"]
             yield Encoded(part, images, pyramid, {key: batch[key] for key in ROUTER_INPUTS})
 
 
@@ -93,9 +113,11 @@ def route_encoded(model: Model, encoded: Iterable[Encoded]) -> list[np.ndarray]:
     return [scores[row] for row in range(len(scores))]
 
 
-def route_all(model: Model, samples: Sequence[Sample], batch_size: int = 32) -> list[np.ndarray]:
-    """Router scores (images, G) of each prompt; no prompt is answered."""
-    return route_encoded(model, encode_all(model, samples, batch_size))
+def route_all(
+    model: Model, samples: Sequence[Sample], batch_size: int = 32, seen: Seen | None = None
+) -> list[np.ndarray]:
+    """Router scores (images, G) of each prompt; no prompt is answered. seen: as of `encode_all`."""
+    return route_encoded(model, encode_all(model, samples, batch_size, seen))
 
 
 def shuffled(questions: Sequence[Question], what: str, seed: int = 0) -> list[Sample]:

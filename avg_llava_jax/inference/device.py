@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import copy
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -19,6 +22,7 @@ from avg_llava_jax.inference.programs import Sampling, Scores, Shaping
 from avg_llava_jax.inference.requests import TokenScore
 from avg_llava_jax.inference.sampling import Next, sampling_of, scored, shaping_of
 from avg_llava_jax.models.router import Routing
+from avg_llava_jax.parallel import sharding
 
 
 class Part(NamedTuple):
@@ -70,6 +74,10 @@ def page_bytes(model: Model) -> int:
     return model.config.pyramid_rows * model.config.language.width * model.params["image_newline"].dtype.itemsize
 
 
+class _Compiled(Exception):
+    """Ends a call whose program was compiled and is not to run."""
+
+
 class Device:
     """A KV cache and a pool of pyramids. A method pads its arguments to buckets and runs one compiled program."""
 
@@ -104,9 +112,30 @@ class Device:
             *(partial(self.decode, [], rows, window, 0) for rows, window in sizes.decodes),
             *(partial(self.copy, [], window) for window in sizes.windows),
         ]
-        for run in tqdm(runs, desc="compiling the engine", unit="program"):
+        with (
+            ThreadPoolExecutor(sharding.COMPILERS) as pool,
+            tqdm(total=len(runs), desc="compiling the engine", unit="program") as progress,
+        ):
+            for _ in pool.map(self._compile, runs):
+                progress.update()
+        for run in runs:
             run()
         jax.block_until_ready((self._cache, self._pool))
+
+    def _compile(self, run: partial) -> None:
+        """Compile the program of a call of one of the methods, without running it."""
+
+        def compile(program: Callable[..., Any], *arguments: Any) -> None:
+            program.compile(*self._model, *arguments)
+            raise _Compiled
+
+        beside = copy.copy(self)
+        beside._call = compile
+        with contextlib.suppress(_Compiled):
+            run.func.__func__(beside, *run.args)
+
+    def _call(self, program: Callable[..., Any], *arguments: Any) -> Any:
+        return program(*self._model, *arguments)
 
     def _warm_first(self, prompts: int, chunk: int) -> None:
         self._first(self.prefill([], prompts, chunk, 0, 1).logits, [], [])
@@ -118,7 +147,7 @@ class Device:
         pixels[: len(tiles)] = tiles
         at = np.full(count, self.buckets.pages, np.int32)
         at[: len(pages)] = pages
-        self._pool = programs.encode(*self._model, self._pool, pixels, at, self._number(adapter))
+        self._pool = self._call(programs.encode, self._pool, pixels, at, self._number(adapter))
 
     def _number(self, adapter: int | np.ndarray) -> np.ndarray | None:
         """What programs take as `adapter`."""
@@ -135,7 +164,7 @@ class Device:
         lengths = np.zeros(count, np.int32)
         for row, (own, ids) in enumerate(zip(pages, texts, strict=True)):
             at[row, : len(own)], text[row, : len(ids)], lengths[row] = own, ids, len(ids)
-        return programs.route(*self._model, self._pool, at, text, lengths, self._number(adapter))
+        return self._call(programs.route, self._pool, at, text, lengths, self._number(adapter))
 
     def prefill(self, parts: Sequence[Part], prompts: int, chunk: int, window: int, ends: int) -> Prefilled:
         """Prefill chunks of prompts.
@@ -160,7 +189,7 @@ class Device:
         arrays = programs.Chunk(
             None if by_slot else slot, start, length, ids, places, weights, self._number(adapter)
         )
-        self._cache, *found = programs.prefill(*self._model, self._cache, self._pool, arrays, window, ends)
+        self._cache, *found = self._call(programs.prefill, self._cache, self._pool, arrays, window, ends)
         at, ended = [row for row, part in zip(rows, parts, strict=True) if part.then], [p.then for p in parts if p.then]
         if all(answer.greedy for answer in ended):
             return Prefilled(*found, None, rows)
@@ -170,7 +199,7 @@ class Device:
     def _first(
         self, logits: jax.Array, rows: Sequence[int], answers: Sequence[Next]
     ) -> tuple[jax.Array, jax.Array, Scores]:
-        return programs.first(*self._model, logits, self._sampling(len(logits), rows, answers), self._stops)
+        return self._call(programs.first, logits, self._sampling(len(logits), rows, answers), self._stops)
 
     def decode(
         self, answers: Sequence[Answering], rows: int, window: int, steps: int
@@ -184,8 +213,8 @@ class Device:
         sampling = self._sampling(rows, at, then)
         greedy = self.buckets.greedy and all(answer.greedy for answer in then)
         sizes = STEPS, window, greedy
-        self._cache, tokens, chances, made, scores = programs.decode(
-            *self._model,
+        self._cache, tokens, chances, made, scores = self._call(
+            programs.decode,
             self._cache,
             programs.Rows(*state, self._number(adapter)),
             sampling,
@@ -215,4 +244,4 @@ class Device:
         target[:] = self.buckets.slots
         for row, pair in enumerate(places):
             source[row], target[row] = pair
-        self._cache = programs.copy(*self._model, self._cache, source, target, window)
+        self._cache = self._call(programs.copy, self._cache, source, target, window)

@@ -21,7 +21,7 @@ from avg_llava_jax.inference.device import Answering, Device, Part, lanes_of, pa
 from avg_llava_jax.inference.image_pages import ImagePages
 from avg_llava_jax.inference.job import Images, Job, escalate, make_job, pack
 from avg_llava_jax.inference.model import Model, without_end
-from avg_llava_jax.inference.pricing import Pricing, Slo
+from avg_llava_jax.inference.pricing import UNROUTED, Pricing, Slo
 from avg_llava_jax.inference.requests import Answer, Prepared, Request
 from avg_llava_jax.inference.sampling import scored
 from avg_llava_jax.inference.scheduler import Admission, Scheduler
@@ -267,6 +267,10 @@ class Engine:
             self._device.encode(list(missing.values()), list(missing), adapter)
             self._images.encoded(missing)
         ready = [job for job in self._encoding if self._images.ready(job.digests)]
+        price = self._cost_weight()
+        if price >= UNROUTED:
+            for job in ready:
+                job.spare(self.config)
         unrouted = [(job, at) for job in ready for at in range(len(job.scores), len(job.scores) + job.unrouted)]
         adapter = unrouted[0][0].prepared.adapter if unrouted else 0
         unrouted = [each for each in unrouted if each[0].prepared.adapter == adapter]
@@ -276,7 +280,6 @@ class Engine:
             pages, texts = [job.pages[at] for job, at in batch], [job.text for job, _ in batch]
             routing = self._device.route(pages, texts, adapter)
             self._routing = [job for job, _ in batch], routing.logits
-        price = self._cost_weight()
         for job in ready:
             if not job.unrouted:
                 self._encoding.remove(job)
@@ -286,8 +289,7 @@ class Engine:
                 try:
                     pack(self.config, job, self.buckets.pages, price)
                     job.ticket.visual_tokens = job.visual
-                    raised = job.scores and job.cost_weight > job.prepared.request.cost_weight
-                    self._counters.add(raised=int(bool(raised)))
+                    self._counters.add(raised=int(job.raised))
                 except ValueError as error:
                     self._end(job, error)
         return encode or route
@@ -433,7 +435,7 @@ class Engine:
             if certainty < job.prepared.request.escalate:
                 job.reads.append(read)
                 job.ticket.dropped(
-                    self.model.answer_of("", (), "stop", job.reads, job.scores, {}, cost_weight=job.cost_weight)
+                    self.model.answer_of("", (), "stop", job.reads, job.scores, {}, cost_weight=job.price)
                 )
                 self._escalate(job, ended)
                 return
@@ -453,7 +455,7 @@ class Engine:
             job.scores,
             job.timings(),
             job.token_scores,
-            job.cost_weight,
+            job.price,
             job.matcher is not None and job.matcher.closed,
         )
         self._counters.add(

@@ -32,7 +32,8 @@ class Job(Work):
 
     images: digest and tiles of each image. pages: pages of each image's tiles, None while it holds none.
     text: int32 (L,), ids of the prompt without its images. scores: router scores (G,) of the images routed so far.
-    cost_weight: the price at which the router chooses. choice: granularity of each image.
+    cost_weight: the price at which the router chooses. spared: it is not asked, under load.
+    choice: granularity of each image.
     ids, places: int32 (S,), the packed prompt and its draft, see `programs.Chunk`; with `config.most_tiles` places is
         (S, 4), with weights float32 (S, 4).
     finer: granularities of the read that follows where this one is not certain enough; empty = none.
@@ -52,6 +53,7 @@ class Job(Work):
     pages: list[list[int]] | None = None
     scores: list[np.ndarray] = dataclasses.field(default_factory=list)
     cost_weight: float = 0.0
+    spared: bool = False
     choice: tuple[Granularity, ...] = ()
     ids: np.ndarray | None = None
     places: np.ndarray | None = None
@@ -75,6 +77,22 @@ class Job(Work):
     def visual(self) -> int:
         """Visual tokens of its packed prompt."""
         return len(self.ids) - len(self.text) - self.draft
+
+    @property
+    def price(self) -> float | None:
+        """The price at which granularities were chosen, None where all were requested."""
+        return self.cost_weight if self.scores or self.spared else None
+
+    @property
+    def raised(self) -> bool:
+        """Whether the engine's load raised that price."""
+        return self.price is not None and self.price > self.prepared.request.cost_weight
+
+    def spare(self, config: ModelConfig) -> None:
+        """Take the coarsest granularity where the router would choose, unless it has begun or its price is fixed."""
+        if self.unrouted == len(self.images) > 0 and not self.prepared.fixed_price:
+            choice = tuple(config.granularities[0] if g is None else g for g in self.prepared.choice)
+            self.prepared, self.spared = dataclasses.replace(self.prepared, choice=choice), True
 
     def next(self) -> Next:
         """What its next token depends on."""

@@ -173,7 +173,7 @@ class Model:
             finish=finish,
             reads=tuple(reads),
             logprobs=tuple(logprobs[: len(ids)]),
-            cost_weight=cost_weight if scores else None,
+            cost_weight=cost_weight,
             closed=closed,
         )
 

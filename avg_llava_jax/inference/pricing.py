@@ -4,13 +4,16 @@ Where the router chooses a request's granularity, the engine predicts when the r
 token, and raises the cost weight λ as that nears the promise:
 
     predicted = requests without a first token * seconds per first token, over the last `EVENTS` of them
-    λ         = low up to half of the promise, high from the promise on, linear between
+    share     = of the second half of the promise that is predicted to pass: 0 up to half of it, 1 from all of it on
+    λ         = low + share / (1 - share), at most high
 
-    promise 1 s, λ from 0 to 2, 0.05 s per first token      10 requests wait: 0.5 s, λ 0
-                                                            15                0.75 s, λ 1
-                                                            20 or more        1 s, λ 2
+    promise 1 s, λ from 0 to 100, 0.05 s per first token    10 requests wait: 0.5 s,  share 0,   λ 0
+                                                            15                0.75 s, share 0.5, λ 1
+                                                            18                0.9 s,  share 0.8, λ 4
+                                                            20 or more        1 s,    share 1,   λ 100
 
-A coarser look takes less time, so fewer seconds per first token are predicted, and λ settles where the load is met. No
+From `UNROUTED` on the router is not asked, which takes time as well: its images get the coarsest granularity. A coarser
+look takes less time, so fewer seconds per first token are predicted, and λ settles where the load is met. No
 clock is read here: the caller gives its times.
 """
 
@@ -21,6 +24,7 @@ import math
 from collections import deque
 
 EVENTS = 32
+UNROUTED = 100.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +33,7 @@ class Slo:
 
     ttft: float
     low: float = 0.0
-    high: float = 2.0
+    high: float = UNROUTED
 
     def __post_init__(self) -> None:
         if not 0 < self.ttft < math.inf:
@@ -57,5 +61,5 @@ class Pricing:
 
     def cost_weight(self, waiting: int) -> float:
         """λ while so many requests have no first token."""
-        share = min(max(2 * self.predicted(waiting) / self.slo.ttft - 1, 0.0), 1.0)
-        return self.slo.low + share * (self.slo.high - self.slo.low)
+        share = max(2 * self.predicted(waiting) / self.slo.ttft - 1, 0.0)
+        return self.slo.high if share >= 1 else min(self.slo.low + share / (1 - share), self.slo.high)

@@ -148,8 +148,8 @@ class Answer:
     visual_tokens: packed tokens of all images and all reads, newlines included.
     probabilities: {granularity: probability} by the router; a tuple of these for several images; None
         where the router did not run, because there is no image or every granularity was requested.
-    cost_weight: the price at which the router chose: the request's, or a higher one that the engine's load set. None
-        where the router did not run.
+    cost_weight: the price at which the router chose: the request's, or a higher one that the engine's load set (at 100
+        the router was not asked). None where every granularity was requested.
     timings: seconds of `queue`, `encode` (load, encode, route), `prefill` (the wait for a slot included), `decode` and
         `total`. The first use of a bucket includes its compilation.
     token_ids: generated ids, without the stop id that ended the answer.

@@ -152,9 +152,10 @@ def decoder(
     x: Float[ArrayLike, "B S D"],
     remat: Remat = "none",
     parts: Sequence[language.Part] = (),
-) -> Float[Array, "B S D"]:
-    """Hidden states of the packed embeddings of whole sequences, without a cache; parts: see `language.decoder`."""
-    return language.decoder(config.language, params["language"], x, remat=remat, parts=parts)[0]
+    last: Int[ArrayLike, "B E"] | None = None,
+) -> Float[Array, "B _ D"]:
+    """Hidden states of packed embeddings of whole sequences, without a cache; parts, last: see `language.decoder`."""
+    return language.decoder(config.language, params["language"], x, last=last, remat=remat, parts=parts)[0]
 
 
 def unembed(config: ModelConfig, params: Params, hidden: Float[ArrayLike, "*M D"]) -> Float[Array, "*M V"]:

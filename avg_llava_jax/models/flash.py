@@ -3,8 +3,6 @@
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jaxtyping import Array, ArrayLike, Float, Int
 
 BLOCKS = range(128, 769, 128)
@@ -25,6 +23,10 @@ def flash_attention(
     ids, reach: with `causal`: see `attention.Segments`; blocks out of reach are not computed.
     interpret: run the kernel on any platform, slowly, for tests.
     """
+    # Imported here: Pallas takes a third of a second, which other platforms need not wait for.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
     length, heads = q.shape[1:3]
     block = min(BLOCKS, key=lambda size: (-(-length // size) * size, -size))  # least padding, then largest blocks
     padded = -(-length // block) * block

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,9 @@ from avg_llava_jax import parameters, placement
 from avg_llava_jax.config import ModelConfig
 
 AXES = ("data", "fsdp", "tensor")
+
+COMPILERS = min(8, os.cpu_count() or 1)
+"""Programs that compile at the same time; each takes memory of the host."""
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -94,16 +98,25 @@ def state_shardings(mesh: Mesh, params: parameters.Params, state: Any) -> Any:
 
 
 def jit(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """`jax.jit` of a function (config, params, ...) that runs under the mesh of its parameters, if they have one."""
+    """`jax.jit` of a function (config, params, ...) that runs under the mesh of its parameters, if they have one.
+
+    Its attribute `compile` takes the same arguments and runs nothing: a later call finds the program compiled. Threads
+    may compile at the same time.
+    """
     compiled = jax.jit(function, **options)
 
-    @functools.wraps(function)
-    def run(config: ModelConfig, params: parameters.Params, *arguments: Any) -> Any:
-        at = params["image_newline"].sharding
-        with jax.set_mesh(at.mesh) if isinstance(at, NamedSharding) else contextlib.nullcontext():
-            return compiled(config, params, *arguments)
+    def under_mesh(use: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def run(config: ModelConfig, params: parameters.Params, *arguments: Any) -> Any:
+            at = params["image_newline"].sharding
+            with jax.set_mesh(at.mesh) if isinstance(at, NamedSharding) else contextlib.nullcontext():
+                return use(config, params, *arguments)
 
+        return run
+
+    run = under_mesh(compiled)
     run.trace = compiled.trace
+    run.compile = under_mesh(lambda *arguments: compiled.lower(*arguments).compile())
     return run
 
 

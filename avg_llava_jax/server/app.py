@@ -15,7 +15,7 @@ import dataclasses
 import logging
 import pathlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from starlette.applications import Starlette
@@ -48,6 +48,7 @@ LARGE = 1 << 20
 """Bytes of a body from which on it holds images, and is read where they are decoded."""
 GRACE = 10.0
 """Seconds that a client has to take its reply, in addition to those of the answer."""
+TICK = 0.01
 LEFT = 499  # the status that nginx logs for a client that disconnected
 NOTHING_ELSE = (
     "default-src 'none'; connect-src 'self'; img-src blob: data:; style-src 'unsafe-inline'; "
@@ -224,7 +225,7 @@ class Service:
             one = dataclasses.replace(prepared, request=dataclasses.replace(prepared.request, seed=seed))
             tickets.append(await self._in_thread(self.engine.submit_prepared, one, tiles))
             pieces.append(self._follow(tickets[-1], begin))
-            stack.push_async_callback(pieces[-1].aclose)
+            stack.push_async_callback(_closed, pieces[-1])
             stack.callback(tickets[-1].cancel)
         reply = endpoint.reply(ask.given.get("model", self.names[0]), self.model, ask, text_tokens)
         if not ask.stream:
@@ -258,7 +259,7 @@ class Service:
         finally:
             self.running -= 1
 
-    async def _follow(self, ticket: Ticket, begin: float) -> AsyncIterator[Piece | Answer]:
+    async def _follow(self, ticket: Ticket, begin: float) -> AsyncGenerator[Piece | Answer]:
         """Yield an answer's pieces, then the answer. Raises TimeoutError, or the error of the ticket."""
         deadline = begin + self.limits.seconds
 
@@ -383,6 +384,13 @@ async def _merged(streams: Sequence[AsyncIterator[T]]) -> AsyncIterator[tuple[in
             task.cancel()
         if waiting:
             await asyncio.wait(waiting)
+
+
+async def _closed(items: AsyncGenerator[Any]) -> None:
+    """Close a generator, once the task that runs it has ended: where a client leaves, that task is only told to."""
+    while items.ag_running:
+        await asyncio.sleep(TICK)
+    await items.aclose()
 
 
 async def _last_of_each(streams: Sequence[AsyncIterator[T]]) -> list[T]:

@@ -3,10 +3,7 @@
 import math
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")  # no display is needed
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 
 from avg_llava_jax.training.metrics import METRICS, read_rows
 
@@ -32,7 +29,8 @@ def training_curves(workdir: str | Path) -> Path | None:
             ("regret (nats)", ["regret"]),
             ("visual tokens", ["visual_tokens"]),
         ]
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.4), layout="constrained", squeeze=False)
+    figure = Figure(figsize=(4.6 * len(panels), 3.4), layout="constrained")  # not pyplot's, which knows one thread
+    axes = figure.subplots(1, len(panels), squeeze=False)
     for axis, (title, names) in zip(axes[0], panels, strict=True):
         for name in names:
             colour = None
@@ -52,7 +50,6 @@ def training_curves(workdir: str | Path) -> Path | None:
     path = Path(workdir) / PLOTS / "training.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
-    plt.close(figure)
     return path
 
 

@@ -139,11 +139,8 @@ def _window(
     """The feedback on one window's samples, by `asked`, without the known ones; NaN where a sample has no answer."""
     rows = sharding.batch_sharding(mesh)
     found: dict[str, Stored] = {}
-    for number in range(window * WINDOW, (window + 1) * WINDOW):
-        batch = batches[number]
-        arrays = {key: value for key, value in batch.items() if key not in NOT_ARRAYS}
-        arrays = jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), arrays)
-        measured = measure_batch(config, execution, keep_features, params, arrays)
+
+    def keep(number: int, batch: Mapping[str, Any], measured: tuple[jax.Array, jax.Array]) -> None:
         ours = multihost_utils.global_array_to_host_local_array(measured, mesh, rows.spec)
         nll, features = map(np.asarray, ours)
         for row, members in enumerate(batches.rows_of(number)):
@@ -158,6 +155,17 @@ def _window(
                     continue
                 own = nll[row].reshape(-1, nll.shape[-1])[place]
                 found[question] = Stored(own, features[row, of_tile == place] if keep_features else None, record)
+
+    running = None
+    for number in range(window * WINDOW, (window + 1) * WINDOW):
+        batch = batches[number]  # read while the device measures the one before
+        arrays = {key: value for key, value in batch.items() if key not in NOT_ARRAYS}
+        arrays = jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), arrays)
+        if running is not None:
+            keep(*running)
+        measured = measure_batch(config, execution, keep_features, params, arrays)
+        running = number, batch, measured
+    keep(*running)
     return found
 
 

@@ -14,8 +14,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 import jax.numpy as jnp
@@ -37,12 +38,12 @@ TERMINATED = 128 + signal.SIGTERM
 """Exit code after SIGTERM, 143, as a shell reports it, so that a scheduler can tell it from a failure."""
 
 
-def train(settings: ml_collections.ConfigDict, workdir: str | Path) -> None:
-    """Run a phase to its end; an interrupted run resumes.
+def train(settings: ml_collections.ConfigDict, workdir: str | Path, out: TextIO | None = None) -> None:
+    """Run a phase to its end; an interrupted run resumes. Several may run at once, each in a thread of its own.
 
     `config.TrainConfig` lists the settings. `workdir` becomes a checkpoint folder, with metrics.jsonl, skipped.jsonl,
     tensorboard/ and plots/. The processes of a run (see `hosts`) share it: each saves its shards of a checkpoint, the
-    first writes the logs.
+    first writes the logs. out: where progress is shown, None = standard error.
 
     Raises:
       FileNotFoundError, ValueError: a setting or a file is wrong; one line that names it.
@@ -63,12 +64,13 @@ def train(settings: ml_collections.ConfigDict, workdir: str | Path) -> None:
         checkpoint.Manager(workdir) as manager,
         jax.set_mesh(mesh),
         _Termination() as termination,
+        contextlib.ExitStack() as running,
     ):
         start = setup.begin(config, workdir, mesh)
         model = start.model
         with contextlib.closing(setup.open_batches(config, workdir, model, mesh)) as batches:
             step = Step(config, model, mesh, start.adapters)
-            run = _Run(step)
+            run = running.enter_context(contextlib.closing(_Run(step)))
             run.begin(manager, start, batches)
             if config.rglf.feedback:
                 require_same_measure(config.rglf.feedback, measured_by(model, run.params))
@@ -76,7 +78,8 @@ def train(settings: ml_collections.ConfigDict, workdir: str | Path) -> None:
             if run.step < config.steps:
                 held_out = setup.plan_validation(config, batches.planned)
                 validation = None if held_out is None else Validation(config, model, step, held_out)
-                _loop(config, workdir, run, manager, batches, validation, hosts.Votes(mesh), termination)
+                votes = hosts.Votes(mesh)
+                _loop(config, workdir, run, manager, batches, validation, votes, termination, out or sys.stderr)
     if hosts.first():
         curves.training_curves(workdir)
 
@@ -90,26 +93,35 @@ def _loop(
     validation: Validation | None,
     votes: hosts.Votes,
     termination: "_Termination",
+    out: TextIO,
 ) -> None:
     with contextlib.ExitStack() as stack:
-        log, out = None, stack.enter_context(open(os.devnull, "w"))
+        log = None
         if hosts.first():
-            log, out = stack.enter_context(contextlib.closing(MetricsLog(workdir, run.step))), sys.stderr
+            log = stack.enter_context(contextlib.closing(MetricsLog(workdir, run.step)))
+        else:
+            out = stack.enter_context(open(os.devnull, "w"))
         skips = SkippedLog(workdir if hosts.first() else None, config.data.max_skipped_share)
         stack.enter_context(contextlib.closing(skips))
         progress = stack.enter_context(contextlib.closing(Progress(config.steps, out)))
         reporter = _Reporter(config, run, log, progress, len(batches.planned.ladder))
         best = Best(workdir, hosts.gather(log.best if log else None)[0])
         every = config.evaluate_every or config.checkpoint_every
+        if jax.process_count() == 1:  # several processes may have to compile in the same order
+            for example in batches.planned.coming(run.step, config.steps - run.step):
+                reporter.say_shape(example)
+                run.compile(run.place(example))
         while run.step < config.steps:
             manager.check()
             batch = next(batches)
             records, skipped = batch.pop("records"), batch.pop("skipped")
             arrays = run.place(batch)
-            if run.is_new(arrays):
+            if not run.compiled(arrays):
                 with reporter.paused():
-                    reporter.say_shape(batch)
-                    run.compile(arrays)
+                    if run.is_new(arrays):
+                        reporter.say_shape(batch)
+                        run.compile(arrays)
+                    run.wait_for(arrays)
             # What one process knows alone, all must know before they act on it.
             vote = votes.cast(termination.asked, sum(map(bool, records)), len(skipped))
             # The device works on this step while the last one is reported.
@@ -154,7 +166,8 @@ class _Run:
     def __init__(self, step: Step):
         self.step = 0
         self._compiled = step
-        self._programs: dict[Any, Callable[..., Any]] = {}
+        self._programs: dict[Any, Future[Callable[..., Any]]] = {}
+        self._compilers = ThreadPoolExecutor(sharding.COMPILERS, "compile")
 
     def begin(self, manager: checkpoint.Manager, start: setup.Start, batches: Batches) -> None:
         """Start from the parameters of `start`, or without any from the newest checkpoint of the run."""
@@ -174,16 +187,35 @@ class _Run:
         return jax.tree.map(lambda x: jax.make_array_from_process_local_data(self._compiled.rows, x), batch)
 
     def is_new(self, arrays: Any) -> bool:
-        """Whether the step is not yet compiled for a batch of this shape."""
+        """Whether no step is compiled, nor being compiled, for a batch of this shape."""
         return _shape(arrays) not in self._programs
 
+    def compiled(self, arrays: Any) -> bool:
+        return not self.is_new(arrays) and self._programs[_shape(arrays)].done()
+
     def compile(self, arrays: Any) -> None:
-        lowered = self._compiled.update.lower(self.ours, self._state, self.frozen, arrays, self._step())
-        self._programs[_shape(arrays)] = lowered.compile()
+        """Start compiling the step for a batch of this shape, beside those of other shapes."""
+        compiled = self._compiled
+        trained, frozen = compiled.split(compiled.params)
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), arrays)
+        number = jax.ShapeDtypeStruct((), jnp.int32)
+
+        def work() -> Callable[..., Any]:
+            with jax.set_mesh(compiled.rows.mesh):
+                return compiled.update.lower(trained, compiled.state, frozen, shapes, number).compile()
+
+        self._programs[_shape(arrays)] = self._compilers.submit(work)
+
+    def wait_for(self, arrays: Any) -> None:
+        """Wait until the step is compiled for a batch of this shape."""
+        self._programs[_shape(arrays)].result()
+
+    def close(self) -> None:
+        self._compilers.shutdown(wait=False, cancel_futures=True)
 
     def advance(self, arrays: Any) -> dict[str, jax.Array]:
         """Dispatch one optimizer step; returns its metrics without waiting for them."""
-        program = self._programs[_shape(arrays)]
+        program = self._programs[_shape(arrays)].result()
         self.ours, self._state, metrics = program(self.ours, self._state, self.frozen, arrays, self._step())
         self.step += 1
         return metrics

@@ -76,13 +76,16 @@ def _of_guidellm(folder: pathlib.Path, _: str) -> dict[str, Any]:
 
 
 def _aiperf(folder: pathlib.Path, url: str, model: str) -> list[str]:
+    # Offline it takes no tokenizer from a folder. Its dozen of processes start slowly where few cores are shared.
     return [
+        "env", "-u", "HF_HUB_OFFLINE", "-u", "TRANSFORMERS_OFFLINE",
+        "AIPERF_SERVICE_REGISTRATION_TIMEOUT=900", "AIPERF_SERVICE_HEARTBEAT_MISSED_THRESHOLD=100",
         f"{folder}/bin/aiperf", "profile", "--model", model, "--url", url, "--endpoint-type", "chat", "--streaming",
         "--tokenizer", str(TOKENIZER), "--request-count", str(REQUESTS.value), "--concurrency", "2",
         "--synthetic-input-tokens-mean", "32", "--output-tokens-mean", "8",
         "--image-width-mean", "120", "--image-height-mean", "80",
         "--extra-inputs", "ignore_eos:true", "--extra-inputs", "min_tokens:8",
-        "--ui-type", "none", "--artifact-dir", "artifacts",
+        "--workers-max", "1", "--record-processors", "1", "--ui-type", "none", "--artifact-dir", "artifacts",
     ]  # fmt: skip
 
 

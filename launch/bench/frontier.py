@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,23 +23,25 @@ WORKDIR = flags.DEFINE_string("workdir", None, "A workdir of launch.bench.ablate
 OUTPUT = flags.DEFINE_string("output", None, "Where the figures go.")
 ROUTERS = flags.DEFINE_list("routers", None, "Checkpoints of routers; default: every W/full-SEED.")
 TIMED = flags.DEFINE_integer("timed", 16, "Questions that are timed.", lower_bound=1)
+CLOCK = flags.DEFINE_enum("clock", "wall", ["wall", "cpu"], "How they are timed; cpu on a busy machine.")
 BUDGETS = 24
 
 
 def joined(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Means over routers of frontiers in one unit, with `deviation` of accuracies and `deviations` of areas.
 
-    A point of a curve is the mean of the points at the same place, whose costs differ little.
+    Points of a curve are at the mean costs of the points at the same place, where each router's curve is read.
     """
     import numpy as np
 
+    from avg_llava_jax.eval.escalation import accuracy_at
+
     curves, some = {}, len(found) > 1
     for name in found[0]["curves"]:
-        cost, accuracy = (
-            np.array([[point[key] for point in one["curves"][name]] for one in found]) for key in ("cost", "accuracy")
-        )
+        cost = np.mean([[point["cost"] for point in one["curves"][name]] for one in found], axis=0)
+        accuracy = np.array([accuracy_at(one["curves"][name], cost) for one in found])
         spread = accuracy.std(axis=0, ddof=1) if some else np.zeros(accuracy.shape[1])
-        rows = zip(cost.mean(axis=0), accuracy.mean(axis=0), spread, strict=True)
+        rows = zip(cost, accuracy.mean(axis=0), spread, strict=True)
         curves[name] = [{"cost": float(c), "accuracy": float(a), "deviation": float(d)} for c, a, d in rows]
     areas = {name: np.array([one["areas"][name] for one in found]) for name in curves}
     return {
@@ -90,6 +93,8 @@ def main() -> None:
 
     timed = timing.commonest(model.config, questions, TIMED.value)
     request = Request("", max_new_tokens=quickstart.ANSWER_TOKENS)
+    if CLOCK.value == "cpu":
+        time.perf_counter = time.process_time
     seconds = timing.in_turn(model, timing.reads(model.config, timed, request), 3)
     first = escalation.table(model.config, records)
     units = {
@@ -103,7 +108,7 @@ def main() -> None:
         for unit, costs in units.items():
             found[unit].append(escalation.frontier(first._replace(scores=scores), costs, BUDGETS))
             print(f"{folder}, {unit}: {found[unit][-1]['areas']}", flush=True)
-    report = {"routers": [str(folder) for folder in folders], "seconds": seconds}
+    report = {"routers": [str(folder) for folder in folders], "clock": CLOCK.value, "seconds": seconds}
     report |= {"frontier": {unit: joined(each) for unit, each in found.items()}}
     write_whole(output / "frontier.json", json.dumps(report, indent=1) + "\n")
     texts = []

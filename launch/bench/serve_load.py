@@ -203,8 +203,8 @@ class Figures:
     grown: int = 0
 
     def row(self, says: str, version: str) -> str:
-        middle, late = (1e3 * np.percentile(self.first or [np.nan], q) for q in (50, 95))
-        numbers = (self.requests, self.wrong, self.left, round(middle), round(late), self.grown >> 20)
+        times = [round(1e3 * np.percentile(self.first, q)) if self.first else "–" for q in (50, 95)]
+        numbers = (self.requests, self.wrong, self.left, *times, self.grown >> 20)
         return f"| {says} | {version} | {' | '.join(map(str, numbers))} |\n"
 
 
@@ -231,8 +231,10 @@ async def bring(servers: dict[str, Running]) -> str:
     small = [body(question, [picture(n, 320, 240)]) for n, question in enumerate(QUESTIONS)]
     coarsest = json.load(urllib.request.urlopen(f"{next(iter(servers.values())).url}/v1/models", timeout=60))
     coarsest = min(coarsest["data"][0]["avg_llava"]["granularities"])
+    wanted = any(LOADS[name].large for name in ONLY.value or LOADS)
     many = [
-        body(QUESTIONS[0], [picture(8 * n + k, 4000, 3000) for k in range(8)], granularity=coarsest) for n in range(8)
+        body(QUESTIONS[0], [picture(8 * n + k, 4000, 3000) for k in range(8)], granularity=coarsest)
+        for n in range(8 * wanted)
     ]
     beside = [*many, body(QUESTIONS[1], [])]
     loads = {name: LOADS[name] for name in ONLY.value or LOADS}
