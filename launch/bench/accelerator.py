@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import tempfile
@@ -63,19 +64,21 @@ def first_logits(path: pathlib.Path) -> None:
 def run(arguments: list[str], seconds: float, **environment: str) -> dict[str, Any]:
     """Run a module in a process; its seconds, how it ended, and the end of its output."""
     begin = time.perf_counter()
-    try:
-        done = subprocess.run(
-            [sys.executable, "-m", *arguments],
-            timeout=seconds,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env=os.environ | environment,
-        )
-        ended, said = f"exit status {done.returncode}", done.stdout
-    except subprocess.TimeoutExpired as error:
-        ended = f"stopped after {seconds:.0f} s"
-        said = error.stdout.decode(errors="replace") if isinstance(error.stdout, bytes) else error.stdout or ""
+    with subprocess.Popen(
+        [sys.executable, "-m", *arguments],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=os.environ | environment,
+        start_new_session=True,
+    ) as running:
+        try:
+            said, _ = running.communicate(timeout=seconds)
+            ended = f"exit status {running.returncode}"
+        except subprocess.TimeoutExpired:
+            os.killpg(running.pid, signal.SIGKILL)  # its own processes too, which would hold the device
+            said, _ = running.communicate()
+            ended = f"stopped after {seconds:.0f} s"
     return {"seconds": round(time.perf_counter() - begin, 1), "ended": ended, "output": said[-4000:]}
 
 
