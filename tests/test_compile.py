@@ -98,7 +98,7 @@ def test_a_compiler_that_ends_or_does_not_is_a_line_of_the_table(then, fault, tm
     for name, value in {"WORKDIR": str(tmp_path), "ONLY": "", "LIMIT": 2.0}.items():
         monkeypatch.setattr(compile_matrix, name, type("Flag", (), {"value": value}))
     compile_matrix.compile_all("h100:1")
-    known = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "h100-1").iterdir()}
+    known = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*/h100-1/*")}
     assert known == {"first": {"first": {"faults": []}}, "second": {"second": {"faults": [fault]}}}
     assert len(started) == 2 and "--child=h100:1" in started[0]
 

@@ -38,7 +38,6 @@ from avg_llava_jax.training.loop import train
 from tests.differences import agree
 from tests.in_the_library import noise, packed, sample_of, torch_inputs
 from tests.test_conversation import TEXTS
-from tests.test_convert import SOURCE
 from tests.test_pytorch import collapsed
 
 peft = pytest.importorskip("peft")
@@ -245,8 +244,8 @@ def test_the_authors_layout(theirs, tmp_path):
     old.mkdir()
     tensors = {llava_next.released_name(n): t for n, t in load_file(folder / "model.safetensors").items()}
     save_file(tensors, old / "model.safetensors")
-    for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):
-        shutil.copy(SOURCE / name, old)
+    for path in folder.glob("*token*.json"):  # ChatML's tokens, and no chat template
+        shutil.copy(path, old)
     about = {
         **text, "model_type": "llava_qwen", "mm_vision_tower": "google/siglip-so400m-patch14-384",
         "image_aspect_ratio": "anyres_max_9", "mm_patch_merge_type": "spatial_unpad", "mm_vision_select_layer": -2,
@@ -256,7 +255,8 @@ def test_the_authors_layout(theirs, tmp_path):
     (old / "config.json").write_text(json.dumps(about))
     loaded = foreign.load(old, tower)
     vision = dataclasses.replace(loaded.config.vision, layers=config.vision.layers, select_layer=-1)
-    same = dataclasses.replace(loaded.config, vision=vision, pinpoints=config.pinpoints)
+    assert loaded.config.template == "qwen_1_5"
+    same = dataclasses.replace(loaded.config, vision=vision, pinpoints=config.pinpoints, template=config.template)
     assert same == config and set(loaded.config.pinpoints) == set(config.pinpoints)
     router = parameters.split(params, ("router",))[1]
     jax.tree.map(np.testing.assert_array_equal, parameters.split(loaded.params, ("router",))[1], router)

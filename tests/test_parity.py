@@ -147,7 +147,7 @@ def test_router_against_the_library_layer(attention):
     rng = np.random.default_rng(0)
     pyramid = rng.normal(size=(1, 3, rows - 3, width)).astype(np.float32)
     text = rng.normal(size=(1, 5, width)).astype(np.float32)
-    inputs = pyramid, text, np.ones((1, 5), bool), np.zeros((1, 3), np.int32), np.zeros((1, 1), np.int32)
+    inputs = pyramid, text, np.ones((1, 1, 5), bool), np.zeros((1, 3), np.int32), np.zeros((1, 1), np.int32)
     router = Router(config)
     shapes = jax.eval_shape(lambda: router.init(jax.random.key(0), *inputs))["params"]
     tensors = {f"model.router.{name}": tensor for name, tensor in module.state_dict().items()}

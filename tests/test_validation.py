@@ -132,14 +132,14 @@ def test_a_run_with_validation_resumes_to_the_same(tiny, llava_folder, tmp_path)
 def drawn(workdir, monkeypatch):
     """The names in the legends of the training curves."""
     labels = set()
-    close = curves.plt.close
+    save = curves.Figure.savefig
 
-    def look(figure):
+    def look(figure, *args, **options):
         for axis in figure.axes:
             labels.update(text.get_text() for text in axis.get_legend().get_texts())
-        close(figure)
+        save(figure, *args, **options)
 
-    monkeypatch.setattr(curves.plt, "close", look)
+    monkeypatch.setattr(curves.Figure, "savefig", look)
     assert curves.training_curves(workdir).stat().st_size > 1000
     return labels
 

@@ -5,11 +5,9 @@ nothing but how well the frozen model answers at each granularity, and tests it 
 """
 
 import json
-import os
 import pathlib
-import threading
 import time
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 
@@ -57,12 +55,10 @@ def collect_feedback(model: AvgLlava, config: Any, workdir: pathlib.Path) -> pat
     return path
 
 
-def train_router(
-    config: Any, stored: pathlib.Path, workdir: pathlib.Path, paper: bool = False, out: TextIO | None = None
-) -> AvgLlava:
+def train_router(config: Any, stored: pathlib.Path, workdir: pathlib.Path, paper: bool = False) -> AvgLlava:
     """RGLF on stored feedback; returns the model with its new router.
 
-    paper: with the paper's objective, which has no ties and no expected NLL. out: see `loop.train`.
+    paper: with the paper's objective, which has no ties and no expected NLL.
     """
     config = config.copy_and_resolve_references()
     config.rglf.feedback = str(stored)
@@ -70,31 +66,10 @@ def train_router(
         config.rglf.tie_nats = config.rglf.nll_weight = 0.0
     begin = time.perf_counter()
     trained = bool(checkpoint.steps(workdir))
-    loop.train(config, workdir, out)
+    loop.train(config, workdir)
     if not trained:
         _note_seconds(workdir.parent, workdir.name, begin)
     return AvgLlava.load(workdir)
-
-
-def train_both(config: Any, stored: pathlib.Path, workdir: pathlib.Path) -> tuple[AvgLlava, AvgLlava]:
-    """The router, and that of the paper's objective, trained at the same time; the progress shown is the first's."""
-    found: list[AvgLlava | BaseException] = []
-
-    def other() -> None:
-        try:
-            with open(os.devnull, "w") as nowhere:
-                found.append(train_router(config, stored, workdir / "adaptive_paper", True, nowhere))
-        except BaseException as error:  # raised by the thread that waits
-            found.append(error)
-
-    reuse.code(setup.TRAINING)  # here, since Python 3.11's `ast.parse` fails where two threads parse at once
-    beside = threading.Thread(target=other, daemon=True)  # does not outlive Ctrl+C in the main thread
-    beside.start()
-    adaptive = train_router(config, stored, workdir / "adaptive")
-    beside.join()
-    if isinstance(found[0], BaseException):
-        raise found[0]
-    return adaptive, found[0]
 
 
 def _note_seconds(workdir: pathlib.Path, what: str, begin: float) -> None:
@@ -192,18 +167,19 @@ def run(workdir: pathlib.Path, config: Any, questions: int = QUESTIONS) -> dict[
     same_run(workdir, "quickstart.json", settings, model.made_by | {"training code": reuse.code(TRAINING)})
     print(f"1. asking the frozen model at every granularity {model.config.granularities}", flush=True)
     stored = collect_feedback(model, config, workdir)
-    ties = f"ties within {config.rglf.tie_nats} nats rank cheapest first"
-    print(f"2. training the router ({ties}), and another as in the paper (no ties)", flush=True)
-    adaptive, paper = train_both(config, stored, workdir)
+    print(f"2. training the router (ties within {config.rglf.tie_nats} nats rank cheapest first)", flush=True)
+    adaptive = train_router(config, stored, workdir / "adaptive")
+    print("3. training it again as in the paper (no ties)", flush=True)
+    paper = train_router(config, stored, workdir / "adaptive_paper", paper=True)
 
-    print("3. answering test questions", flush=True)
+    print("4. answering test questions", flush=True)
     report = compare(adaptive, paper, test_questions(adaptive, questions), workdir)
     report["seconds"]["feedback"] = _seconds(workdir, "feedback")
     report["seconds"]["router_training"] = _seconds(workdir, "adaptive")
     write_whole(workdir / "report.json", json.dumps(report, indent=1) + "\n")
 
     print(table(report))
-    print("4. one scene, three questions", flush=True)
+    print("5. one scene, three questions", flush=True)
     pictures = workdir / plots.PLOTS
     drawn = [
         plots.accuracy_against_tokens(report, pictures / "accuracy_against_tokens.png"),

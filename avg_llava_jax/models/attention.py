@@ -78,22 +78,6 @@ def self_attention(
     return (_in_blocks if kernel == "blocks" else _over_own)(q, k, v, causal, *(segments or ()))
 
 
-def attention_at(
-    q: Float[ArrayLike, "B E Q d"],
-    k: Float[ArrayLike, "B S K d"],
-    v: Float[ArrayLike, "B S K d"],
-    at: Int[ArrayLike, "B E"],
-    sequences: Int[ArrayLike, "B S"],
-) -> Float[Array, "B E Q d"]:
-    """Causal attention of the few queries at indices `at` of a row; their scores are in memory.
-
-    sequences: the sequence of each position, which attends to itself alone.
-    """
-    own = jnp.take_along_axis(sequences, at, axis=1)
-    mask = (jnp.arange(k.shape[1]) <= at[..., None]) & (sequences[:, None] == own[..., None])
-    return dense(*(x.swapaxes(1, 2) for x in (q, k, v)), mask[:, None]).swapaxes(1, 2)
-
-
 def cached_attention(
     q: Float[ArrayLike, "B S Q d"], cache: LayerCache, span: Span, positions: Int[ArrayLike, "B S"]
 ) -> Float[Array, "B S Q d"]:

@@ -132,12 +132,12 @@ def assemble(
     With L=3, T=1, R=7, index [0, 3, 10, 1, 2] packs: text 0, the coarsest visual token, the newline, text 1, text 2.
     With weight (B, S, 4), index is (B, S, 4), and each position the weighted sum of its four rows.
     """
-    newline = linear.spread(params["image_newline"], (len(text), 1, text.shape[-1])).astype(text.dtype)
+    newline = jnp.broadcast_to(params["image_newline"].astype(text.dtype), (len(text), 1, text.shape[-1]))
     visual = pyramid.reshape(len(text), -1, text.shape[-1])
     rows = jnp.concatenate([text, visual.astype(text.dtype), newline], axis=1)
     if weight is None:
-        return jax.vmap(linear.take)(rows, index)
-    corners = jax.vmap(linear.take)(rows, index.reshape(len(index), -1))
+        return jax.vmap(linear.take)(rows, jnp.asarray(index))
+    corners = jax.vmap(linear.take)(rows, jnp.asarray(index).reshape(len(index), -1))
     return blend(corners.reshape(*index.shape, -1), weight)
 
 
@@ -152,10 +152,9 @@ def decoder(
     x: Float[ArrayLike, "B S D"],
     remat: Remat = "none",
     parts: Sequence[language.Part] = (),
-    last: Int[ArrayLike, "B E"] | None = None,
-) -> Float[Array, "B _ D"]:
-    """Hidden states of packed embeddings of whole sequences, without a cache; parts, last: see `language.decoder`."""
-    return language.decoder(config.language, params["language"], x, last=last, remat=remat, parts=parts)[0]
+) -> Float[Array, "B S D"]:
+    """Hidden states of the packed embeddings of whole sequences, without a cache; parts: see `language.decoder`."""
+    return language.decoder(config.language, params["language"], x, remat=remat, parts=parts)[0]
 
 
 def unembed(config: ModelConfig, params: Params, hidden: Float[ArrayLike, "*M D"]) -> Float[Array, "*M V"]:

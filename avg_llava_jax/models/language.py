@@ -22,7 +22,7 @@ from jaxtyping import Array, ArrayLike, Float, Int, Key, Shaped
 
 from avg_llava_jax.config import LanguageConfig
 from avg_llava_jax.models import one_cpu
-from avg_llava_jax.models.attention import Segments, attention_at, cached_attention, self_attention
+from avg_llava_jax.models.attention import Segments, cached_attention, self_attention
 from avg_llava_jax.models.cache import Cache, LayerCache, Span
 from avg_llava_jax.models.linear import Linear, take
 from avg_llava_jax.models.stack import SHALLOW, Remat, rematerialised, stack
@@ -84,8 +84,8 @@ class DecoderLayer(nn.Module):
 
     Without a cache: causal, each row a whole sequence, or with `segments` the sequences of `parts` one after another.
     With a cache: keys and values of x are written at `span`, then queries attend to the prefix written before as well.
-    With `last`: keys and values of all S tokens count, but only the tokens at indices `last` of each row are computed
-    further: the MLP, two projections and the attention of all others are skipped.
+    With `last`: keys and values of all S tokens are written, but only the tokens at indices `last` of each row are
+    computed further: the MLP, two projections and the attention of all others are skipped.
     """
 
     config: LanguageConfig
@@ -120,11 +120,9 @@ class DecoderLayer(nn.Module):
         if last is not None:
             x, y, positions, *rope = (_at(part, last) for part in (x, y, positions, *rope))
         q = placed("q", config.heads)
-        if last is None and (cache is None or span.window == 0):
+        if cache is None or (span.window == 0 and last is None):
             parts = zip(*(_apart(each, self.parts or (q.shape[1],)) for each in (q, k, v)), segments, strict=True)
             y = jnp.concatenate([self_attention(*each, causal=True, segments=own) for *each, own in parts], axis=1)
-        elif cache is None:
-            y = attention_at(q, k, v, last, _sequences(self.parts, segments, len(x)))
         else:
             # With `last`, the queries of a prompt from position 0 attend to the keys just written to the cache.
             window = span.window or (k.shape[1] if span.window == 0 else None)
@@ -142,15 +140,6 @@ class DecoderLayer(nn.Module):
 def _apart(x: Shaped[ArrayLike, "B S *rest"], parts: tuple[int, ...]) -> list[Shaped[Array, "B _ *rest"]]:
     """The sequences of `parts` positions that lie one after another in each row."""
     return jnp.split(x, list(itertools.accumulate(parts))[:-1], axis=1)
-
-
-def _sequences(sizes: tuple[int, ...], segments: tuple[Segments | None, ...], rows: int) -> Int[Array, "B S"]:
-    """A number of the sequence that each position belongs to, another in every part."""
-    numbers = (0 if own is None else own.ids for own in segments)
-    each = zip(sizes, numbers, strict=True)
-    return jnp.concatenate(
-        [jnp.broadcast_to(number, (rows, size)) + (part << 16) for part, (size, number) in enumerate(each)], axis=1
-    )
 
 
 def _at(x: Shaped[ArrayLike, "B S *rest"], place: Int[ArrayLike, "B E"]) -> Shaped[Array, "B E *rest"]:
@@ -175,8 +164,8 @@ def decoder(
     Args:
       x: packed embeddings.
       cache, span: where keys and values are written, and which positions are attended to; None for whole sequences.
-      last: the indices of each row whose hidden states are needed. The last layer computes only these, which saves an
-        eighth of the work of 8 layers, 1/32 of 32; without a cache, where layers are unrolled and it saves most of one.
+      last: with a cache: the indices of each row whose hidden states are needed. The last layer computes only these,
+        which saves an eighth of the work of 8 layers, 1/32 of 32.
       remat: what the backward pass recomputes, see `stack.Remat`; for stacked layers without a cache.
       parts: without a cache: what lies one after another in each row; () = one sequence of S positions.
     Returns:
@@ -194,14 +183,8 @@ def decoder(
         return layer.apply({"params": layer_params}, x, rope, positions, *rest, segments=segments)
 
     if cache is None and not isinstance(layers, tuple):
-        step, unrolled = rematerialised(run, remat), config.layers <= SHALLOW
-        early = last is not None and unrolled and 2 * last.shape[1] <= x.shape[1]
-        before = jax.tree.map(lambda leaf: leaf[:-1], layers) if early else layers
-        x, _ = jax.lax.scan(step, x, before, unroll=unrolled)  # it carries x alone
-        if early:
-            x, _ = step(x, jax.tree.map(lambda leaf: leaf[-1], layers), None, None, last)
-        elif last is not None:
-            x = _at(x, last)
+        # A scan carries x alone.
+        x, _ = jax.lax.scan(rematerialised(run, remat), x, layers, unroll=config.layers <= SHALLOW)
         return _norm(config, params, x), None
     layers = unstack(layers)
     written = []

@@ -53,9 +53,10 @@ def answer_nll(
         parts = [language.Part(*each) for each in zip([part.size for part in parts], length, reach, strict=True)]
     joined = None if weight is None else jnp.concatenate(weight, axis=1)
     packed = avg_llava.assemble(params, pyramid, text, jnp.concatenate(index, axis=1), joined)
+    hidden = avg_llava.decoder(config, params, packed, remat, parts)
     starts = itertools.accumulate([part.size for part in parts[:-1]], initial=0)
     at = jnp.concatenate([jnp.maximum(each, 0) + start for each, start in zip(target_at, starts, strict=True)], axis=1)
-    logits = avg_llava.unembed(config, params, avg_llava.decoder(config, params, packed, remat, parts, at))
+    logits = avg_llava.unembed(config, params, jnp.take_along_axis(hidden, at[..., None], axis=1))
     log_probs = jax.nn.log_softmax(logits.reshape(*logits.shape[:1], len(index), -1, logits.shape[-1]))
     # Summed rather than looked up, so that each device reads its own part of the vocabulary.
     chosen = jnp.arange(log_probs.shape[-1]) == targets[:, None, :, None]

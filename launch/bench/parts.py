@@ -161,7 +161,7 @@ def _of_the_model(config: TrainConfig, model: ModelConfig, params: parameters.Pa
         fixed = [batch["index"][granularity]], [batch["target_at"][granularity]], batch["targets"]
 
         def answer(p: Any, pyramid: jax.Array, text: jax.Array, fixed: Any) -> jax.Array:
-            return losses.answer_nll(model, p, pyramid, text, *fixed, remat)[0]
+            return losses.answer_nll(model, p, pyramid, text, *fixed, remat)[0][0]
 
         yield Part(f"LMM {granularity}", timed(answer, speaks, pyramid, text, fixed=fixed))
 

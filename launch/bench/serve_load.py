@@ -35,9 +35,9 @@ from launch.bench.running import Running, running
 
 AGAINST = flags.DEFINE_string("against", None, "Checkout of the version to compare with.")
 SERVE = flags.DEFINE_list("serve", [], "Flags of both servers, as slots=4,max_length=512.")
-ROUNDS = flags.DEFINE_integer("rounds", 3, "Turns of each version.", lower_bound=1)
-ONLY = flags.DEFINE_list("only", [], "Loads to bring, by name; default: all.")
-DOCUMENT = flags.DEFINE_string("document", "docs/serve.md", "Where the table stands; empty = printed alone.")
+ROUNDS = flags.DEFINE_integer("turns", 3, "Turns of each version.", lower_bound=1)
+ONLY = flags.DEFINE_list("loads", [], "Loads to bring, by name; default: all.")
+DOCUMENT = flags.DEFINE_string("page", "docs/serve.md", "Where the table stands; empty = printed alone.")
 BEGIN, END = "<!-- load: python -m launch.bench.serve_load -->\n", "<!-- end of load -->\n"
 SECONDS = 300.0
 HEAD = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"

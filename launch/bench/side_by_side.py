@@ -1,18 +1,18 @@
 """Two checkouts of this project in turn, on what a new user waits for: a table of both, and their ratios.
 
-    python -m launch.bench.side_by_side --old=DIR --repeats=3 --output=table.json
+    python -m launch.bench.side_by_side --old=DIR --runs=3 --figures=table.json
     python -m launch.bench.side_by_side --old=DIR --rows=answer,serve
 
 --old and --new (default: this checkout) are folders; each runs as it is, by the Python of this command. Old and new
 alternate, each in a process of its own; the median counts. The first run of a pair has an empty cache folder, the
 second finds what the first left there. Nothing else should run on the machine.
 
-    quickstart            launch.quickstart from nothing, and its accuracies; --seeds=N: the new one with N seeds
+    quickstart            launch.quickstart from nothing, and its accuracies; --router_seeds=N: the new one with N
     answer                launch.answer about one picture, the first time and the second
     serve                 launch.serve, from its start until it listens, likewise
     own_data              configs/own_data.py on 4000 pictures with ten questions each: until the first step is done,
-                          and a step, the median of --steps
-    multi_granularity     launch.bench.train at --shapes, with as many threads as --threads says: PyTorch's seconds a
+                          and a step, the median of --data_steps
+    multi_granularity     launch.bench.train at --step_shapes, with as many threads as --cores says: PyTorch's seconds a
     rglf                  sample ("encode once") in ours
 """
 
@@ -39,12 +39,12 @@ ROWS = ("quickstart", "answer", "serve", "own_data", "multi_granularity", "rglf"
 OLD = flags.DEFINE_string("old", None, "The checkout to compare with.")
 NEW = flags.DEFINE_string("new", str(pathlib.Path(__file__).parents[2]), "The checkout to measure.")
 CHOSEN = flags.DEFINE_list("rows", list(ROWS), "The rows to measure.")
-REPEATS = flags.DEFINE_integer("repeats", 3, "Runs of each checkout; the median counts.", lower_bound=1)
-SEEDS = flags.DEFINE_integer("seeds", 1, "Seeds of the quickstart: 0, 1, ...", lower_bound=1)
-STEPS = flags.DEFINE_integer("steps", 20, "Steps on own data.", lower_bound=2)
-SHAPES = flags.DEFINE_list("shapes", ["jersey", "mid"], "Shapes of launch.bench.train.")
-THREADS = flags.DEFINE_list("threads", ["1", "2"], "Numbers of CPU cores for launch.bench.train.")
-OUTPUT = flags.DEFINE_string("output", None, "JSON file for all figures.")
+REPEATS = flags.DEFINE_integer("runs", 3, "Runs of each checkout; the median counts.", lower_bound=1)
+SEEDS = flags.DEFINE_integer("router_seeds", 1, "Seeds of the quickstart: 0, 1, ...", lower_bound=1)
+STEPS = flags.DEFINE_integer("data_steps", 20, "Steps on own data.", lower_bound=2)
+SHAPES = flags.DEFINE_list("step_shapes", ["jersey", "mid"], "Shapes of launch.bench.train.")
+THREADS = flags.DEFINE_list("cores", ["1", "2"], "Numbers of CPU cores for launch.bench.train.")
+OUTPUT = flags.DEFINE_string("figures", None, "JSON file for all figures.")
 
 Figures = dict[str, float]
 """Seconds, or ratios to PyTorch, by the name of a row."""

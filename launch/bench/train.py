@@ -146,7 +146,7 @@ def baseline_work(config: "TrainConfig", model: "ModelConfig", platform: str) ->
     from avg_llava_jax.config import to_dict
     from avg_llava_jax.convert import llava_next
 
-    values = llava_next.to_config(model, {}, 0, model.language.vocab_size, router=False)
+    values = llava_next.to_config(model, {}, {llava_next.IMAGE: 0}, model.language.vocab_size, router=False)
     return {
         "phase": config.phase,
         "platform": "cuda" if platform == "gpu" else platform,
