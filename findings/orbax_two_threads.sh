@@ -1,8 +1,8 @@
 #!/bin/bash
 # orbax-checkpoint 0.12.8 (jax 0.10.2): two CheckpointManagers of two folders, each used by a thread of its own, do not
 # save side by side. Saves end in an OSError about a temporary folder of their own checkpoint ("Directory not empty",
-# "No such file"), or after five minutes in a TimeoutError, though no file is shared. In one thread at a time the same saves succeed, so two
-# trainings in one process must take turns, or be two processes.
+# "No such file"), or after five minutes in a TimeoutError, though no file is shared.
+# In one thread at a time the same saves succeed, so two trainings in one process must take turns, or be two processes.
 # Which of the two fails and how differs from run to run; up to five runs are tried.
 # Status: 0 while it is so, 1 when it has changed.
 set -euo pipefail
