@@ -174,22 +174,23 @@ def _answer(model: Model, log: Log, max_new_tokens: int, slots: int) -> None:
         queue=AHEAD * slots + len(config.granularities),
         prompts=[length_at(config, s, (g,) * len(s.sizes)) for s in samples for g in config.granularities],
     )
-    reading, running = _read_ahead(config, log, _in_order(config, log.todo)), list[_Asked]()
+    running: list[_Asked] = []
     more = True
-    while more or running:
-        # Enough to keep slots and micro-batches full, few enough that no image is evicted and encoded again.
-        while more and sum(each.requests for each in running) < AHEAD * slots:
-            question, images, made_by = next(reading, (None, [], {}))
-            if question is None:
-                more = False
-            elif isinstance(made_by, BadSample):
-                log.skip(question, made_by)
-            else:
-                running.append(_Asked(engine, question, request, images, made_by))
-        engine.step()
-        for each in [each for each in running if each.answered()]:
-            running.remove(each)
-            log.add(each.record())
+    with contextlib.closing(_read_ahead(config, log, _in_order(config, log.todo))) as reading:
+        while more or running:
+            # Enough to keep slots and micro-batches full, few enough that no image is evicted and encoded again.
+            while more and sum(each.requests for each in running) < AHEAD * slots:
+                question, images, made_by = next(reading, (None, [], {}))
+                if question is None:
+                    more = False
+                elif isinstance(made_by, BadSample):
+                    log.skip(question, made_by)
+                else:
+                    running.append(_Asked(engine, question, request, images, made_by))
+            engine.step()
+            for each in [each for each in running if each.answered()]:
+                running.remove(each)
+                log.add(each.record())
 
 
 def _read_ahead(

@@ -135,9 +135,10 @@ def assemble(
     newline = jnp.broadcast_to(params["image_newline"].astype(text.dtype), (len(text), 1, text.shape[-1]))
     visual = pyramid.reshape(len(text), -1, text.shape[-1])
     rows = jnp.concatenate([text, visual.astype(text.dtype), newline], axis=1)
+    index = jnp.asarray(index)  # `vmap` of a function with its own gradient takes no NumPy array
     if weight is None:
-        return jax.vmap(linear.take)(rows, jnp.asarray(index))
-    corners = jax.vmap(linear.take)(rows, jnp.asarray(index).reshape(len(index), -1))
+        return jax.vmap(linear.take)(rows, index)
+    corners = jax.vmap(linear.take)(rows, index.reshape(len(index), -1))
     return blend(corners.reshape(*index.shape, -1), weight)
 
 

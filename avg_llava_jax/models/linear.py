@@ -50,13 +50,9 @@ def spread(x: Float[ArrayLike, "*N"], shape: tuple[int, ...]) -> Float[Array, ".
     return jnp.broadcast_to(x.astype(jnp.float32), shape).astype(x.dtype)
 
 
+@jax.custom_vjp
 def take(table: Shaped[ArrayLike, "N D"], ids: Int[ArrayLike, "*M"]) -> Shaped[Array, "*M D"]:
     """table[ids], whose gradient is added up in fp32: in bf16 nothing is added from 256 equal parts on."""
-    return _taken(table, ids)
-
-
-@jax.custom_vjp
-def _taken(table: ArrayLike, ids: ArrayLike) -> jax.Array:
     return table[ids]
 
 
@@ -66,7 +62,7 @@ def _added(given: tuple[ArrayLike, ArrayLike], grad: jax.Array) -> tuple[jax.Arr
     return sums.astype(table.dtype), None
 
 
-_taken.defvjp(lambda table, ids: (table[ids], (table, ids)), _added)
+take.defvjp(lambda table, ids: (table[ids], (table, ids)), _added)
 
 
 def differs_by_row(layers: dict[str, Any]) -> bool:

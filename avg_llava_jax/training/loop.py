@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,12 +38,12 @@ TERMINATED = 128 + signal.SIGTERM
 """Exit code after SIGTERM, 143, as a shell reports it, so that a scheduler can tell it from a failure."""
 
 
-def train(settings: ml_collections.ConfigDict, workdir: str | Path, out: TextIO | None = None) -> None:
-    """Run a phase to its end; an interrupted run resumes. Several may run at once, each in a thread of its own.
+def train(settings: ml_collections.ConfigDict, workdir: str | Path) -> None:
+    """Run a phase to its end; an interrupted run resumes.
 
     `config.TrainConfig` lists the settings. `workdir` becomes a checkpoint folder, with metrics.jsonl, skipped.jsonl,
     tensorboard/ and plots/. The processes of a run (see `hosts`) share it: each saves its shards of a checkpoint, the
-    first writes the logs. out: where progress is shown, None = standard error.
+    first writes the logs.
 
     Raises:
       FileNotFoundError, ValueError: a setting or a file is wrong; one line that names it.
@@ -78,8 +78,7 @@ def train(settings: ml_collections.ConfigDict, workdir: str | Path, out: TextIO 
             if run.step < config.steps:
                 held_out = setup.plan_validation(config, batches.planned)
                 validation = None if held_out is None else Validation(config, model, step, held_out)
-                votes = hosts.Votes(mesh)
-                _loop(config, workdir, run, manager, batches, validation, votes, termination, out or sys.stderr)
+                _loop(config, workdir, run, manager, batches, validation, hosts.Votes(mesh), termination)
     if hosts.first():
         curves.training_curves(workdir)
 
@@ -93,14 +92,11 @@ def _loop(
     validation: Validation | None,
     votes: hosts.Votes,
     termination: "_Termination",
-    out: TextIO,
 ) -> None:
     with contextlib.ExitStack() as stack:
-        log = None
+        log, out = None, stack.enter_context(open(os.devnull, "w"))
         if hosts.first():
-            log = stack.enter_context(contextlib.closing(MetricsLog(workdir, run.step)))
-        else:
-            out = stack.enter_context(open(os.devnull, "w"))
+            log, out = stack.enter_context(contextlib.closing(MetricsLog(workdir, run.step))), sys.stderr
         skips = SkippedLog(workdir if hosts.first() else None, config.data.max_skipped_share)
         stack.enter_context(contextlib.closing(skips))
         progress = stack.enter_context(contextlib.closing(Progress(config.steps, out)))

@@ -35,9 +35,9 @@ from launch.bench.running import Running, running
 
 AGAINST = flags.DEFINE_string("against", None, "Checkout of the version to compare with.")
 SERVE = flags.DEFINE_list("serve", [], "Flags of both servers, as slots=4,max_length=512.")
-ROUNDS = flags.DEFINE_integer("turns", 3, "Turns of each version.", lower_bound=1)
-ONLY = flags.DEFINE_list("loads", [], "Loads to bring, by name; default: all.")
-DOCUMENT = flags.DEFINE_string("page", "docs/serve.md", "Where the table stands; empty = printed alone.")
+TURNS = flags.DEFINE_integer("turns", 3, "Turns of each version.", lower_bound=1)
+CHOSEN = flags.DEFINE_list("loads", [], "Loads to bring, by name; default: all.")
+PAGE = flags.DEFINE_string("page", "docs/serve.md", "Where the table stands; empty = printed alone.")
 BEGIN, END = "<!-- load: python -m launch.bench.serve_load -->\n", "<!-- end of load -->\n"
 SECONDS = 300.0
 HEAD = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
@@ -231,13 +231,13 @@ async def bring(servers: dict[str, Running]) -> str:
     small = [body(question, [picture(n, 320, 240)]) for n, question in enumerate(QUESTIONS)]
     coarsest = json.load(urllib.request.urlopen(f"{next(iter(servers.values())).url}/v1/models", timeout=60))
     coarsest = min(coarsest["data"][0]["avg_llava"]["granularities"])
-    wanted = any(LOADS[name].large for name in ONLY.value or LOADS)
+    wanted = any(LOADS[name].large for name in CHOSEN.value or LOADS)
     many = [
         body(QUESTIONS[0], [picture(8 * n + k, 4000, 3000) for k in range(8)], granularity=coarsest)
         for n in range(8 * wanted)
     ]
     beside = [*many, small[1]]
-    loads = {name: LOADS[name] for name in ONLY.value or LOADS}
+    loads = {name: LOADS[name] for name in CHOSEN.value or LOADS}
     found: dict[tuple[str, str], Figures] = collections.defaultdict(Figures)
     bodies = {
         name: small if not load.large else beside if load.bring is beside_large else many
@@ -250,7 +250,7 @@ async def bring(servers: dict[str, Running]) -> str:
             if outcome.text is None:
                 raise RuntimeError(f"{version} does not answer a question that it gets alone: status {outcome.status}")
             right[version, content] = outcome.text
-    for number in range(ROUNDS.value):
+    for number in range(TURNS.value):
         for name, load in loads.items():
             order = list(servers.items())
             for version, server in order if number % 2 == 0 else order[::-1]:
@@ -267,8 +267,8 @@ async def bring(servers: dict[str, Running]) -> str:
 
 
 def main() -> None:
-    if DOCUMENT.value:
-        around(DOCUMENT.value, BEGIN, END)  # fail before the servers compile
+    if PAGE.value:
+        around(PAGE.value, BEGIN, END)  # fail before the servers compile
     with contextlib.ExitStack() as stack:
         given = [f"--{flag}" for flag in SERVE.value]
         servers = {"this": stack.enter_context(running(*given))}
@@ -276,9 +276,9 @@ def main() -> None:
             servers[pathlib.Path(AGAINST.value).name] = stack.enter_context(running(*given, folder=AGAINST.value))
         table = asyncio.run(bring(servers))
     print(table)
-    if DOCUMENT.value:
-        before, after = around(DOCUMENT.value, BEGIN, END)
-        write_whole(DOCUMENT.value, before + table + after)
+    if PAGE.value:
+        before, after = around(PAGE.value, BEGIN, END)
+        write_whole(PAGE.value, before + table + after)
 
 
 if __name__ == "__main__":

@@ -39,12 +39,12 @@ ROWS = ("quickstart", "answer", "serve", "own_data", "multi_granularity", "rglf"
 OLD = flags.DEFINE_string("old", None, "The checkout to compare with.")
 NEW = flags.DEFINE_string("new", str(pathlib.Path(__file__).parents[2]), "The checkout to measure.")
 CHOSEN = flags.DEFINE_list("rows", list(ROWS), "The rows to measure.")
-REPEATS = flags.DEFINE_integer("runs", 3, "Runs of each checkout; the median counts.", lower_bound=1)
-SEEDS = flags.DEFINE_integer("router_seeds", 1, "Seeds of the quickstart: 0, 1, ...", lower_bound=1)
-STEPS = flags.DEFINE_integer("data_steps", 20, "Steps on own data.", lower_bound=2)
-SHAPES = flags.DEFINE_list("step_shapes", ["jersey", "mid"], "Shapes of launch.bench.train.")
-THREADS = flags.DEFINE_list("cores", ["1", "2"], "Numbers of CPU cores for launch.bench.train.")
-OUTPUT = flags.DEFINE_string("figures", None, "JSON file for all figures.")
+RUNS = flags.DEFINE_integer("runs", 3, "Runs of each checkout; the median counts.", lower_bound=1)
+ROUTER_SEEDS = flags.DEFINE_integer("router_seeds", 1, "Seeds of the quickstart: 0, 1, ...", lower_bound=1)
+DATA_STEPS = flags.DEFINE_integer("data_steps", 20, "Steps on own data.", lower_bound=2)
+STEP_SHAPES = flags.DEFINE_list("step_shapes", ["jersey", "mid"], "Shapes of launch.bench.train.")
+CORES = flags.DEFINE_list("cores", ["1", "2"], "Numbers of CPU cores for launch.bench.train.")
+FIGURES = flags.DEFINE_string("figures", None, "JSON file for all figures.")
 
 Figures = dict[str, float]
 """Seconds, or ratios to PyTorch, by the name of a row."""
@@ -85,7 +85,7 @@ class Checkout:
 def quickstart(checkout: Checkout, folder: pathlib.Path) -> Iterator[tuple[str, float]]:
     """Seconds; accuracies of both routers less that of the best fixed granularity, and their shares of its tokens."""
     seedless = not (checkout.folder / "avg_llava_jax" / "commands").is_dir()  # before --seed there was one
-    for seed in range(1 if seedless else SEEDS.value):
+    for seed in range(1 if seedless else ROUTER_SEEDS.value):
         work = folder / f"quickstart-{seed}"
         arguments = [f"--workdir={work}"]
         if seed:
@@ -136,7 +136,11 @@ def serve(checkout: Checkout, folder: pathlib.Path) -> Iterator[tuple[str, float
 def own_data(checkout: Checkout, folder: pathlib.Path) -> Iterator[tuple[str, float]]:
     data, work = shapes_and_colours(folder / "data"), folder / "own_data"
     begin, log = time.time(), work / "metrics.jsonl"
-    arguments = [f"--config.data.path={data}", f"--config.data.images={data.parent}", f"--config.steps={STEPS.value}"]
+    arguments = [
+        f"--config.data.path={data}",
+        f"--config.data.images={data.parent}",
+        f"--config.steps={DATA_STEPS.value}",
+    ]
     command = checkout.command("train", "--config=configs/own_data.py", f"--workdir={work}", *arguments)
     with subprocess.Popen(command, cwd=checkout.folder, env=checkout.env, stderr=subprocess.PIPE, text=True) as train:
         first = None
@@ -186,8 +190,8 @@ def shapes_and_colours(folder: pathlib.Path, pictures: int = 4000) -> pathlib.Pa
 
 
 def against_torch(phase: str, checkout: Checkout, folder: pathlib.Path) -> Iterator[tuple[str, float]]:
-    for shape in SHAPES.value:
-        for cores in map(int, THREADS.value):
+    for shape in STEP_SHAPES.value:
+        for cores in map(int, CORES.value):
             file = folder / f"{phase}-{shape}-{cores}.json"
             checkout.seconds("bench.train", f"--shape={shape}", f"--phase={phase}", f"--output={file}", cores=cores)
             found = json.loads(file.read_text())["phases"][phase]
@@ -229,14 +233,14 @@ def main() -> None:
         )
     found: dict[str, Any] = {row: {"old": [], "new": []} for row in CHOSEN.value}
     for row in CHOSEN.value:
-        for number in range(REPEATS.value):
+        for number in range(RUNS.value):
             for which, folder in (("old", OLD.value), ("new", NEW.value)):
-                print(f"{row}, run {number + 1} of {REPEATS.value}: {which}", file=sys.stderr, flush=True)
+                print(f"{row}, run {number + 1} of {RUNS.value}: {which}", file=sys.stderr, flush=True)
                 with tempfile.TemporaryDirectory() as work:
                     checkout = Checkout(folder, pathlib.Path(work) / "cache")
                     found[row][which].append(measure(row, checkout, pathlib.Path(work)))
-                if OUTPUT.value:
-                    write_json(OUTPUT.value, found)
+                if FIGURES.value:
+                    write_json(FIGURES.value, found)
     print(table(found))
 
 
