@@ -61,6 +61,29 @@ class Prefilled(NamedTuple):
     rows: list[int]
 
 
+class Decoded(NamedTuple):
+    """Answers that decode, each in the row of its slot, and what `programs.decode` returns of all rows.
+
+    tokens, chances: (rows, STEPS). made: (rows,), how many of them are real.
+    """
+
+    answers: Sequence[Answering]
+    tokens: jax.Array
+    chances: jax.Array
+    made: jax.Array
+    scores: Scores | None
+
+    def fetch(self) -> tuple[list[list[int]], list[list[float]], list[list[TokenScore]]]:
+        """The tokens of each answer, their log-probabilities and their scores, once the device has decoded them."""
+        tokens, chances, made = jax.device_get((self.tokens, self.chances, self.made))
+        rows = [answer.slot for answer in self.answers]
+        found, likely = ([part[row, : made[row]].tolist() for row in rows] for part in (tokens, chances))
+        wanted = [
+            scored(answer.then, self.scores, answer.slot, ids) for answer, ids in zip(self.answers, found, strict=True)
+        ]
+        return found, likely, wanted
+
+
 def lanes_of(model: Model) -> int:
     """The number of parts of the mesh's batch axis, `data` x `fsdp`; 1 without a mesh."""
     at = model.params["image_newline"].sharding
@@ -186,9 +209,7 @@ class Device:
             ids[row, : len(part.ids)], places[row, : len(part.ids)] = part.ids, part.places
             if weights is not None:
                 weights[row, : len(part.ids)] = part.weights
-        arrays = programs.Chunk(
-            None if by_slot else slot, start, length, ids, places, weights, self._number(adapter)
-        )
+        arrays = programs.Chunk(None if by_slot else slot, start, length, ids, places, weights, self._number(adapter))
         self._cache, *found = self._call(programs.prefill, self._cache, self._pool, arrays, window, ends)
         at, ended = [row for row, part in zip(rows, parts, strict=True) if part.then], [p.then for p in parts if p.then]
         if all(answer.greedy for answer in ended):
@@ -201,11 +222,8 @@ class Device:
     ) -> tuple[jax.Array, jax.Array, Scores]:
         return self._call(programs.first, logits, self._sampling(len(logits), rows, answers), self._stops)
 
-    def decode(
-        self, answers: Sequence[Answering], rows: int, window: int, steps: int
-    ) -> tuple[list[list[int]], list[list[float]], list[list[TokenScore]]]:
-        """At most `steps` tokens of each answer, their log-probabilities and their scores, by the program of the first
-        `rows` slots."""
+    def decode(self, answers: Sequence[Answering], rows: int, window: int, steps: int) -> Decoded:
+        """Decode at most `steps` tokens of each answer by the program of the first `rows` slots."""
         at, then = [answer.slot for answer in answers], [answer.then for answer in answers]
         *state, adapter = columns = np.zeros((4, rows), np.int32)
         for answer in answers:
@@ -213,7 +231,7 @@ class Device:
         sampling = self._sampling(rows, at, then)
         greedy = self.buckets.greedy and all(answer.greedy for answer in then)
         sizes = STEPS, window, greedy
-        self._cache, tokens, chances, made, scores = self._call(
+        self._cache, *decoded = self._call(
             programs.decode,
             self._cache,
             programs.Rows(*state, self._number(adapter)),
@@ -222,10 +240,7 @@ class Device:
             np.int32(steps),
             *sizes,
         )
-        tokens, chances, made = jax.device_get((tokens, chances, made))
-        found, likely = ([part[row, : made[row]].tolist() for row in at] for part in (tokens, chances))
-        wanted = [scored(answer, scores, row, ids) for answer, row, ids in zip(then, at, found, strict=True)]
-        return found, likely, wanted
+        return Decoded(answers, *decoded)
 
     def _sampling(self, count: int, rows: Sequence[int], answers: Sequence[Next]) -> Sampling:
         plain = not any(answer.shaped or answer.scored for answer in answers)

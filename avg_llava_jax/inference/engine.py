@@ -2,9 +2,10 @@
 
     submit ─▶ waiting ─encode, route─▶ routed ─a slot─▶ reading ─prefill, chunk by chunk─▶ decoding ─▶ answer
 
-A round encodes one micro-batch of tiles, routes one micro-batch of images, gives out free slots, prefills one chunk of
-the prompts whose next chunk has the same size, and decodes a few tokens of every answer. So no request waits for the
-whole image or answer of another. `AvgLlava`, the server, evaluation and benchmarks all answer through `Engine`.
+A round gives out free slots, prefills one chunk of the prompts whose next chunk has the same size, encodes one
+micro-batch of tiles, routes one micro-batch of images, and decodes a few tokens of every answer. So no request waits
+for the whole image or answer of another. Host and device overlap: prompts are packed during a prefill, and decoded
+tokens are fetched a round later. `AvgLlava`, the server, evaluation and benchmarks all answer through `Engine`.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ import jax
 import numpy as np
 
 from avg_llava_jax.inference.buckets import bucket, offline_buckets, server_buckets
-from avg_llava_jax.inference.device import Answering, Device, Part, lanes_of, page_bytes
+from avg_llava_jax.inference.device import Answering, Decoded, Device, Part, Prefilled, lanes_of, page_bytes
 from avg_llava_jax.inference.image_pages import ImagePages
 from avg_llava_jax.inference.job import Images, Job, escalate, make_job, pack
 from avg_llava_jax.inference.model import Model, without_end
 from avg_llava_jax.inference.pricing import UNROUTED, Pricing, Slo
 from avg_llava_jax.inference.requests import Answer, Prepared, Request
 from avg_llava_jax.inference.sampling import scored
-from avg_llava_jax.inference.scheduler import Admission, Scheduler
+from avg_llava_jax.inference.scheduler import Admission, Prefill, Scheduler, Work
 from avg_llava_jax.inference.stats import Counters, Stats
 from avg_llava_jax.inference.tickets import Cancelled, QueueFull, Ticket
 
@@ -89,6 +90,8 @@ class Engine:
         self._encoding: list[Job] = []
         self._routing: tuple[list[Job], jax.Array] | None = None
         self._routed: list[Job] = []
+        self._encoded = False  # whether the last round had a micro-batch to encode or to route
+        self._decoding: tuple[list[Work], Decoded] | None = None  # tokens that the device decodes meanwhile
         self._news = threading.Condition()
         self._changed = self._closed = self._abandoned = False
         self._thread: threading.Thread | None = None
@@ -152,9 +155,11 @@ class Engine:
             if job.ticket.cancelled or self._abandoned:
                 self._end(job, Cancelled("the request was cancelled"))
         try:
-            encoded = self._encode()
-            self._admit(partial=not encoded and not self._scheduler.decoding)
-            self._prefill()
+            self._show_decoded()
+            self._admit(partial=not self._encoded and not self._scheduler.decoding)
+            prefills = self._prefill()
+            self._encoded = self._encode()
+            self._show_prefilled(prefills)
             self._decode()
         except jax.errors.JaxRuntimeError as error:
             self._start_over(error)
@@ -354,10 +359,10 @@ class Engine:
     def _window(self, positions: int) -> int:
         return bucket(self.buckets.windows, positions)
 
-    def _prefill(self) -> None:
+    def _prefill(self) -> list[tuple[Prefill, list[Part], Prefilled]]:
         """Prefill one chunk of the prompts whose next chunk has the same size; a patient engine prefills all prompts.
 
-        The calls of a patient engine are in the device's queue before the host waits for the first of them.
+        Returns the calls, which are in the device's queue: the host waits for none of them.
         """
         calls = []
         while (prefill := self._scheduler.next_prefill(fullest=self._patient)) is not None:
@@ -373,6 +378,10 @@ class Engine:
             calls.append((prefill, parts, after))
             if not self._patient:
                 break
+        return calls
+
+    def _show_prefilled(self, calls: Sequence[tuple[Prefill, list[Part], Prefilled]]) -> None:
+        """Wait for prefills, and show the tokens that they predict."""
         done = set()
         for prefill, parts, after in calls:
             if not any(prefill.predicts):
@@ -399,16 +408,25 @@ class Engine:
                 self._show(job)
 
     def _decode(self) -> None:
-        """Decode a few tokens of every answer."""
+        """Start to decode a few tokens of every answer."""
         decode = self._scheduler.next_decode()
         if decode is None:
             return
         answers = [Answering(job.slot, job.cached, job.next(), job.prepared.adapter) for job in decode.works]
-        made, chances, scores = self._device.decode(answers, decode.rows, decode.window, decode.steps)
-        for job, tokens, likely, of_tokens in zip(decode.works, made, chances, scores, strict=True):
+        self._decoding = decode.works, self._device.decode(answers, decode.rows, decode.window, decode.steps)
+
+    def _show_decoded(self) -> None:
+        """Wait for the last round's decode, and show its tokens."""
+        if self._decoding is None:
+            return
+        works, decoded = self._decoding
+        self._decoding = None
+        for job, tokens, chances, scores in zip(works, *decoded.fetch(), strict=True):
+            if job not in self._scheduler.decoding:  # cancelled meanwhile
+                continue
             self._scheduler.decoded(job, tokens)
-            job.chances += likely
-            job.token_scores += of_tokens
+            job.chances += chances
+            job.token_scores += scores
             self._show(job)
 
     def _show(self, job: Job) -> None:
@@ -500,7 +518,7 @@ class Engine:
         for job in self._jobs():
             if job not in self._waiting:
                 self._end(job, RuntimeError(f"the device failed: {str(error).splitlines()[0]}"))
-        self._routing = None
+        self._routing = self._decoding = None
         self._images.clear()
         self._scheduler.clear()
         self._device.reset()
