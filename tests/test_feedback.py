@@ -78,6 +78,19 @@ def test_stored_feedback_trains_as_live_does(tiny, asked, keep):
     assert np.isfinite(value) and count == as_many - (live["first_tile"][unknown] >= 0).sum()
 
 
+def test_feedback_of_rows_that_samples_share(tiny, asked, tmp_path):
+    """`data.pack`: each record has the answers and the features that a row of its own gives it."""
+    model, batches, folders, mesh = asked
+    packed = dataclasses.replace(batches, batch_size=6, pack=2)
+    feedback.measure(tiny, model.params, packed, 100, tmp_path, mesh, keep_features=True)
+    shared, alone = (read_feedback(folder, tiny.granularities) for folder in (tmp_path, folders[True]))
+    assert shared.keys() == alone.keys() and len(shared) == 24
+    for question, row in shared.items():
+        assert row.record == alone[question].record
+        np.testing.assert_allclose(row.nll, alone[question].nll, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(row.features, alone[question].features, rtol=1e-5, atol=1e-5)
+
+
 def test_goes_on_where_it_was_killed(tiny, asked, monkeypatch):
     """What is stored is not measured again; a window without its answers is, though its features are there."""
     model, batches, folders, mesh = asked

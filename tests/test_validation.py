@@ -77,7 +77,7 @@ def test_validation_while_training(tiny, tokenizer, llava_folder, tmp_path, monk
     config = settings(tiny, llava_folder)
     config.steps, config.checkpoint_every = 6, 3
     config.data.validation = str(llava_folder / "train.json")  # a path: the training data stays whole
-    config.evaluate_every = 2
+    config.evaluate_every, config.data.pack = 2, 2
     train(config, tmp_path / "run")
     rows = read_rows(tmp_path / "run" / "metrics.jsonl")
     assert [row["step"] for row in rows if "validation/loss" in row] == [2, 4, 6]
@@ -97,9 +97,9 @@ def test_validation_while_training(tiny, tokenizer, llava_folder, tmp_path, monk
     newest = checkpoint.load(tmp_path / "run").params
     jax.tree.map(np.testing.assert_array_equal, kept.params, newest)
 
-    # by hand: all samples at once
+    # by hand: all samples at once, in a row each
     held = setup.plan_validation(read(config), setup.plan_batches(read(config), tiny, tokenizer))
-    whole = dataclasses.replace(held, batch_size=24)[0]
+    whole = dataclasses.replace(held, batch_size=24, pack=1)[0]
     arrays = {key: value for key, value in whole.items() if key not in ("records", "skipped")}
     loss = phases.make_loss("multi_granularity", tiny, tiny.granularities, RglfConfig(), "none")
     np.testing.assert_allclose(values[-1], jax.jit(lambda p: loss(p, arrays, None)[0])(newest), rtol=1e-5)
