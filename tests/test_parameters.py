@@ -96,6 +96,28 @@ def test_mesh():
         sharding.make_mesh({"data": -1, "fsdp": -1, "tensor": 1})
 
 
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A TPU of a slice, as `mesh_utils` sees it."""
+
+    id: int
+    coords: tuple[int, int, int]
+    device_kind: str
+    platform: str = "tpu"
+    core_on_chip: int = 0
+    process_index: int = 0
+
+
+@pytest.mark.parametrize("kind", ["TPU v6 lite", "TPU v5 lite"])
+def test_a_mesh_axis_is_half_a_side_of_a_slice(kind):
+    """tensor=2 on a slice of 4 x 4: each pair is two neighbours."""
+    chips = [Chip(4 * y + x, (x, y, 0), kind) for y in range(4) for x in range(4)]
+    mesh = sharding.make_mesh({"data": 1, "fsdp": -1, "tensor": 2}, chips)
+    assert mesh.shape == {"data": 1, "fsdp": 8, "tensor": 2}
+    for one, other in mesh.devices.reshape(8, 2):
+        assert sum(abs(a - b) for a, b in zip(one.coords, other.coords, strict=True)) == 1
+
+
 def test_an_axis_that_does_not_divide_stays_whole():
     mesh = jax.sharding.AbstractMesh((1, 2, 2), sharding.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
     assert placement.fitting(mesh, PartitionSpec("fsdp", "tensor"), (64, 5)) == PartitionSpec("fsdp", None)
