@@ -44,6 +44,26 @@ def test_completions(served):
     assert reply.json()["error"]["param"] == "echo"
 
 
+def test_a_byte_order_mark_is_no_part_of_a_body(served):
+    headers = {"Content-Type": "application/json"}
+    body = b'\xef\xbb\xbf{"messages": [{"role": "user", "content": "b a"}]}'
+    reply = served.http.post("/v1/chat/completions", content=body, headers=headers)
+    assert reply.json()["choices"][0]["message"]["content"] == "a b"
+
+
+def test_offsets_of_tokens_go_on_through_a_stream(served):
+    fields = {"model": "tiny", "prompt": "c b a", "logprobs": 0, "temperature": 1, "n": 2}
+    whole = served.openai.completions.create(**fields).choices
+    offsets = {0: [], 1: []}
+    for chunk in served.openai.completions.create(stream=True, **fields):
+        for choice in chunk.choices:
+            offsets[choice.index] += choice.logprobs.text_offset if choice.logprobs else []
+    for choice in whole:
+        lengths = [len(token) for token in choice.logprobs.tokens]
+        assert offsets[choice.index] == choice.logprobs.text_offset == [sum(lengths[:n]) for n in range(len(lengths))]
+    assert len(offsets[0]) == 3
+
+
 def test_the_best_of_several_completions(served, monkeypatch):
     fields = {"model": "tiny", "prompt": "c b a", "temperature": 1, "seed": 299}
     done = served.openai.completions.create(n=2, best_of=4, logprobs=0, **fields)  # seeds 299 .. 302

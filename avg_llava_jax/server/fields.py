@@ -12,6 +12,7 @@ null always counts as absent. `status` and `markdown` write the table of docs/se
 
 from __future__ import annotations
 
+import contextvars
 import dataclasses
 import json
 import math
@@ -22,6 +23,9 @@ from typing import Any
 from avg_llava_jax.server.refusal import Refusal
 
 KINDS = {str: "a string", int: "an integer", float: "a number", bool: "true or false", list: "a list"}
+
+_extras: contextvars.ContextVar[bool] = contextvars.ContextVar("extras", default=False)
+"""`extras` of the object that is being read."""
 
 _QUOTES = reprlib.Repr()  # its constructor takes these only since Python 3.12
 _QUOTES.maxstring = _QUOTES.maxother = 80
@@ -70,13 +74,22 @@ class Field:
 def read_fields(values: Any, table: Sequence[Field], where: str = "", extras: bool = False) -> dict[str, Any]:
     """The honoured fields of a JSON object, parsed, without those that ask for nothing.
 
-    where: the object's own path, for messages. extras: ignore fields that the table does not have.
+    where: the object's own path, for messages. extras: ignore fields that the table does not have, here and in the
+        objects that the fields hold.
 
     Raises:
       Refusal: 400 that names the first field at fault.
     """
     if not isinstance(values, dict):
         raise Refusal(400, f"{where or 'the body'} must be a JSON object, not {short(values)}", where or None)
+    outside = _extras.set(extras := extras or _extras.get())
+    try:
+        return _read_fields(values, table, where, extras)
+    finally:
+        _extras.reset(outside)
+
+
+def _read_fields(values: dict[str, Any], table: Sequence[Field], where: str, extras: bool) -> dict[str, Any]:
     known, given = {field.name: field for field in table}, {}
     for name, value in values.items():
         path, field = f"{where}.{name}" if where else name, known.get(name)

@@ -239,7 +239,7 @@ def read(values: Any, config: ModelConfig, limits: Limits, served: Sequence[str]
     given = read_fields(values, CHAT, extras=limits.unknown_fields)
     check_model(given, served)
     tools = tools_of(given)
-    messages = as_text(required(given, CHAT, "messages"))
+    messages = as_text(required(given, CHAT, "messages"), limits.unknown_fields)
     introduction = tools.introduction if tools else None
     turns, images, details = conversation(messages, "messages", config, limits, introduction)
     ask = ask_of(given, CHAT, turns, images, details, config, limits)
@@ -311,7 +311,7 @@ def parsed(body: bytes) -> Any:
         raise ValueError(f"{constant} is not a JSON number")
 
     try:
-        return json.loads(body.decode("utf-8"), parse_constant=refuse)
+        return json.loads(body.decode("utf-8-sig"), parse_constant=refuse)
     except (ValueError, RecursionError) as error:  # ValueError includes JSONDecodeError and UnicodeDecodeError
         raise Refusal(400, f"the body is not valid JSON: {error}", code="invalid_json") from None
 
@@ -384,7 +384,7 @@ def _message(message: Any, where: str, before: int, limits: Limits) -> _Message:
         fields = read_fields(part, PART, path, limits.unknown_fields)
         kind = required(fields, PART, "type", path)
         if kind in TEXTS:
-            parts.append(required(fields, PART, TEXTS[kind], path))
+            parts.append(text_of(part, fields, TEXTS[kind], path))
         elif kind in IMAGES and role == "human":
             if before + len(details) >= limits.images:
                 raise Refusal(400, f"{path}: over {limits.images} images", path, "too_many_images")
@@ -399,6 +399,11 @@ def _message(message: Any, where: str, before: int, limits: Limits) -> _Message:
     if not between:
         parts.sort(key=lambda part: isinstance(part, str))
     return _Message(role, _around(parts), [part for part in parts if not isinstance(part, str)], details)
+
+
+def text_of(part: dict[str, Any], fields: dict[str, Any], name: str, where: str) -> str:
+    """The text of a part, which is empty where it is null. fields: those of the part that are there, read."""
+    return "" if name in part and part[name] is None else required(fields, PART, name, where)
 
 
 def read_link(link: Any, detail: Any, where: str, limits: Limits) -> tuple[SentImage, str]:
