@@ -70,7 +70,11 @@ def test_numbers_of_other_languages(ask):
     request = ask(max_tokens=5.0, top_k=7.0, seed=3.0, temperature=1).request
     assert (request.max_new_tokens, request.top_k, request.seed, request.temperature) == (5, 7, 3, 1.0)
     assert isinstance(request.max_new_tokens, int) and isinstance(request.top_k, int)
-    assert ask(max_tokens=4096).request.max_new_tokens == LIMITS.new_tokens  # cut to what the server gives
+    for many in (4096, 2**53 - 1, 1e20, 10**400):  # cut to what the server gives, JavaScript's largest integer too
+        assert ask(max_tokens=many).request.max_new_tokens == LIMITS.new_tokens
+        assert ask(top_k=many, temperature=1).request.top_k == 600
+    with pytest.raises(Refusal, match="max_tokens=0 must be 1 or more"):
+        ask(max_tokens=0)
 
 
 EMPTY = ["", " ", None, [], [text("")], [text(None)]]

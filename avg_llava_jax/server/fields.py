@@ -133,8 +133,11 @@ class Number:
 
     @property
     def says(self) -> str:
-        kind, most = KINDS[int if self.whole else float], f" .. {self.most}" if self.most < 2**31 - 1 else " or more"
-        return f"{kind}, {self.least}{most}"
+        return f"{KINDS[int if self.whole else float]}, {self._range.removeprefix('in ')}"
+
+    @property
+    def _range(self) -> str:
+        return f"in {self.least} .. {self.most}" if self.most < 2**31 - 1 else f"{self.least} or more"
 
     def __call__(self, value: Any, path: str) -> int | float:
         number = isinstance(value, int) and not isinstance(value, bool)
@@ -143,7 +146,7 @@ class Number:
         if not number:
             raise Refusal(400, f"{path} must be {KINDS[int if self.whole else float]}, not {short(value)}", path)
         if not self.least <= value <= self.most:
-            raise Refusal(400, f"{path}={short(value)} must be in {self.least} .. {self.most}", path)
+            raise Refusal(400, f"{path}={short(value)} must be {self._range}", path)
         return int(value) if self.whole else float(value)
 
 

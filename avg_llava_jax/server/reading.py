@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import secrets
 from collections.abc import Iterable, Sequence
@@ -48,6 +49,8 @@ DEFAULT_NEW_TOKENS = 256
 CHARACTERS_A_TOKEN = 32  # times max_length: a longer text is refused before it is tokenized
 STOPS, STOP_CHARACTERS = 4, 256
 MANY = 2**31 - 1
+TOKENS = Number(1, math.inf, whole=True)
+"""How long an answer may be: any number is cut to what fits."""
 
 ROLES = {"system": "system", "developer": "system", "user": "human", "assistant": "gpt"}
 
@@ -95,7 +98,7 @@ STREAMING = (
 SAMPLING = (
     Field("temperature", Number(0, 2), sets="temperature", about="0, the default, is greedy"),
     Field("top_p", Number(0, 1), sets="top_p"),
-    Field("top_k", Number(0, MANY, whole=True), nothing=(-1,), sets="top_k"),
+    Field("top_k", Number(0, math.inf, whole=True), nothing=(-1,), sets="top_k"),
     Field("seed", Number(-(2**63), 2**63 - 1, whole=True), about="without one, another sample each time"),
     Field("stop", Parsed(f"a string, or up to {STOPS} of them", _stops), nothing=([], ""), sets="stop"),
     *SHAPING,
@@ -145,8 +148,8 @@ CHAT = (
     MODEL,
     Field("messages", LIST, about="roles `system`, `developer`, `user`, `assistant`; parts `text`, `image_url`"),
     *STREAMING,
-    Field("max_tokens", Number(1, MANY, whole=True), nothing=(-1,), about=f"{DEFAULT_NEW_TOKENS} if absent"),
-    Field("max_completion_tokens", Number(1, MANY, whole=True), nothing=(-1,), about="the newer name of `max_tokens`"),
+    Field("max_tokens", TOKENS, nothing=(-1,), about=f"{DEFAULT_NEW_TOKENS} if absent"),
+    Field("max_completion_tokens", TOKENS, nothing=(-1,), about="the newer name of `max_tokens`"),
     *SAMPLING,
     *LOOKING,
     *CHAT_SCORES,

@@ -22,15 +22,15 @@ from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.inference.model import Model
 from avg_llava_jax.inference.requests import Answer
 from avg_llava_jax.inference.tickets import Piece
-from avg_llava_jax.server.fields import ANYTHING, TEXT, Field, Number, Parsed, read_fields, required, short
+from avg_llava_jax.server.fields import ANYTHING, TEXT, Field, Parsed, read_fields, required, short
 from avg_llava_jax.server.limits import Limits
 from avg_llava_jax.server.reading import (
     DEFAULT_NEW_TOKENS,
     LOOKING,
-    MANY,
     MODEL,
     SAMPLING,
     STREAMING,
+    TOKENS,
     Ask,
     ask_of,
     check_model,
@@ -61,7 +61,7 @@ RESPONSE = (
     Field("input", Parsed("a text, or a list of messages", lambda value, path: value)),
     Field("instructions", TEXT, about="the system message"),
     *STREAMING,
-    Field("max_output_tokens", Number(1, MANY, whole=True), about=f"{DEFAULT_NEW_TOKENS} if absent"),
+    Field("max_output_tokens", TOKENS, about=f"{DEFAULT_NEW_TOKENS} if absent"),
     *SAMPLING,
     *LOOKING,
     Field("text", Parsed("`format`: `text`, `json_object` or `json_schema`", _format)),
