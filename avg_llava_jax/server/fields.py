@@ -137,7 +137,7 @@ class Number:
 
     @property
     def _range(self) -> str:
-        return f"in {self.least} .. {self.most}" if self.most < 2**31 - 1 else f"{self.least} or more"
+        return f"{self.least} or more" if self.most in (2**31 - 1, math.inf) else f"in {self.least} .. {self.most}"
 
     def __call__(self, value: Any, path: str) -> int | float:
         number = isinstance(value, int) and not isinstance(value, bool)
