@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from avg_llava_jax.server import VERSION, app
-from avg_llava_jax.server.clients import parse_keys
+from avg_llava_jax.server.clients import key_of, parse_keys
 from avg_llava_jax.server.images import tiles_of
 from avg_llava_jax.server.limits import Limits
 from tests.served import HEAD, LIMITS, ONE, Served, encoded, link, linked, text, user
@@ -287,11 +287,20 @@ def test_keys_and_their_limits(unweighted):
         ("ok speed=3", "keys, line 1: speed=3 must be requests=N or per_minute=N"),
         ("ok requests=0", "keys, line 1: requests=0 must be"),
         ("two words", "keys, line 1: words= must be"),
+        ("ok requests=1 requests=5", "keys, line 1: the key or a limit is there twice"),
+        ("ok requests=1\nother\nok", "keys, line 3: the key or a limit is there twice"),
     ],
 )
 def test_a_key_file_that_says_something_else(line, message):
     with pytest.raises(ValueError, match=message):
         parse_keys(line, "keys")
+
+
+def test_a_key_with_a_number_sign_is_whole():
+    keys = parse_keys("sk-a#b requests=2 #c\n\t#sk-none\n", "keys")
+    assert [key.requests for key in keys] == [2]
+    assert key_of("Bearer sk-a#b", keys) is keys[0]
+    assert key_of("Bearer sk-a", keys) is None
 
 
 def test_one_client_has_bounds(unweighted):
