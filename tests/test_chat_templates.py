@@ -116,7 +116,7 @@ def as_sent(message):
 
 def as_served(messages, config):
     """(turns, number of images) that the server makes of messages."""
-    turns, images, _ = conversation([as_sent(message) for message in messages], "messages", config, Limits())
+    turns, images, _ = conversation(dict(enumerate(map(as_sent, messages))), "messages", config, Limits())
     return turns, len(images)
 
 

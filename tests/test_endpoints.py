@@ -106,6 +106,9 @@ def test_responses(served):
     with pytest.raises(openai.BadRequestError) as caught:
         ask(model="tiny", input="Hello", previous_response_id="resp_1")
     assert caught.value.param == "previous_response_id"
+    with pytest.raises(openai.BadRequestError) as caught:
+        ask(model="tiny", input=[*said, {"role": "user", "content": 5}])  # `reasoning` keeps its place
+    assert caught.value.param == "input[4].content"
 
 
 def test_responses_stream_as_events(served):

@@ -18,7 +18,7 @@ import json
 import math
 import re
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from avg_llava_jax.config import ModelConfig
@@ -244,7 +244,7 @@ def read(values: Any, config: ModelConfig, limits: Limits, served: Sequence[str]
     tools = tools_of(given)
     messages = as_text(required(given, CHAT, "messages"), limits.unknown_fields)
     introduction = tools.introduction if tools else None
-    turns, images, details = conversation(messages, "messages", config, limits, introduction)
+    turns, images, details = conversation(dict(enumerate(messages)), "messages", config, limits, introduction)
     ask = ask_of(given, CHAT, turns, images, details, config, limits)
     if tools is None:
         return ask
@@ -341,16 +341,16 @@ class _Message:
 
 
 def conversation(
-    messages: Sequence[Any], where: str, config: ModelConfig, limits: Limits, preface: str | None = None
+    messages: Mapping[int, Any], where: str, config: ModelConfig, limits: Limits, preface: str | None = None
 ) -> tuple[list[Turn], list[SentImage], list[str]]:
     """Turns for the model's template, all images, and the `detail` of each image.
 
-    where: the field that holds the messages. preface: a system message before them. Consecutive messages of one role
-    become one turn.
+    messages: by their places in the field `where`. preface: a system message before them. Consecutive messages of one
+    role become one turn.
     """
     system = [preface] if preface and preface.strip() else []
     said: list[_Message] = []
-    for number, each in enumerate(messages):
+    for number, each in messages.items():
         message = _message(each, f"{where}[{number}]", sum(len(one.images) for one in said), limits)
         if message.role == "system":
             system += message.texts if not message.blank else []

@@ -93,8 +93,8 @@ def read(values: Any, config: ModelConfig, limits: Limits, served: Sequence[str]
     messages = [{"role": "user", "content": said}] if isinstance(said, str) else said
     if not isinstance(messages, list):
         raise Refusal(400, f"input must be a text or a list of messages, not {short(said)}", "input")
-    messages = [each for each in messages if not (isinstance(each, dict) and each.get("type") == "reasoning")]
-    turns, images, details = conversation(messages, "input", config, limits, given.get("instructions"))
+    said = {n: one for n, one in enumerate(messages) if not isinstance(one, dict) or one.get("type") != "reasoning"}
+    turns, images, details = conversation(said, "input", config, limits, given.get("instructions"))
     return ask_of(given, RESPONSE, turns, images, details, config, limits)
 
 
