@@ -263,12 +263,14 @@ def _question_first(turns: list[_Said]) -> list[_Said]:
 
 
 def _without_system(turns: list[_Said]) -> list[_Said]:
-    """The turns, a question first, with the system's text, if any, before it."""
+    """The turns, a question first, with the system's text before it, unless that is blank."""
     turns = _question_first(turns)
     if turns[0].role != "system":
         return turns
     system, question, *others = turns
     first, *rest = question.texts
+    if not system.texts[0].strip():
+        return [question, *others]
     return [_Said("human", (f"{system.texts[0]}\n\n{first}", *rest)), *others]
 
 
