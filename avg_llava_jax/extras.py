@@ -28,6 +28,7 @@ def required(extra: str, what: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in EXTRAS[extra]:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS[extra]:
             raise
-        raise MissingExtra(f"{what} needs {lacking(extra, error.name)}") from None
+        raise MissingExtra(f"{what} needs {lacking(extra, package)}") from None

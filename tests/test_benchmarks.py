@@ -278,6 +278,17 @@ def test_originals_and_folders_that_are_there_twice(tmp_path):
         records.locate(tasks.CHARTQA, str(tmp_path))
 
 
+def test_mme_that_is_there_twice(tmp_path):
+    """The same questions count once; of others it is not known which are meant."""
+    for copy in ("a", "b"):
+        fixtures.write_original(tmp_path / copy, "mme")
+    assert len(records.read(tasks.MME, tmp_path)) == len(fixtures.ANSWERS["mme"])
+    path = next((tmp_path / "b").rglob("*.txt"))
+    path.write_text(path.read_text().replace("\t", " Now?\t"))
+    with pytest.raises(ValueError, match=f"{path.parent.name} differ: give the folder of one of them as --data"):
+        records.read(tasks.MME, tmp_path)
+
+
 def test_images_that_are_not_there(tmp_path):
     rows = fixtures.records("chartqa")
     rows[0]["image"], rows[1]["image"] = None, {"bytes": None, "path": "gone.png"}

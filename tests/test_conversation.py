@@ -278,6 +278,14 @@ def test_a_prompt_may_hold_an_empty_answer(chatml, template):
     assert ids[: len(asked)] == asked and ids[len(asked)] in stop_ids(chatml, template)
 
 
+@pytest.mark.parametrize("template", ["vicuna_v1", "mistral_instruct", "llama_3"])
+@pytest.mark.parametrize("blank", ["", " \n"])
+def test_a_blank_system_turn_adds_nothing_where_it_stands_in_the_question(chatml, template, blank):
+    assert encode_conversation([system(blank), *TURNS], chatml, template, 2) == (
+        encode_conversation(TURNS, chatml, template, 2)
+    )
+
+
 GREETINGS = {
     "vicuna_v1": f"<s>{VICUNA_SYSTEM} USER: S\n\n ASSISTANT: Hi</s>USER:  ASSISTANT: A</s>USER: Who? ASSISTANT:",
     "mistral_instruct": "<s>[INST] S\n\n [/INST] Hi</s>[INST]  [/INST] A</s>[INST] Who? [/INST]",

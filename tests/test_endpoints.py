@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from avg_llava_jax.server import VERSION, app
-from avg_llava_jax.server.clients import parse_keys
+from avg_llava_jax.server.clients import key_of, parse_keys
 from avg_llava_jax.server.images import tiles_of
 from avg_llava_jax.server.limits import Limits
 from tests.served import HEAD, LIMITS, ONE, Served, encoded, link, linked, text, user
@@ -42,6 +42,26 @@ def test_completions(served):
         assert reply.status_code == 400 and reply.json()["error"]["param"].startswith("prompt"), reply.text
     reply = served.http.post("/v1/completions", json={"prompt": "a", "echo": True})
     assert reply.json()["error"]["param"] == "echo"
+
+
+def test_a_byte_order_mark_is_no_part_of_a_body(served):
+    headers = {"Content-Type": "application/json"}
+    body = b'\xef\xbb\xbf{"messages": [{"role": "user", "content": "b a"}]}'
+    reply = served.http.post("/v1/chat/completions", content=body, headers=headers)
+    assert reply.json()["choices"][0]["message"]["content"] == "a b"
+
+
+def test_offsets_of_tokens_go_on_through_a_stream(served):
+    fields = {"model": "tiny", "prompt": "c b a", "logprobs": 0, "temperature": 1, "n": 2}
+    whole = served.openai.completions.create(**fields).choices
+    offsets = {0: [], 1: []}
+    for chunk in served.openai.completions.create(stream=True, **fields):
+        for choice in chunk.choices:
+            offsets[choice.index] += choice.logprobs.text_offset if choice.logprobs else []
+    for choice in whole:
+        lengths = [len(token) for token in choice.logprobs.tokens]
+        assert offsets[choice.index] == choice.logprobs.text_offset == [sum(lengths[:n]) for n in range(len(lengths))]
+    assert len(offsets[0]) == 3
 
 
 def test_the_best_of_several_completions(served, monkeypatch):
@@ -86,6 +106,9 @@ def test_responses(served):
     with pytest.raises(openai.BadRequestError) as caught:
         ask(model="tiny", input="Hello", previous_response_id="resp_1")
     assert caught.value.param == "previous_response_id"
+    with pytest.raises(openai.BadRequestError) as caught:
+        ask(model="tiny", input=[*said, {"role": "user", "content": 5}])  # `reasoning` keeps its place
+    assert caught.value.param == "input[4].content"
 
 
 def test_responses_stream_as_events(served):
@@ -267,11 +290,20 @@ def test_keys_and_their_limits(unweighted):
         ("ok speed=3", "keys, line 1: speed=3 must be requests=N or per_minute=N"),
         ("ok requests=0", "keys, line 1: requests=0 must be"),
         ("two words", "keys, line 1: words= must be"),
+        ("ok requests=1 requests=5", "keys, line 1: the key or a limit is there twice"),
+        ("ok requests=1\nother\nok", "keys, line 3: the key or a limit is there twice"),
     ],
 )
 def test_a_key_file_that_says_something_else(line, message):
     with pytest.raises(ValueError, match=message):
         parse_keys(line, "keys")
+
+
+def test_a_key_with_a_number_sign_is_whole():
+    keys = parse_keys("sk-a#b requests=2 #c\n\t#sk-none\n", "keys")
+    assert [key.requests for key in keys] == [2]
+    assert key_of("Bearer sk-a#b", keys) is keys[0]
+    assert key_of("Bearer sk-a", keys) is None
 
 
 def test_one_client_has_bounds(unweighted):

@@ -36,6 +36,21 @@ def records(model, questions, tmp_path_factory):
     return evaluation.answer_all(model, questions, tmp_path_factory.mktemp("records") / "answers.jsonl", **OPTIONS)
 
 
+@pytest.mark.parametrize(
+    ("ids", "wanted"),
+    [
+        (["a", "a", "a"], ["a", "a#2", "a#3"]),
+        (["a", "a", "a#2", "a"], ["a", "a#2", "a#2#2", "a#3"]),  # `a#2` is a record's own id
+        (["a#2", "a", "a"], ["a#2", "a", "a#3"]),
+    ],
+)
+def test_every_question_has_an_id_of_its_own(tiny, tokenizer, ids, wanted):
+    turns = [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "Ann"}]
+    source = [{"id": name, "images": [], "conversations": turns} for name in ids]
+    questions, _ = evaluation.read_questions(source, tokenizer, tiny)
+    assert [question.sample.id for question in questions] == wanted
+
+
 def test_answers_are_the_models_own(model, questions, records):
     for question, record in list(zip(questions, records, strict=True))[::11]:
         assert record["id"] == question.sample.id and record["kind"] == question.sample.kind

@@ -251,6 +251,15 @@ def test_missing_and_not_an_image(tmp_path):
     assert error.value.reason == "corrupt_image"
 
 
+@pytest.mark.parametrize("size", [(0, 0), (0, 5), (5, 0)])
+def test_a_picture_without_pixels_is_corrupt(size):
+    ref = image_ref(Image.new("RGB", size))
+    for use in (lambda: ref.size, ref.load):
+        with pytest.raises(BadSample, match=f"image in memory: {size[0]} x {size[1]} is no pixel") as error:
+            use()
+        assert error.value.reason == "corrupt_image"
+
+
 def test_the_pixel_bound_holds_before_decoding():
     content = encoded(Image.new("L", (300, 200)))
     assert image_ref(content, max_pixels=60_000).load().size == (300, 200)

@@ -192,7 +192,9 @@ def test_transparency_is_dropped_as_the_card_says(pair):
     ours, _, processor, folder, _ = pair
     values = np.random.default_rng(1).integers(0, 256, (20, 40, 4), np.uint8)
     image, tiles = Image.fromarray(values), make_tiles(image_ref(Image.fromarray(values)).load(), ours.config)
-    assert 'processor(images=image.convert("RGB")' in (folder / "README.md").read_text()
+    card = (folder / "README.md").read_text()
+    assert 'processor(images=image.convert("RGB")' in card
+    assert "apply_chat_template(turns, add_generation_prompt=True)" in card  # an own template needs it
     seen = ask(processor, {"What?": [image.size]}, [image.convert("RGB")])["pixel_values"][0]
     pixels = np.moveaxis(np.asarray(normalise(ours.config.vision, tiles)), -1, 1)
     agree("image processor: pixels", pixels, seen, 1e-5)

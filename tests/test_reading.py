@@ -46,14 +46,41 @@ def test_unknown_fields_pass_by_flag_alone(ask):
     ask(Limits(unknown_fields=True), beams=4, messages=[{**ONE[0], "colour": "red"}])
 
 
+def test_unknown_fields_pass_in_every_object(ask):
+    """The flag holds for the objects in fields, too: tools, calls, results, formats, options of streams."""
+    function = {"name": "f", "parameters": {"type": "object"}, "beams": 4}
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}", "beams": 4}, "beams": 4}
+    said = [*ONE, {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "5", "beams": 4}]
+    every = {
+        "tools": [{"type": "function", "function": function, "cache_control": {"type": "ephemeral"}}],
+        "messages": [*said, user([{**text("a"), "beams": 4}, link(beams=4)])],
+        "stream_options": {"include_usage": True, "beams": 4},
+    }
+    shaped = {"response_format": {"type": "json_object", "beams": 4}, "structured_outputs": {"beams": 4}}
+    limits = Limits(unknown_fields=True)
+    assert ask(limits, **every).tools
+    for name, value in shaped.items():
+        ask(limits, **{name: value})
+    for name, value in (every | shaped).items():
+        with pytest.raises(Refusal, match="unknown field"):
+            ask(**{name: value})
+
+
 def test_numbers_of_other_languages(ask):
     request = ask(max_tokens=5.0, top_k=7.0, seed=3.0, temperature=1).request
     assert (request.max_new_tokens, request.top_k, request.seed, request.temperature) == (5, 7, 3, 1.0)
     assert isinstance(request.max_new_tokens, int) and isinstance(request.top_k, int)
-    assert ask(max_tokens=4096).request.max_new_tokens == LIMITS.new_tokens  # cut to what the server gives
+    for many in (4096, 2**53 - 1, 1e20, 10**400):  # cut to what the server gives, JavaScript's largest integer too
+        assert ask(max_tokens=many).request.max_new_tokens == LIMITS.new_tokens
+        assert ask(top_k=many, temperature=1).request.top_k == 600
+    with pytest.raises(Refusal, match="max_tokens=0 must be 1 or more"):
+        ask(max_tokens=0)
 
 
-@pytest.mark.parametrize("empty", ["", " ", None, [], [text("")]])
+EMPTY = ["", " ", None, [], [text("")], [text(None)]]
+
+
+@pytest.mark.parametrize("empty", EMPTY)
 def test_an_empty_answer_does_not_end_the_conversation(ask, unweighted, empty):
     turns = [*ONE, {"role": "assistant", "content": empty}, user("and now?")]
     request = ask(messages=[{"role": "system", "content": empty}, *turns]).request
@@ -64,7 +91,7 @@ def test_an_empty_answer_does_not_end_the_conversation(ask, unweighted, empty):
     assert ids[: len(before) + 1] == [*before, end]
 
 
-@pytest.mark.parametrize("empty", ["", " ", None, [], [text("")]])
+@pytest.mark.parametrize("empty", EMPTY)
 def test_an_empty_question_and_a_greeting_are_taken(ask, unweighted, empty):
     turns = [{"role": "assistant", "content": "Hi"}, user(empty), {"role": "assistant", "content": "a"}, user(empty)]
     for messages, wanted in (

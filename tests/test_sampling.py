@@ -9,7 +9,7 @@ from avg_llava_jax.data.conversation import IMAGE
 from avg_llava_jax.data.packing import Shape, load_tiles, prompt_index
 from avg_llava_jax.inference import programs
 from avg_llava_jax.inference.requests import Request
-from avg_llava_jax.inference.sampling import Next, shaping_of
+from avg_llava_jax.inference.sampling import Next, sampling_of, shaping_of
 from avg_llava_jax.inference.stress import compilations
 from avg_llava_jax.models import avg_llava
 from tests.random_model import plain
@@ -60,6 +60,14 @@ def test_logits_are_shaped_as_they_are_defined():
     allowed = np.array([0b01010], np.uint32)
     found = shaped(logits, [question(min_tokens=9)], allowed=allowed)  # the guide decides
     assert found.tolist() == [[-np.inf, 2.0, -np.inf, 4.0, -np.inf]]
+
+
+def test_a_bound_of_any_size_is_no_bound():
+    """One request's numbers must not end the batch that it is in."""
+    request = question(min_tokens=2**40, top_k=2**40, seed=2**32 - 1)
+    rows = [Next(request, 9, np.zeros(0, np.int32), [], None)]
+    sampling = sampling_of(1, [0], rows, shaping_of(1, [0], rows, 5, 8))
+    assert (sampling.top_k[0], sampling.shaping.least[0], sampling.seed[0]) == (2**31 - 1, 2**31 - 1, 2**32 - 1)
 
 
 def test_a_plain_row_keeps_its_logits_bit_for_bit():

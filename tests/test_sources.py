@@ -74,6 +74,16 @@ def test_texts_that_are_no_unicode_name_their_record(tmp_path, text, message, en
     assert records.id(1) == "1"
 
 
+def test_two_lists_in_one_file_are_refused(tmp_path):
+    """As `cat a.json b.json` leaves them: the second must not be lost."""
+    one = json.dumps([{"id": "x"}])
+    (tmp_path / "r.json").write_text(f"{one}\n{one}")
+    with pytest.raises(ValueError, match=r"r.json is not valid JSON: something follows its list at byte 14"):
+        LlavaJson(tmp_path / "r.json")
+    (tmp_path / "r.json").write_text(f" {one}\r\n\t ")
+    assert len(LlavaJson(tmp_path / "r.json")) == 1
+
+
 def test_nesting_without_end_is_malformed(tmp_path):
     (tmp_path / "r.jsonl").write_text(json.dumps({"id": "x"}) + "\n" + "[" * 100_000 + "\n")
     with pytest.raises(BadSample, match="malformed_record: record 1: "):

@@ -308,7 +308,7 @@ def save_tokenizer(
     after_image = " " if tokenizer.encode("\na") != tokenizer.encode("\na", after_special=True) else ""
     chat = chat_template(template, after_image)
     if template == "tokenizer" and not tokenizer.writes_images:
-        chat = with_images(tokenizer.chat_template, after_image)
+        chat = with_images(tokenizer, after_image)
     if chat is not None:
         (folder / "chat_template.jinja").write_text(chat, encoding="utf-8")
         (folder / "chat_template.json").unlink(missing_ok=True)  # the library's processors prefer it

@@ -22,7 +22,8 @@ from transformers import {model_class}, AutoProcessor
 processor = AutoProcessor.from_pretrained("{name}")
 model = {model_class}.from_pretrained("{name}"{trust})
 turns = [{{"role": "user", "content": [{{"type": "image"}}, {{"type": "text", "text": "What is this?"}}]}}]
-inputs = processor(images=image.convert("RGB"), text=processor.apply_chat_template(turns), return_tensors="pt")
+text = processor.apply_chat_template(turns, add_generation_prompt=True)
+inputs = processor(images=image.convert("RGB"), text=text, return_tensors="pt")
 print(processor.batch_decode(model.generate(**inputs, max_new_tokens=64), skip_special_tokens=True)[0])
 ```"""
 

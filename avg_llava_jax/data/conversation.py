@@ -263,12 +263,14 @@ def _question_first(turns: list[_Said]) -> list[_Said]:
 
 
 def _without_system(turns: list[_Said]) -> list[_Said]:
-    """The turns, a question first, with the system's text, if any, before it."""
+    """The turns, a question first, with the system's text before it, unless that is blank."""
     turns = _question_first(turns)
     if turns[0].role != "system":
         return turns
     system, question, *others = turns
     first, *rest = question.texts
+    if not system.texts[0].strip():
+        return [question, *others]
     return [_Said("human", (f"{system.texts[0]}\n\n{first}", *rest)), *others]
 
 
@@ -386,12 +388,11 @@ def _plain(turns: list[_Said]) -> Iterable[_Piece]:
 def _own_template(turns: list[_Said], tokenizer: Tokenizer) -> Iterable[_Piece]:
     """An answer is the difference of two renderings: the turns up to and including it, less the turns before it."""
     names = {"system": "system", "human": "user", "gpt": "assistant"}
-    if not tokenizer.takes_system:
+    if not tokenizer.takes_greeting:
+        turns = _question_first(turns)
+    if turns[0].role == "system" and not tokenizer.takes_system:
         turns = _without_system(turns)
     mark = _unused("".join(text for turn in turns for text in turn.texts))
-
-    def messages_of(turns: list[_Said]) -> list[dict[str, str]]:
-        return [{"role": names[turn.role], "content": mark.join(turn.texts)} for turn in turns]
 
     def pieces(text: str, labelled: bool = False) -> list[_Piece]:
         found: list[_Piece] = []
@@ -399,13 +400,9 @@ def _own_template(turns: list[_Said], tokenizer: Tokenizer) -> Iterable[_Piece]:
             found += [_IMAGE] * bool(number) + _split_special(part, tokenizer)
         return [dataclasses.replace(piece, labelled=True) for piece in found] if labelled else found
 
-    ends_open, messages = turns[-1].human, messages_of(turns)
-    try:
-        whole = tokenizer.apply_chat_template(messages, add_generation_prompt=ends_open)
-    except ValueError:
-        if not _greets(turns):
-            raise
-        whole = tokenizer.apply_chat_template(messages_of(_question_first(turns)), add_generation_prompt=ends_open)
+    messages = [{"role": names[turn.role], "content": mark.join(turn.texts)} for turn in turns]
+    ends_open = turns[-1].human
+    whole = tokenizer.apply_chat_template(messages, add_generation_prompt=ends_open)
     at = 0
     for number, turn in enumerate(turns):
         if turn.role != "gpt" or ends_open:  # a prompt has no labels

@@ -132,6 +132,8 @@ class ImageRef:
 
     def _bounded(self, image: Image.Image) -> Image.Image:
         width, height = image.size
+        if not width * height:
+            raise BadSample("corrupt_image", f"{self.name}: {width} x {height} is no pixel")
         if width * height > self.max_pixels:
             raise BadSample(
                 "too_large_image", f"{self.name}: {width} x {height} is over {self.max_pixels} pixels (max_pixels)"

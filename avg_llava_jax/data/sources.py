@@ -169,6 +169,9 @@ def _elements(path: Path) -> np.ndarray:
             at = _blank(text, at + 1)
         elif text[at : at + 1] != "]":
             raise ValueError(f"{path} is not valid JSON: expecting ',' or ']' at byte {at + skipped}")
+    at = _blank(text, at + 1)
+    if at < len(text):
+        raise ValueError(f"{path} is not valid JSON: something follows its list at byte {at + skipped}")
     return np.array(places, np.int64).reshape(-1, 2)
 
 

@@ -134,7 +134,7 @@ class Tokenizer:
         """
         if self.chat_template is None:
             raise ValueError(f"{self.folder}: this tokenizer has no chat template; choose another `template`")
-        if self._takes_parts:
+        if self.takes_parts:
             messages = [_in_parts(message) for message in messages]
         return self._render(messages, add_generation_prompt)
 
@@ -156,6 +156,15 @@ class Tokenizer:
         except ValueError:
             return False
 
+    @functools.cached_property
+    def takes_greeting(self) -> bool:
+        """Whether its chat template writes an answer that precedes all questions."""
+        messages = [{"role": "assistant", "content": "probe"}, {"role": "user", "content": "a"}]
+        try:
+            return "probe" in self.apply_chat_template(messages)
+        except ValueError:
+            return False
+
     def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
         # Imported here: the import takes a second, and most models use a template of `conversation`.
         import jinja2
@@ -171,7 +180,7 @@ class Tokenizer:
         return rendered[0]
 
     @functools.cached_property
-    def _takes_parts(self) -> bool:
+    def takes_parts(self) -> bool:
         """Whether the template expects parts, like a processor's: it does not render a plain text."""
         probe = {"role": "user", "content": "probe"}
         try:

@@ -92,9 +92,9 @@ def read_questions(
 ) -> tuple[list[Question], list[dict[str, str]]]:
     """All questions of a source, and the skipped records: `{"id", "reason", "detail"}`.
 
-    The second record with an id becomes `id#2`, the third `id#3`.
+    The second record with an id becomes `id#2`, the third `id#3`, unless another record has that id.
     """
-    questions, skipped, seen = [], [], collections.Counter[str]()
+    questions, skipped, again, taken = [], [], collections.Counter[str](), set[str]()
     for index in range(len(source)):
         try:
             question = make_question(source[index], tokenizer, config.template)
@@ -102,10 +102,13 @@ def read_questions(
             skipped.append({"id": str(index), "reason": error.reason, "detail": error.detail})
             continue
         sample = question.sample
-        seen[sample.id] += 1
-        if seen[sample.id] > 1:
-            unique = dataclasses.replace(sample, id=f"{sample.id}#{seen[sample.id]}")
-            question = dataclasses.replace(question, sample=unique)
+        name = sample.id
+        while name in taken:
+            again[sample.id] += 1
+            name = f"{sample.id}#{again[sample.id] + 1}"
+        taken.add(name)
+        if name != sample.id:
+            question = dataclasses.replace(question, sample=dataclasses.replace(sample, id=name))
         questions.append(question)
     return questions, skipped
 

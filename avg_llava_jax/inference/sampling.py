@@ -99,9 +99,9 @@ def shaping_of(
 def _column(
     count: int, rows: Sequence[int], answers: Sequence[Next], fill: float, kind: type, field: str
 ) -> np.ndarray:
-    """A field of the requests, (count,), `fill` in rows without one."""
-    values = np.full(count, fill, kind)
-    values[list(rows)] = [getattr(answer.request, field) for answer in answers]
+    """A field of the requests, (count,), `fill` in rows without one; an integer is at most the largest of its kind."""
+    values, largest = np.full(count, fill, kind), np.iinfo(kind).max if issubclass(kind, np.integer) else np.inf
+    values[list(rows)] = [min(getattr(answer.request, field), largest) for answer in answers]
     return values
 
 

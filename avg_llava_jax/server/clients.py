@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import hashlib
 import hmac
+import re
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 
@@ -23,6 +24,7 @@ from avg_llava_jax.server.limits import Limits
 from avg_llava_jax.server.refusal import Refusal
 
 MINUTE = 60.0
+_COMMENT = re.compile(r"(^|\s)#.*")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,13 +37,15 @@ class Key:
 
 
 def parse_keys(text: str, where: str) -> tuple[Key, ...]:
-    """The keys of a file: one a line, with limits behind it (`KEY requests=4 per_minute=60`); # begins a comment.
+    """The keys of a file: one a line, with limits behind it (`KEY requests=4 per_minute=60`); a word that begins
+    with # begins a comment, a # inside a key is part of it.
 
-    Raises ValueError, which names `where` and the line, for a key that HTTP cannot carry and for an unknown limit.
+    Raises ValueError, which names `where` and the line, for a key that HTTP cannot carry, for an unknown limit, and for
+    a key or a limit that is there twice.
     """
-    keys = []
+    keys: list[Key] = []
     for number, line in enumerate(text.splitlines(), 1):
-        key, *rest = line.partition("#")[0].split() or [""]
+        key, *rest = _COMMENT.sub("", line).split() or [""]
         if not key:
             continue
         if not key.isascii() or not key.isprintable():
@@ -50,7 +54,10 @@ def parse_keys(text: str, where: str) -> tuple[Key, ...]:
         for name, value in limits.items():
             if name not in ("requests", "per_minute") or not value.isdecimal() or int(value) < 1:
                 raise ValueError(f"{where}, line {number}: {name}={value} must be requests=N or per_minute=N")
-        keys.append(Key(hashlib.sha256(key.encode()).digest(), **{name: int(n) for name, n in limits.items()}))
+        digest = hashlib.sha256(key.encode()).digest()
+        if len(limits) < len(rest) or any(one.digest == digest for one in keys):
+            raise ValueError(f"{where}, line {number}: the key or a limit is there twice")
+        keys.append(Key(digest, **{name: int(n) for name, n in limits.items()}))
     if not keys:
         raise ValueError(f"{where}: the key must be one non-empty line of ASCII characters")
     return tuple(keys)

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from avg_llava_jax.config import ModelConfig
+from avg_llava_jax.inference.model import Model
 from avg_llava_jax.inference.requests import TOP, Answer, TokenScore
 from avg_llava_jax.server import scores
 from avg_llava_jax.server.fields import Field, Number, Parsed, read_fields, required, short
@@ -20,16 +21,17 @@ from avg_llava_jax.server.limits import Limits
 from avg_llava_jax.server.reading import (
     IMAGES,
     LOOKING,
-    MANY,
     MODEL,
     PART,
     SAMPLING,
     STREAMING,
+    TOKENS,
     Ask,
     ask_of,
     check_characters,
     check_model,
     read_link,
+    text_of,
 )
 from avg_llava_jax.server.refusal import Refusal
 from avg_llava_jax.server.replies import Reply
@@ -41,7 +43,7 @@ COMPLETION = (
     MODEL,
     Field("prompt", Parsed("a text, or a list of parts `text` and `image_url`", lambda value, path: value)),
     *STREAMING,
-    Field("max_tokens", Number(1, MANY, whole=True), nothing=(-1,), about=f"{DEFAULT_NEW_TOKENS} if absent"),
+    Field("max_tokens", TOKENS, nothing=(-1,), about=f"{DEFAULT_NEW_TOKENS} if absent"),
     *(field for field in SAMPLING if field.name != "best_of"),
     Field("best_of", Number(1, MOST_ANSWERS, whole=True), about="answers, of which the `n` most likely are returned"),
     *LOOKING,
@@ -69,7 +71,7 @@ def read(values: Any, config: ModelConfig, limits: Limits, served: Sequence[str]
         fields = read_fields(part, PART, path, limits.unknown_fields)
         kind = required(fields, PART, "type", path)
         if kind == "text":
-            texts[-1] += required(fields, PART, "text", path)
+            texts[-1] += text_of(part, fields, "text", path)
         elif kind in IMAGES:
             if len(images) >= limits.images:
                 raise Refusal(400, f"{path}: over {limits.images} images", path, "too_many_images")
@@ -104,13 +106,17 @@ class CompletionReply(Reply):
 
     kind, chunk_kind, begins = "text_completion", "text_completion", "cmpl"
 
+    def __init__(self, name: str, model: Model, ask: Ask, text_tokens: int):
+        super().__init__(name, model, ask, text_tokens)
+        self._characters = [0] * ask.count  # of the tokens so far, of each answer
+
     def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
         """The best answers; their usage counts all."""
         best = sorted(answers, key=_likelihood, reverse=True) if self._ask.made else answers
         return {**super().whole(best[: self._ask.count]), "usage": self._usage_of(answers)}
 
     def _choice(self, number: int, answer: Answer) -> dict[str, Any]:
-        logprobs = self._logprobs(answer.logprobs) if self._ask.given.get("logprobs") else None
+        logprobs = self._logprobs(answer.logprobs, number) if self._ask.given.get("logprobs") else None
         return {"index": number, "text": answer.text, "finish_reason": answer.finish, "logprobs": logprobs}
 
     def begin(self) -> Iterator[str]:
@@ -119,5 +125,9 @@ class CompletionReply(Reply):
     def _said(self, delta: dict[str, Any]) -> dict[str, Any]:
         return {"text": delta.get("content", "")}
 
-    def _logprobs(self, found: Sequence[TokenScore]) -> dict[str, Any] | None:
-        return scores.completion(found, self._tokenizer) if found else None
+    def _logprobs(self, found: Sequence[TokenScore], number: int) -> dict[str, Any] | None:
+        if not found:
+            return None
+        logprobs = scores.completion(found, self._tokenizer, self._characters[number])
+        self._characters[number] += sum(map(len, logprobs["tokens"]))
+        return logprobs

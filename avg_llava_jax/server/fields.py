@@ -12,6 +12,7 @@ null always counts as absent. `status` and `markdown` write the table of docs/se
 
 from __future__ import annotations
 
+import contextvars
 import dataclasses
 import json
 import math
@@ -22,6 +23,9 @@ from typing import Any
 from avg_llava_jax.server.refusal import Refusal
 
 KINDS = {str: "a string", int: "an integer", float: "a number", bool: "true or false", list: "a list"}
+
+_extras: contextvars.ContextVar[bool] = contextvars.ContextVar("extras", default=False)
+"""`extras` of the object that is being read."""
 
 _QUOTES = reprlib.Repr()  # its constructor takes these only since Python 3.12
 _QUOTES.maxstring = _QUOTES.maxother = 80
@@ -70,13 +74,22 @@ class Field:
 def read_fields(values: Any, table: Sequence[Field], where: str = "", extras: bool = False) -> dict[str, Any]:
     """The honoured fields of a JSON object, parsed, without those that ask for nothing.
 
-    where: the object's own path, for messages. extras: ignore fields that the table does not have.
+    where: the object's own path, for messages. extras: ignore fields that the table does not have, here and in the
+        objects that the fields hold.
 
     Raises:
       Refusal: 400 that names the first field at fault.
     """
     if not isinstance(values, dict):
         raise Refusal(400, f"{where or 'the body'} must be a JSON object, not {short(values)}", where or None)
+    outside = _extras.set(extras := extras or _extras.get())
+    try:
+        return _read_fields(values, table, where, extras)
+    finally:
+        _extras.reset(outside)
+
+
+def _read_fields(values: dict[str, Any], table: Sequence[Field], where: str, extras: bool) -> dict[str, Any]:
     known, given = {field.name: field for field in table}, {}
     for name, value in values.items():
         path, field = f"{where}.{name}" if where else name, known.get(name)
@@ -120,8 +133,11 @@ class Number:
 
     @property
     def says(self) -> str:
-        kind, most = KINDS[int if self.whole else float], f" .. {self.most}" if self.most < 2**31 - 1 else " or more"
-        return f"{kind}, {self.least}{most}"
+        return f"{KINDS[int if self.whole else float]}, {self._range.removeprefix('in ')}"
+
+    @property
+    def _range(self) -> str:
+        return f"{self.least} or more" if self.most in (2**31 - 1, math.inf) else f"in {self.least} .. {self.most}"
 
     def __call__(self, value: Any, path: str) -> int | float:
         number = isinstance(value, int) and not isinstance(value, bool)
@@ -130,7 +146,7 @@ class Number:
         if not number:
             raise Refusal(400, f"{path} must be {KINDS[int if self.whole else float]}, not {short(value)}", path)
         if not self.least <= value <= self.most:
-            raise Refusal(400, f"{path}={short(value)} must be in {self.least} .. {self.most}", path)
+            raise Refusal(400, f"{path}={short(value)} must be {self._range}", path)
         return int(value) if self.whole else float(value)
 
 

@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from avg_llava_jax.config import ModelConfig
@@ -48,6 +49,8 @@ DEFAULT_NEW_TOKENS = 256
 CHARACTERS_A_TOKEN = 32  # times max_length: a longer text is refused before it is tokenized
 STOPS, STOP_CHARACTERS = 4, 256
 MANY = 2**31 - 1
+TOKENS = Number(1, math.inf, whole=True)
+"""How long an answer may be: any number is cut to what fits."""
 
 ROLES = {"system": "system", "developer": "system", "user": "human", "assistant": "gpt"}
 
@@ -95,7 +98,7 @@ STREAMING = (
 SAMPLING = (
     Field("temperature", Number(0, 2), sets="temperature", about="0, the default, is greedy"),
     Field("top_p", Number(0, 1), sets="top_p"),
-    Field("top_k", Number(0, MANY, whole=True), nothing=(-1,), sets="top_k"),
+    Field("top_k", Number(0, math.inf, whole=True), nothing=(-1,), sets="top_k"),
     Field("seed", Number(-(2**63), 2**63 - 1, whole=True), about="without one, another sample each time"),
     Field("stop", Parsed(f"a string, or up to {STOPS} of them", _stops), nothing=([], ""), sets="stop"),
     *SHAPING,
@@ -145,8 +148,8 @@ CHAT = (
     MODEL,
     Field("messages", LIST, about="roles `system`, `developer`, `user`, `assistant`; parts `text`, `image_url`"),
     *STREAMING,
-    Field("max_tokens", Number(1, MANY, whole=True), nothing=(-1,), about=f"{DEFAULT_NEW_TOKENS} if absent"),
-    Field("max_completion_tokens", Number(1, MANY, whole=True), nothing=(-1,), about="the newer name of `max_tokens`"),
+    Field("max_tokens", TOKENS, nothing=(-1,), about=f"{DEFAULT_NEW_TOKENS} if absent"),
+    Field("max_completion_tokens", TOKENS, nothing=(-1,), about="the newer name of `max_tokens`"),
     *SAMPLING,
     *LOOKING,
     *CHAT_SCORES,
@@ -239,9 +242,9 @@ def read(values: Any, config: ModelConfig, limits: Limits, served: Sequence[str]
     given = read_fields(values, CHAT, extras=limits.unknown_fields)
     check_model(given, served)
     tools = tools_of(given)
-    messages = as_text(required(given, CHAT, "messages"))
+    messages = as_text(required(given, CHAT, "messages"), limits.unknown_fields)
     introduction = tools.introduction if tools else None
-    turns, images, details = conversation(messages, "messages", config, limits, introduction)
+    turns, images, details = conversation(dict(enumerate(messages)), "messages", config, limits, introduction)
     ask = ask_of(given, CHAT, turns, images, details, config, limits)
     if tools is None:
         return ask
@@ -311,7 +314,7 @@ def parsed(body: bytes) -> Any:
         raise ValueError(f"{constant} is not a JSON number")
 
     try:
-        return json.loads(body.decode("utf-8"), parse_constant=refuse)
+        return json.loads(body.decode("utf-8-sig"), parse_constant=refuse)
     except (ValueError, RecursionError) as error:  # ValueError includes JSONDecodeError and UnicodeDecodeError
         raise Refusal(400, f"the body is not valid JSON: {error}", code="invalid_json") from None
 
@@ -338,16 +341,16 @@ class _Message:
 
 
 def conversation(
-    messages: Sequence[Any], where: str, config: ModelConfig, limits: Limits, preface: str | None = None
+    messages: Mapping[int, Any], where: str, config: ModelConfig, limits: Limits, preface: str | None = None
 ) -> tuple[list[Turn], list[SentImage], list[str]]:
     """Turns for the model's template, all images, and the `detail` of each image.
 
-    where: the field that holds the messages. preface: a system message before them. Consecutive messages of one role
-    become one turn.
+    messages: by their places in the field `where`. preface: a system message before them. Consecutive messages of one
+    role become one turn.
     """
     system = [preface] if preface and preface.strip() else []
     said: list[_Message] = []
-    for number, each in enumerate(messages):
+    for number, each in messages.items():
         message = _message(each, f"{where}[{number}]", sum(len(one.images) for one in said), limits)
         if message.role == "system":
             system += message.texts if not message.blank else []
@@ -384,7 +387,7 @@ def _message(message: Any, where: str, before: int, limits: Limits) -> _Message:
         fields = read_fields(part, PART, path, limits.unknown_fields)
         kind = required(fields, PART, "type", path)
         if kind in TEXTS:
-            parts.append(required(fields, PART, TEXTS[kind], path))
+            parts.append(text_of(part, fields, TEXTS[kind], path))
         elif kind in IMAGES and role == "human":
             if before + len(details) >= limits.images:
                 raise Refusal(400, f"{path}: over {limits.images} images", path, "too_many_images")
@@ -399,6 +402,11 @@ def _message(message: Any, where: str, before: int, limits: Limits) -> _Message:
     if not between:
         parts.sort(key=lambda part: isinstance(part, str))
     return _Message(role, _around(parts), [part for part in parts if not isinstance(part, str)], details)
+
+
+def text_of(part: dict[str, Any], fields: dict[str, Any], name: str, where: str) -> str:
+    """The text of a part, which is empty where it is null. fields: those of the part that are there, read."""
+    return "" if name in part and part[name] is None else required(fields, PART, name, where)
 
 
 def read_link(link: Any, detail: Any, where: str, limits: Limits) -> tuple[SentImage, str]:

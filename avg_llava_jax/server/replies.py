@@ -68,7 +68,7 @@ class Reply:
             "index": number,
             "message": {"role": "assistant", **message, "refusal": None},
             "finish_reason": self._finish(answer, "tool_calls" in message),
-            "logprobs": self._logprobs(answer.logprobs),
+            "logprobs": self._logprobs(answer.logprobs, number),
         }
 
     def begin(self) -> Iterator[str]:
@@ -112,7 +112,8 @@ class Reply:
     ) -> str:
         """A chunk of a stream. new: tokens so far. answer: the one that it ends. glance: one that is given again."""
         finish = answer and self._finish(answer, bool(self._calls[number].names))
-        choice = {"index": number, **self._said(delta), "finish_reason": finish, "logprobs": self._logprobs(scores)}
+        logprobs = self._logprobs(scores, number)
+        choice = {"index": number, **self._said(delta), "finish_reason": finish, "logprobs": logprobs}
         chunk = {**self._head, "object": self.chunk_kind, "choices": [choice]}
         self._made[number] = new
         if answer or glance:
@@ -148,7 +149,7 @@ class Reply:
         new = sum(len(answer.token_ids) for answer in answers)
         return self._usage(new, answers[0].visual_tokens) | {"granularity": answers[0].granularity}
 
-    def _logprobs(self, found: Sequence[TokenScore]) -> dict[str, Any] | None:
+    def _logprobs(self, found: Sequence[TokenScore], number: int) -> dict[str, Any] | None:
         return scores.chat(found, self._tokenizer) if found else None
 
     def _seen(self, answer: Answer) -> dict[str, Any]:

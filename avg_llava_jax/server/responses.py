@@ -22,15 +22,15 @@ from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.inference.model import Model
 from avg_llava_jax.inference.requests import Answer
 from avg_llava_jax.inference.tickets import Piece
-from avg_llava_jax.server.fields import ANYTHING, TEXT, Field, Number, Parsed, read_fields, required, short
+from avg_llava_jax.server.fields import ANYTHING, TEXT, Field, Parsed, read_fields, required, short
 from avg_llava_jax.server.limits import Limits
 from avg_llava_jax.server.reading import (
     DEFAULT_NEW_TOKENS,
     LOOKING,
-    MANY,
     MODEL,
     SAMPLING,
     STREAMING,
+    TOKENS,
     Ask,
     ask_of,
     check_model,
@@ -61,7 +61,7 @@ RESPONSE = (
     Field("input", Parsed("a text, or a list of messages", lambda value, path: value)),
     Field("instructions", TEXT, about="the system message"),
     *STREAMING,
-    Field("max_output_tokens", Number(1, MANY, whole=True), about=f"{DEFAULT_NEW_TOKENS} if absent"),
+    Field("max_output_tokens", TOKENS, about=f"{DEFAULT_NEW_TOKENS} if absent"),
     *SAMPLING,
     *LOOKING,
     Field("text", Parsed("`format`: `text`, `json_object` or `json_schema`", _format)),
@@ -93,8 +93,8 @@ def read(values: Any, config: ModelConfig, limits: Limits, served: Sequence[str]
     messages = [{"role": "user", "content": said}] if isinstance(said, str) else said
     if not isinstance(messages, list):
         raise Refusal(400, f"input must be a text or a list of messages, not {short(said)}", "input")
-    messages = [each for each in messages if not (isinstance(each, dict) and each.get("type") == "reasoning")]
-    turns, images, details = conversation(messages, "input", config, limits, given.get("instructions"))
+    said = {n: one for n, one in enumerate(messages) if not isinstance(one, dict) or one.get("type") != "reasoning"}
+    turns, images, details = conversation(said, "input", config, limits, given.get("instructions"))
     return ask_of(given, RESPONSE, turns, images, details, config, limits)
 
 

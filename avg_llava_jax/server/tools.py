@@ -146,19 +146,19 @@ def _guide(functions: Sequence[dict[str, Any]], may_talk: bool, several: bool) -
     return guided(lambda text: Guide(text, closes=True), grammar, "tools")
 
 
-def as_text(messages: Sequence[Any]) -> list[Any]:
+def as_text(messages: Sequence[Any], extras: bool = False) -> list[Any]:
     """Messages in which the calls of `assistant` and the results of `tool`, which becomes `user`, are text.
 
-    Other messages stay as they are, and all keep their places.
+    Other messages stay as they are, and all keep their places. extras: as in `read_fields`.
     """
-    return [_as_text(message, f"messages[{number}]") for number, message in enumerate(messages)]
+    return [_as_text(message, f"messages[{number}]", extras) for number, message in enumerate(messages)]
 
 
-def _as_text(message: Any, where: str) -> Any:
+def _as_text(message: Any, where: str, extras: bool) -> Any:
     if not isinstance(message, dict):
         return message
     if message.get("role") == "tool":
-        content = read_fields(message, RESULT_MESSAGE, where).get("content") or ""
+        content = read_fields(message, RESULT_MESSAGE, where, extras).get("content") or ""
         parts = content if isinstance(content, list) else [_part(content)]
         return {"role": "user", "content": [_part(RESULT), *parts, _part(RESULT_END)]}
     calls = message.get("tool_calls")
@@ -167,8 +167,9 @@ def _as_text(message: Any, where: str) -> Any:
     lines = []
     for number, call in enumerate(LIST(calls, f"{where}.tool_calls")):
         path = f"{where}.tool_calls[{number}]"
-        given = read_fields(call, CALLED, path)
-        function = read_fields(required(given, CALLED, "function", path), CALLED_FUNCTION, f"{path}.function")
+        given = read_fields(call, CALLED, path, extras)
+        function = required(given, CALLED, "function", path)
+        function = read_fields(function, CALLED_FUNCTION, f"{path}.function", extras)
         name = required(function, CALLED_FUNCTION, "name", f"{path}.function")
         arguments = function.get("arguments") or "{}"
         lines.append(f'{CALL}{{"name": {json.dumps(name)}, "arguments": {arguments}}}{CALL_END}')

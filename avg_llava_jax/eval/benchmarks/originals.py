@@ -89,7 +89,7 @@ def _textvqa(folder: Path) -> Iterator[Row]:
 
 
 def _mme(folder: Path) -> Iterator[Row]:
-    homes = [path for name in MME_CATEGORIES for path in [_folder(folder, name, missing_ok=True)] if path]
+    homes = [path for name in MME_CATEGORIES for path in [_category(folder, name)] if path]
     if not homes:
         raise FileNotFoundError(f"{folder} has neither *.parquet nor a folder of MME's categories, such as `existence`")
     for home in homes:
@@ -116,6 +116,19 @@ def _mme(folder: Path) -> Iterator[Row]:
                     "question_id": f"{home.name}/{image.name}",
                 }
                 yield Row(f"{path} row {number}", fields, {"image": FileImage(str(image))})
+
+
+def _category(folder: Path, name: str) -> Path | None:
+    """The nearest folder of a category; an error where another one has other questions."""
+    home = _folder(folder, name, missing_ok=True)
+    for other in sorted(path for path in folder.rglob(name) if home and path.is_dir() and path != home):
+        if _texts(other) not in ({}, _texts(home)):
+            raise ValueError(f"{home} and {other} differ: give the folder of one of them as --data")
+    return home
+
+
+def _texts(home: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in home.rglob("*.txt")}
 
 
 def _pope(folder: Path) -> Iterator[Row]:
