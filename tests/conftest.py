@@ -18,6 +18,8 @@ from tests.random_model import random_model
 from tests.small_engine import make
 
 TOKENIZER = ASSETS / "tokenizer"
+LONGEST = ("notebooks", "hosts", "training", "benchmarking", "mesh", "validation", "faults", "launch", "ablations")
+"""The files that take longest, `test_NAME.py`, from the longest: as the last one, each would keep one process alone."""
 
 
 class LargestOfAllProcesses:
@@ -45,6 +47,12 @@ def pytest_terminal_summary(terminalreporter) -> None:
         terminalreporter.section("largest differences")
     for what, difference in sorted(LARGEST.items()):
         terminalreporter.write_line(f"{difference:.1e}  {what}")
+
+
+def pytest_collection_modifyitems(items) -> None:
+    """The longest files first; what runs in several processes keeps that order by --no-loadscope-reorder."""
+    ranks = {f"test_{name}.py": rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path.name, len(ranks)))
 
 
 @pytest.fixture(scope="session")

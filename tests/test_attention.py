@@ -23,6 +23,7 @@ def draw(dtype, length, heads=4, kv_heads=2, width=16):
     return q.astype(dtype), k.astype(dtype), (0.1 * v).astype(dtype)
 
 
+@functools.partial(jax.jit, static_argnums=3)
 def formula(q, k, v, causal):
     k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2).astype(jnp.float32) for x in (k, v))
     scores = jnp.einsum("bqhd,bkhd->bhqk", q.astype(jnp.float32), k) / q.shape[-1] ** 0.5
@@ -41,6 +42,18 @@ WAYS = {
 }
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def gradients(function, causal, *arrays):
+    """What a function gives, and the gradients of a sum over it: those of the formula are compiled for all ways."""
+
+    def total(*arrays):
+        out = function(*arrays, causal)
+        return jnp.sum(jnp.sin(out)), out
+
+    found, out = jax.grad(total, (0, 1, 2), has_aux=True)(*arrays)
+    return out, found
+
+
 CASES = [(way, *case) for way in WAYS for case in ((True, 200), (False, 130))]  # no multiples of a kernel's tile
 CASES += [("padded", causal, length) for causal in (True, False) for length in (1, 131)]
 CASES += [("blocks", True, 2 * QUERY_BLOCK + 9), ("blocks", False, QUERY_BLOCK + 1)]
@@ -50,15 +63,6 @@ CASES += [("blocks", True, 2 * QUERY_BLOCK + 9), ("blocks", False, QUERY_BLOCK +
 def test_attention_is_the_formula(way, causal, length):
     if way == "gpu" and jax.default_backend() != "gpu":
         pytest.skip("cuDNN runs on a GPU alone")
-
-    def both(function):
-        return jax.jit(
-            jax.value_and_grad(
-                lambda q, k, v: (jnp.sum(jnp.sin(function(q, k, v, causal).astype(jnp.float32))), None)[0],
-                argnums=(0, 1, 2),
-            )
-        )
-
     arrays = draw(jnp.bfloat16, length)
     out = jax.jit(lambda *arrays: WAYS[way](*arrays, causal))(*arrays)
     assert out.dtype == jnp.bfloat16
@@ -66,9 +70,10 @@ def test_attention_is_the_formula(way, causal, length):
     if way == "gpu":
         return  # it takes 16 bits alone
     exact = draw(jnp.float32, length)
-    np.testing.assert_allclose(WAYS[way](*exact, causal), formula(*exact, causal), atol=1e-5)
-    for ours, wanted in zip(both(WAYS[way])(*exact)[1], both(formula)(*exact)[1], strict=True):
-        np.testing.assert_allclose(ours, wanted, atol=1e-5)
+    wanted, wanted_gradients = gradients(formula, causal, *exact)
+    np.testing.assert_allclose(jax.jit(lambda *arrays: WAYS[way](*arrays, causal))(*exact), wanted, atol=1e-5)
+    for one, other in zip(gradients(WAYS[way], causal, *exact)[1], wanted_gradients, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
 
 
 SHARED = [("cpu", 2 * BLOCK + 9), ("dense", 41), ("blocks", 2 * QUERY_BLOCK + 9), ("tpu", 300), ("padded", 41)]
@@ -104,22 +109,24 @@ def test_sequences_that_share_a_row_are_as_alone(way, length):
 def test_attention_over_a_cache_is_the_formula(monkeypatch, one_device, steps):
     """Rows of unequal length in other slots of a cache whose end is garbage: as if all stood in one sequence."""
     monkeypatch.setattr(one_cpu, "here", lambda: one_device)
-    start, slot = jnp.array([9, 4]), jnp.array([2, 0])
-    q, k, v = draw(jnp.float32, 9 + steps)
-    wanted = [
-        formula(*(x[row : row + 1, 9 - before :] for x in (q, k, v)), True)[0, -steps:]
-        for row, before in enumerate((9, 4))
-    ]
-    garbage = jnp.full((3, 2, 20, 16), 1e4)
-    cache = LayerCache(garbage, garbage)
-    for row, before in enumerate((9, 4)):  # what each row reads first
-        earlier = (x[row : row + 1, 9 - before : 9] for x in (k, v))
-        cache = cache.write(*earlier, Span(jnp.zeros(1, int), slot[row : row + 1]))
-    span = Span(start, slot, window=16)
-    cache = cache.write(k[:, 9:], v[:, 9:], span)
-    out = cached_attention(q[:, 9:], cache, span, start[:, None] + jnp.arange(steps))
-    np.testing.assert_allclose(out, jnp.stack(wanted), atol=1e-5)
-    assert (cache.k[1] == 1e4).all(), "the slot of no row is as it was"
+    arrays, lengths = draw(jnp.float32, 9 + steps), (9, 4)
+
+    @jax.jit
+    def through_a_cache(q, k, v, start, slot):
+        garbage = jnp.full((3, 2, 20, 16), 1e4)
+        cache = LayerCache(garbage, garbage)
+        for row, before in enumerate(lengths):  # what each row reads first
+            earlier = (x[row : row + 1, 9 - before : 9] for x in (k, v))
+            cache = cache.write(*earlier, Span(jnp.zeros(1, int), slot[row : row + 1]))
+        span = Span(start, slot, window=16)
+        cache = cache.write(k[:, 9:], v[:, 9:], span)
+        return cached_attention(q[:, 9:], cache, span, start[:, None] + jnp.arange(steps)), cache.k
+
+    out, written = through_a_cache(*arrays, jnp.array(lengths), jnp.array([2, 0]))
+    for row, before in enumerate(lengths):
+        wanted = formula(*(x[row : row + 1, 9 - before :] for x in arrays), True)[0, -steps:]
+        np.testing.assert_allclose(out[row], wanted, atol=1e-5)
+    assert (np.asarray(written[1]) == 1e4).all(), "the slot of no row is as it was"
 
 
 @pytest.mark.parametrize("by_slot", [True, False])
@@ -160,7 +167,8 @@ def test_the_router_drops_weights_block_by_block():
     ):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
     drop = dropper(0.5, jax.random.split(jax.random.key(0), 2))
-    kept = router._in_blocks(jnp.zeros_like(q), k, jnp.ones_like(v), drop)[..., 0]  # the share of kept weights, doubled
+    in_blocks = jax.jit(lambda *arrays: router._in_blocks(*arrays, drop))
+    kept = np.asarray(in_blocks(0 * q, k, 0 * v + 1)[..., 0])  # the share of kept weights, doubled
     assert kept.mean() == pytest.approx(1, abs=0.01) and kept.std() > 0.02
     block = -(-q.shape[2] // 2)
     assert not np.any(np.isclose(kept[:, :, :block], np.roll(kept, -block, axis=2)[:, :, :block]).all(axis=2))
@@ -190,5 +198,5 @@ def test_a_cudnn_kernel_is_traced_for_no_odd_length(monkeypatch):
     monkeypatch.setattr(jax.nn, "dot_product_attention", traced)
     monkeypatch.setattr(attention.placement, "platform", lambda: ("cuda", 1))
     q, k, v = draw(jnp.bfloat16, 577)
-    jax.grad(lambda q: jnp.sum(attention.self_attention(q, k, v, False).astype(jnp.float32)))(q)
+    jax.jit(jax.grad(lambda q: jnp.sum(attention.self_attention(q, k, v, False).astype(jnp.float32))))(q)
     assert lengths == [578]

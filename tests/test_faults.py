@@ -22,7 +22,7 @@ from avg_llava_jax.training.loop import train
 from avg_llava_jax.training.metrics import read_rows
 from avg_llava_jax.training.optimizer import make_optimizer
 from tests.conftest import TOKENIZER
-from tests.test_training import settings
+from tests.test_training import WITHOUT_TORCH, settings
 
 ROOT = Path(__file__).parents[1]
 
@@ -47,7 +47,7 @@ def test_a_full_disk_says_what_to_free_and_loses_nothing(tmp_path):
     if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
         pytest.skip("this machine lets nobody mount a file system")
     script = IN_A_SMALL_DISK.format(disk=tmp_path, python=shlex.quote(sys.executable), filler=FILLER)
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": WITHOUT_TORCH}
     done = subprocess.run(
         ["unshare", "-rm", "bash", "-c", textwrap.dedent(script)],
         cwd=ROOT,
@@ -116,11 +116,12 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_rate(params):
     optimizer = make_optimizer(OptimizerConfig(1e-2, 1e-2, warmup=0.0, weight_decay=0.1), steps=10)
     ours = {"router": params["router"]}
     grads = jax.tree.map(jnp.ones_like, ours)
-    _, state = optimizer.update(grads, optimizer.init(ours), ours)
+    update = jax.jit(optimizer.update)
+    _, state = update(grads, optimizer.init(ours), ours)
     spoiled = jax.tree.map(jnp.copy, grads)
     spoiled["router"]["logits"]["kernel"] = spoiled["router"]["logits"]["kernel"].at[0, 0].set(jnp.inf)
     for bad, loss in ((grads, jnp.nan), (spoiled, 1.0)):
-        updates, after = optimizer.update(bad, state, ours, loss=loss)
+        updates, after = update(bad, state, ours, loss=loss)
         assert not any(jnp.any(leaf) for leaf in jax.tree.leaves(updates))
         jax.tree.map(np.testing.assert_array_equal, after[:-1], state[:-1])
         assert after[-1].count == 2
@@ -174,7 +175,8 @@ ON_OTHER_MESHES = """
 def test_a_checkpoint_restores_on_any_other_mesh(tmp_path):
     """(8, 1, 1) -> (2, 2, 2) -> (1, 8, 1) -> one device, each saved by the one before; values and checksums hold."""
     script = textwrap.dedent(ON_OTHER_MESHES).replace("{folder!r}", repr(str(tmp_path)))
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "the same everywhere" in done.stdout, done.stderr
     assert "damaged" not in done.stderr

@@ -15,6 +15,7 @@ from avg_llava_jax import checkpoint
 from avg_llava_jax.parallel import hosts
 from avg_llava_jax.training.loop import TERMINATED
 from avg_llava_jax.training.metrics import read_rows
+from tests.test_training import WITHOUT_TORCH
 
 ROOT = Path(__file__).parents[1]
 STEPS, EVERY = 30, 6
@@ -30,7 +31,7 @@ def start(folder: Path, workdir: Path, *flags: str, devices: int = 1, cwd: Path 
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}",
         "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": WITHOUT_TORCH,
     }
     return subprocess.Popen(
         command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

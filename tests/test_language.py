@@ -63,14 +63,18 @@ def test_layers_unstacked_and_some_hidden_states_a_row(tiny, layers):
     apart = params | {"layers": language.unstack(params["layers"])}
     x = jnp.asarray(draw.standard_normal((3, 12, 16), np.float32))
     last, start = jnp.array([[11, 10], [0, 0], [4, 7]]), jnp.array([7, 2, 0])
-    stacked, _ = language.decoder(config, params, x)
-    hidden, _ = language.decoder(config, apart, x)
-    np.testing.assert_allclose(hidden, stacked, atol=1e-5, rtol=1e-5)
+    whole = jax.jit(lambda params, x: language.decoder(config, params, x)[0])
+    np.testing.assert_allclose(whole(apart, x), whole(params, x), atol=1e-5, rtol=1e-5)
+
+    @functools.partial(jax.jit, static_argnames="window")
+    def through(x, cache, start, window, last=None):
+        return language.decoder(config, apart, x, cache, Span(start, None, window), last)
+
     cache = language.empty_cache(config, 3, 20, jnp.float32)
-    _, before = language.decoder(config, apart, x[:, :7], cache, Span(jnp.zeros(3, int), None, 0))
-    for given in ((cache, Span(jnp.zeros(3, int), None, 0)), (before, Span(start))):
-        hidden, all_of_it = language.decoder(config, apart, x, *given)
-        found, cache_of_one = language.decoder(config, apart, x, *given, last)
+    _, before = through(x[:, :7], cache, jnp.zeros(3, int), 0)
+    for given in ((cache, jnp.zeros(3, int), 0), (before, start, None)):
+        hidden, all_of_it = through(x, *given)
+        found, cache_of_one = through(x, *given, last)
         np.testing.assert_allclose(found, hidden[jnp.arange(3)[:, None], last], atol=1e-5, rtol=1e-5)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), cache_of_one, all_of_it)
 

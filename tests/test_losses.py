@@ -101,8 +101,8 @@ def test_grounding_is_the_mean_over_words(tiny, params):
     both = jax.jit(jax.value_and_grad(lambda p, b: loss(p, b, jax.random.key(0)), has_aux=True))
 
     (value, (weight, metrics)), grad = both(params, batch)
-    features = avg_llava.encode_images(tiny, params, pixels)
-    logits = 4 * np.asarray(avg_llava.unembed(tiny, params, features), np.float64)  # D = 16
+    unembed = jax.jit(lambda p, x: avg_llava.unembed(tiny, p, avg_llava.encode_images(tiny, p, x)))
+    logits = 4 * np.asarray(unembed(params, pixels), np.float64)  # D = 16
     log_probs = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
     by_hand = -(log_probs[0, 0, 3, 5] + log_probs[0, 0, 3, 7] + log_probs[1, 1, 9, 11]) / 3
     np.testing.assert_allclose(value, by_hand, rtol=1e-5)

@@ -7,11 +7,12 @@ import sys
 
 
 def test_a_mesh_computes_what_one_device_does():
+    given = os.environ.get("XLA_FLAGS", "")
     done = subprocess.run(
         [sys.executable, "-m", "tests.on_eight_devices"],
         cwd=pathlib.Path(__file__).parents[1],
         # What is compared is computed once: fast code would not pay for the time that it takes to make.
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"},
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{given} --xla_backend_optimization_level=0"},
         capture_output=True,
         text=True,
     )

@@ -45,14 +45,15 @@ def test_weights_are_half_a_step_off_at_most():
 def test_the_model_multiplies_by_them(tiny, tied, dtype):
     own = dataclasses.replace(tiny.language, tied_embeddings=tied, qkv_bias=tied, attention_bias=not tied, qk_norm=tied)
     config = dataclasses.replace(tiny, language=own)
-    params = parameters.init(config, jax.random.key(0), dtype)
+    params = jax.jit(lambda key: parameters.init(config, key, dtype))(jax.random.key(0))
     params["language"]["layers"]["q"]["bias"] += 0.3
     small = quantized(params)
     assert parameters.flat(params).keys() < parameters.flat(small).keys()
     plain = dequantized(small)
     ids = jax.random.randint(jax.random.key(1), (2, 9), 0, own.vocab_size)
-    hidden = []
-    for tree in (small, plain):
+
+    @jax.jit
+    def logits(tree):
         x = avg_llava.embed(config, tree, ids)
         assert x.dtype == dtype
         cache = language.empty_cache(config.language, 2, 9, dtype)
@@ -60,7 +61,9 @@ def test_the_model_multiplies_by_them(tiny, tied, dtype):
         first, cache = walk(x[:, :6], cache, Span(jnp.zeros(2, int), window=0))
         rest, cache = walk(x[:, 6:], cache, Span(jnp.array([6, 6])))
         assert rest.dtype == cache[0].k.dtype == dtype
-        hidden.append(avg_llava.unembed(config, tree, jnp.concatenate([first, rest], axis=1)))
+        return avg_llava.unembed(config, tree, jnp.concatenate([first, rest], axis=1))
+
+    hidden = logits(small), logits(plain)
     rounding = {"rtol": 1e-4, "atol": 1e-5} if dtype == jnp.float32 else {"rtol": 0.1, "atol": 0.1}
     np.testing.assert_allclose(*hidden, **rounding)
     assert np.abs(np.asarray(hidden[0])).max() > 0.5

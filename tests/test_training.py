@@ -167,7 +167,8 @@ def test_feedback_ignores_text_and_the_two_executions_agree(tiny, params, batch)
 def test_visual_tokens_are_those_of_the_choice(tiny, params, batch):
     """With all scores equal the router takes the first, which is the coarsest."""
     blank = {**params, "router": jax.tree.map(jnp.zeros_like, params["router"])}
-    _, (_, metrics) = rglf.batch_loss(tiny, blank, batch, None, RglfConfig())
+    loss = jax.jit(lambda params, batch: rglf.batch_loss(tiny, params, batch, None, RglfConfig()))
+    _, (_, metrics) = loss(blank, batch)
     assert metrics["chosen/4"] == 1
     assert metrics["visual_tokens"] == pytest.approx(batch["visual"][1:3, :, 0].sum() / 3)
 
@@ -196,7 +197,7 @@ def test_optimizer_knows_components_and_matrices(tiny, params):
     optimizer = make_optimizer(dataclasses.replace(config, connector_learning_rate=2e-2), steps=10)
     ours, _ = parameters.split(params, trainable("multi_granularity", config))
     zeros = jax.tree.map(jnp.zeros_like, ours)
-    decay, _ = optimizer.update(zeros, optimizer.init(ours), ours)
+    decay, _ = jax.jit(optimizer.update)(zeros, optimizer.init(ours), ours)
     np.testing.assert_allclose(decay["connector"]["up"]["kernel"], -2e-3 * ours["connector"]["up"]["kernel"], rtol=1e-5)
     np.testing.assert_allclose(
         decay["encoder"]["layers"]["q"]["kernel"], -1e-4 * ours["encoder"]["layers"]["q"]["kernel"], rtol=1e-5
@@ -212,7 +213,7 @@ def test_optimizer_knows_components_and_matrices(tiny, params):
         np.testing.assert_array_equal(vector, 0)
     clipped = make_optimizer(OptimizerConfig(1e-2, 1e-2, clip=1.0), steps=10)
     state = clipped.init(ours)
-    _, state = clipped.update(jax.tree.map(lambda x: x + 5.0, zeros), state, ours)
+    _, state = jax.jit(clipped.update)(jax.tree.map(lambda x: x + 5.0, zeros), state, ours)
     moments = next(part for part in state if isinstance(part, optax.ScaleByAdamState))
     assert optax.global_norm(moments.mu) == pytest.approx(0.1, rel=1e-4)  # (1 - b1) x 1
 
@@ -274,13 +275,19 @@ def test_progress_reads_well_in_a_file(tmp_path):
 
 
 STEPS, EVERY = 24, 6
+WITHOUT_TORCH = os.pathsep.join((str(ROOT / "tests" / "without_torch"), str(ROOT)))
+"""PYTHONPATH of processes that train: half of their start would be the import of PyTorch."""
 
 
 def start(workdir: Path, cache: Path) -> subprocess.Popen:
     command = [sys.executable, "-m", "launch.train", "--config=configs/jersey.py:tiny", f"--workdir={workdir}"]
     command += [f"--config.steps={STEPS}", f"--config.checkpoint_every={EVERY}", "--config.granularities=(4,)"]
     command += ["--config.batch_size=4"]
-    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": WITHOUT_TORCH,
+    }
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
