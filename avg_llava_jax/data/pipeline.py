@@ -55,6 +55,9 @@ WINDOW = 16
 SURVEY = 512
 """Records that are measured at the start of a run to choose its batch shapes."""
 
+SAVES = 0.02
+"""Share of the work that one more batch shape must save; compiling it costs the time of many steps."""
+
 EMPTY = Sample("", Tokens([], []))
 """Sample of an empty row: no image, no text, no label; it adds nothing to any loss."""
 
@@ -402,8 +405,9 @@ def choose_shapes(
 ) -> tuple[Shape, ...]:
     """Chooses at most `limit` shapes, cheapest first, such that each shape in `found` fits one with little padding.
 
-    found: number of occurrences of each shape. Starting from all shapes, the pair whose merge adds the
-    least cost is merged until `limit` are left. The last is the merge of all, so any batch fits.
+    found: number of occurrences of each shape. Starting from all shapes, the pair whose merge adds the least cost is
+    merged until `limit` are left and the next merge would add at least `SAVES` of the whole cost. The last is the merge
+    of all, so any batch fits.
 
     Raises ValueError where `limit` is below 1.
     """
@@ -412,6 +416,7 @@ def choose_shapes(
     cost = functools.cache(lambda shape: _cost(shape, config, granularities)[0])
     rungs = dict(found) or {Shape(1, 1, 16, 16, 0.0): 1}
     rungs.setdefault(merge(rungs), 0)
+    least = SAVES * sum(count * cost(shape) for shape, count in rungs.items())
     number, queue = itertools.count(), []  # pairs, those first whose merge costs the least more
 
     def offer(one: Shape, other: Shape) -> None:
@@ -421,10 +426,12 @@ def choose_shapes(
 
     for one, other in itertools.combinations(list(rungs), 2):
         offer(one, other)
-    while len(rungs) > limit:
-        _, _, one, other, *counts, both = heapq.heappop(queue)
+    while len(rungs) > 1:
+        more, _, one, other, *counts, both = heapq.heappop(queue)
         if [rungs.get(one), rungs.get(other)] != counts:
             continue  # one of them was merged since
+        if len(rungs) <= limit and more >= least:
+            break
         del rungs[one], rungs[other]
         rungs[both] = rungs.get(both, 0) + sum(counts)
         for each in list(rungs):

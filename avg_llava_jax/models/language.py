@@ -294,7 +294,7 @@ def unembed(config: LanguageConfig, params: Params, hidden: Float[ArrayLike, "*M
     if not config.tied_embeddings:
         logits = Linear(config.vocab_size, use_bias=False).apply({"params": params["unembed"]}, hidden)
     else:
-        logits = hidden @ params["embed"].T.astype(hidden.dtype)
+        logits = one_cpu.product(hidden, params["embed"].T.astype(hidden.dtype))
         if "embed_scale" in params:
             logits = logits * params["embed_scale"]
     return constrain(logits.astype(jnp.float32), "batch", *[None] * (hidden.ndim - 2), "vocab")

@@ -15,6 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, ArrayLike, Float, Int, Key, Shaped
 
 from avg_llava_jax.models.dropout import dropped
+from avg_llava_jax.models.one_cpu import product
 
 
 class Linear(nn.Dense):
@@ -30,9 +31,9 @@ class Linear(nn.Dense):
     def __call__(self, x: Float[ArrayLike, "*M in"]) -> Float[Array, "*M out"]:
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), self.param_dtype)
         if self.has_variable("params", "kernel_scale"):
-            y = x @ kernel.astype(x.dtype) * self.get_variable("params", "kernel_scale")
+            y = product(x, kernel.astype(x.dtype)) * self.get_variable("params", "kernel_scale")
         else:
-            y = x @ kernel
+            y = product(x, kernel)
         if self.use_bias:
             bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
             y = y + spread(bias, y.shape)
@@ -41,8 +42,8 @@ class Linear(nn.Dense):
         a, b, scale = (self.get_variable("params", f"lora_{name}") for name in ("a", "b", "scale"))
         if self.has_variable("params", "lora_keys"):
             x = dropped(x, self.get_variable("params", "lora_keys"), self.get_variable("params", "lora_keep"))
-        low = (x @ a.astype(x.dtype) * scale).astype(x.dtype)
-        return y + (low @ b.astype(x.dtype)).astype(y.dtype)
+        low = (product(x, a.astype(x.dtype)) * scale).astype(x.dtype)
+        return y + product(low, b.astype(x.dtype)).astype(y.dtype)
 
 
 def spread(x: Float[ArrayLike, "*N"], shape: tuple[int, ...]) -> Float[Array, "..."]:

@@ -29,6 +29,18 @@ def here() -> bool:
     return placement.platform() == ("cpu", 1)
 
 
+def product(x: Float[ArrayLike, "*M in"], kernel: Float[ArrayLike, "in out"]) -> Float[Array, "*M out"]:
+    """x @ kernel, over one axis of rows.
+
+    For the gradient of the kernel, XLA for CPUs transposes arrays of more axes one element at a time.
+    """
+    x = jnp.asarray(x)
+    if not here():
+        return x @ kernel
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    return (rows @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
+
+
 def self_attention(
     q: Float[ArrayLike, "B S Q d"],
     k: Float[ArrayLike, "B S K d"],
