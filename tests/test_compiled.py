@@ -1,14 +1,11 @@
 """Compiled programs are kept between runs, and no damage of the folder stops a command."""
 
 import os
-import resource
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 
-from avg_llava_jax.commands import cli
 from tests.test_launch import ROOT, folder  # noqa: F401 (a fixture)
 
 
@@ -50,14 +47,3 @@ def test_a_folder_that_cannot_be_written_is_a_line(answer, tmp_path):
     file.write_text("no folder")
     _, error = answer(f"--compiled={file}")
     assert f"compiled programs are not kept: {file}: File exists" in error
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc's options")
-def test_memory_of_freed_arrays_is_kept(monkeypatch):
-    """The second time, the kernel clears no pages for a large array."""
-    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
-    cli.keep_memory()
-    np.ones(2**23)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    np.ones(2**23)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 2**26 / 4096 / 10

@@ -73,11 +73,11 @@ def test_a_program_compiled_ahead_is_not_compiled_again(model):
 
 
 def test_warm_up_compiles_each_program_once(tiny, tokenizer, engine, capsys):
-    assert engine.buckets.programs == 26
+    assert engine.buckets.programs == 20
     with compilations() as compiled:
         engine.warm_up()
         assert compiled() == 0
-    assert "engine: 26 programs" in capsys.readouterr().out
+    assert "engine: 20 programs" in capsys.readouterr().out
 
 
 def test_stop_strings_and_end_tokens(model, engine, photos):

@@ -20,7 +20,7 @@ def test_buckets_of_the_7b_model():
     assert buckets.tiles == (3, 4, 5, 8) and buckets.image_tiles == 5
     assert buckets.pages == 5  # one image fits, however little memory is given
     assert buckets.prompts == (1, 4) and buckets.behind == (64, 256)
-    assert len(buckets.prefills) == 20 + 10 and len(buckets.decodes) == 12 and len(buckets.routes) == 4
+    assert len(buckets.prefills) == 20 and len(buckets.decodes) == 12 and len(buckets.routes) == 4
     assert [bucket((4, 8), need) for need in (0, 4, 5, 9)] == [4, 4, 8, 8]
 
 

@@ -6,8 +6,6 @@ Commands import JAX late, so that --help and a mistyped flag return at once.
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import importlib.util
 import os
 import pathlib
 import sys
@@ -75,32 +73,6 @@ def keep_compiled() -> None:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
     os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(COMPILED_BYTES))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
-
-
-def keep_memory() -> None:
-    """Let a process that computes on CPUs keep the memory of freed arrays. Call it before JAX is imported.
-
-    glibc maps every large array anew and unmaps it once freed: the kernel then clears the same pages in every step,
-    a third of a router's step. Arenas other than the first cannot hold large arrays, so there is only that one.
-    """
-    if any(map(importlib.util.find_spec, ("libtpu", "jax_plugins"))):
-        return  # an accelerator computes, and its host may have many cores that allocate at once
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if not hasattr(libc, "mallopt"):
-        return
-    for option, value in MALLOC.values():
-        libc.mallopt(option, value)
-    libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
-    libc.madvise.argtypes, libc.free.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int], [ctypes.c_void_p]
-    if block := libc.malloc(HEAP):  # grows the heap, and touches none of it
-        libc.madvise(-(-block // HUGE) * HUGE, HEAP - HUGE, MADV_HUGEPAGE)
-        libc.free(block)
-
-
-MALLOC = {"M_ARENA_MAX": (-8, 1), "M_MMAP_THRESHOLD": (-3, 2**30), "M_TRIM_THRESHOLD": (-1, 2**31 - 1)}
-"""Options of glibc's malloc.h and their values."""
-HEAP, HUGE, MADV_HUGEPAGE = 2**30 - 2**20, 2**21, 14
-"""Bytes of the heap that lie in huge pages, which saves a tenth of a step; bytes of such a page; Linux's mman.h."""
 
 
 class ConfigFile(flags.ArgumentParser):
@@ -190,7 +162,6 @@ def run(main: Callable[[], None], required: Sequence[str], model_flags: Sequence
         try:
             refuse_buckets({name: flags.FLAGS[name].value for name in flags.FLAGS if name not in TEXT_FLAGS})
             keep_compiled()
-            keep_memory()
             main()
         except (OSError, ValueError, RuntimeError, FloatingPointError, MissingExtra) as error:
             if TRACEBACK.value:

@@ -55,18 +55,21 @@ class Buckets:
     images: tuple[int, ...]
     image_tiles: int
     texts: tuple[int, ...]
-    greedy: bool
+    on_demand: bool
 
     @property
     def prefills(self) -> list[tuple[int, int, int, int]]:
-        """(prompts, chunk, window, ends) of every prefill program.
+        """(prompts, chunk, window, ends) of every prefill program, where none is compiled on demand.
 
-        window 0: a prompt without a cached prefix. ends: positions that predict a token, several behind a draft.
+        window 0: a prompt without a cached prefix.
         """
         fresh = [(chunk, 0) for chunk in self.chunks]
         sizes = fresh + [(chunk, window) for chunk in self.behind for window in self.windows if window >= chunk]
-        sizes = [(*size, ends) for ends in (1, VERIFIED) for size in sizes if ends == 1 or size[0] <= self.verify]
-        return [(prompts, *size) for prompts in self.prompts for size in sizes]
+        return [(prompts, *size, self.ends(size[0], False)) for prompts in self.prompts for size in sizes]
+
+    def ends(self, chunk: int, draft: bool) -> int:
+        """How many of a chunk's last positions predict a token: 1, or `VERIFIED` where it may end in a draft."""
+        return VERIFIED if draft or (chunk <= self.verify and not self.on_demand) else 1
 
     @property
     def decodes(self) -> list[tuple[int, int]]:
@@ -110,7 +113,7 @@ def server_buckets(config: ModelConfig, slots: int, chunk: int, pages: int, lane
         images=(1, 4),
         image_tiles=max(counts),
         texts=_powers(ROUTED_TEXT, longest, longest),
-        greedy=False,
+        on_demand=False,
     )
 
 
@@ -142,7 +145,7 @@ def offline_buckets(
         images=tuple(sorted({1, min(8, slots)})),
         image_tiles=max(counts),
         texts=_powers(64, 2, max(64, longest)),
-        greedy=True,
+        on_demand=True,
     )
 
 

@@ -51,14 +51,28 @@ class Answering(NamedTuple):
 
 
 class Prefilled(NamedTuple):
-    """After chunks of prompts: logits (prompts, V) of the last position of each, the tokens that its last `ends`
-    positions predict and their log-probabilities (prompts, ends), scores of the last; the row of each part."""
+    """After chunks of prompts, what `programs.prefill` returns of all rows; the row of each part.
+
+    first: of the last position, the token, its log-probability and its scores, where an answer is not greedy.
+    """
 
     logits: jax.Array
     tokens: jax.Array
     chances: jax.Array
-    scores: Scores | None
+    first: tuple[jax.Array, jax.Array, Scores] | None
     rows: list[int]
+
+    @property
+    def scores(self) -> Scores | None:
+        """Scores (prompts, 1) of the last position."""
+        return self.first and self.first[2]
+
+    def fetch(self) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens (prompts, ends) and their log-probabilities, once the device has predicted them."""
+        found, first = jax.device_get(((self.tokens, self.chances), self.first and self.first[:2]))
+        if first is None:
+            return found
+        return tuple(np.concatenate([part[:, :-1], last], axis=1) for part, last in zip(found, first, strict=True))
 
 
 class Decoded(NamedTuple):
@@ -131,7 +145,6 @@ class Device:
                 for images, text in sizes.routes
             ),
             *(partial(self.prefill, [], *size) for size in sizes.prefills),
-            *(partial(self._warm_first, prompts, sizes.prefills[0][1]) for prompts in sizes.prompts),
             *(partial(self.decode, [], rows, window, 0) for rows, window in sizes.decodes),
             *(partial(self.copy, [], window) for window in sizes.windows),
         ]
@@ -143,6 +156,8 @@ class Device:
                 progress.update()
         for run in runs:
             run()
+        for prompts in sizes.prompts:  # compiled here, since it takes what a prefill returns
+            self._first(self.prefill([], prompts, *sizes.prefills[0][1:]).logits, [], [])
         jax.block_until_ready((self._cache, self._pool))
 
     def _compile(self, run: partial) -> None:
@@ -159,9 +174,6 @@ class Device:
 
     def _call(self, program: Callable[..., Any], *arguments: Any) -> Any:
         return program(*self._model, *arguments)
-
-    def _warm_first(self, prompts: int, chunk: int) -> None:
-        self._first(self.prefill([], prompts, chunk, 0, 1).logits, [], [])
 
     def encode(self, tiles: Sequence[np.ndarray], pages: Sequence[int], adapter: int = 0) -> None:
         """Encode tiles uint8 (H, W, 3) into pages; there are at most `buckets.tiles[-1]` tiles, all of one adapter."""
@@ -212,10 +224,8 @@ class Device:
         arrays = programs.Chunk(None if by_slot else slot, start, length, ids, places, weights, self._number(adapter))
         self._cache, *found = self._call(programs.prefill, self._cache, self._pool, arrays, window, ends)
         at, ended = [row for row, part in zip(rows, parts, strict=True) if part.then], [p.then for p in parts if p.then]
-        if all(answer.greedy for answer in ended):
-            return Prefilled(*found, None, rows)
-        logits = found[0]
-        return Prefilled(logits, *self._first(logits, at, ended), rows)
+        greedy = all(answer.greedy for answer in ended)
+        return Prefilled(*found, None if greedy else self._first(found[0], at, ended), rows)
 
     def _first(
         self, logits: jax.Array, rows: Sequence[int], answers: Sequence[Next]
@@ -229,7 +239,7 @@ class Device:
         for answer in answers:
             columns[:, answer.slot] = answer.then.tokens[-1], answer.cached, len(answer.then.tokens), answer.adapter
         sampling = self._sampling(rows, at, then)
-        greedy = self.buckets.greedy and all(answer.greedy for answer in then)
+        greedy = self.buckets.on_demand and all(answer.greedy for answer in then)
         sizes = STEPS, window, greedy
         self._cache, *decoded = self._call(
             programs.decode,

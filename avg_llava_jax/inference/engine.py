@@ -386,7 +386,7 @@ class Engine:
         for prefill, parts, after in calls:
             if not any(prefill.predicts):
                 continue  # without waiting for the device
-            tokens, chances = jax.device_get((after.tokens, after.chances))
+            tokens, chances = after.fetch()
             for job, part, row, count in zip(prefill.works, parts, after.rows, prefill.predicts, strict=True):
                 if not count or job in done:  # the rest of a draft that is dropped
                     continue

@@ -223,11 +223,13 @@ class Scheduler:
     def _size(self, work: Work) -> tuple[int, int, int]:
         """(chunk, window, ends) of the next chunk of a work."""
         stop = self._stop(work)
-        left, ends = stop - work.cached, VERIFIED if stop > work.prompt else 1
+        left, window = stop - work.cached, 0
         if not work.cached:
-            return chunk_bucket(self.buckets.chunks, left), 0, ends
-        chunk = chunk_bucket(self.buckets.behind, min(left, LONGEST_BEHIND))
-        return chunk, bucket(self.buckets.windows, min(work.cached + chunk, self.buckets.capacity)), ends
+            chunk = chunk_bucket(self.buckets.chunks, left)
+        else:
+            chunk = chunk_bucket(self.buckets.behind, min(left, LONGEST_BEHIND))
+            window = bucket(self.buckets.windows, min(work.cached + chunk, self.buckets.capacity))
+        return chunk, window, self.buckets.ends(chunk, draft=stop > work.prompt)
 
     def prefilled(self, prefill: Prefill) -> list[Work]:
         """Record that a prefill is in the cache. Returns the works whose prompt is complete, which now decode."""
