@@ -1,7 +1,7 @@
 """One tree of arrays on disk, in Orbax's format: its shapes, and reads that detect damage by checksums.
 
-Every leaf has a checksum. The devices compute it when the leaf is saved and again after it is read, in one
-pass over memory; it does not depend on the sharding:
+Every leaf has a checksum. It is computed when the leaf is saved and again after it is read, in one pass over memory, by
+the devices, or by the host where that takes less time than to compile; it does not depend on the sharding:
 
     sum over all elements of  mix(bits, place)  modulo 2**32
 
@@ -28,11 +28,18 @@ logger = logging.getLogger(__name__)
 UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 """Unsigned dtype by bytes per element; JAX has no wider elements unless x64 is enabled."""
 
+SMALL = 2**28
+"""Bytes of a tree up to which the host computes its checksums: a third of a second, where compiling takes longer."""
+
 
 def checksums(tree: Any) -> dict[str, int]:
     """Checksum of each leaf by "path dtype". Leaves are arrays on the same devices."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    sums = jax.device_get(_checksums([leaf for _, leaf in leaves]))
+    arrays = [leaf for _, leaf in leaves]
+    if sum(leaf.nbytes for leaf in arrays) <= SMALL and all(leaf.is_fully_addressable for leaf in arrays):
+        sums = map(_on_host, jax.device_get(arrays))
+    else:
+        sums = jax.device_get(_checksums(arrays))
     return {f"{_name(path)} {leaf.dtype}": int(value) for (path, leaf), value in zip(leaves, sums, strict=True)}
 
 
@@ -42,6 +49,18 @@ def by_layer(tree: Any) -> list[dict[str, int]]:
     sums = np.stack(jax.device_get(_sums_by_layer([leaf for _, leaf in leaves])), axis=1)
     names = [f"{_name(path)} {leaf.dtype}" for path, leaf in leaves]
     return [dict(zip(names, map(int, row), strict=True)) for row in sums]
+
+
+def _on_host(leaf: np.ndarray) -> int:
+    """`_checksums` of one array, in pieces that fit the caches."""
+    bits, total, piece = leaf.reshape(-1).view(np.dtype(UNSIGNED[leaf.dtype.itemsize])), 0, 2**16
+    for start in range(0, len(bits), piece):
+        mixed = bits[start : start + piece].astype(np.uint32)
+        mixed ^= np.arange(start, start + len(mixed)).astype(np.uint32) * np.uint32(0x9E3779B1)
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+            mixed = (mixed ^ (mixed >> np.uint32(shift))) * np.uint32(factor)
+        total += int(np.sum(mixed ^ (mixed >> np.uint32(16)), dtype=np.uint32))
+    return total % 2**32
 
 
 @jax.jit

@@ -127,7 +127,17 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_rate(params):
         assert after[-1].count == 2
 
 
-def test_a_checksum_knows_every_bit_and_every_place():
+def test_host_and_devices_compute_the_same_checksums(monkeypatch):
+    draw = jax.random.normal(jax.random.key(0), (3, 2**15))  # more than one piece on the host
+    tree = {"a": draw, "b": draw[0].astype(jnp.bfloat16), "c": jnp.arange(9, dtype=jnp.int8), "d": jnp.zeros((0, 4))}
+    found = stored.checksums(tree)
+    monkeypatch.setattr(stored, "SMALL", -1)
+    assert stored.checksums(tree) == found
+
+
+@pytest.mark.parametrize("small", [stored.SMALL, -1])
+def test_a_checksum_knows_every_bit_and_every_place(monkeypatch, small):
+    monkeypatch.setattr(stored, "SMALL", small)
     leaf = jnp.arange(12, dtype=jnp.float32).reshape(3, 4) / 7
 
     def of(leaf):
@@ -141,9 +151,11 @@ def test_a_checksum_knows_every_bit_and_every_place():
 
 ON_OTHER_MESHES = """
     import jax, numpy as np, optax
-    from avg_llava_jax import checkpoint, parameters
+    from avg_llava_jax import checkpoint, parameters, stored
     from avg_llava_jax.parallel import sharding
     from tests.test_parameters import TINY
+
+    stored.SMALL = -1  # the devices compute the checksums
 
     def on(devices, sizes):
         mesh = sharding.make_mesh(dict(zip(sharding.AXES, sizes)), jax.devices()[:devices])
