@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from avg_llava_jax.config import LanguageConfig, ModelConfig
-from avg_llava_jax.models import avg_llava, language
+from avg_llava_jax.models import avg_llava, language, one_cpu
 from avg_llava_jax.models.cache import Span
 
 
@@ -25,6 +26,22 @@ def fresh(config: ModelConfig) -> avg_llava.Params:
         lambda leaf: leaf + 0.1 * noise.standard_normal(leaf.shape, np.float32), params["language"]
     )
     return params
+
+
+def test_on_one_cpu_no_gradient_of_a_kernel_transposes_the_rows(tiny, monkeypatch):
+    """XLA would write a layer's input again, one element at a time, as an array with a column for each row."""
+    params, x = fresh(tiny), jnp.zeros((2, 40, tiny.language.width))
+
+    def transposed():
+        def total(params, x):
+            hidden, _ = language.decoder(tiny.language, params["language"], x)
+            return language.unembed(tiny.language, params["language"], hidden).sum()
+
+        return re.findall(r"f32\[\d+,80\]\{1,0\}", jax.jit(jax.grad(total)).lower(params, x).compile().as_text())
+
+    assert not transposed()
+    monkeypatch.setattr(one_cpu, "here", lambda: False)
+    assert transposed(), "products over two axes of rows"
 
 
 def test_a_long_sequence_through_the_cache(tiny):
