@@ -106,6 +106,7 @@ class Chip:
     platform: str = "tpu"
     core_on_chip: int = 0
     process_index: int = 0
+    slice_index: int = 0
 
 
 @pytest.mark.parametrize("kind", ["TPU v6 lite", "TPU v5 lite"])
@@ -116,6 +117,17 @@ def test_a_mesh_axis_is_half_a_side_of_a_slice(kind):
     assert mesh.shape == {"data": 1, "fsdp": 8, "tensor": 2}
     for one, other in mesh.devices.reshape(8, 2):
         assert sum(abs(a - b) for a, b in zip(one.coords, other.coords, strict=True)) == 1
+
+
+@pytest.mark.parametrize("data, slices_of_rows", [(2, [{0}, {1}]), (4, [{0}, {0}, {1}, {1}])])
+def test_only_data_crosses_from_a_tpu_slice_to_another(data, slices_of_rows):
+    places = [(x, y, 0) for y in range(4) for x in range(4)]
+    chips = [Chip(16 * part + n, at, "TPU v6 lite", slice_index=part) for part in (0, 1) for n, at in enumerate(places)]
+    mesh = sharding.make_mesh({"data": data, "fsdp": -1, "tensor": 2}, chips)
+    assert mesh.shape == {"data": data, "fsdp": 16 // data, "tensor": 2}
+    assert [{chip.slice_index for chip in row.flat} for row in mesh.devices] == slices_of_rows
+    with pytest.raises(ValueError, match="on 2 TPU slices: give `data` a multiple of 2"):
+        sharding.make_mesh({"data": 1, "fsdp": -1, "tensor": 1}, chips)
 
 
 def test_an_axis_that_does_not_divide_stays_whole():

@@ -22,10 +22,11 @@ COMPILERS = min(8, os.cpu_count() or 1)
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh of the given axis sizes; one of them may be -1 and takes the remaining devices.
 
-    On 8 devices {"data": -1, "fsdp": 2, "tensor": 2} makes (2, 2, 2).
+    On 8 devices {"data": -1, "fsdp": 2, "tensor": 2} makes (2, 2, 2). On several TPU slices `data` alone crosses the
+    slow network between them: each slice holds whole copies of the model.
 
     Raises:
-      ValueError: the sizes do not multiply to the number of devices.
+      ValueError: the sizes do not multiply to the number of devices, or `data` is no multiple of the TPU slices.
     """
     devices = jax.devices() if devices is None else list(devices)
     given = [int(sizes[axis]) for axis in AXES]
@@ -40,8 +41,19 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
             f"mesh {dict(zip(AXES, given, strict=True))} does not fit {len(devices)} devices: "
             "give sizes whose product is their number"
         )
-    # jax.make_mesh splits a side of a TPU slice for v5e alone: it refuses tensor=2 on v6e:4x4 (jax 0.10.2).
-    placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    slices = len({device.slice_index for device in devices}) if devices[0].platform == "tpu" else 1
+    if shape[0] % slices:
+        raise ValueError(
+            f"mesh {dict(zip(AXES, given, strict=True))} on {slices} TPU slices: give `data` a multiple of {slices}"
+        )
+    # jax.make_mesh splits a side of a TPU slice for v5e alone: it refuses tensor=2 on v6e:4x4. Of several slices it and
+    # create_device_mesh mix devices within an axis, or fail (jax 0.10.2).
+    within, across = (shape[0] // slices, *shape[1:]), (slices, 1, 1)
+    split = {"devices": devices, "allow_split_physical_axes": True}
+    if slices > 1:
+        placed = mesh_utils.create_hybrid_device_mesh(within, across, **split)
+    else:
+        placed = mesh_utils.create_device_mesh(shape, **split)
     return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
