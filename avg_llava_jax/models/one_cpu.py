@@ -1,6 +1,6 @@
 """Special cases of one CPU device: its caches are small, copies are expensive, and slices of host arrays are free.
 
-Each is reached through an interface that accelerators use too: `attention`, `language.unstack`,
+Each is reached through an interface that accelerators use too: `attention`, `linear`, `language.unstack`,
 `avg_llava.encode_images`.
 """
 
@@ -30,9 +30,9 @@ def here() -> bool:
 
 
 def product(x: Float[ArrayLike, "*M in"], kernel: Float[ArrayLike, "in out"]) -> Float[Array, "*M out"]:
-    """x @ kernel, over one axis of rows.
+    """x @ kernel, on one CPU over one axis of rows.
 
-    For the gradient of the kernel, XLA for CPUs transposes arrays of more axes one element at a time.
+    For the gradient of the kernel, XLA for CPUs would transpose rows of several axes one element at a time.
     """
     x = jnp.asarray(x)
     if not here():
