@@ -106,6 +106,12 @@ class Chip:
     platform: str = "tpu"
     core_on_chip: int = 0
     process_index: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class ChipOfSeveralSlices(Chip):
+    """One of a slice alone has no such index."""
+
     slice_index: int = 0
 
 
@@ -122,7 +128,11 @@ def test_a_mesh_axis_is_half_a_side_of_a_slice(kind):
 @pytest.mark.parametrize("data, slices_of_rows", [(2, [{0}, {1}]), (4, [{0}, {0}, {1}, {1}])])
 def test_only_data_crosses_from_a_tpu_slice_to_another(data, slices_of_rows):
     places = [(x, y, 0) for y in range(4) for x in range(4)]
-    chips = [Chip(16 * part + n, at, "TPU v6 lite", slice_index=part) for part in (0, 1) for n, at in enumerate(places)]
+    chips = [
+        ChipOfSeveralSlices(16 * part + n, at, "TPU v6 lite", slice_index=part)
+        for part in (0, 1)
+        for n, at in enumerate(places)
+    ]
     mesh = sharding.make_mesh({"data": data, "fsdp": -1, "tensor": 2}, chips)
     assert mesh.shape == {"data": data, "fsdp": 16 // data, "tensor": 2}
     assert [{chip.slice_index for chip in row.flat} for row in mesh.devices] == slices_of_rows

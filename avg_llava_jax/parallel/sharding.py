@@ -41,19 +41,20 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
             f"mesh {dict(zip(AXES, given, strict=True))} does not fit {len(devices)} devices: "
             "give sizes whose product is their number"
         )
-    slices = len({device.slice_index for device in devices}) if devices[0].platform == "tpu" else 1
+    # A single slice's devices may have no index, and a GPU's is another thing.
+    tpu = devices[0].platform == "tpu"
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if tpu else 1
     if shape[0] % slices:
         raise ValueError(
             f"mesh {dict(zip(AXES, given, strict=True))} on {slices} TPU slices: give `data` a multiple of {slices}"
         )
-    # jax.make_mesh splits a side of a TPU slice for v5e alone: it refuses tensor=2 on v6e:4x4. Of several slices it and
-    # create_device_mesh mix devices within an axis, or fail (jax 0.10.2).
-    within, across = (shape[0] // slices, *shape[1:]), (slices, 1, 1)
-    split = {"devices": devices, "allow_split_physical_axes": True}
+    # jax.make_mesh splits a side of a TPU slice for v5e alone: it refuses tensor=2 on v6e:4x4. Several slices it refuses,
+    # and create_device_mesh mixes them within an axis, or fails (jax 0.10.2).
     if slices > 1:
-        placed = mesh_utils.create_hybrid_device_mesh(within, across, **split)
+        within, across = (shape[0] // slices, *shape[1:]), (slices, 1, 1)
+        placed = mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
     else:
-        placed = mesh_utils.create_device_mesh(shape, **split)
+        placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
