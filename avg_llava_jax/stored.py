@@ -36,31 +36,43 @@ def checksums(tree: Any) -> dict[str, int]:
     """Checksum of each leaf by "path dtype". Leaves are NumPy arrays, or arrays on the same devices."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     arrays = [leaf for _, leaf in leaves]
-    near = all(getattr(leaf, "is_fully_addressable", True) for leaf in arrays)
-    if near and sum(leaf.nbytes for leaf in arrays) <= SMALL:
-        sums = map(_on_host, jax.device_get(arrays))
-    else:
-        sums = jax.device_get(_checksums(arrays))
+    sums = map(_on_host, jax.device_get(arrays)) if _small(arrays) else jax.device_get(_checksums(arrays))
     return {f"{_name(path)} {leaf.dtype}": int(value) for (path, leaf), value in zip(leaves, sums, strict=True)}
 
 
 def by_layer(tree: Any) -> list[dict[str, int]]:
     """`checksums` of each layer, for leaves that stack layers along their first axis."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    sums = np.stack(jax.device_get(_sums_by_layer([leaf for _, leaf in leaves])), axis=1)
+    arrays = [leaf for _, leaf in leaves]
+    if _small(arrays):
+        tree = jax.device_get(tree)
+        return [checksums(jax.tree.map(lambda leaf: leaf[at], tree)) for at in range(len(arrays[0]))]  # noqa: B023
+    sums = np.stack(jax.device_get(_sums_by_layer(arrays)), axis=1)
     names = [f"{_name(path)} {leaf.dtype}" for path, leaf in leaves]
     return [dict(zip(names, map(int, row), strict=True)) for row in sums]
+
+
+def _small(arrays: list[Any]) -> bool:
+    """Whether the host computes the checksums of these arrays."""
+    near = all(getattr(array, "is_fully_addressable", True) for array in arrays)
+    return near and sum(array.nbytes for array in arrays) <= SMALL
+
+
+def _mix(bits: Any, place: Any) -> Any:
+    """`mix` of uint32 arrays of NumPy or JAX."""
+    mixed = bits ^ (place * np.uint32(0x9E3779B1))
+    mixed = (mixed ^ (mixed >> np.uint32(16))) * np.uint32(0x85EBCA6B)
+    mixed = (mixed ^ (mixed >> np.uint32(13))) * np.uint32(0xC2B2AE35)
+    return mixed ^ (mixed >> np.uint32(16))
 
 
 def _on_host(leaf: np.ndarray) -> int:
     """`_checksums` of one array, in pieces that fit the caches."""
     bits, total, piece = leaf.reshape(-1).view(np.dtype(UNSIGNED[leaf.dtype.itemsize])), 0, 2**16
     for start in range(0, len(bits), piece):
-        mixed = bits[start : start + piece].astype(np.uint32)
-        mixed ^= np.arange(start, start + len(mixed)).astype(np.uint32) * np.uint32(0x9E3779B1)
-        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-            mixed = (mixed ^ (mixed >> np.uint32(shift))) * np.uint32(factor)
-        total += int(np.sum(mixed ^ (mixed >> np.uint32(16)), dtype=np.uint32))
+        part = bits[start : start + piece].astype(np.uint32)
+        place = np.arange(start, start + len(part)).astype(np.uint32)
+        total += int(np.sum(_mix(part, place), dtype=np.uint32))
     return total % 2**32
 
 
@@ -77,10 +89,7 @@ def _checksums(leaves: list[jax.Array]) -> list[jax.Array]:
         for axis in reversed(range(leaf.ndim)):
             place += jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis) * jnp.uint32(stride % 2**32)
             stride *= leaf.shape[axis]
-        mixed = bits ^ (place * jnp.uint32(0x9E3779B1))
-        mixed = (mixed ^ (mixed >> 16)) * jnp.uint32(0x85EBCA6B)
-        mixed = (mixed ^ (mixed >> 13)) * jnp.uint32(0xC2B2AE35)
-        return jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)
+        return jnp.sum(_mix(bits, place), dtype=jnp.uint32)
 
     return [checksum(leaf) for leaf in leaves]
 

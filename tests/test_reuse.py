@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from avg_llava_jax import checkpoint, reuse
+from avg_llava_jax import checkpoint, reuse, stored
 from avg_llava_jax.data.feedback import FeedbackFolder, require_same_measure
 from avg_llava_jax.data.sources import contents, open_source
 from avg_llava_jax.data.tokenizer import load_tokenizer
@@ -301,8 +301,10 @@ def test_a_quickstart_of_another_model_is_refused(tiny, tokenizer, tmp_path):
         quickstart.run(tmp_path / "run", config, 6)
 
 
-def test_the_digest_of_weights_does_not_depend_on_their_form(model):
+@pytest.mark.parametrize("small", [stored.SMALL, -1])
+def test_the_digest_of_weights_does_not_depend_on_their_form(model, monkeypatch, small):
     """Answers of one process, which stacks layers, serve two, which do not."""
+    monkeypatch.setattr(stored, "SMALL", small)
     layers = jax.tree.map(lambda leaf: np.concatenate([leaf, leaf + 1]), model.params["language"]["layers"])
     parts = tuple(jax.tree.map(lambda leaf: leaf[at], layers) for at in range(2))  # noqa: B023
 
