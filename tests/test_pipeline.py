@@ -184,6 +184,14 @@ def test_shapes_are_chosen_to_hold_all_found(tiny):
     assert choose_shapes(found, 99, tiny, tiny.granularities)[-1] == merge(found)
 
 
+def test_shapes_that_save_little_are_not_kept(tiny):
+    """Texts of 1000 and 1001 share a shape, however many shapes are allowed; texts of 100 have their own."""
+    near = {Shape(1, 1, length, 16, 1.0): 10 for length in (1000, 1001)}
+    assert choose_shapes(near, 6, tiny, tiny.granularities) == (merge(near),)
+    found = near | {Shape(1, 1, 100, 16, 1.0): 10}
+    assert [shape.text for shape in choose_shapes(found, 6, tiny, tiny.granularities)] == [100, 1001]
+
+
 def test_visual_tokens_are_counted(llava_folder, tokenizer, tiny):
     """Packed length = text + visual tokens, at each granularity."""
     batch = planned(llava_folder, tokenizer, tiny)[0]

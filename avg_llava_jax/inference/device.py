@@ -205,7 +205,7 @@ class Device:
         """Prefill chunks of prompts.
 
         prompts, chunk, window: buckets, at least the number of parts, their longest, and their last position + 1.
-        ends: 1, or VERIFIED where prompts end in drafts.
+        ends: see `Buckets.ends`.
         """
         # On several lanes row i is slot i, so that each device reads and writes its own slots.
         by_slot = self.buckets.lanes > 1

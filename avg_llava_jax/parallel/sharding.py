@@ -48,8 +48,8 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
         raise ValueError(
             f"mesh {dict(zip(AXES, given, strict=True))} on {slices} TPU slices: give `data` a multiple of {slices}"
         )
-    # jax.make_mesh splits a side of a TPU slice for v5e alone: it refuses tensor=2 on v6e:4x4. Several slices it refuses,
-    # and create_device_mesh mixes them within an axis, or fails (jax 0.10.2).
+    # jax.make_mesh splits a side of a TPU slice for v5e alone: it refuses tensor=2 on v6e:4x4. It takes no several
+    # slices, and create_device_mesh mixes them within an axis, or fails (jax 0.10.2).
     if slices > 1:
         within, across = (shape[0] // slices, *shape[1:]), (slices, 1, 1)
         placed = mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
