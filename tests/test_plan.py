@@ -98,6 +98,7 @@ def test_steps_on_gpus_with_advice():
     code, out, error = plan("--topology=h100:1", *ONE_GRANULARITY, "--config.batch_size=64", **little)
     assert code == 0, error
     assert " of 0.016: DOES NOT FIT" in out and " of 0.016: fits" in out and out.rstrip().endswith("it fits")
+    assert "with XLA_CLIENT_MEM_FRACTION=0.95 it fits a GPU that runs nothing else" in out
 
 
 @GPU

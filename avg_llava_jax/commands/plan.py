@@ -113,6 +113,8 @@ def main() -> None:
     print(table([plan]), flush=True)
     if plan.fits is not False or not ADVISE.value:
         return
+    if plan.total and target.chip.card and plan.total <= chips.LARGEST_SHARE * target.chip.memory:
+        print(f"\nwith XLA_CLIENT_MEM_FRACTION={chips.LARGEST_SHARE} it fits a GPU that runs nothing else")
     for flag, other in planning.alternatives(config, target):
         print(f"\ntrying {flag}", flush=True)
         plan = planning.train_step(other, target, shape)

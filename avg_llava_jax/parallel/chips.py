@@ -22,6 +22,8 @@ from avg_llava_jax import extras
 GIB = 2**30
 SHARE = 0.75
 """The share of a GPU's memory that JAX takes, unless XLA_CLIENT_MEM_FRACTION is set."""
+LARGEST_SHARE = 0.95
+"""The share that a GPU which runs nothing else can give to JAX; the driver and CUDA keep the rest."""
 
 
 class Card(NamedTuple):
