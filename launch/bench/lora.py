@@ -1,4 +1,4 @@
-"""Accuracy of LoRA beside full tuning: python -m launch.bench.lora --workdir=DIR --easy_vqa=FOLDER
+"""Accuracy of LoRA beside full tuning: python -m launch.bench.lora --workdir=DIR
 
 Tunes two bases on two data sets, in full and with adapters of rank 8, and asks held-out questions at the same
 granularity. Language model and connector are trained; the encoder, whose features the shipped model needs as they are,
@@ -9,37 +9,37 @@ stays frozen in both. Writes the table of docs/lora.md.
                                          zero, so that it computes what it did (Wu et al., "LLaMA Pro", 2024)
 
     jersey      with questions about neighbours, which the shipped model was not trained to answer
-    easy-vqa    its questions for a shape or a colour: FOLDER is `easy_vqa/data` of the package easy-vqa
+    digits      of `data_sets`; pip install scikit-learn
 
 After an interruption the same command resumes; DIR/outcome.json holds what was measured.
 """
 
 import json
 import pathlib
-import shutil
 import time
 from typing import Any
 
 from absl import flags
 
 from avg_llava_jax.commands import cli
+from launch.bench import data_sets
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Where bases, data, runs and outcome.json go.")
-EASY_VQA = flags.DEFINE_string("easy_vqa", None, "The folder `easy_vqa/data` of the package easy-vqa.")
-STEPS = flags.DEFINE_integer("steps", 240, "Steps of each run; half of them with 30 layers.", lower_bound=2)
-QUESTIONS = flags.DEFINE_integer("questions", 400, "Held-out questions of each data set.", lower_bound=1)
+STEPS = flags.DEFINE_integer("steps", 480, "Steps of each run; half of them with 30 layers.", lower_bound=2)
+QUESTIONS = flags.DEFINE_integer("questions", 400, "Held-out questions of jersey, and pictures of digits, two each.", 1)
 
 GRANULARITY, BATCH, LAYERS = 16, 8, 30
 BASES = {"shipped": "shipped, 4 layers", "expanded": "expanded, 30 layers"}
-DATA = ("easy-vqa", "jersey")
+DATA = ("jersey", "digits")
 METHODS = {
     "full": {"optimizer.learning_rate": 1e-3},
     "lora": {
-        "optimizer.learning_rate": 1e-2,
+        "optimizer.learning_rate": 5e-3,
+        "optimizer.connector_learning_rate": 1e-3,
         "optimizer.lora.rank": 8,
     },
 }
-"""Settings of a run; adapters want a higher rate than full tuning."""
+"""Settings of a run; adapters want a higher rate than full tuning, the connector beside them does not."""
 
 DOCUMENT = pathlib.Path(__file__).parents[2] / "docs" / "lora.md"
 BEGIN, END = "<!-- accuracy: python -m launch.bench.lora -->\n", "<!-- end of accuracy -->\n"
@@ -69,32 +69,12 @@ def expand(folder: pathlib.Path) -> None:
     convert.write_checkpoint(loaded._replace(config=config, params=parameters.unflat(leaves)), folder)
 
 
-def easy_vqa(source: pathlib.Path, folder: pathlib.Path, split: str, pictures: int, turns: int) -> None:
-    """Write easy-vqa as LLaVA JSON, a conversation of up to `turns` questions for a shape or a colour a picture."""
-    shutil.copytree(source / split / "images", folder / split)
-    asked: dict[int, list[list[str]]] = {}
-    for question, answer, image in json.loads((source / split / "questions.json").read_text()):
-        if question.startswith("what"):
-            asked.setdefault(image, []).append([question, answer])
-    records = []
-    for image, pairs in list(asked.items())[:pictures]:
-        step = max(1, len(pairs) // turns)
-        turned = [
-            turn
-            for question, answer in pairs[::step][:turns]
-            for turn in ({"from": "human", "value": question}, {"from": "gpt", "value": answer})
-        ]
-        turned[0]["value"] = "<image>\n" + turned[0]["value"]
-        records.append({"id": f"{split}-{image}", "image": f"{image}.png", "conversations": turned})
-    (folder / f"{split}.json").write_text(json.dumps(records))
-
-
 def data_of(name: str, root: pathlib.Path, split: str) -> tuple[str, str]:
     """The path and the images of a data set; questions of a test come one at a time."""
     if name == "jersey":
         settings = {"train": "turns=4", "test": f"turns=1&split=test&size={QUESTIONS.value}"}[split]
         return f"jersey?near=0.7&coarse=0.2&neighbours=3&{settings}", ""
-    return str(root / "easy-vqa" / f"{split}.json"), str(root / "easy-vqa" / split)
+    return str(root / name / f"{split}.json"), str(root / name)
 
 
 def accuracy(checkpoint: pathlib.Path, path: str, images: str) -> float:
@@ -157,9 +137,7 @@ def main() -> None:
     root.mkdir(parents=True, exist_ok=True)
     if not (root / "expanded").exists():
         expand(root / "expanded")
-    if not (root / "easy-vqa").exists():
-        easy_vqa(pathlib.Path(EASY_VQA.value), root / "easy-vqa", "train", 4000, 4)
-        easy_vqa(pathlib.Path(EASY_VQA.value), root / "easy-vqa", "test", QUESTIONS.value, 1)
+    data_sets.write("digits", root / "digits", 2000, QUESTIONS.value)
     file = root / "outcome.json"
     found = json.loads(file.read_text()) if file.exists() else {}
     for key in [f"{base} {data} {method}" for base in BASES for data in DATA for method in ("base", *METHODS)]:
@@ -172,4 +150,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, required=["workdir", "easy_vqa"], model_flags=())
+    cli.run(main, required=["workdir"], model_flags=())
