@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from avg_llava_jax.models import attention, one_cpu, router
+from avg_llava_jax.models import cache as cache_of
 from avg_llava_jax.models.attention import QUERY_BLOCK, cached_attention, dense, kernel_for, padded_attention
 from avg_llava_jax.models.cache import LayerCache, Span
 from avg_llava_jax.models.dropout import dropper
@@ -104,17 +105,19 @@ def test_sequences_that_share_a_row_are_as_alone(way, length):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), both(shared), both(alone))
 
 
-@pytest.mark.parametrize("one_device", [True, False])
+@pytest.mark.parametrize("platform", ["one cpu", "gpu", "tpu"])
 @pytest.mark.parametrize("steps", [1, 5])
-def test_attention_over_a_cache_is_the_formula(monkeypatch, one_device, steps):
+def test_attention_over_a_cache_is_the_formula(monkeypatch, platform, steps):
     """Rows of unequal length in other slots of a cache whose end is garbage: as if all stood in one sequence."""
-    monkeypatch.setattr(one_cpu, "here", lambda: one_device)
+    monkeypatch.setattr(one_cpu, "here", lambda: platform == "one cpu")
+    monkeypatch.setattr(cache_of, "positions_first", lambda: platform == "tpu")
     arrays, lengths = draw(jnp.float32, 9 + steps), (9, 4)
 
     @jax.jit
     def through_a_cache(q, k, v, start, slot):
-        garbage = jnp.full((3, 2, 20, 16), 1e4)
+        garbage = jnp.full((3, 20, 2, 16) if platform == "tpu" else (3, 2, 20, 16), 1e4)
         cache = LayerCache(garbage, garbage)
+        assert cache.capacity == 20
         for row, before in enumerate(lengths):  # what each row reads first
             earlier = (x[row : row + 1, 9 - before : 9] for x in (k, v))
             cache = cache.write(*earlier, Span(jnp.zeros(1, int), slot[row : row + 1]))
@@ -129,10 +132,12 @@ def test_attention_over_a_cache_is_the_formula(monkeypatch, one_device, steps):
     assert (np.asarray(written[1]) == 1e4).all(), "the slot of no row is as it was"
 
 
+@pytest.mark.parametrize("tpu", [True, False])
 @pytest.mark.parametrize("by_slot", [True, False])
-def test_a_row_outside_the_cache_writes_nothing(by_slot):
+def test_a_row_outside_the_cache_writes_nothing(monkeypatch, by_slot, tpu):
+    monkeypatch.setattr(cache_of, "positions_first", lambda: tpu)
     k = jnp.arange(2 * 3 * 2 * 4, dtype=jnp.float32).reshape(2, 3, 2, 4) + 1
-    cache = LayerCache(jnp.zeros((2, 2, 5, 4)), jnp.zeros((2, 2, 5, 4)))
+    (cache,) = cache_of.zeros(1, 2, 2, 5, 4, jnp.float32)
     if by_slot:
         written = cache.write(k, k, Span(jnp.array([1, 1]), jnp.array([1, 2])))
         row, slot, start = 0, 1, 1
@@ -141,7 +146,10 @@ def test_a_row_outside_the_cache_writes_nothing(by_slot):
         row, slot, start = 1, 1, 2
     wanted = np.zeros((2, 2, 5, 4), np.float32)
     wanted[slot, :, start : start + 3] = np.asarray(k[row]).swapaxes(0, 1)
-    np.testing.assert_array_equal(written.k, wanted)
+    np.testing.assert_array_equal(written.k, wanted.swapaxes(1, 2) if tpu else wanted)
+    np.testing.assert_array_equal(written.view(Span(jnp.zeros(2, int), window=4), 2)[1], wanted[:, :, :4])
+    moved = written.copied(jnp.array([slot, 0]), jnp.array([1 - slot, 2]), 2)  # there is no slot 2
+    np.testing.assert_array_equal(moved.view(Span(jnp.zeros(2, int)), 2)[0][1 - slot, :, :2], wanted[slot, :, :2])
 
 
 def test_dense_attention_drops_and_masks():

@@ -7,8 +7,8 @@
     cache --decode--> cache, tokens                     the first slots, several steps
     cache --copy--> cache                               shared prefixes, from slots to slots
 
-The cache (a `LayerCache` of (slots, K, C, d) per layer) and the pool (pages, R, D) are donated and updated in
-place. Writes of padding rows lie outside of both, and are dropped.
+The cache (see `models.cache`) and the pool (pages, R, D) are donated and updated in place. Writes of padding rows lie
+outside of both, and are dropped.
 
 Values of a request (length, temperature, penalties, allowed tokens) are arrays with one entry per row, so that requests
 share programs, and a row's tokens do not depend on its neighbours. `params` have their layers unstacked.
@@ -25,7 +25,7 @@ from avg_llava_jax.inference import stacked
 from avg_llava_jax.inference.requests import TOP
 from avg_llava_jax.models import avg_llava, language
 from avg_llava_jax.models.avg_llava import Params
-from avg_llava_jax.models.cache import Cache, LayerCache, Span, spread
+from avg_llava_jax.models.cache import Cache, Span, spread
 from avg_llava_jax.models.router import Routing
 from avg_llava_jax.parallel import sharding
 from avg_llava_jax.placement import constrain
@@ -264,7 +264,7 @@ def decode(
     int (B,), and their scores (B, most).
     """
     params = stacked.of_rows(params, rows.adapter)
-    capacity, row = cache[0].k.shape[2], jnp.arange(len(rows.last))
+    capacity, row = cache[0].capacity, jnp.arange(len(rows.last))
 
     def unfinished(carry: tuple) -> jax.Array:
         step, _, _, done, *_ = carry
@@ -305,10 +305,7 @@ def copy(
 ) -> Cache:
     """Copy the first `window` positions of slots `source` (B,) to slots `target` (B,); a target outside is dropped."""
 
-    def one(part: jax.Array) -> jax.Array:
-        return part.at[target, :, :window].set(part.at[source, :, :window].get(mode="clip"), mode="drop")
-
-    return spread(tuple(LayerCache(one(layer.k), one(layer.v)) for layer in cache))
+    return spread(tuple(layer.copied(source, target, window) for layer in cache))
 
 
 class Counts(NamedTuple):

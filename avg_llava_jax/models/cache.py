@@ -1,7 +1,8 @@
 """The KV cache: one layout, one write, one view, for prefill and decode, for one sequence and for many slots.
 
-A layer's keys are (slots, K, C, d): each head is contiguous, as decoding reads it. A *slot* holds one sequence; C is
-its capacity in positions. `Span` names the slot and the positions of each row of a batch:
+A layer's keys are (slots, K, C, d): each head is contiguous, as decoding reads it. On TPUs they are (slots, C, K, d),
+as XLA writes a position there; a cache of the other layout is copied into every loop over tokens, and out again. A
+*slot* holds one sequence; C is its capacity in positions. `Span` names slot and positions of each row of a batch:
 
     slot  [2, 0]   start [3, 0]   S = 2      row 0 writes positions 3 and 4 of slot 2, row 1 positions 0 and 1 of slot 0
 
@@ -10,12 +11,13 @@ A row whose slot or start lies outside the cache writes nothing.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int
 
+from avg_llava_jax import placement
 from avg_llava_jax.placement import constrain
 
 
@@ -34,11 +36,26 @@ class Span:
     window: int | None = None
 
 
-class LayerCache(NamedTuple):
-    """Keys (rotated) and values of one layer."""
+def positions_first() -> bool:
+    """Whether a layer's keys are stored as (slots, C, K, d), see the module."""
+    return placement.platform()[0] == "tpu"
 
-    k: Float[Array, "slots K C d"]
-    v: Float[Array, "slots K C d"]
+
+def axes() -> tuple[str | None, ...]:
+    """The logical axes of a layer's keys, see `placement`: slots along the batch axes, heads along `tensor`."""
+    return ("batch", None, "heads", None) if positions_first() else ("batch", "heads", None, None)
+
+
+class LayerCache(NamedTuple):
+    """Keys (rotated) and values of one layer: (slots, K, C, d), or (slots, C, K, d) on TPUs."""
+
+    k: Float[Array, "slots _ _ d"]
+    v: Float[Array, "slots _ _ d"]
+
+    @property
+    def capacity(self) -> int:
+        """C, the positions of a slot."""
+        return self.k.shape[_axis_of_positions()]
 
     def write(self, k: Float[ArrayLike, "B S K d"], v: Float[ArrayLike, "B S K d"], span: Span) -> "LayerCache":
         """Write new keys and values at `span`; a donated cache is updated in place."""
@@ -48,20 +65,43 @@ class LayerCache(NamedTuple):
         """Keys and values of the first F = `span.window` positions of each of B = `rows` rows."""
         return _view(self.k, span, rows), _view(self.v, span, rows)
 
+    def copied(self, source: Int[ArrayLike, " B"], target: Int[ArrayLike, " B"], window: int) -> "LayerCache":
+        """Copy the first `window` positions of slots `source` to slots `target`; a target outside is dropped."""
+        first = _first(window)
+        return LayerCache(
+            *(part.at[(target, *first)].set(part.at[(source, *first)].get(mode="clip"), mode="drop") for part in self)
+        )
+
 
 Cache = tuple[LayerCache, ...]
 """One `LayerCache` per layer."""
 
 
+def zeros(layers: int, slots: int, heads: int, capacity: int, head_dim: int, dtype: Any) -> Cache:
+    """An empty cache. heads: K, of keys and values."""
+    sizes = (capacity, heads) if positions_first() else (heads, capacity)
+    shape = (slots, *sizes, head_dim)
+    return tuple(LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(layers))
+
+
 def spread(cache: Cache) -> Cache:
-    """Constrain the cache to the mesh: slots along the batch axes, heads along `tensor`."""
-    return jax.tree.map(lambda part: constrain(part, "batch", "heads", None, None), cache)
+    """Constrain the cache to the mesh, see `axes`."""
+    return jax.tree.map(lambda part: constrain(part, *axes()), cache)
+
+
+def _axis_of_positions() -> int:
+    return 1 if positions_first() else 2
+
+
+def _first(window: int | None) -> tuple[slice, ...]:
+    """The index, behind the slot's, of the first `window` positions; None = all."""
+    return (slice(window),) if positions_first() else (slice(None), slice(window))
 
 
 def _write(
-    cache: Float[ArrayLike, "slots K C d"], new: Float[ArrayLike, "B S K d"], span: Span
-) -> Float[Array, "slots K C d"]:
-    new = new.swapaxes(1, 2).astype(cache.dtype)  # (B, K, S, d)
+    cache: Float[ArrayLike, "slots _ _ d"], new: Float[ArrayLike, "B S K d"], span: Span
+) -> Float[Array, "slots _ _ d"]:
+    new = (new if positions_first() else new.swapaxes(1, 2)).astype(cache.dtype)
     rows = jnp.arange(len(new)) if span.slot is None else span.slot
     if span.slot is None and len(new) == len(cache):
         # One write per row, so that each device of a mesh writes its own slots.
@@ -72,26 +112,27 @@ def _write(
 
 
 def _put(
-    cache: Float[ArrayLike, "slots K C d"],
-    new: Float[ArrayLike, "B K S d"],
+    cache: Float[ArrayLike, "slots _ _ d"],
+    new: Float[ArrayLike, "B _ _ d"],
     slot: Int[ArrayLike, " B"],
     start: Int[ArrayLike, " B"],
-) -> Float[Array, "slots K C d"]:
-    """Write `new` to its slots from positions `start`; rows outside are dropped."""
+) -> Float[Array, "slots _ _ d"]:
+    """Write `new`, axes as the cache's, to its slots from positions `start`; rows outside are dropped."""
     return jax.lax.scatter(
         cache,
         jnp.stack([slot, start], axis=-1).astype(jnp.int32),
         new,
         jax.lax.ScatterDimensionNumbers(
-            update_window_dims=(1, 2, 3), inserted_window_dims=(0,), scatter_dims_to_operand_dims=(0, 2)
+            update_window_dims=(1, 2, 3),
+            inserted_window_dims=(0,),
+            scatter_dims_to_operand_dims=(0, _axis_of_positions()),
         ),
         unique_indices=True,
         mode=jax.lax.GatherScatterMode.FILL_OR_DROP,
     )
 
 
-def _view(cache: Float[ArrayLike, "slots K C d"], span: Span, rows: int) -> Float[Array, "B K F d"]:
-    window = cache.shape[2] if span.window is None else span.window
-    if span.slot is None:
-        return cache[:rows, :, :window]
-    return cache.at[span.slot, :, :window].get(mode="clip")
+def _view(cache: Float[ArrayLike, "slots _ _ d"], span: Span, rows: int) -> Float[Array, "B K F d"]:
+    first = _first(span.window)
+    seen = cache[(slice(rows), *first)] if span.slot is None else cache.at[(span.slot, *first)].get(mode="clip")
+    return seen.swapaxes(1, 2) if positions_first() else seen

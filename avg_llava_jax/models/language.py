@@ -23,7 +23,7 @@ from jaxtyping import Array, ArrayLike, Float, Int, Key, Shaped
 from avg_llava_jax.config import LanguageConfig
 from avg_llava_jax.models import one_cpu
 from avg_llava_jax.models.attention import Segments, cached_attention, self_attention
-from avg_llava_jax.models.cache import Cache, LayerCache, Span
+from avg_llava_jax.models.cache import Cache, LayerCache, Span, zeros
 from avg_llava_jax.models.linear import Linear, take
 from avg_llava_jax.models.stack import SHALLOW, Remat, rematerialised, stack
 from avg_llava_jax.placement import constrain
@@ -249,9 +249,8 @@ def unstack(layers: Params | tuple[Params, ...], free: bool = False) -> tuple[Pa
 
 
 def empty_cache(config: LanguageConfig, slots: int, capacity: int, dtype: Any) -> Cache:
-    """A cache of zeros, `LayerCache` of (slots, K, C, d) per layer."""
-    shape = slots, config.kv_heads, capacity, config.head_dim
-    return tuple(LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.layers))
+    """A cache of zeros."""
+    return zeros(config.layers, slots, config.kv_heads, capacity, config.head_dim, dtype)
 
 
 class _Fresh(nn.Module):

@@ -212,10 +212,12 @@ def judge(program: Program, target: Target, mesh: Mapping[str, int], lengths: tu
     """Compile a program: its cost, and `faults`, the rules that it breaks, one line each.
 
     It must fit. What is donated must be overwritten. No score of a whole sequence by itself may be written to memory,
-    (B, Q, S, S), for sequences of `LONG` or more. Of a program with a cache no copy of half of its keys may be written.
+    (B, Q, S, S), for sequences of `LONG` or more. Of a program with a cache no copy of a layer's keys may be written.
     Where parameters lie whole (no fsdp), no program may gather a tenth of them, and of one with a loop over tokens
     temporaries must be at most a tenth of the cache and `WORKSPACE`; a token may move 1.1 times parameters and cache.
     """
+    import jax
+
     from avg_llava_jax.commands import planning
     from avg_llava_jax.parallel import costs
 
@@ -238,7 +240,8 @@ def judge(program: Program, target: Target, mesh: Mapping[str, int], lengths: tu
             faults.append(f"temporaries are {plan.temporaries / cache:.2f} of the cache")
         if whole and turn > 1.1 * once + WORKSPACE:
             faults.append(f"a token moves {_bytes(turn)}, parameters and cache are {_bytes(once)}")
-        if copies := [a for a in arrays if a.operation in COPIES and a.size > max(cache / 4, 2**20)]:
+        keys = min(planning.size(leaf) for leaf in jax.tree.leaves(program.held["cache"]))
+        if copies := [a for a in arrays if a.operation in COPIES and a.size >= max(keys, 2**20)]:
             faults.append(f"copies of the cache: {len(copies)}, {_largest(copies)}")
     parameters = sum(plan.held.get(kind, 0) for kind in ("parameters", "trained", "frozen"))
     gathered = plan.traffic.get("all-gather", costs.Traffic()).sent
@@ -258,7 +261,7 @@ def judge(program: Program, target: Target, mesh: Mapping[str, int], lengths: tu
 WORKSPACE = 2**25
 """Bytes of temporaries that products need on a GPU, however small they are."""
 
-# Of a cache of kilobytes a TPU copies all into its core's own memory, as it should. A quarter is half of the keys.
+# Of a cache of kilobytes a TPU copies all into its core's own memory, as it should.
 COPIES = ("copy", "copy-start", "transpose")
 
 
