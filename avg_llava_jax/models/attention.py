@@ -1,7 +1,7 @@
 """Softmax attention: of sequences over themselves, and of new tokens over a cache, by the platform's fastest kernel.
 
 Layers call `self_attention` and `cached_attention`; `kernel_for` chooses the kernel. Queries, keys and values have the
-projections' layout, (B, S, heads, d); a cache stores heads first (see `cache`).
+projections' layout, (B, S, heads, d); a cache stores it otherwise (see `cache`).
 """
 
 import functools
