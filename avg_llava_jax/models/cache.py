@@ -1,4 +1,4 @@
-"""The KV cache: a layout for each platform, one write, one view, for prefill and decode, for one sequence or many slots.
+"""The KV cache: a layout for each platform, one write, one view, for prefill and decode, for one or many slots.
 
 A layer's keys are (slots, K, C, d): each head is contiguous, as decoding reads it. On TPUs they are (slots, C, K, d),
 as XLA writes a position there; a cache of the other layout is copied into every loop over tokens, and out again. A
