@@ -65,7 +65,8 @@ def first_voter(_: Key[ArrayLike, ""], pyramid: int, text: int) -> Float[Array, 
     In the mean of all rows many patches outvote a few rows of text, and some seeds then learn to choose by the image
     alone. With 4 rows of the pyramid and 2 of text: [1/8, 1/8, 1/8, 1/8, 1/4, 1/4].
     """
-    return jnp.concatenate([jnp.full(count, 0.5 / count) for count in (pyramid, text)])
+    counts = (pyramid, text) if text else (pyramid,)
+    return jnp.concatenate([jnp.full(count, 1 / (len(counts) * count)) for count in counts])
 
 
 def unit(x: Float[ArrayLike, "*M D"]) -> Float[Array, "*M D"]:
