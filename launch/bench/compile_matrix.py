@@ -240,8 +240,10 @@ def judge(program: Program, target: Target, mesh: Mapping[str, int], lengths: tu
             faults.append(f"temporaries are {plan.temporaries / cache:.2f} of the cache")
         if whole and turn > 1.1 * once + WORKSPACE:
             faults.append(f"a token moves {_bytes(turn)}, parameters and cache are {_bytes(once)}")
-        keys = min(planning.size(leaf) for leaf in jax.tree.leaves(program.held["cache"]))
-        if copies := [a for a in arrays if a.operation in COPIES and a.size >= max(keys, 2**20)]:
+        leaves = jax.tree.leaves(program.held["cache"])
+        keys = {tuple(sorted(leaf.sharding.shard_shape(leaf.shape))) for leaf in leaves}  # whatever their order
+        copied = (a for a in arrays if a.operation in COPIES and a.size > 2**20)
+        if copies := [a for a in copied if tuple(sorted(a.shape)) in keys]:
             faults.append(f"copies of the cache: {len(copies)}, {_largest(copies)}")
     parameters = sum(plan.held.get(kind, 0) for kind in ("parameters", "trained", "frozen"))
     gathered = plan.traffic.get("all-gather", costs.Traffic()).sent
@@ -261,8 +263,8 @@ def judge(program: Program, target: Target, mesh: Mapping[str, int], lengths: tu
 WORKSPACE = 2**25
 """Bytes of temporaries that products need on a GPU, however small they are."""
 
-# Of a cache of kilobytes a TPU copies all into its core's own memory, as it should.
-COPIES = ("copy", "copy-start", "transpose")
+COPIES = ("copy", "transpose")
+"""Of a cache of kilobytes, which a TPU copies into its core's own memory, as it should, nothing is said."""
 
 
 def _is_scores(shape: tuple[int, ...], length: int) -> bool:
