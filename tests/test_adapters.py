@@ -12,7 +12,7 @@ from avg_llava_jax import adapters, parameters
 from avg_llava_jax.convert.quantize import quantized
 from avg_llava_jax.inference import stacked
 from avg_llava_jax.models import avg_llava, language
-from avg_llava_jax.models.cache import Span
+from avg_llava_jax.models.cache import Span, empty_cache
 from avg_llava_jax.models.dropout import dropped
 from avg_llava_jax.training import losses
 from avg_llava_jax.training.config import LoraConfig, OptimizerConfig
@@ -51,7 +51,7 @@ def walks(config, params):
     features = avg_llava.encode_images(config, params, pixels)
     x = avg_llava.embed(config, params, ids)
     whole = avg_llava.decoder(config, params, x)
-    cache = language.empty_cache(config.language, 2, 9, x.dtype)
+    cache = empty_cache(config.language, 2, 9, x.dtype)
     walk = functools.partial(language.decoder, config.language, params["language"])
     first, cache = walk(x[:, :6], cache, Span(jnp.zeros(2, int), None, 0))
     rest, _ = walk(x[:, 6:], cache, Span(jnp.array([6, 6])))

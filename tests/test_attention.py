@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from avg_llava_jax.config import LanguageConfig
 from avg_llava_jax.models import attention, one_cpu, router
 from avg_llava_jax.models import cache as cache_of
 from avg_llava_jax.models.attention import QUERY_BLOCK, cached_attention, dense, kernel_for, padded_attention
@@ -137,7 +138,7 @@ def test_attention_over_a_cache_is_the_formula(monkeypatch, platform, steps):
 def test_a_row_outside_the_cache_writes_nothing(monkeypatch, by_slot, tpu):
     monkeypatch.setattr(cache_of, "positions_first", lambda: tpu)
     k = jnp.arange(2 * 3 * 2 * 4, dtype=jnp.float32).reshape(2, 3, 2, 4) + 1
-    (cache,) = cache_of.zeros(1, 2, 2, 5, 4, jnp.float32)
+    (cache,) = cache_of.empty_cache(LanguageConfig(layers=1, kv_heads=2, head_dim=4), 2, 5, jnp.float32)
     if by_slot:
         written = cache.write(k, k, Span(jnp.array([1, 1]), jnp.array([1, 2])))
         row, slot, start = 0, 1, 1

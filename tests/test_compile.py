@@ -77,12 +77,14 @@ def test_what_a_program_writes():
 ENTRY %main (p: f32[8,16]) -> f32[8,16] {
   %p = f32[8,16]{1,0} parameter(0)
   %loop = (s32[], bf16[2,3]) while(%init), condition=%less, body=%body
+  %near = (f32[8,16]{1,0:T(8,128)S(1)}, f32[8,16]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%p)
+  %far = (f32[4,16]{1,0:T(8,128)}, f32[4,16]{0,1:T(8,128)}, u32[]{:S(2)}) copy-start(%q)
   ROOT %fusion = f32[8,16]{1,0} fusion(%p), kind=kLoop, calls=%fused_computation
 }
 """
     found = costs.written(hlo)
-    assert sorted(map(str, found)) == ["copy bf16[2,3]", "fusion f32[8,16]"]
-    assert sorted(array.size for array in found) == [12, 512]
+    assert sorted(map(str, found)) == ["copy bf16[2,3]", "copy-start f32[4,16]", "fusion f32[8,16]"]
+    assert sorted(array.size for array in found) == [12, 256, 512]
 
 
 @pytest.mark.parametrize(

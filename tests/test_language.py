@@ -11,7 +11,7 @@ import pytest
 
 from avg_llava_jax.config import LanguageConfig, ModelConfig
 from avg_llava_jax.models import avg_llava, language, one_cpu
-from avg_llava_jax.models.cache import Span
+from avg_llava_jax.models.cache import Span, empty_cache
 
 
 def with_language(tiny: ModelConfig, language: LanguageConfig) -> ModelConfig:
@@ -62,7 +62,7 @@ def test_a_long_sequence_through_the_cache(tiny):
         return language.unembed(config, params, hidden), cache
 
     rows = np.arange(2)
-    cache = language.empty_cache(config, 2, 3200, jnp.float32)
+    cache = empty_cache(config, 2, 3200, jnp.float32)
     logits, cache = through(cache, x[:, :3100], jnp.zeros(2, int), 0, start[:, None] - 1)
     np.testing.assert_allclose(logits[:, 0], whole[rows, start - 1], atol=1e-4, rtol=1e-4)
     for count in (chunk, *[1] * steps):
@@ -87,7 +87,7 @@ def test_layers_unstacked_and_some_hidden_states_a_row(tiny, layers):
     def through(x, cache, start, window, last=None):
         return language.decoder(config, apart, x, cache, Span(start, None, window), last)
 
-    cache = language.empty_cache(config, 3, 20, jnp.float32)
+    cache = empty_cache(config, 3, 20, jnp.float32)
     _, before = through(x[:, :7], cache, jnp.zeros(3, int), 0)
     for given in ((cache, jnp.zeros(3, int), 0), (before, start, None)):
         hidden, all_of_it = through(x, *given)

@@ -12,7 +12,7 @@ from avg_llava_jax import parameters
 from avg_llava_jax.convert.quantize import memory, quantized
 from avg_llava_jax.inference.api import AvgLlava
 from avg_llava_jax.models import avg_llava, language
-from avg_llava_jax.models.cache import Span
+from avg_llava_jax.models.cache import Span, empty_cache
 from tests.random_model import random_model, save_random_model
 
 
@@ -56,7 +56,7 @@ def test_the_model_multiplies_by_them(tiny, tied, dtype):
     def logits(tree):
         x = avg_llava.embed(config, tree, ids)
         assert x.dtype == dtype
-        cache = language.empty_cache(config.language, 2, 9, dtype)
+        cache = empty_cache(config.language, 2, 9, dtype)
         walk = functools.partial(language.decoder, config.language, tree["language"])
         first, cache = walk(x[:, :6], cache, Span(jnp.zeros(2, int), window=0))
         rest, cache = walk(x[:, 6:], cache, Span(jnp.array([6, 6])))

@@ -29,8 +29,8 @@ from avg_llava_jax.eval import routing
 from avg_llava_jax.inference import programs
 from avg_llava_jax.inference.buckets import STEPS, length_bucket
 from avg_llava_jax.inference.sampling import sampling_of, shaping_of
+from avg_llava_jax.models import cache as kv_cache
 from avg_llava_jax.models import language
-from avg_llava_jax.models.cache import axes
 from avg_llava_jax.parallel import costs, sharding
 from avg_llava_jax.parallel.chips import Target
 from avg_llava_jax.training import config as training_config
@@ -247,7 +247,7 @@ def answers(
         params = params | {"language": params["language"] | {"layers": layers}}
 
         empty = jax.eval_shape(lambda params: programs.empty.__wrapped__(model, params, slots, capacity, 1), params)
-        cache = jax.tree.map(lambda leaf: _placed(mesh, leaf, *axes()), empty[0])
+        cache = jax.tree.map(lambda leaf: _placed(mesh, leaf, *kv_cache.axes()), empty[0])
         pages = slots * shape.tiles
         pool = _placed(mesh, array(pages, *empty[1].shape[1:], dtype=dtype), None, None, "width")
 

@@ -25,7 +25,7 @@ from avg_llava_jax.inference import stacked
 from avg_llava_jax.inference.requests import TOP
 from avg_llava_jax.models import avg_llava, language
 from avg_llava_jax.models.avg_llava import Params
-from avg_llava_jax.models.cache import Cache, Span, spread
+from avg_llava_jax.models.cache import Cache, Span, empty_cache, spread
 from avg_llava_jax.models.router import Routing
 from avg_llava_jax.parallel import sharding
 from avg_llava_jax.placement import constrain
@@ -134,7 +134,7 @@ class Rows(NamedTuple):
 def empty(config: ModelConfig, params: Params, slots: int, capacity: int, pages: int) -> tuple[Cache, jax.Array]:
     """A cache and a pool (pages, R, D) of zeros, in the model's compute dtype."""
     dtype = params["image_newline"].dtype
-    slots_of_zeros = language.empty_cache(config.language, slots, capacity, dtype)
+    slots_of_zeros = empty_cache(config.language, slots, capacity, dtype)
     return spread(slots_of_zeros), _pooled(jnp.zeros((pages, config.pyramid_rows, config.language.width), dtype))
 
 
@@ -304,7 +304,6 @@ def copy(
     config: ModelConfig, params: Params, cache: Cache, source: jax.Array, target: jax.Array, window: int
 ) -> Cache:
     """Copy the first `window` positions of slots `source` (B,) to slots `target` (B,); a target outside is dropped."""
-
     return spread(tuple(layer.copied(source, target, window) for layer in cache))
 
 

@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int
 
-from avg_llava_jax import placement
-from avg_llava_jax.placement import constrain
+from avg_llava_jax.config import LanguageConfig
+from avg_llava_jax.placement import constrain, platform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Span:
 
 def positions_first() -> bool:
     """Whether a layer's keys are stored as (slots, C, K, d), see the module."""
-    return placement.platform()[0] == "tpu"
+    return platform()[0] == "tpu"
 
 
 def axes() -> tuple[str | None, ...]:
@@ -67,21 +67,19 @@ class LayerCache(NamedTuple):
 
     def copied(self, source: Int[ArrayLike, " B"], target: Int[ArrayLike, " B"], window: int) -> "LayerCache":
         """Copy the first `window` positions of slots `source` to slots `target`; a target outside is dropped."""
-        first = _first(window)
-        return LayerCache(
-            *(part.at[(target, *first)].set(part.at[(source, *first)].get(mode="clip"), mode="drop") for part in self)
-        )
+        at = (target, *_first(window))
+        return LayerCache(*(part.at[at].set(_taken(part, source, window), mode="drop") for part in self))
 
 
 Cache = tuple[LayerCache, ...]
 """One `LayerCache` per layer."""
 
 
-def zeros(layers: int, slots: int, heads: int, capacity: int, head_dim: int, dtype: Any) -> Cache:
-    """An empty cache. heads: K, of keys and values."""
-    sizes = (capacity, heads) if positions_first() else (heads, capacity)
-    shape = (slots, *sizes, head_dim)
-    return tuple(LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(layers))
+def empty_cache(config: LanguageConfig, slots: int, capacity: int, dtype: Any) -> Cache:
+    """A cache of zeros."""
+    sizes = (capacity, config.kv_heads) if positions_first() else (config.kv_heads, capacity)
+    shape = (slots, *sizes, config.head_dim)
+    return tuple(LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.layers))
 
 
 def spread(cache: Cache) -> Cache:
@@ -133,6 +131,11 @@ def _put(
 
 
 def _view(cache: Float[ArrayLike, "slots _ _ d"], span: Span, rows: int) -> Float[Array, "B K F d"]:
-    first = _first(span.window)
-    seen = cache[(slice(rows), *first)] if span.slot is None else cache.at[(span.slot, *first)].get(mode="clip")
+    seen = cache[slice(rows), *_first(span.window)] if span.slot is None else _taken(cache, span.slot, span.window)
     return seen.swapaxes(1, 2) if positions_first() else seen
+
+
+def _taken(
+    cache: Float[ArrayLike, "slots _ _ d"], slot: Int[ArrayLike, " B"], window: int | None
+) -> Float[Array, "B _ _ d"]:
+    return cache.at[(slot, *_first(window))].get(mode="clip")

@@ -23,7 +23,7 @@ from jaxtyping import Array, ArrayLike, Float, Int, Key, Shaped
 from avg_llava_jax.config import LanguageConfig
 from avg_llava_jax.models import one_cpu
 from avg_llava_jax.models.attention import Segments, cached_attention, self_attention
-from avg_llava_jax.models.cache import Cache, LayerCache, Span, zeros
+from avg_llava_jax.models.cache import Cache, LayerCache, Span
 from avg_llava_jax.models.linear import Linear, take
 from avg_llava_jax.models.stack import SHALLOW, Remat, rematerialised, stack
 from avg_llava_jax.placement import constrain
@@ -246,11 +246,6 @@ def unstack(layers: Params | tuple[Params, ...], free: bool = False) -> tuple[Pa
             jax.block_until_ready(columns[-1])
             leaf.delete()
     return tuple(tree.unflatten(row) for row in zip(*columns, strict=True))
-
-
-def empty_cache(config: LanguageConfig, slots: int, capacity: int, dtype: Any) -> Cache:
-    """A cache of zeros."""
-    return zeros(config.layers, slots, config.kv_heads, capacity, config.head_dim, dtype)
 
 
 class _Fresh(nn.Module):

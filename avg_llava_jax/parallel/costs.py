@@ -128,6 +128,7 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 _INSTRUCTION = re.compile(r"^(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z][a-z\-]*)\((.*)$")
 _CALLED = re.compile(r"(?:calls|to_apply|body|called_computations)=\{?%?([\w.\-]+)")
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
+_TO_THE_CORE = re.compile(r"\(\w+\[[\d,]*\]\{[^}]*S\(1\)")
 _GROUPS = re.compile(
     r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]*)\}|mesh\[(.*?)\](?:, device_ids=\(.*?\))? \{(.*?)\})"
 )
@@ -184,7 +185,8 @@ NOT_WRITTEN = {"parameter", "get-tuple-element", "tuple", "bitcast", "while", "c
 def written(hlo: str) -> list[Array]:
     """The arrays that a compiled program, `compiled.as_text()`, writes to memory; not those inside fusions.
 
-    The body of a loop counts once. A `-start` counts, its `-done` does not.
+    The body of a loop counts once. A `-start` counts, its `-done` does not; of a `copy-start` its target alone, and not
+    where that is a TPU core's own memory.
     """
     computations, _ = _computations(hlo)
     fused = {name for lines in computations.values() for line in lines if " fusion(" in line for name in _calls(line)}
@@ -193,9 +195,12 @@ def written(hlo: str) -> list[Array]:
         for line in computations[name]:
             parts = _INSTRUCTION.match(line)
             if parts and parts[2] not in NOT_WRITTEN and not parts[2].endswith("-done"):
+                arrays = _ARRAY.findall(parts[1])
+                if parts[2] == "copy-start":  # (target, source, context)
+                    arrays = [] if _TO_THE_CORE.match(parts[1]) else arrays[:1]
                 found += [
                     Array(parts[2], dtype, tuple(map(int, filter(None, shape.split(",")))))
-                    for dtype, shape in _ARRAY.findall(parts[1])
+                    for dtype, shape in arrays
                     if dtype in BITS
                 ]
     return found

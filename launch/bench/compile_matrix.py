@@ -242,6 +242,7 @@ def judge(program: Program, target: Target, mesh: Mapping[str, int], lengths: tu
             faults.append(f"a token moves {_bytes(turn)}, parameters and cache are {_bytes(once)}")
         leaves = jax.tree.leaves(program.held["cache"])
         keys = {tuple(sorted(leaf.sharding.shard_shape(leaf.shape))) for leaf in leaves}  # whatever their order
+        # Of a cache of kilobytes a TPU copies all into its core's own memory, as it should.
         copied = (a for a in arrays if a.operation in COPIES and a.size > 2**20)
         if copies := [a for a in copied if tuple(sorted(a.shape)) in keys]:
             faults.append(f"copies of the cache: {len(copies)}, {_largest(copies)}")
@@ -263,8 +264,7 @@ def judge(program: Program, target: Target, mesh: Mapping[str, int], lengths: tu
 WORKSPACE = 2**25
 """Bytes of temporaries that products need on a GPU, however small they are."""
 
-COPIES = ("copy", "transpose")
-"""Of a cache of kilobytes, which a TPU copies into its core's own memory, as it should, nothing is said."""
+COPIES = ("copy", "copy-start", "transpose")
 
 
 def _is_scores(shape: tuple[int, ...], length: int) -> bool:

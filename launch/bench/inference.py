@@ -199,7 +199,7 @@ def roofline(model: AvgLlava, measured: dict[str, Any], routed: bool, peaks: dic
     from avg_llava_jax.inference.requests import Request
     from avg_llava_jax.models import avg_llava
     from avg_llava_jax.models import language as decoders
-    from avg_llava_jax.models.cache import Span
+    from avg_llava_jax.models.cache import Span, empty_cache
     from avg_llava_jax.parallel import costs
 
     config, params, language = model.config, model.params, model.config.language
@@ -219,7 +219,7 @@ def roofline(model: AvgLlava, measured: dict[str, Any], routed: bool, peaks: dic
         "tile_image": jnp.zeros((1, 5), jnp.int32),
         "first_tile": jnp.zeros((1, 1), jnp.int32),
     }
-    cache = decoders.empty_cache(language, 1, length, dtype)
+    cache = empty_cache(language, 1, length, dtype)
 
     def prefill(params: Any, packed: jax.Array) -> Any:
         start = jnp.zeros(1, jnp.int32)
