@@ -21,10 +21,10 @@ from avg_llava_jax import checkpoint, parameters
 from avg_llava_jax.config import ModelConfig, to_dict
 from avg_llava_jax.data.pipeline import PlannedBatches
 from avg_llava_jax.data.sources import open_sources
-from avg_llava_jax.models import avg_llava
-from avg_llava_jax.training import phases, rglf
+from avg_llava_jax.models import avg_llava, one_cpu
+from avg_llava_jax.training import loop, phases, rglf
 from avg_llava_jax.training.config import OptimizerConfig, RglfConfig, defaults
-from avg_llava_jax.training.loop import TERMINATED, train
+from avg_llava_jax.training.loop import TERMINATED, train, train_together
 from avg_llava_jax.training.metrics import MetricsLog, Progress, read_rows
 from avg_llava_jax.training.optimizer import gradients, make_optimizer, trainable
 from tests.conftest import TOKENIZER
@@ -173,18 +173,87 @@ def test_visual_tokens_are_those_of_the_choice(tiny, params, batch):
     assert metrics["visual_tokens"] == pytest.approx(batch["visual"][1:3, :, 0].sum() / 3)
 
 
-def test_accumulation_gives_the_gradients_of_the_whole_batch(tiny, params, batch):
+def test_accumulation_gives_the_gradients_of_the_whole_batch(tiny, params, batch, monkeypatch):
+    """Four rows at once, two at a time as one CPU takes them, and one at a time."""
     loss = phases.make_loss("connector", tiny, (4,), RglfConfig(), remat="full")
     ours, frozen = parameters.split(params, ("connector",))
+    turns = []
 
     def of_ours(ours, batch, rng):
+        turns.append(len(rng))
         return loss(parameters.merge(ours, frozen), batch, rng)
 
-    whole, parts = (
-        jax.jit(lambda ours, batch, n=n: gradients(of_ours, ours, batch, jax.random.key(0), n))(ours, batch)
-        for n in (1, 2)
-    )
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), whole, parts)
+    def by(rows, accumulate):
+        monkeypatch.setattr(one_cpu, "TRAINED_ROWS", rows)
+        turns.clear()
+        step = jax.jit(lambda ours, batch: gradients(of_ours, ours, batch, jax.random.key(0), accumulate))
+        found = step(ours, batch)
+        assert set(turns) == {min(rows, 4 // accumulate)}
+        return found
+
+    whole = by(4, 1)
+    for parts in (by(2, 1), by(4, 2), by(2, 4)):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), whole, parts)
+
+
+def test_one_cpu_takes_few_rows_at_a_time():
+    assert [one_cpu.parts(rows, 2) for rows in (1, 2, 5, 6, 16)] == [1, 1, 5, 3, 8]
+    rows, seen = {"x": np.arange(6.0)[:, None]}, []
+
+    def double(batch):
+        seen.append(batch["x"].shape)
+        return 2 * batch["x"], batch["x"][:, 0]
+
+    doubled, same = jax.jit(lambda rows: one_cpu.by_parts(double, rows, 4))(rows)
+    np.testing.assert_array_equal(doubled, 2 * rows["x"])
+    np.testing.assert_array_equal(same, rows["x"][:, 0])
+    assert set(seen) == {(3, 1)}
+
+
+def test_runs_together_are_the_runs_alone(tiny, llava_folder, tmp_path, capsys):
+    config = settings(tiny, llava_folder)
+    config.phase, config.granularities, config.steps = "connector", (4,), 3
+    other = config.copy_and_resolve_references()
+    other.seed = 1
+    alone = {"one": config, "two": other}
+    for name, each in alone.items():
+        train(each, tmp_path / "alone" / name)
+    capsys.readouterr()
+    train_together({tmp_path / "together" / name: each for name, each in alone.items()})
+    lines = capsys.readouterr().err.splitlines()
+    assert {line.split(": ")[0] for line in lines if "connector 3/3" in line} == {"one", "two"}
+    for name in alone:
+        first, second = (
+            [row["loss"] for row in read_rows(tmp_path / where / name / "metrics.jsonl")]
+            for where in ("alone", "together")
+        )
+        assert len(first) == 3 and first == second
+    losses = {read_rows(tmp_path / "alone" / name / "metrics.jsonl")[0]["loss"] for name in alone}
+    assert len(losses) == 2
+
+
+@pytest.mark.parametrize("end", ["error", "interrupt"])
+def test_a_run_that_fails_ends_those_beside_it(tiny, llava_folder, tmp_path, monkeypatch, end):
+    """The others save a checkpoint, and the error comes through."""
+    config = settings(tiny, llava_folder)
+    config.phase, config.granularities, config.steps = "connector", (4,), 5000
+    bad = config.copy_and_resolve_references()
+    bad.optimizer.update({"learning_rate": 1e38, "warmup": 0.0})
+    runs = {tmp_path / "good": config}
+    if end == "error":
+        runs[tmp_path / "bad"] = bad
+
+    def interrupted(threads, return_when):
+        while not read_rows(tmp_path / "good" / "metrics.jsonl"):
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    if end == "interrupt":
+        monkeypatch.setattr(loop, "wait", interrupted)
+    with pytest.raises(FloatingPointError if end == "error" else KeyboardInterrupt):
+        train_together(runs)
+    (saved,) = checkpoint.steps(tmp_path / "good")[-1:]
+    assert 0 < saved < 5000
 
 
 def test_optimizer_knows_components_and_matrices(tiny, params):

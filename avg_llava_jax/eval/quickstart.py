@@ -7,6 +7,7 @@ nothing but how well the frozen model answers at each granularity, and tests it 
 import json
 import pathlib
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -55,21 +56,36 @@ def collect_feedback(model: AvgLlava, config: Any, workdir: pathlib.Path) -> pat
     return path
 
 
-def train_router(config: Any, stored: pathlib.Path, workdir: pathlib.Path, paper: bool = False) -> AvgLlava:
-    """RGLF on stored feedback; returns the model with its new router.
+def train_router(config: Any, stored: pathlib.Path, workdir: pathlib.Path) -> AvgLlava:
+    """RGLF on stored feedback; returns the model with its new router."""
+    loop.train(_on_stored(config, stored), workdir)
+    return AvgLlava.load(workdir)
 
-    paper: with the paper's objective, which has no ties and no expected NLL.
-    """
+
+def train_routers(
+    configs: Mapping[str, Any], stored: pathlib.Path, workdir: pathlib.Path
+) -> dict[str, AvgLlava]:
+    """`train_router` by name, all at the same time, each in the folder of its name."""
+    folders = {name: workdir / name for name in configs}
+    begin = time.perf_counter()
+    started = any(checkpoint.steps(folder) for folder in folders.values())
+    loop.train_together({folders[name]: _on_stored(config, stored) for name, config in configs.items()})
+    if not started:
+        _note_seconds(workdir, "routers", begin)
+    return {name: AvgLlava.load(folder) for name, folder in folders.items()}
+
+
+def _on_stored(config: Any, stored: pathlib.Path) -> Any:
     config = config.copy_and_resolve_references()
     config.rglf.feedback = str(stored)
-    if paper:
-        config.rglf.tie_nats = config.rglf.nll_weight = 0.0
-    begin = time.perf_counter()
-    trained = bool(checkpoint.steps(workdir))
-    loop.train(config, workdir)
-    if not trained:
-        _note_seconds(workdir.parent, workdir.name, begin)
-    return AvgLlava.load(workdir)
+    return config
+
+
+def with_paper_objective(config: Any) -> Any:
+    """The config with the paper's objective, which has no ties and no expected NLL."""
+    config = config.copy_and_resolve_references()
+    config.rglf.tie_nats = config.rglf.nll_weight = 0.0
+    return config
 
 
 def _note_seconds(workdir: pathlib.Path, what: str, begin: float) -> None:
@@ -168,18 +184,18 @@ def run(workdir: pathlib.Path, config: Any, questions: int = QUESTIONS) -> dict[
     print(f"1. asking the frozen model at every granularity {model.config.granularities}", flush=True)
     stored = collect_feedback(model, config, workdir)
     print(f"2. training the router (ties within {config.rglf.tie_nats} nats rank cheapest first)", flush=True)
-    adaptive = train_router(config, stored, workdir / "adaptive")
-    print("3. training it again as in the paper (no ties)", flush=True)
-    paper = train_router(config, stored, workdir / "adaptive_paper", paper=True)
+    print("   and beside it, one as in the paper (no ties)", flush=True)
+    configs = {"adaptive": config, "adaptive_paper": with_paper_objective(config)}
+    adaptive, paper = train_routers(configs, stored, workdir).values()
 
-    print("4. answering test questions", flush=True)
+    print("3. answering test questions", flush=True)
     report = compare(adaptive, paper, test_questions(adaptive, questions), workdir)
     report["seconds"]["feedback"] = _seconds(workdir, "feedback")
-    report["seconds"]["router_training"] = _seconds(workdir, "adaptive")
+    report["seconds"]["router_training"] = _seconds(workdir, "routers")
     write_whole(workdir / "report.json", json.dumps(report, indent=1) + "\n")
 
     print(table(report))
-    print("5. one scene, three questions", flush=True)
+    print("4. one scene, three questions", flush=True)
     pictures = workdir / plots.PLOTS
     drawn = [
         plots.accuracy_against_tokens(report, pictures / "accuracy_against_tokens.png"),

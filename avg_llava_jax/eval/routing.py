@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
@@ -11,7 +12,7 @@ import jax
 import numpy as np
 
 from avg_llava_jax.config import ModelConfig
-from avg_llava_jax.data.packing import Sample, collate, shape_of, tiles_of
+from avg_llava_jax.data.packing import Sample, collate, load_tiles, shape_of, tiles_of
 from avg_llava_jax.eval.evaluation import Question
 from avg_llava_jax.eval.policies import by_key
 from avg_llava_jax.inference.model import Model
@@ -56,13 +57,28 @@ Seen = Mapping[tuple, np.ndarray]
 
 
 def see(model: Model, samples: Sequence[Sample], batch_size: int = 32) -> Seen:
-    """The images of the prompts, each encoded once however many prompts are about it; held in the host's memory."""
+    """The images of the prompts, each encoded once however many prompts are about it; held in the host's memory.
+
+    batch_size: tiles that are encoded at once, whichever images they are of.
+    """
+    config = model.config
     distinct = [sample for sample in dict((sample.images, sample) for sample in samples).values() if sample.sizes]
-    return {
-        distinct[row].images: pyramid[: tiles_of(distinct[row], model.config)]
-        for batch in encode_all(model, distinct, batch_size)
-        for row, pyramid in zip(batch.rows, np.asarray(batch.pyramid), strict=False)
-    }
+    tiles = itertools.chain.from_iterable(load_tiles(sample, config) for sample in distinct)
+    found, running = [], None
+    while batch := list(itertools.islice(tiles, batch_size)):  # read while the device encodes the one before
+        pixels = np.zeros((batch_size, 1, *batch[0].shape), np.uint8)
+        pixels[: len(batch), 0] = batch
+        before, running = running, (encode(config, model.params, pixels), len(batch))
+        found += _fetched(before)
+    found += _fetched(running)
+    ends = np.cumsum([tiles_of(sample, config) for sample in distinct])
+    parts = np.split(np.concatenate(found), ends[:-1]) if found else []
+    return {sample.images: pyramid for sample, pyramid in zip(distinct, parts, strict=True)}
+
+
+def _fetched(running: tuple[jax.Array, int] | None) -> list[np.ndarray]:
+    """The pyramids (n, R, D) of the first n tiles of a batch (B, 1, R, D); none of no batch."""
+    return [] if running is None else [np.asarray(running[0])[: running[1], 0]]
 
 
 def encode_all(
@@ -70,11 +86,14 @@ def encode_all(
 ) -> Iterator[Encoded]:
     """Encode prompts in batches of equal tiles and images, with one text length for all.
 
-    seen: what `see` returned, for all of their images; None = encode them here.
+    seen: what `see` returned, for all of their images, and room for the most tiles of them then; None = encode them.
     """
     config = model.config
     shapes = [dataclasses.replace(shape_of(sample, config), answer=1, fill=1.0) for sample in samples]
     text = max((shape.text for shape in shapes), default=0)
+    if seen is not None:  # a router is cheap, another program for it is not
+        most = max((shape.tiles for shape in shapes), default=0)
+        shapes = [dataclasses.replace(shape, tiles=most) for shape in shapes]
 
     def alike(row: int) -> tuple[int, int, bool]:
         return shapes[row].tiles, shapes[row].images, bool(samples[row].sizes)

@@ -94,6 +94,7 @@ def in_turn(model: AvgLlava, ways: Mapping[str, Sequence[Prepared]], rounds: int
     A first round, which is not counted, compiles everything. The engine forgets images and prefixes before each answer.
     """
     took: dict[str, list[float]] = {name: [] for name in ways}
+    model.engine_for([request for requests in ways.values() for request in requests], 1)  # one that holds them all
     for turn in range(rounds + 1):
         for name, requests in ways.items():
             begin = time.perf_counter()

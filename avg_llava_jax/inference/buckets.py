@@ -123,9 +123,9 @@ def offline_buckets(
     """Buckets of an engine that compiles programs at their first use.
 
     length: positions of a prompt and its answer together. prompts: lengths of the prompts to come, where they are
-    known; `few_buckets` then holds them with little padding.
+    known; `few_buckets` then holds them with little padding, and the few that prefill alone are padded to many.
     """
-    longest = config.language.max_length
+    longest, most_prompts = config.language.max_length, min(8, slots)
     capacity = length_bucket(min(length, longest), 2 * longest) + STEPS
     lengths = tuple(size for size in length_buckets(longest) if size <= capacity)
     counts = tile_counts(config)
@@ -135,7 +135,7 @@ def offline_buckets(
         capacity=capacity,
         pages=max(pages, *counts),
         lanes=lanes,
-        prompts=(slots,) if lanes > 1 else tuple(sorted({1, min(8, slots)})),
+        prompts=(slots,) if lanes > 1 else tuple(sorted({most_prompts if prompts else 1, most_prompts})),
         chunks=few_buckets(lengths, prompts) if prompts else lengths,
         behind=tuple(size for size in _powers(16, 4, 1024) if size <= capacity),
         verify=capacity,

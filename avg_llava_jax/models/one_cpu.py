@@ -23,10 +23,34 @@ PATCHES = 512
 """Patches per tile from which tiles are encoded one by one: products are as fast then, and activations fit the CPU's
 cache. Saves 6 % of the time of a ViT-B at 336 pixels."""
 
+TRAINED_ROWS, ASKED_ROWS = 2, 4
+"""Rows of a batch that a training step, and the frozen model, compute at a time: activations stay in the CPU's cache, and
+the system need not give the step hundreds of MB anew. A router's step takes 0.6 times as long, phase one 0.75 times."""
+
 
 def here() -> bool:
     """Whether the program being compiled runs on one CPU device."""
     return placement.platform() == ("cpu", 1)
+
+
+def parts(rows: int, most: int) -> int:
+    """The fewest equal parts of a batch with at most `most` rows each; 1 where this is not one CPU device.
+
+    With most = 2: 16 rows -> 8 parts, 5 rows -> 5 parts.
+    """
+    if not here():
+        return 1
+    return next(count for count in range(-(-rows // most), rows + 1) if rows % count == 0)
+
+
+def by_parts(function: Callable[[Any], Any], batch: Any, most: int) -> Any:
+    """`function` of a batch, a tree of arrays (B, ...) as is its result; on one CPU `most` rows at a time."""
+    rows = len(jax.tree.leaves(batch)[0])
+    count = parts(rows, most)
+    if count == 1:
+        return function(batch)
+    split = jax.tree.map(lambda x: x.reshape(count, rows // count, *x.shape[1:]), batch)
+    return jax.tree.map(lambda x: x.reshape(rows, *x.shape[2:]), jax.lax.map(function, split))
 
 
 def product(x: Float[ArrayLike, "*M in"], kernel: Float[ArrayLike, "in out"]) -> Float[Array, "*M out"]:

@@ -11,6 +11,7 @@ import itertools
 import math
 import pathlib
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +27,7 @@ from avg_llava_jax.data.errors import BadSample
 from avg_llava_jax.data.feedback import FeedbackFolder, Stored, asked
 from avg_llava_jax.data.pipeline import WINDOW, PlannedBatches
 from avg_llava_jax.data.tokenizer import load_tokenizer
-from avg_llava_jax.models import avg_llava
+from avg_llava_jax.models import avg_llava, one_cpu
 from avg_llava_jax.models.scaler import scale
 from avg_llava_jax.parallel import hosts, sharding
 from avg_llava_jax.reuse import made_by_frozen
@@ -156,16 +157,18 @@ def _window(
                 own = nll[row].reshape(-1, nll.shape[-1])[place]
                 found[question] = Stored(own, features[row, of_tile == place] if keep_features else None, record)
 
-    running = None
-    for number in range(window * WINDOW, (window + 1) * WINDOW):
-        batch = batches[number]  # read while the device measures the one before
-        arrays = {key: value for key, value in batch.items() if key not in NOT_ARRAYS}
-        arrays = jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), arrays)
-        if running is not None:
-            keep(*running)
-        measured = measure_batch(config, execution, keep_features, params, arrays)
-        running = number, batch, measured
-    keep(*running)
+    def ask(number: int) -> tuple[int, Mapping[str, Any], tuple[jax.Array, jax.Array]]:
+        with jax.set_mesh(mesh):
+            batch = batches[number]
+            arrays = {key: value for key, value in batch.items() if key not in NOT_ARRAYS}
+            arrays = jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), arrays)
+            measured = measure_batch(config, execution, keep_features, params, arrays)
+            return number, batch, jax.block_until_ready(measured)
+
+    # One batch is read while the device measures another; a CPU measures both. Several processes keep one order.
+    with ThreadPoolExecutor(1 if jax.process_count() > 1 else 2, "feedback") as pool:
+        for answered in pool.map(ask, range(window * WINDOW, (window + 1) * WINDOW)):
+            keep(*answered)
     return found
 
 
@@ -178,7 +181,11 @@ def measure_batch(
     batch: Mapping[str, Any],
 ) -> tuple[jax.Array, jax.Array]:
     """Mean NLL (B, *n, G), NaN where a sample has no answer, and features (B, T, P, D), or of no tile (B, 0, P, D)."""
-    features = avg_llava.encode_images(config, params, batch["pixels"])
-    text = avg_llava.embed(config, params, batch["text"])
-    nll, answered = rglf.feedback(config, params, scale(config, features), text, batch, execution)
-    return jnp.where(answered[..., None], nll, jnp.nan), features if keep_features else features[:, :0]
+
+    def ask(batch: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
+        features = avg_llava.encode_images(config, params, batch["pixels"])
+        text = avg_llava.embed(config, params, batch["text"])
+        nll, answered = rglf.feedback(config, params, scale(config, features), text, batch, execution)
+        return jnp.where(answered[..., None], nll, jnp.nan), features if keep_features else features[:, :0]
+
+    return one_cpu.by_parts(ask, batch, one_cpu.ASKED_ROWS)

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +38,19 @@ TERMINATED = 128 + signal.SIGTERM
 """Exit code after SIGTERM, 143, as a shell reports it, so that a scheduler can tell it from a failure."""
 
 
-def train(settings: ml_collections.ConfigDict, workdir: str | Path) -> None:
+def train(
+    settings: ml_collections.ConfigDict,
+    workdir: str | Path,
+    termination: "Termination | None" = None,
+    label: str = "",
+) -> None:
     """Run a phase to its end; an interrupted run resumes.
 
     `config.TrainConfig` lists the settings. `workdir` becomes a checkpoint folder, with metrics.jsonl, skipped.jsonl,
     tensorboard/ and plots/. The processes of a run (see `hosts`) share it: each saves its shards of a checkpoint, the
     first writes the logs.
+
+    termination, label: of a run beside others, see `train_together`. None = handle SIGTERM here.
 
     Raises:
       FileNotFoundError, ValueError: a setting or a file is wrong; one line that names it.
@@ -63,7 +70,7 @@ def train(settings: ml_collections.ConfigDict, workdir: str | Path) -> None:
         disk.watched(workdir),
         checkpoint.Manager(workdir) as manager,
         jax.set_mesh(mesh),
-        _Termination() as termination,
+        termination or Termination() as termination,
         contextlib.ExitStack() as running,
     ):
         start = setup.begin(config, workdir, mesh)
@@ -78,9 +85,26 @@ def train(settings: ml_collections.ConfigDict, workdir: str | Path) -> None:
             if run.step < config.steps:
                 held_out = setup.plan_validation(config, batches.planned)
                 validation = None if held_out is None else Validation(config, model, step, held_out)
-                _loop(config, workdir, run, manager, batches, validation, hosts.Votes(mesh), termination)
+                _loop(config, workdir, run, manager, batches, validation, hosts.Votes(mesh), termination, label)
     if hosts.first():
         curves.training_curves(workdir)
+
+
+def train_together(runs: Mapping[Path, ml_collections.ConfigDict]) -> None:
+    """`train` runs that do not depend on each other, by workdir, at the same time in threads of one process.
+
+    The name of a run's workdir stands before its progress. Once a run fails, or after Ctrl+C or SIGTERM, the others
+    save a checkpoint and end; the error is raised after that.
+    """
+    with Termination() as termination, ThreadPoolExecutor(len(runs), "train") as pool:
+        threads = [pool.submit(train, runs[workdir], workdir, termination, workdir.name) for workdir in runs]
+        try:
+            wait(threads, return_when=FIRST_EXCEPTION)
+        finally:
+            termination.asked |= not all(thread.done() for thread in threads)
+    errors = [error for thread in threads if (error := thread.exception()) is not None]
+    for error in sorted(errors, key=lambda error: isinstance(error, SystemExit)):
+        raise error
 
 
 def _loop(
@@ -91,7 +115,8 @@ def _loop(
     batches: Batches,
     validation: Validation | None,
     votes: hosts.Votes,
-    termination: "_Termination",
+    termination: "Termination",
+    label: str,
 ) -> None:
     with contextlib.ExitStack() as stack:
         log, out = None, stack.enter_context(open(os.devnull, "w"))
@@ -99,7 +124,7 @@ def _loop(
             log, out = stack.enter_context(contextlib.closing(MetricsLog(workdir, run.step))), sys.stderr
         skips = SkippedLog(workdir if hosts.first() else None, config.data.max_skipped_share)
         stack.enter_context(contextlib.closing(skips))
-        progress = stack.enter_context(contextlib.closing(Progress(config.steps, out)))
+        progress = stack.enter_context(contextlib.closing(Progress(config.steps, out, label)))
         reporter = _Reporter(config, run, log, progress, len(batches.planned.ladder))
         best = Best(workdir, hosts.gather(log.best if log else None)[0])
         every = config.evaluate_every or config.checkpoint_every
@@ -326,13 +351,13 @@ class _Reporter:
             self._log.write({"step": step, "phase": self._phase, "not_finite": what, "records": records, **validation})
 
 
-class _Termination:
+class Termination:
     """Records SIGTERM, so that the loop can save a checkpoint before it ends."""
 
     def __init__(self) -> None:
         self.asked = False
 
-    def __enter__(self) -> "_Termination":
+    def __enter__(self) -> "Termination":
         # Python lets only the main thread handle signals.
         self._main = threading.current_thread() is threading.main_thread()
         if self._main:

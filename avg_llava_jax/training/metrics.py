@@ -120,13 +120,17 @@ class SkippedLog:
 
 
 class Progress:
-    """A progress line, redrawn on a terminal and repeated at intervals in a file."""
+    """A progress line, redrawn on a terminal and repeated at intervals in a file.
+
+    label: stands before each line of a run beside others; these lines are never redrawn.
+    """
 
     PATIENCE = 10.0  # seconds between lines that cannot be redrawn
     REMEMBERED = 50  # steps that the pace, their median, is taken from; compilation is no part of them
 
-    def __init__(self, steps: int, out: TextIO = sys.stderr):
-        self._steps, self._out, self._live = steps, out, out.isatty()
+    def __init__(self, steps: int, out: TextIO = sys.stderr, label: str = ""):
+        self._steps, self._out, self._live = steps, out, out.isatty() and not label
+        self._label = label and f"{label}: "
         self._last = -float("inf")
         self._seconds: collections.deque[float] = collections.deque(maxlen=self.REMEMBERED)
         self._validation = ""  # the newest
@@ -150,7 +154,7 @@ class Progress:
             if key in row
         )
         line = (
-            f"{row['phase']} {row['step']}/{self._steps}  loss {row['loss']:.4f}{extra}{self._validation}  "
+            f"{self._label}{row['phase']} {row['step']}/{self._steps}  loss {row['loss']:.4f}{extra}{self._validation}  "
             f"{row['tokens_per_second']:.0f} tokens/s  {pace:.2f} s/step  "
             f"ETA {left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
         )
@@ -159,6 +163,7 @@ class Progress:
 
     def say(self, text: str) -> None:
         """Print a separate line, above the live one."""
+        text = self._label + text
         self._out.write(f"\r\x1b[K{text}\n" if self._live else text + "\n")
         self._out.flush()
 

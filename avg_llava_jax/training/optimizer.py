@@ -9,6 +9,7 @@ import optax
 from jax.sharding import PartitionSpec
 
 from avg_llava_jax import parameters
+from avg_llava_jax.models import one_cpu
 from avg_llava_jax.parallel import sharding
 from avg_llava_jax.training.config import OptimizerConfig
 
@@ -87,8 +88,11 @@ def gradients(
     Row i*k + j of the batch is row i of micro-batch j of k: each device splits its own rows.
     Replicas of the model (mesh axis `data`) accumulate locally and are summed once at the end.
     Row r uses key r of `rng`, so its dropout depends neither on the split nor on the device.
+    One CPU device may take more micro-batches, see `one_cpu`.
     """
-    keys = jax.random.split(rng, len(jax.tree.leaves(batch)[0]))
+    rows = len(jax.tree.leaves(batch)[0])
+    keys = jax.random.split(rng, rows)
+    accumulate = max(accumulate, one_cpu.parts(rows, one_cpu.TRAINED_ROWS))
 
     def value_and_grad(params: parameters.Params, batch: Any, keys: jax.Array) -> Any:
         found, grads = jax.value_and_grad(loss, has_aux=True)(params, batch, keys)
