@@ -9,6 +9,7 @@ import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from avg_llava_jax.config import ModelConfig
@@ -125,7 +126,7 @@ def route_encoded(model: Model, encoded: Iterable[Encoded]) -> list[np.ndarray]:
             continue
         pyramid = batch.pyramid
         if pyramid.shape[2] != config.pyramid_rows:  # another ladder: pool again from the finest rows
-            pyramid = scale(config, pyramid[:, :, -config.granularities[-1] :])
+            pyramid = scale(config, jnp.asarray(pyramid[:, :, -config.granularities[-1] :]))
         logits = np.asarray(route(config, model.params, pyramid, batch.inputs).logits)
         for at, (row, images) in enumerate(zip(batch.rows, batch.images, strict=True)):
             scores[row] = logits[at, :images]
