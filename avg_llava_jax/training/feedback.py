@@ -166,9 +166,12 @@ def _window(
             return number, batch, jax.block_until_ready(measured)
 
     # One batch is read while the device measures another; a CPU measures both. Several processes keep one order.
-    with ThreadPoolExecutor(1 if jax.process_count() > 1 else 2, "feedback") as pool:
+    pool = ThreadPoolExecutor(1 if jax.process_count() > 1 else 2, "feedback")
+    try:
         for answered in pool.map(ask, range(window * WINDOW, (window + 1) * WINDOW)):
             keep(*answered)
+    finally:
+        pool.shutdown(cancel_futures=True)
     return found
 
 
