@@ -24,8 +24,9 @@ PATCHES = 512
 cache. Saves 6 % of the time of a ViT-B at 336 pixels."""
 
 TRAINED_ROWS, ASKED_ROWS = 2, 4
-"""Rows of a batch that a training step, and the frozen model, compute at a time: activations stay in the CPU's cache, and
-the system need not give the step hundreds of MB anew. A router's step takes 0.6 times as long, phase one 0.75 times."""
+"""Rows of a batch that a training step, and the frozen model, compute at a time: activations stay in the CPU's cache,
+and the system need not hand out hundreds of MB at every step. A router's step takes 0.6 times as long, phase one
+0.75 times."""
 
 
 def here() -> bool:
