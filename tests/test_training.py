@@ -219,7 +219,9 @@ def test_runs_together_are_the_runs_alone(tiny, llava_folder, tmp_path, capsys):
     for name, each in alone.items():
         train(each, tmp_path / "alone" / name)
     capsys.readouterr()
+    handler = signal.getsignal(signal.SIGTERM)
     train_together({tmp_path / "together" / name: each for name, each in alone.items()})
+    assert signal.getsignal(signal.SIGTERM) is handler
     lines = capsys.readouterr().err.splitlines()
     assert {line.split(": ")[0] for line in lines if "connector 3/3" in line} == {"one", "two"}
     for name in alone:

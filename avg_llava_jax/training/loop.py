@@ -70,7 +70,7 @@ def train(
         disk.watched(workdir),
         checkpoint.Manager(workdir) as manager,
         jax.set_mesh(mesh),
-        termination or Termination() as termination,
+        contextlib.nullcontext(termination) if termination else Termination() as termination,
         contextlib.ExitStack() as running,
     ):
         start = setup.begin(config, workdir, mesh)

@@ -155,7 +155,8 @@ class Progress:
         )
         line = (
             f"{self._label}{row['phase']} {row['step']}/{self._steps}  "
-            f"loss {row['loss']:.4f}{extra}{self._validation}  {row['tokens_per_second']:.0f} tokens/s  {pace:.2f} s/step  "
+            f"loss {row['loss']:.4f}{extra}{self._validation}  "
+            f"{row['tokens_per_second']:.0f} tokens/s  {pace:.2f} s/step  "
             f"ETA {left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
         )
         self._out.write(f"\r\x1b[K{line}" if self._live else line + "\n")
