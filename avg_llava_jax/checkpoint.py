@@ -22,6 +22,7 @@ import logging
 import os
 import pathlib
 import shutil
+import threading
 import time
 from typing import Any, NamedTuple, Protocol, Self
 
@@ -385,8 +386,15 @@ class _Position:
         return None
 
 
+_OPEN: set["Manager"] = set()
+_SAVING = threading.Lock()
+"""The managers of this process, and who saves: Orbax 0.12.8 mixes up two managers that save at the same time."""
+
+
 class Manager:
     """Writes the checkpoints of one training run in the background and keeps the two newest.
+
+    Runs beside each other in one process take turns, and wait for their saves.
 
     Only one process (or one group of `jax.distributed` processes that all call each method) may hold a
     workdir. Use it as a context manager: leaving it waits for the last save and releases the workdir.
@@ -413,6 +421,7 @@ class Manager:
             handlers.add("params", ocp.args.StandardRestore, limited)
         self._manager = ocp.CheckpointManager(self.folder / STEPS, options=options, handler_registry=handlers)
         self._last: int | None = None  # the save may still be in progress
+        _OPEN.add(self)
 
     def __enter__(self) -> Self:
         return self
@@ -439,7 +448,10 @@ class Manager:
             import grain.checkpoint  # half a second, for training alone
 
             items["data"] = grain.checkpoint.CheckpointSave(_Position(data))
-        self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+        with _SAVING:
+            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+            if len(_OPEN) > 1:
+                self._manager.wait_until_finished()
 
     def restore(self, params: parameters.Params, optimizer: Any, data: Stateful | None = None) -> Restored | None:
         """Restore the newest readable step; None where the workdir has no step.
@@ -515,6 +527,7 @@ class Manager:
                 self._release()
 
     def _release(self) -> None:
+        _OPEN.discard(self)
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None

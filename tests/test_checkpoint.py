@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -136,6 +137,25 @@ def test_resume(workdir, params, optimizer):
         manager.restore(params, optimizer, pipeline)
     assert pipeline.state == {"next": 9}
     assert checkpoint.steps(workdir) == [3, 4]
+
+
+def test_two_runs_of_one_process_save_beside_each_other(tmp_path, params):
+    """Orbax alone mixes up their temporary folders, see findings/orbax_two_threads.sh."""
+    folders = [tmp_path / name for name in ("one", "two")]
+    for folder in folders:
+        checkpoint.save_config(folder, TINY, None, [16])
+        checkpoint.copy_tokenizer(TOKENIZER, folder)
+
+    def run(folder):
+        with checkpoint.Manager(folder) as manager:
+            for step in range(1, 9):
+                manager.save(step, at_step(params, step))
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(run, folders))
+    for folder in folders:
+        assert checkpoint.steps(folder) == [7, 8]
+        same(checkpoint.load(folder).params, at_step(params, 8))
 
 
 def test_a_new_workdir_has_nothing_to_restore(tmp_path, params, optimizer):
