@@ -117,7 +117,8 @@ class OptimizerConfig:
     warmup: share of the steps in which the rate rises from 0; it then falls to 0 along a cosine.
     weight_decay: of kernels and embeddings; norms, biases and single vectors do not decay.
     clip: upper bound on the global norm of the gradients.
-    accumulate: micro-batches per batch, run sequentially: less memory, the same result.
+    accumulate: micro-batches per batch, run sequentially: less memory, the same result. One CPU device takes at least
+        one for every two rows, which is faster there.
     lora: trains adapters instead of encoder and language model.
     """
 
