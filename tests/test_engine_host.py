@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 
 from avg_llava_jax.config import ModelConfig
-from avg_llava_jax.inference.buckets import STEPS, bucket, chunk_bucket, server_buckets
+from avg_llava_jax.inference.buckets import STEPS, bucket, chunk_bucket, offline_buckets, server_buckets
 from avg_llava_jax.inference.image_pages import ImagePages, digest_of
 from avg_llava_jax.inference.job import image_key, places_of
 from avg_llava_jax.inference.scheduler import STEPS_BETWEEN_CHUNKS, Scheduler, Work
@@ -22,6 +22,14 @@ def test_buckets_of_the_7b_model():
     assert buckets.prompts == (1, 4) and buckets.behind == (64, 256)
     assert len(buckets.prefills) == 20 and len(buckets.decodes) == 12 and len(buckets.routes) == 4
     assert [bucket((4, 8), need) for need in (0, 4, 5, 9)] == [4, 4, 8, 8]
+
+
+def test_prompts_that_are_known_share_few_programs():
+    """Those that prefill alone are padded to as many as prefill together."""
+    unknown, known = (offline_buckets(ModelConfig(), 32, 400, 1, prompts=prompts) for prompts in ((), (60, 70, 300)))
+    assert (unknown.prompts, known.prompts) == ((1, 8), (8,))
+    assert known.chunks == (64, 96, 320) and set(known.chunks) < set(unknown.chunks)
+    assert offline_buckets(ModelConfig(), 1, 400, 1, prompts=(60,)).prompts == (1,)
 
 
 def test_chunks_waste_little():

@@ -62,9 +62,7 @@ def train_router(config: Any, stored: pathlib.Path, workdir: pathlib.Path) -> Av
     return AvgLlava.load(workdir)
 
 
-def train_routers(
-    configs: Mapping[str, Any], stored: pathlib.Path, workdir: pathlib.Path
-) -> dict[str, AvgLlava]:
+def train_routers(configs: Mapping[str, Any], stored: pathlib.Path, workdir: pathlib.Path) -> dict[str, AvgLlava]:
     """`train_router` by name, all at the same time, each in the folder of its name."""
     folders = {name: workdir / name for name in configs}
     begin = time.perf_counter()

@@ -125,7 +125,7 @@ def offline_buckets(
     length: positions of a prompt and its answer together. prompts: lengths of the prompts to come, where they are
     known; `few_buckets` then holds them with little padding, and the few that prefill alone are padded to many.
     """
-    longest, most_prompts = config.language.max_length, min(8, slots)
+    longest, together = config.language.max_length, min(8, slots)
     capacity = length_bucket(min(length, longest), 2 * longest) + STEPS
     lengths = tuple(size for size in length_buckets(longest) if size <= capacity)
     counts = tile_counts(config)
@@ -135,7 +135,7 @@ def offline_buckets(
         capacity=capacity,
         pages=max(pages, *counts),
         lanes=lanes,
-        prompts=(slots,) if lanes > 1 else tuple(sorted({most_prompts if prompts else 1, most_prompts})),
+        prompts=(slots,) if lanes > 1 else tuple(sorted({together} if prompts else {1, together})),
         chunks=few_buckets(lengths, prompts) if prompts else lengths,
         behind=tuple(size for size in _powers(16, 4, 1024) if size <= capacity),
         verify=capacity,

@@ -1,7 +1,7 @@
 """Special cases of one CPU device: its caches are small, copies are expensive, and slices of host arrays are free.
 
 Each is reached through an interface that accelerators use too: `attention`, `linear`, `language.unstack`,
-`avg_llava.encode_images`.
+`avg_llava.encode_images`, `training.optimizer.gradients`, `training.feedback.measure_batch`.
 """
 
 import math

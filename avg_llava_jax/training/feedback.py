@@ -185,10 +185,10 @@ def measure_batch(
 ) -> tuple[jax.Array, jax.Array]:
     """Mean NLL (B, *n, G), NaN where a sample has no answer, and features (B, T, P, D), or of no tile (B, 0, P, D)."""
 
-    def ask(batch: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
+    def measured(batch: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
         features = avg_llava.encode_images(config, params, batch["pixels"])
         text = avg_llava.embed(config, params, batch["text"])
         nll, answered = rglf.feedback(config, params, scale(config, features), text, batch, execution)
         return jnp.where(answered[..., None], nll, jnp.nan), features if keep_features else features[:, :0]
 
-    return one_cpu.by_parts(ask, batch, one_cpu.ASKED_ROWS)
+    return one_cpu.by_parts(measured, batch, one_cpu.ASKED_ROWS)
