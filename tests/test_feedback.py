@@ -62,6 +62,7 @@ def test_stored_feedback_trains_as_live_does(tiny, asked, keep):
     (value, (count, metrics)), grads = rglf(live)
     from_disk = dataclasses.replace(batches, feedback=stored)[mixed]
     assert ("pixels" in from_disk, "features" in from_disk) == (not keep, keep)
+    assert live["index"] and not from_disk["index"]  # nothing is packed for a language model that does not run
     (again, (as_many, others)), as_steep = rglf(from_disk)
     np.testing.assert_allclose(again, value, rtol=1e-5, atol=1e-5)
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4), as_steep, grads)

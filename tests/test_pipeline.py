@@ -9,6 +9,7 @@ import zipfile
 import numpy as np
 import pytest
 
+from avg_llava_jax.data import pipeline
 from avg_llava_jax.data.errors import BadSample
 from avg_llava_jax.data.packing import Shape, merge
 from avg_llava_jax.data.pipeline import WINDOW, Batches, PlannedBatches, choose_shapes
@@ -70,6 +71,24 @@ def test_jersey_is_a_source_by_name():
         open_source("jersey?colour=red")
     with pytest.raises(ValueError, match="is not of type int"):
         open_source("jersey?turns=many")
+
+
+def test_records_are_read_once_while_they_are_remembered(llava_folder, tokenizer, tiny, monkeypatch):
+    """Three epochs of 24 records; with no room for them all, each is read again and the batches are the same."""
+    batches, read = planned(llava_folder, tokenizer, tiny), collections.Counter()
+
+    def counted(source, index, *others):
+        read[index] += 1
+        return read_sample(source, index, *others)
+
+    monkeypatch.setattr(pipeline, "read_sample", counted)
+    found = [batches[number] for number in range(18)]
+    assert set(read.values()) == {1} and len(read) == 24
+    monkeypatch.setattr(pipeline, "REMEMBERED", 5)
+    again = planned(llava_folder, tokenizer, tiny)
+    for number, batch in enumerate(found):
+        same(batch, again[number])
+    assert min(read.values()) > 3
 
 
 @pytest.mark.parametrize(

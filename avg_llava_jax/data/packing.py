@@ -206,13 +206,16 @@ def tiles_of(sample: Sample, config: ModelConfig) -> int:
 
 def check_labels(sample: Sample, config: ModelConfig, granularities: Sequence[Granularity]) -> None:
     """Raises BadSample `no_label_left` where truncation leaves no answer token at one of the granularities."""
+    limit = config.language.max_length
     for granularity in reversed(config.ascending(granularities)):
+        need = packed_length(sample, config, granularity)
         if not labels_left(sample, config, granularity):
-            need, limit = packed_length(sample, config, granularity), config.language.max_length
             raise BadSample(
                 "no_label_left",
                 f"sample {sample.id}: of {need} tokens at granularity {granularity}, cut at {limit}, none has a label",
             )
+        if need <= limit:
+            break  # nothing is cut, nor at coarser ones
 
 
 def load_tiles(sample: Sample, config: ModelConfig) -> np.ndarray:

@@ -52,6 +52,9 @@ from avg_llava_jax.data.tokenizer import Tokenizer
 WINDOW = 16
 """K, batches per window. A larger window means less padding and a longer wait for the first batch."""
 
+REMEMBERED = 4096
+"""Records that stay in memory, tokenized: an epoch of a small data set reads what the one before has read."""
+
 SURVEY = 512
 """Records that are measured at the start of a run to choose its batch shapes."""
 
@@ -86,9 +89,10 @@ Row = list[Member]
 
 @dataclasses.dataclass(frozen=True)
 class _Window:
-    """Rows of each batch of a window, in the order of the batches, and the records that were skipped."""
+    """Rows and shape of each batch of a window, in the order of the batches, and the records that were skipped."""
 
     batches: list[list[Row]]
+    shapes: list[Shape]
     skipped: list[Skipped]
 
 
@@ -145,7 +149,7 @@ class PlannedBatches:
         rows = range(self._rows) if self.rows is None else self.rows
         left_out = window.skipped[number % WINDOW :: len(window.batches)]
         skipped = [one for at, one in enumerate(left_out) if at % self._rows in rows]
-        shape = self.fit([[member.sample for member in row] for row in window.batches[number % WINDOW]] or [[EMPTY]])
+        shape = window.shapes[number % WINDOW]
 
         records, samples, stored, tiles, place = [], [], [], [], []
         found = self.rows_of(number)
@@ -172,9 +176,7 @@ class PlannedBatches:
 
         It looks no further than the window of batch `number`, and decodes nothing.
         """
-        planned = self._window(number // WINDOW).batches[number % WINDOW :][:count]
-        samples = [[[sample for _, sample in row] for row in each] or [[EMPTY]] for each in planned]
-        shapes = dict.fromkeys(map(self.fit, samples))
+        shapes = dict.fromkeys(self._window(number // WINDOW).shapes[number % WINDOW :][:count])
         rows = self._rows if self.rows is None else len(self.rows)
         stored = None if self.feedback is None else [self._nothing] * rows
         tiles = [self._tiles(EMPTY, self._nothing)] * rows
@@ -248,7 +250,11 @@ class PlannedBatches:
 
         Few of the records that the survey did not see are larger than all that it saw, and those share one more shape.
         """
-        close = merge(row_shape(row, self.config, self.granularities) for row in rows)
+        return self._fit(rows, [row_shape(row, self.config, self.granularities) for row in rows])
+
+    def _fit(self, rows: Sequence[Sequence[Sample]], shapes: Sequence[Shape]) -> Shape:
+        """`fit` of rows whose own shapes are known."""
+        close = merge(shapes)
         ladder, wide = self._survey
         for rung in ladder:
             if merge([rung, close]) == rung:
@@ -284,12 +290,23 @@ class PlannedBatches:
     def _windows(self) -> collections.OrderedDict[int, _Window]:
         return collections.OrderedDict()
 
+    @functools.cached_property
+    def _members(self) -> collections.OrderedDict[tuple[int, int], Member | Skipped]:
+        """The records read last, by source and number, without their pixels."""
+        return collections.OrderedDict()
+
     def _read(self, at: int) -> Member | Skipped:
         """The record at a position of Grain's order."""
         pair = self._pairs[at] if self.once else self._order[at]
         which, index = (int(number) for number in pair)
         index = index if self.kept is None else int(self.kept[which][index])
-        part = self.parts[which]
+        member = self._members.pop((which, index), None) or self._read_record(self.parts[which], index)
+        self._members[which, index] = member
+        if len(self._members) > REMEMBERED:
+            self._members.popitem(last=False)
+        return member
+
+    def _read_record(self, part: Part, index: int) -> Member | Skipped:
         record = f"{part.path}#{index}"
         try:
             return Member(record, read_sample(part.source, index, self.tokenizer, self.config, self.granularities))
@@ -307,14 +324,25 @@ class PlannedBatches:
         count = min(WINDOW, len(self) - window * WINDOW)
         start, end = (number * WINDOW * self.batch_size for number in (window, window + 1))
         read = [self._read(at) for at in range(start, min(end, sum(self.sizes)) if self.once else end)]
-        rows = self._share([one for one in read if isinstance(one, Member)], count * self._rows)
+        shared = self._share([one for one in read if isinstance(one, Member)], count * self._rows)
+        samples = [[member.sample for member in row] for row in shared]
+        shapes = [row_shape(row, self.config, self.granularities) for row in samples]
+        cost = functools.cache(lambda shape: _cost(shape, self.config, self.granularities))
+        costs = [cost(self._fit([row], [shape])) for row, shape in zip(samples, shapes, strict=True)]
         # A stable sort: rows of the same shape stay in their order, without packing Grain's.
-        rows.sort(key=lambda row: _cost(self.fit([[sample for _, sample in row]]), self.config, self.granularities))
+        order = sorted(range(len(shared)), key=costs.__getitem__)
         # Skipped records shorten every batch a little, instead of emptying one.
-        ends = [len(rows) * number // count for number in range(count + 1)]
-        batches = [rows[start:end] for start, end in itertools.pairwise(ends)]
+        ends = [len(order) * number // count for number in range(count + 1)]
+        batches = [order[start:end] for start, end in itertools.pairwise(ends)]
         random.Random(f"{self.seed}/{window}").shuffle(batches)
-        return _Window(batches, [one for one in read if isinstance(one, Skipped)])
+        return _Window(
+            [[shared[at] for at in batch] for batch in batches],
+            [
+                self._fit([samples[at] for at in batch], [shapes[at] for at in batch]) if batch else self.fit([[EMPTY]])
+                for batch in batches
+            ],
+            [one for one in read if isinstance(one, Skipped)],
+        )
 
 
 def share_rows(loads: np.ndarray, count: int) -> list[list[int]]:
@@ -376,9 +404,12 @@ def collate_rows(
     patch_words  int32 (rows, T, P, WORDS)  if `words`, of samples with a row each
     nll          float32 (rows, G)          if feedback is `stored`, NaN = none; (rows, K, G) where samples share a row
     features     (rows, T, P, D)            in place of `pixels`, if features are stored: `tiles` holds them
+
+    With `stored` feedback no language model runs, and nothing is packed for it: `index`, `length` and `target_at` are
+    empty.
     """
     rows = range(len(samples)) if rows is None else rows
-    batch = collate(samples, shape, config, granularities, tiles, rows)
+    batch = collate(samples, shape, config, granularities if stored is None else (), tiles, rows)
     count = len(batch["text"])
     batch["visual"] = np.zeros((count, shape.images, len(granularities)), np.int32)
     nll = np.full((count, shape.samples, len(config.granularities)), np.nan, np.float32)

@@ -38,7 +38,7 @@ def kernel_for(platform: str, devices: int, dtype: jnp.dtype, head_dim: int, len
     """The kernel for a sequence of `length` positions over itself, forward and backward.
 
         platform         dtype         head_dim               length   kernel
-        one CPU device   any           any                    any      one_cpu: head by head, scores in the CPU's cache
+        one CPU device   any           any                    > 256    one_cpu: head by head, scores in the CPU's cache
         TPU              bfloat16      any                    any      splash: JAX's Pallas kernel, padded to its tiles
         GPU              16 bits       <= 128, multiple of 8  any      cudnn: padded to an even length, and masked
         otherwise        any           any                    <= 256   dense: plain XLA, scores in memory
@@ -48,7 +48,7 @@ def kernel_for(platform: str, devices: int, dtype: jnp.dtype, head_dim: int, len
     the tracing machine, which a compilation ahead of time does not have. `length` is the sequence's own;
     `cached_attention` handles a cache.
     """
-    if platform == "cpu" and devices == 1:
+    if platform == "cpu" and devices == 1 and length > QUERY_BLOCK:
         return "one_cpu"
     if platform == "tpu" and dtype == jnp.bfloat16:
         return "splash"

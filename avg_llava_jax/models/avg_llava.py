@@ -7,6 +7,7 @@
 Compute runs in the dtype of the parameters: cast them to choose it. config.py has the legend of dims.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -103,15 +104,11 @@ def route(
     reads = batch["instruction"][:, None]
     if "text_sample" in batch:
         reads = reads & (batch["text_sample"][:, None] == batch["image_sample"][..., None])
-    return Router(config).apply(
-        {"params": params["router"]},
-        pyramid,
-        text,
-        reads,
-        batch["tile_image"],
-        batch["first_tile"],
-        dropout,
-    )
+    inputs = (pyramid, text, reads, batch["tile_image"], batch["first_tile"])
+    router = functools.partial(Router(config).apply, {"params": params["router"]})
+    if dropout is not None:
+        return router(*inputs, dropout)
+    return one_cpu.by_parts(lambda rows: router(*rows), inputs, one_cpu.ASKED_ROWS)
 
 
 def assemble(

@@ -24,13 +24,12 @@ import ml_collections
 
 from avg_llava_jax import adapters, checkpoint, parameters
 from avg_llava_jax.data.feedback import require_same_measure
-from avg_llava_jax.data.pipeline import Batch, Batches
+from avg_llava_jax.data.pipeline import Batch, Batches, PlannedBatches
 from avg_llava_jax.parallel import hosts, sharding
 from avg_llava_jax.training import curves, disk, setup
 from avg_llava_jax.training.config import TrainConfig, read
 from avg_llava_jax.training.feedback import measured_by
 from avg_llava_jax.training.metrics import MetricsLog, Progress, SkippedLog
-from avg_llava_jax.training.optimizer import rate_shape
 from avg_llava_jax.training.step import Step
 from avg_llava_jax.training.validation import BEST_STEP, LOSS, Best, Validation
 
@@ -125,7 +124,7 @@ def _loop(
         skips = SkippedLog(workdir if hosts.first() else None, config.data.max_skipped_share)
         stack.enter_context(contextlib.closing(skips))
         progress = stack.enter_context(contextlib.closing(Progress(config.steps, out, label)))
-        reporter = _Reporter(config, run, log, progress, len(batches.planned.ladder))
+        reporter = _Reporter(config, run, log, progress, batches.planned)
         best = Best(workdir, hosts.gather(log.best if log else None)[0])
         every = config.evaluate_every or config.checkpoint_every
         if jax.process_count() == 1:  # several processes may have to compile in the same order
@@ -266,26 +265,27 @@ def _shape(arrays: Any) -> tuple[Any, ...]:
 class _Reporter:
     """Writes the metrics of a step after the next one is dispatched to the device.
 
-    shapes: the number of batch shapes to compile, as far as it is known.
+    planned: of the run; tells the number of batch shapes to compile, as far as it is known.
     """
 
-    def __init__(self, config: TrainConfig, run: _Run, log: MetricsLog | None, progress: Progress, shapes: int):
+    def __init__(
+        self, config: TrainConfig, run: _Run, log: MetricsLog | None, progress: Progress, planned: PlannedBatches
+    ):
         self._phase, self._run, self._log, self._progress = config.phase, run, log, progress
         self._rows, self._max_bad_steps = config.rows, config.max_bad_steps
         self._bad_steps = hosts.gather(log.bad_steps if log else 0)[0]  # the first process has the log
-        self._peak = config.optimizer.learning_rate
-        self._rate = rate_shape(config.optimizer, config.steps)
         self._pending: tuple[int, dict[str, jax.Array], list[str], int] | None = None
         self._settled: tuple[dict[str, float], float] | None = None
-        self._shapes, self._seen = shapes, 0
+        self._shapes, self._seen = len(planned.ladder), 0
+        self._patches = planned.config.vision.grid**2
         self._since = time.monotonic()
 
     def hand_over(self, metrics: dict[str, jax.Array], records: list[str], batch: Batch) -> None:
         self.report()
         if batch["length"]:
             tokens = int(sum(length.sum() for length in batch["length"].values()))
-        else:  # phase grounding: patches
-            tokens = int((batch["tile_image"] >= 0).sum()) * batch["patch_words"].shape[2]
+        else:  # no language model runs: patches
+            tokens = int((batch["tile_image"] >= 0).sum()) * self._patches
         self._pending = self._run.step, metrics, records, tokens * self._rows // len(batch["text"])
 
     def say_shape(self, batch: Batch) -> None:
@@ -325,13 +325,14 @@ class _Reporter:
             self._pass_over(step, bad[0], records, validation or {})
             return
         if values.get("visual_tokens") == 0:  # text alone: there was nothing to choose, and zeros would mislead
-            values = {name: values[name] for name in ("loss", "grad_norm")}
+            values = {name: values[name] for name in ("loss", "grad_norm", "learning_rate")}
+        rate = values.pop("learning_rate")
         row = {
             "step": step,
             "phase": self._phase,
             **dict(sorted(values.items())),
             **(validation or {}),
-            "learning_rate": self._peak * float(self._rate(step - 1)),
+            "learning_rate": rate,
             "tokens_per_second": tokens / seconds,
             "step_seconds": seconds,
         }

@@ -16,7 +16,7 @@ from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.parallel import sharding
 from avg_llava_jax.training import phases, setup
 from avg_llava_jax.training.config import TrainConfig
-from avg_llava_jax.training.optimizer import gradients, make_optimizer, trainable
+from avg_llava_jax.training.optimizer import gradients, make_optimizer, rate_shape, trainable
 
 
 class Step:
@@ -48,7 +48,8 @@ class Step:
 
             rng = jax.random.fold_in(jax.random.key(seed), step)
             grads, value, metrics = gradients(of_ours, ours, batch, rng, settings.accumulate)
-            metrics |= {"loss": value, "grad_norm": optax.global_norm(grads)}
+            rate = settings.learning_rate * rate_shape(settings, config.steps)(step)
+            metrics |= {"loss": value, "grad_norm": optax.global_norm(grads), "learning_rate": rate}
             updates, state = optimizer.update(grads, state, ours, loss=value)
             return optax.apply_updates(ours, updates), state, metrics
 
