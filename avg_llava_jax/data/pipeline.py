@@ -199,8 +199,8 @@ class PlannedBatches:
         return [planned[at] for at in rows if at < len(planned)]
 
     def first(self, count: int) -> Iterator[Member]:
-        """The usable ones of the first `count` records, in Grain's order."""
-        for at in range(min(count, sum(self.sizes)) if self.once else count):
+        """The usable ones of the first `count` records, in Grain's order; of one source at most one epoch."""
+        for at in range(min(count, sum(self.sizes)) if self.once or len(self.parts) == 1 else count):
             member = self._read(at)
             if isinstance(member, Member):
                 yield member
@@ -273,15 +273,6 @@ class PlannedBatches:
         return [[members[at] for at in row] for row in share_rows(np.array(loads), min(most, len(members)))]
 
     @functools.cached_property
-    def _order(self) -> grain.MapDataset:
-        """Endless (source, position of a record among those used) pairs."""
-        orders = []
-        for which, size in enumerate(self.sizes):
-            indices = grain.MapDataset.range(size).seed(self.seed + which).shuffle().repeat()
-            orders.append(indices.map(functools.partial(_pair, which)))
-        return orders[0] if len(orders) == 1 else grain.MapDataset.mix(orders, [part.weight for part in self.parts])
-
-    @functools.cached_property
     def _pairs(self) -> list[tuple[int, int]]:
         """Each (source, position) pair once, in order."""
         return [(which, index) for which, size in enumerate(self.sizes) for index in range(size)]
@@ -297,8 +288,8 @@ class PlannedBatches:
 
     def _read(self, at: int) -> Member | Skipped:
         """The record at a position of Grain's order."""
-        pair = self._pairs[at] if self.once else self._order[at]
-        which, index = (int(number) for number in pair)
+        weights = tuple(part.weight for part in self.parts)
+        which, index = self._pairs[at] if self.once else _drawn(tuple(self.sizes), weights, self.seed, at)
         index = index if self.kept is None else int(self.kept[which][index])
         member = self._members.pop((which, index), None) or self._read_record(self.parts[which], index)
         self._members[which, index] = member
@@ -374,6 +365,23 @@ def hold_out(count: int, share: float) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(f"data.validation={share} of {count} records leaves none to train on")
     order = np.random.RandomState(0).permutation(count)  # NumPy never changes this generator's numbers
     return np.sort(order[held:]), np.sort(order[:held])
+
+
+@functools.lru_cache(maxsize=16)
+def _order(sizes: tuple[int, ...], weights: tuple[float, ...], seed: int) -> grain.MapDataset:
+    """Endless (source, position of a record among those used) pairs."""
+    orders = []
+    for which, size in enumerate(sizes):
+        indices = grain.MapDataset.range(size).seed(seed + which).shuffle().repeat()
+        orders.append(indices.map(functools.partial(_pair, which)))
+    return orders[0] if len(orders) == 1 else grain.MapDataset.mix(orders, weights)
+
+
+@functools.lru_cache(maxsize=2**16)  # Grain takes 1.5 ms for each of 24 records (findings/grain_shuffle_of_few.sh)
+def _drawn(sizes: tuple[int, ...], weights: tuple[float, ...], seed: int, at: int) -> tuple[int, int]:
+    """Pair `at` of `_order`."""
+    which, index = _order(sizes, weights, seed)[at]
+    return int(which), int(index)
 
 
 def _pair(source: int, index: int) -> tuple[int, int]:
