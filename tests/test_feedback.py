@@ -262,7 +262,7 @@ def test_data_that_changed_is_asked_again_and_never_taken_from_a_folder(live, ra
         record["conversations"][1]["value"] += "!"
     (llava_folder / "train.json").write_text(json.dumps(records), encoding="utf-8")
     config.rglf.feedback = str(llava_folder / "feedback")
-    with pytest.raises(ValueError, match=r"no answers to 64 of the first 64 records as they are now, .*json#\d+ am"):
+    with pytest.raises(ValueError, match=r"no answers to 24 of the first 24 records as they are now, .*json#\d+ am"):
         train(config, llava_folder / "run")
     config.rglf.feedback = ""
     assert feedback.run(read(config), llava_folder / "feedback", keep_features=False) == (1, 0)

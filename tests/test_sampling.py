@@ -16,6 +16,9 @@ from tests.random_model import plain
 from tests.small_engine import ended
 from tests.test_programs import drawn
 
+LOGPROB = 2e-4
+"""Difference of log-probabilities: they are those of logits up to 75, where 1e-4 is ten roundings."""
+
 
 def answers(engine, requests):
     return [ticket.result(0) for ticket in ended(engine, requests)]
@@ -117,10 +120,10 @@ def test_logprobs_are_those_of_a_full_forward_pass(model, engine, photos):
         wanted = scores_by_forward(model, request, answer.token_ids)
         assert [score.token for score in answer.logprobs] == list(answer.token_ids) != []
         for row, score in zip(wanted, answer.logprobs, strict=True):
-            assert score.logprob == pytest.approx(row[score.token], abs=1e-4)
+            assert score.logprob == pytest.approx(row[score.token], abs=LOGPROB)
             top = sorted(row, reverse=True)[: request.logprobs]
-            np.testing.assert_allclose(list(score.top.values()), top, atol=1e-4)
-            np.testing.assert_allclose([row[token] for token in score.top], top, atol=1e-4)
+            np.testing.assert_allclose(list(score.top.values()), top, atol=LOGPROB)
+            np.testing.assert_allclose([row[token] for token in score.top], top, atol=LOGPROB)
     alone = model.answer_batch([requests[1]])[0]
     np.testing.assert_allclose([s.logprob for s in alone.logprobs], [s.logprob for s in found[1].logprobs], atol=1e-5)
 

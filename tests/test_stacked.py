@@ -81,7 +81,8 @@ def test_rows_answer_as_merged_models(root, several, photos):
             answer = wanted.result()
             for found in (tickets[row].result(), again[row].result()):
                 assert (found.token_ids, found.granularity) == (answer.token_ids, answer.granularity)
-            np.testing.assert_allclose(tickets[row].logits, wanted.logits, atol=1e-4, rtol=1e-4)
+            # The random model's logits reach 75, where 1e-4 is ten roundings.
+            np.testing.assert_allclose(tickets[row].logits, wanted.logits, atol=2e-4, rtol=1e-4)
             said[name].append(answer.token_ids)
     assert said[None] != said["a"] != said["b"] != said[None]  # the adapters do something
 
