@@ -239,7 +239,8 @@ class PlannedBatches:
         """The ladder, and a wide shape for a batch that does not fit it."""
         if self.shapes_of is not None:
             return self.shapes_of._survey
-        rows = self._share(list(self.first(SURVEY)), -(-SURVEY // self.pack)) or [[Member("", EMPTY)]]
+        members = list(self.first(SURVEY))
+        rows = self._share(members, -(-len(members) // self.pack)) or [[Member("", EMPTY)]]
         rows = [[member.sample for member in row] for row in rows]
         found = collections.Counter(row_shape(row, self.config, self.granularities) for row in rows)
         wide = merge(row_shape(row, self.config, self.granularities, close=False) for row in rows)
