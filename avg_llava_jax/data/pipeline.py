@@ -86,6 +86,8 @@ class Member(NamedTuple):
 Row = list[Member]
 """The samples of a row, which has at least one."""
 
+EMPTY_ROW: Row = [Member("", EMPTY)]
+
 
 @dataclasses.dataclass(frozen=True)
 class _Window:
@@ -149,11 +151,9 @@ class PlannedBatches:
         rows = range(self._rows) if self.rows is None else self.rows
         left_out = window.skipped[number % WINDOW :: len(window.batches)]
         skipped = [one for at, one in enumerate(left_out) if at % self._rows in rows]
-        shape = window.shapes[number % WINDOW]
-
         records, samples, stored, tiles, place = [], [], [], [], []
         found = self.rows_of(number)
-        for at, row in enumerate([*found, *[[Member("", EMPTY)]] * (len(rows) - len(found))]):
+        for at, row in enumerate([*found, *[EMPTY_ROW] * (len(rows) - len(found))]):
             for record, sample in row:
                 try:
                     kept = self._nothing if self.feedback is None or not record else self._stored(sample)
@@ -166,6 +166,7 @@ class PlannedBatches:
                 ):
                     column.append(value)
         stored = None if self.feedback is None else stored
+        shape = self.batch_shape(number)
         batch = collate_rows(
             samples, tiles, shape, self.config, self.granularities, words=self.words, stored=stored, rows=place
         )
@@ -240,27 +241,30 @@ class PlannedBatches:
         if self.shapes_of is not None:
             return self.shapes_of._survey
         members = list(self.first(SURVEY))
-        rows = self._share(members, -(-len(members) // self.pack)) or [[Member("", EMPTY)]]
-        rows = [[member.sample for member in row] for row in rows]
-        found = collections.Counter(row_shape(row, self.config, self.granularities) for row in rows)
-        wide = merge(row_shape(row, self.config, self.granularities, close=False) for row in rows)
+        rows = self._share(members, -(-len(members) // self.pack)) or [EMPTY_ROW]
+        found = collections.Counter(self._need(row) for row in rows)
+        wide = merge(self._need(row, close=False) for row in rows)
         return choose_shapes(found, self.shapes, self.config, self.granularities), wide
 
-    def fit(self, rows: Sequence[Sequence[Sample]]) -> Shape:
-        """The cheapest shape of the ladder that holds these rows; where none does, a wide shape.
+    def batch_shape(self, number: int) -> Shape:
+        """The shape of batch `number`: the cheapest of the ladder that holds it; where none does, a wide shape.
 
         Few of the records that the survey did not see are larger than all that it saw, and those share one more shape.
         """
-        return self._fit(rows, [row_shape(row, self.config, self.granularities) for row in rows])
+        return self._window(number // WINDOW).shapes[number % WINDOW]
 
-    def _fit(self, rows: Sequence[Sequence[Sample]], shapes: Sequence[Shape]) -> Shape:
-        """`fit` of rows whose own shapes are known."""
-        close = merge(shapes)
+    def _need(self, row: Row, close: bool = True) -> Shape:
+        """What a row needs, see `row_shape`."""
+        return row_shape([member.sample for member in row], self.config, self.granularities, close)
+
+    def _fit(self, rows: Sequence[tuple[Row, Shape]]) -> Shape:
+        """The shape for these rows, given what each needs, see `batch_shape`."""
+        close = merge(need for _, need in rows)
         ladder, wide = self._survey
         for rung in ladder:
             if merge([rung, close]) == rung:
                 return rung
-        return merge([wide, *(row_shape(row, self.config, self.granularities, close=False) for row in rows)])
+        return merge([wide, *(self._need(row, close=False) for row, _ in rows)])
 
     def _share(self, members: Sequence[Member], most: int) -> list[Row]:
         """At most `most` rows of these samples, none of them empty."""
@@ -272,6 +276,11 @@ class PlannedBatches:
             for _, sample in members
         ]
         return [[members[at] for at in row] for row in share_rows(np.array(loads), min(most, len(members)))]
+
+    @functools.cached_property
+    def _mixture(self) -> tuple[tuple[int, float], ...]:
+        """Number of records used, and weight, of each part."""
+        return tuple(zip(self.sizes, (part.weight for part in self.parts), strict=True))
 
     @functools.cached_property
     def _pairs(self) -> list[tuple[int, int]]:
@@ -289,8 +298,7 @@ class PlannedBatches:
 
     def _read(self, at: int) -> Member | Skipped:
         """The record at a position of Grain's order."""
-        weights = tuple(part.weight for part in self.parts)
-        which, index = self._pairs[at] if self.once else _drawn(tuple(self.sizes), weights, self.seed, at)
+        which, index = self._pairs[at] if self.once else _drawn(self._mixture, self.seed, at)
         index = index if self.kept is None else int(self.kept[which][index])
         member = self._members.pop((which, index), None) or self._read_record(self.parts[which], index)
         self._members[which, index] = member
@@ -317,24 +325,17 @@ class PlannedBatches:
         start, end = (number * WINDOW * self.batch_size for number in (window, window + 1))
         read = [self._read(at) for at in range(start, min(end, sum(self.sizes)) if self.once else end)]
         shared = self._share([one for one in read if isinstance(one, Member)], count * self._rows)
-        samples = [[member.sample for member in row] for row in shared]
-        shapes = [row_shape(row, self.config, self.granularities) for row in samples]
+        rows = [(row, self._need(row)) for row in shared]
         cost = functools.cache(lambda shape: _cost(shape, self.config, self.granularities))
-        costs = [cost(self._fit([row], [shape])) for row, shape in zip(samples, shapes, strict=True)]
         # A stable sort: rows of the same shape stay in their order, without packing Grain's.
-        order = sorted(range(len(shared)), key=costs.__getitem__)
+        rows.sort(key=lambda row: cost(self._fit([row])))
         # Skipped records shorten every batch a little, instead of emptying one.
-        ends = [len(order) * number // count for number in range(count + 1)]
-        batches = [order[start:end] for start, end in itertools.pairwise(ends)]
+        ends = [len(rows) * number // count for number in range(count + 1)]
+        batches = [rows[start:end] for start, end in itertools.pairwise(ends)]
         random.Random(f"{self.seed}/{window}").shuffle(batches)
-        return _Window(
-            [[shared[at] for at in batch] for batch in batches],
-            [
-                self._fit([samples[at] for at in batch], [shapes[at] for at in batch]) if batch else self.fit([[EMPTY]])
-                for batch in batches
-            ],
-            [one for one in read if isinstance(one, Skipped)],
-        )
+        shapes = [self._fit(batch or [(EMPTY_ROW, self._need(EMPTY_ROW))]) for batch in batches]
+        skipped = [one for one in read if isinstance(one, Skipped)]
+        return _Window([[row for row, _ in batch] for batch in batches], shapes, skipped)
 
 
 def share_rows(loads: np.ndarray, count: int) -> list[list[int]]:
@@ -369,19 +370,19 @@ def hold_out(count: int, share: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 @functools.lru_cache(maxsize=16)
-def _order(sizes: tuple[int, ...], weights: tuple[float, ...], seed: int) -> grain.MapDataset:
-    """Endless (source, position of a record among those used) pairs."""
+def _order(mixture: tuple[tuple[int, float], ...], seed: int) -> grain.MapDataset:
+    """Endless (source, position of a record among those used) pairs. mixture: number and weight of each source's."""
     orders = []
-    for which, size in enumerate(sizes):
+    for which, (size, _) in enumerate(mixture):
         indices = grain.MapDataset.range(size).seed(seed + which).shuffle().repeat()
         orders.append(indices.map(functools.partial(_pair, which)))
-    return orders[0] if len(orders) == 1 else grain.MapDataset.mix(orders, weights)
+    return orders[0] if len(orders) == 1 else grain.MapDataset.mix(orders, [weight for _, weight in mixture])
 
 
 @functools.lru_cache(maxsize=2**16)  # Grain takes 1.5 ms for each of 24 records (findings/grain_shuffle_of_few.sh)
-def _drawn(sizes: tuple[int, ...], weights: tuple[float, ...], seed: int, at: int) -> tuple[int, int]:
+def _drawn(mixture: tuple[tuple[int, float], ...], seed: int, at: int) -> tuple[int, int]:
     """Pair `at` of `_order`."""
-    which, index = _order(sizes, weights, seed)[at]
+    which, index = _order(mixture, seed)[at]
     return int(which), int(index)
 
 

@@ -71,10 +71,9 @@ def measure(batches: "PlannedBatches") -> dict[str, Any]:
     model, ladder, rows = batches.config, batches.granularities, batches.batch_size // batches.pack
     total, found = collections.Counter(), collections.Counter()
     for number in range(BATCHES.value):
-        samples = [[member.sample for member in row] for row in batches.rows_of(number)]
-        shape = batches.fit(samples)
+        shape = batches.batch_shape(number)
         found[shape] += 1
-        for sample in itertools.chain(*samples):
+        for _, sample in itertools.chain(*batches.rows_of(number)):
             total["tiles used"] += tiles_of(sample, model)
             total["used"] += sum(min(packed_length(sample, model, each), model.language.max_length) for each in ladder)
         total["tiles"] += rows * shape.tiles
@@ -127,8 +126,7 @@ def step_seconds(phase: str, model: "ModelConfig", plans: "dict[str, tuple[Plann
         for name, (batches, found) in plans.items():
             first: dict[Shape, int] = {}
             for number in range(BATCHES.value):
-                shape = batches.fit([[member.sample for member in row] for row in batches.rows_of(number)])
-                first.setdefault(shape, number)
+                first.setdefault(batches.batch_shape(number), number)
             for at, (shape, number) in enumerate(first.items()):
                 arrays = {key: value for key, value in batches[number].items() if key not in NOT_ARRAYS}
                 runs[f"{name}/{at}"] = run(jax.device_put(arrays, step.rows))
