@@ -12,7 +12,7 @@ import pytest
 from avg_llava_jax.data import pipeline
 from avg_llava_jax.data.errors import BadSample
 from avg_llava_jax.data.packing import Shape, merge
-from avg_llava_jax.data.pipeline import WINDOW, Batches, PlannedBatches, choose_shapes
+from avg_llava_jax.data.pipeline import WINDOW, Batches, PlannedBatches, choose_shapes, saving
 from avg_llava_jax.data.sources import LlavaJson, open_source, open_sources, read_sample
 from avg_llava_jax.training.metrics import SkippedLog, read_rows
 
@@ -196,19 +196,26 @@ def test_the_shapes_of_coming_batches_are_known_before_them(llava_folder, tokeni
 
 def test_shapes_are_chosen_to_hold_all_found(tiny):
     found = {Shape(t, 1, length, length, 1.0): 10 * t for t in (1, 2, 3) for length in (16, 64)}
-    ladder = choose_shapes(found, 3, tiny, tiny.granularities)
+    ladder = choose_shapes(found, 3, 0.02, tiny, tiny.granularities)
     assert len(ladder) == 3
     assert ladder[-1] == merge(found)
     assert all(any(merge([rung, shape]) == rung for rung in ladder) for shape in found)
-    assert choose_shapes(found, 99, tiny, tiny.granularities)[-1] == merge(found)
+    assert choose_shapes(found, 99, 0.02, tiny, tiny.granularities)[-1] == merge(found)
 
 
 def test_shapes_that_save_little_are_not_kept(tiny):
     """Texts of 1000 and 1001 share a shape, however many shapes are allowed; texts of 100 have their own."""
     near = {Shape(1, 1, length, 16, 1.0): 10 for length in (1000, 1001)}
-    assert choose_shapes(near, 6, tiny, tiny.granularities) == (merge(near),)
+    assert choose_shapes(near, 6, 0.02, tiny, tiny.granularities) == (merge(near),)
     found = near | {Shape(1, 1, 100, 16, 1.0): 10}
-    assert [shape.text for shape in choose_shapes(found, 6, tiny, tiny.granularities)] == [100, 1001]
+    assert [shape.text for shape in choose_shapes(found, 6, 0.02, tiny, tiny.granularities)] == [100, 1001]
+
+
+def test_short_runs_have_few_shapes(tiny):
+    """Texts of 100 save a quarter of the work: a shape of their own pays over 100 steps, but not over 50."""
+    found = {Shape(1, 1, length, 16, 1.0): 10 for length in (100, 1001)}
+    ladders = [choose_shapes(found, 6, saving(steps), tiny, tiny.granularities) for steps in (50, 100)]
+    assert [len(ladder) for ladder in ladders] == [1, 2]
 
 
 def test_visual_tokens_are_counted(llava_folder, tokenizer, tiny):

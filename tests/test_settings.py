@@ -205,8 +205,9 @@ def test_the_data_is_what_the_settings_say(tiny, tokenizer, llava_folder):
     def planned(**changes):
         return setup.plan_batches(changed(data | changes), tiny, tokenizer)
 
-    plain = planned(**{"data.shapes": 3})
-    assert len(plain.ladder) == 3 and len(planned(**{"data.shapes": 1}).ladder) == 1
+    plain = planned(**{"data.shapes": 3, "steps": 1000})
+    assert len(plain.ladder) == 3
+    assert [len(planned(**few).ladder) for few in ({"data.shapes": 1, "steps": 1000}, {"steps": 10})] == [1, 1]
     assert not any(plain[number]["skipped"] for number in range(16))
     small = planned(**{"data.max_pixels": 500})
     assert "too_large_image" in {one.reason for number in range(16) for one in small[number]["skipped"]}

@@ -19,6 +19,7 @@ from PIL import Image
 
 from avg_llava_jax import checkpoint, parameters
 from avg_llava_jax.config import ModelConfig, to_dict
+from avg_llava_jax.data import pipeline
 from avg_llava_jax.data.pipeline import PlannedBatches
 from avg_llava_jax.data.sources import open_sources
 from avg_llava_jax.models import avg_llava, one_cpu
@@ -171,6 +172,18 @@ def test_visual_tokens_are_those_of_the_choice(tiny, params, batch):
     _, (_, metrics) = loss(blank, batch)
     assert metrics["chosen/4"] == 1
     assert metrics["visual_tokens"] == pytest.approx(batch["visual"][1:3, :, 0].sum() / 3)
+
+
+def test_a_step_is_compiled_for_each_batch_shape(tiny, llava_folder, tmp_path, monkeypatch, capsys):
+    """Compiling would not pay over so few steps: see `pipeline.saving`."""
+    monkeypatch.setattr(pipeline, "COMPILE_STEPS", 0)
+    config = settings(tiny, llava_folder)
+    config.data.shapes = 3
+    train(config, tmp_path)
+    said = capsys.readouterr().err
+    assert "compiling batch shape 1 of 3" in said and "compiling batch shape 2 of 3" in said
+    rows = read_rows(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, 13)) and rows[-1]["loss"] < rows[0]["loss"]
 
 
 def test_accumulation_gives_the_gradients_of_the_whole_batch(tiny, params, batch, monkeypatch):

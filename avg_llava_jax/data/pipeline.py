@@ -58,8 +58,9 @@ REMEMBERED = 4096
 SURVEY = 512
 """Records that are measured at the start of a run to choose its batch shapes."""
 
-SAVES = 0.02
-"""Share of the work that one more batch shape must save; compiling it costs the time of many steps."""
+LEAST_SAVED, COMPILE_STEPS = 0.02, 20
+"""The least share of the work that one more batch shape must save, and the steps that its compilation takes the time
+of: 15 of the jersey-sized model on two cores."""
 
 EMPTY = Sample("", Tokens([], []))
 """Sample of an empty row: no image, no text, no label; it adds nothing to any loss."""
@@ -106,6 +107,7 @@ class PlannedBatches:
     batch_size: B, samples over all processes, a multiple of `pack`.
     pack: how many samples share a row, on average; a batch has B / pack rows.
     shapes: largest number of batch shapes for the surveyed records; each is compiled once.
+    saves: see `choose_shapes`.
     words: adds `patch_words` for phase `grounding`.
     feedback: stored feedback by `asked`; adds `nll` float32 (rows, G) to the batch, NaN in an empty row, and, where
         features are stored, `features` (rows, T, P, D) in place of `pixels`. A record without feedback is skipped.
@@ -122,6 +124,7 @@ class PlannedBatches:
     batch_size: int
     seed: int = 0
     shapes: int = 6
+    saves: float = LEAST_SAVED
     words: bool = False
     feedback: Mapping[str, Stored] | None = None
     rows: tuple[int, ...] | None = None
@@ -244,7 +247,7 @@ class PlannedBatches:
         rows = self._share(members, -(-len(members) // self.pack)) or [EMPTY_ROW]
         found = collections.Counter(self._need(row) for row in rows)
         wide = merge(self._need(row, close=False) for row in rows)
-        return choose_shapes(found, self.shapes, self.config, self.granularities), wide
+        return choose_shapes(found, self.shapes, self.saves, self.config, self.granularities), wide
 
     def batch_shape(self, number: int) -> Shape:
         """The shape of batch `number`: the cheapest of the ladder that holds it; where none does, a wide shape.
@@ -441,14 +444,23 @@ def collate_rows(
     return batch
 
 
+def saving(steps: int) -> float:
+    """The share of a run's work that one more batch shape must save, see `choose_shapes`.
+
+    >>> saving(100), saving(5000)
+    (0.2, 0.02)
+    """
+    return max(LEAST_SAVED, COMPILE_STEPS / steps)
+
+
 def choose_shapes(
-    found: dict[Shape, int], limit: int, config: ModelConfig, granularities: Sequence[int]
+    found: dict[Shape, int], limit: int, saves: float, config: ModelConfig, granularities: Sequence[int]
 ) -> tuple[Shape, ...]:
     """Chooses at most `limit` shapes, cheapest first, such that each shape in `found` fits one with little padding.
 
     found: number of occurrences of each shape. Starting from all shapes, the pair whose merge adds the least cost is
-    merged until `limit` are left and the next merge would add at least `SAVES` of the whole cost. The last is the merge
-    of all, so any batch fits.
+    merged until `limit` are left and the next merge would add at least the share `saves` of the whole cost. The last is
+    the merge of all, so any batch fits.
 
     Raises ValueError where `limit` is below 1.
     """
@@ -457,7 +469,7 @@ def choose_shapes(
     cost = functools.cache(lambda shape: _cost(shape, config, granularities)[0])
     rungs = dict(found) or {Shape(1, 1, 16, 16, 0.0): 1}
     rungs.setdefault(merge(rungs), 0)
-    least = SAVES * sum(count * cost(shape) for shape, count in rungs.items())
+    least = saves * sum(count * cost(shape) for shape, count in rungs.items())
     number, queue = itertools.count(), []  # pairs, those first whose merge costs the least more
 
     def offer(one: Shape, other: Shape) -> None:

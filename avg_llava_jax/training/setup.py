@@ -19,7 +19,7 @@ from avg_llava_jax.convert.quantize import quantized
 from avg_llava_jax.data.errors import BadSample
 from avg_llava_jax.data.feedback import asked, read_feedback
 from avg_llava_jax.data.packing import Sample
-from avg_llava_jax.data.pipeline import WINDOW, Batches, PlannedBatches, hold_out
+from avg_llava_jax.data.pipeline import WINDOW, Batches, PlannedBatches, hold_out, saving
 from avg_llava_jax.data.sources import contents, open_sources
 from avg_llava_jax.data.tokenizer import Tokenizer, load_tokenizer
 from avg_llava_jax.files import write_whole
@@ -413,6 +413,7 @@ def plan_batches(
         batch_size=config.batch_size,
         seed=config.seed,
         shapes=config.data.shapes,
+        saves=saving(config.steps),
         words=config.phase == "grounding",
         rows=None if mesh is None else sharding.process_rows(mesh, config.rows),
         pack=config.data.pack,
