@@ -20,7 +20,7 @@ FILE, FORMAT = "calibration.json", 1
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """Fitted thresholds, see the module's docstring. questions: independent ones that they were fitted on."""
+    """Fitted thresholds, see the module's docstring. questions: number of independent questions they were fitted on."""
 
     step: int
     quantize: str | None

@@ -76,7 +76,7 @@ class Model:
         return model
 
     def prepare(self, request: Request) -> Prepared:
-        """Check and tokenize a request; opens the headers of its images alone. Raises ValueError in one line."""
+        """Check and tokenize a request; reads only the headers of its images. Raises ValueError in one line."""
         size, number = self.config.language.vocab_size, self.adapters.number(request.adapter)
         if stranger := [token for token in request.logit_bias if not 0 <= token < size]:
             raise ValueError(f"logit_bias={stranger[0]!r} is no token: ids are 0 .. {size - 1}")
@@ -159,7 +159,7 @@ class Model:
     ) -> Answer:
         """The answer of a request that has ended.
 
-        reads: all of them, the one that gave the answer last. scores: router scores (G,) of each image, empty if not
+        reads: all passes, the one that gave the answer last. scores: router scores (G,) of each image, empty if not
         routed.
         """
         shares = tuple(dict(zip(self.config.granularities, softmax(row), strict=True)) for row in scores)
@@ -178,7 +178,7 @@ class Model:
         )
 
     def read_of(self, prepared: Prepared, choice: tuple[int | str, ...], certainty: float) -> Read:
-        """The read of a request at one granularity per image."""
+        """One pass of a request, at one granularity per image."""
         return Read(_single(choice), sum(visual_tokens(self.config, prepared.sample, choice)), certainty)
 
 
