@@ -29,7 +29,7 @@ def training_curves(workdir: str | Path) -> Path | None:
             ("regret (nats)", ["regret"]),
             ("visual tokens", ["visual_tokens"]),
         ]
-    figure = Figure(figsize=(4.6 * len(panels), 3.4), layout="constrained")  # not pyplot's, which knows one thread
+    figure = Figure(figsize=(4.6 * len(panels), 3.4), layout="constrained")  # not pyplot's, which is for one thread
     axes = figure.subplots(1, len(panels), squeeze=False)
     for axis, (title, names) in zip(axes[0], panels, strict=True):
         for name in names:
