@@ -50,7 +50,7 @@ READ_AHEAD = 32
 DIGITS = 7
 """Decimals of a certainty in a record."""
 DERIVED = ("report.json", "tradeoff.json", "skipped.jsonl", "plots")
-"""Files beside the answers that are made from them."""
+"""Files next to the answers, and made from them."""
 MadeBy = dict[str, Any]
 PROMPT = "prompt or images"
 
@@ -256,7 +256,7 @@ class _Asked:
         return self._engine.submit_prepared(self._question.asked(self._request, choice), self._images)
 
     def answered(self) -> bool:
-        """Whether every answer is there. Once the router has scored the images, submits the other granularities."""
+        """Whether all answers are ready. Once the router has scored the images, submits the other granularities."""
         if self._scores is None and self._free.scores is not None:
             config = self._engine.config
             self._scores = np.array(self._free.scores, np.float32).reshape(-1, len(config.granularities))
@@ -299,7 +299,7 @@ def settle(
     """Set aside the records of a file that `questions` cannot reuse, and bring the others up to date.
 
     A record is reused by the questions with the same `made_by`, whatever their ids, and graded again. Records of
-    questions that are not asked now stay, unless their id is now that of another question.
+    other questions stay, unless one of `questions` has their id.
 
     Returns the `made_by` of each question by id, {} where its image is missing; nothing where there are no records.
     """
@@ -387,7 +387,7 @@ class Log:
         self._right = sum(record["adaptive"]["right"] for record in known.values())
 
     def made_by(self, question: Question) -> dict[str, MadeBy]:
-        """What a record says of its making. Raises BadSample where an image is missing."""
+        """The `made_by` of the question's record. Raises BadSample if an image is missing."""
         return {} if self._identify is None else {"made_by": self._identify(question)}
 
     def add(self, record: Record) -> None:

@@ -106,7 +106,7 @@ FRONTIER = {
 
 
 def frontier(found: dict[str, Any], path: Path) -> Path:
-    """Accuracy against each unit of cost, every read counted, for each curve of `escalation.frontier`.
+    """Accuracy against each unit of cost, every pass counted, for each curve of `escalation.frontier`.
 
     found: {unit: frontier}; a point may have the `deviation` of its accuracy.
     """
