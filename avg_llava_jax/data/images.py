@@ -39,13 +39,13 @@ from PIL import Image, UnidentifiedImageError
 
 from avg_llava_jax.data.errors import BadSample
 
-# Pillow warns above this number of pixels and refuses more than twice as many; the default of max_pixels, which takes
-# the place of the warning.
+# Pillow warns above this number of pixels and refuses more than twice as many; it is the default of max_pixels,
+# which replaces the warning.
 MAX_PIXELS = 89_478_485
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 SPARSE = (-1, -1)
-"""In place of the first byte and length of a member of a tar."""
+"""Marks a sparse member of a tar, in place of its first byte and length."""
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _ORIENTATION = 0x0112
@@ -368,7 +368,7 @@ def resized(
 
 
 def squared(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
-    """Pads an RGB image to a square with a colour, the image in its middle; of an odd rest the larger part follows.
+    """Pads an RGB image to a square with a colour, the image in its middle; odd padding has its larger part last.
 
         4 x 1: rows of padding, image, padding, padding
     """

@@ -1,9 +1,9 @@
 """Sources of records: LLaVA JSON or JSONL files, and the generated data set `jersey`.
 
-A record is a dict `id, conversations` and `image` (a name) or `images` (a list of names), or neither. A null or empty
-one of the two is ignored; if both name images, the names must be the same. `kind` is free text. Names are looked up in
-a folder, a zip or a tar. A source reads one record at a time: it holds only the byte offsets of a file's records, 16 MB
-per million.
+A record is a dict `id, conversations` and `image` (a name) or `images` (a list of names), or neither. If one
+of the two is null or empty, it is ignored; if both name images, the names must be the same. `kind` is free text. Names
+are looked up in a folder, a zip or a tar. A source reads one record at a time: it holds only the byte offsets of a
+file's records, 16 MB per million.
 
 A data set is one source, or several with weights:
 

@@ -403,7 +403,7 @@ def _spaced(piece: str) -> bytes:
 def _bytes_of_characters() -> dict[str, int]:
     """The character that stands for each byte in a byte-level vocabulary -> the byte.
 
-    Printable characters of Latin-1 stand for themselves; for the others, in order, stand those from U+0100.
+    Printable characters of Latin-1 stand for themselves; characters from U+0100 stand for the others, in order.
     """
     plain = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = (byte for byte in range(256) if byte not in plain)
