@@ -77,7 +77,7 @@ transformers library's: `<|im_start|>user <image>\\nWho?<|im_end|><|im_start|>as
 """
 START, END = "<|im_start|>", "<|im_end|>"
 END_OF_TEXT = "<|endoftext|>"
-"""Stop token of GPT-2's and Qwen's tokenizers, beside the template's own."""
+"""Stop token of GPT-2's and Qwen's tokenizers, in addition to the template's own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +182,7 @@ def encode_raw(prompt: str | Sequence[str], tokenizer: Tokenizer) -> Tokens:
 
     prompt: a text in which `<image>` marks images, or the list of texts around the images.
 
-    Raises BadSample `malformed_turn` where the text has half of a surrogate pair.
+    Raises BadSample `malformed_turn` if the text has half of a surrogate pair.
     """
     pieces: list[_Piece] = []
     for number, text in enumerate(_texts(prompt)):
@@ -204,7 +204,7 @@ def stop_ids(tokenizer: Tokenizer, template: str) -> tuple[int, ...]:
 
 
 def _texts(value: Any) -> tuple[str, ...] | None:
-    """The texts around the images of a turn's value; None where it is neither a text nor a list of texts."""
+    """The texts around the images of a turn's value; None if it is neither a text nor a list of texts."""
     if isinstance(value, str):
         return tuple(value.split(PLACEHOLDER))
     if isinstance(value, (list, tuple)) and value and all(isinstance(text, str) for text in value):

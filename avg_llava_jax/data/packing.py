@@ -65,7 +65,7 @@ class Sample:
     kind: category of the question, for evaluation; free text.
     words: boxes of the first image and the token ids of their content, see `grounding`.
 
-    Raises BadSample `image_count` where placeholders, images and sizes differ in number.
+    Raises BadSample `image_count` if placeholders, images and sizes differ in number.
     """
 
     id: str
@@ -205,7 +205,7 @@ def tiles_of(sample: Sample, config: ModelConfig) -> int:
 
 
 def check_labels(sample: Sample, config: ModelConfig, granularities: Sequence[Granularity]) -> None:
-    """Raises BadSample `no_label_left` where truncation leaves no answer token at one of the granularities."""
+    """Raises BadSample `no_label_left` if truncation leaves no answer token at one of the granularities."""
     limit = config.language.max_length
     for granularity in reversed(config.ascending(granularities)):
         need = packed_length(sample, config, granularity)
@@ -221,7 +221,7 @@ def check_labels(sample: Sample, config: ModelConfig, granularities: Sequence[Gr
 def load_tiles(sample: Sample, config: ModelConfig) -> np.ndarray:
     """Decodes the images of a sample: uint8 (t, H, W, 3), their tiles concatenated.
 
-    Raises BadSample where an image cannot be read, or its pixels differ from the size in its header.
+    Raises BadSample if an image cannot be read, or its pixels differ from the size in its header.
     """
     side = config.vision.image_size
     parts = [np.zeros((0, side, side, 3), np.uint8)]
@@ -267,7 +267,7 @@ def collate(
     text_sample   int32 (B,L)        ordinal within the row of the sample of each token, -1 in the padding
     image_sample  int32 (B,I)        and of each image, -1 no such image
 
-    Raises ValueError where a sample does not fit the shape.
+    Raises ValueError if a sample does not fit the shape.
     """
     granularities = tuple(config.granularities if granularities is None else granularities)
     corners = (4,) if config.most_tiles else ()
@@ -348,7 +348,7 @@ def prompt_index(
 
     S is `shape.length` at the finest granularity of `choice`, or at the model's coarsest without images.
 
-    Raises ValueError where the prompt exceeds `max_length` (it is never truncated: it would lose its
+    Raises ValueError if the prompt exceeds `max_length` (it is never truncated: it would lose its
     question) or does not fit the shape, or `choice` has another length than the images.
     """
     if len(choice) != len(sample.sizes):

@@ -450,7 +450,7 @@ def choose_shapes(
     merged until `limit` are left and the next merge would add at least `SAVES` of the whole cost. The last is the merge
     of all, so any batch fits.
 
-    Raises ValueError where `limit` is below 1.
+    Raises ValueError if `limit` is below 1.
     """
     if limit < 1:
         raise ValueError(f"data.shapes={limit}: at least one shape is needed")

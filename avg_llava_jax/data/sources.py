@@ -57,7 +57,7 @@ class Part(NamedTuple):
     weight: float
 
     def id(self, index: int) -> str:
-        """Id of a record, usable or not; its number where it has none."""
+        """Id of a record, usable or not; its number if it has none."""
         return self.source.id(index) if isinstance(self.source, LlavaJson) else str(index)
 
 
@@ -86,7 +86,7 @@ class LlavaJson:
         return {**record, "id": _id(record, index), "images": self._references(index, record)}
 
     def id(self, index: int) -> str:
-        """Id of a record; its number where it has none."""
+        """Id of a record; its number if it has none."""
         try:
             return _id(self._parse(index), index)
         except BadSample:
@@ -123,7 +123,7 @@ class LlavaJson:
 
 
 def _id(record: Record, index: int) -> str:
-    """The record's `id`; its number where the id is missing or null, as in exported tables."""
+    """The record's `id`; its number if the id is missing or null, as in exported tables."""
     value = record.get("id")
     return str(index if value is None else value)
 

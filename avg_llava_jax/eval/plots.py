@@ -177,7 +177,7 @@ def examples(
 ) -> Path | None:
     """Questions that were right though cheap, right because fine, and wrong because cheap, each image with its grid.
 
-    records: from `evaluation.answer_all`, for some or all of the questions. Returns None where no question is shown.
+    records: from `evaluation.answer_all`, for some or all of the questions. Returns None if no question is shown.
     """
     by_id = {question.sample.id: question for question in questions}
     shown = {sort: rows for sort, rows in policies.examples(config, records, count).items() if rows}

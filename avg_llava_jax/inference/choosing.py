@@ -66,7 +66,7 @@ def finer(config: ModelConfig, prepared: Prepared, choice: Sequence[Granularity]
 def check_budget(
     config: ModelConfig, sizes: Sequence[Size], wanted: Sequence[Granularity | None], budget: int | None
 ) -> None:
-    """Raise ValueError where no choice is within `max_visual_tokens`; it says how many tokens the cheapest takes."""
+    """Raise ValueError if no choice is within `max_visual_tokens`; it says how many tokens the cheapest takes."""
     if budget is None:
         return
     rows = zip(token_costs(config, sizes), wanted, strict=True)
@@ -90,7 +90,7 @@ def best_places(scores: np.ndarray, costs: np.ndarray, cost_weight: float, budge
     With costs [[6, 9], [6, 9]], scores [[0, 1], [0, 3]], weight 0 and a budget of 15, only one image can be fine: the
     front goes from {0: 0} to {6: 0, 9: 1} to {12: 0, 15: 3}, where 6 + 9 (worth 3) beats 9 + 6 (worth 1).
 
-    Raises ValueError where no choice is within the budget (`check_budget` finds that before a request runs).
+    Raises ValueError if no choice is within the budget (`check_budget` finds that before a request runs).
     """
     values = np.asarray(scores, np.float64) - cost_weight * costs / costs[:, -1:]
     first = [int(np.argmax(row)) for row in values]

@@ -29,7 +29,7 @@ class Part(NamedTuple):
     """A chunk of one prompt to prefill: ids, places int32 (n,), for positions start .. start + n - 1 of a slot.
 
     weights: None, or float32 (n, 4) with places (n, 4), see `programs.Chunk`.
-    then: what its first token depends on; None where more of the prompt follows. adapter: its number, see `stacked`.
+    then: what its first token depends on; None if more of the prompt follows. adapter: its number, see `stacked`.
     """
 
     slot: int

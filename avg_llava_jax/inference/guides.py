@@ -131,7 +131,7 @@ def strict(schema: dict[str, Any]) -> dict[str, Any]:
 class Matcher:
     """The answer so far, and the tokens that its guide allows next.
 
-    Raises ValueError where the guide cannot be followed with this vocabulary.
+    Raises ValueError if the guide cannot be followed with this vocabulary.
     """
 
     def __init__(self, guide: Guide, tokenizer: Tokenizer, stop_ids: tuple[int, ...], vocabulary: int):
@@ -178,7 +178,7 @@ class Matcher:
         return end
 
     def read(self, tokens: Sequence[int]) -> None:
-        """Follow an answer to its newest token. Raises ValueError where that takes more than llguidance's limits."""
+        """Follow an answer to its newest token. Raises ValueError if that takes more than llguidance's limits."""
         if not self.complete:
             self._matcher.consume_tokens(list(tokens[self._read :]))
             self._read = len(tokens)

@@ -80,7 +80,7 @@ class Job(Work):
 
     @property
     def price(self) -> float | None:
-        """The price at which granularities were chosen, None where all were requested."""
+        """The price at which granularities were chosen, None if all were requested."""
         return self.cost_weight if self.scores or self.spared else None
 
     @property
@@ -121,7 +121,7 @@ class Job(Work):
 
 
 def read_images(config: ModelConfig, sample: Sample) -> Images:
-    """Load a request's images and cut them into tiles. Raises BadSample where one cannot be read."""
+    """Load a request's images and cut them into tiles. Raises BadSample if one cannot be read."""
     counts = tile_counts(sample, config)
     tiles = np.split(load_tiles(sample, config), np.cumsum(counts)[:-1]) if counts else []
     return [(digest_of(part, size), part) for part, size in zip(tiles, sample.sizes, strict=True)]
@@ -130,7 +130,7 @@ def read_images(config: ModelConfig, sample: Sample) -> Images:
 def make_job(
     model: Model, prepared: Prepared, images: Images | None, ticket: Ticket, submitted: float, most_tiles: int
 ) -> Job:
-    """Make the job of a checked request. Raises ValueError in one line where it cannot be answered.
+    """Make the job of a checked request. Raises ValueError in one line if it cannot be answered.
 
     images: the result of `read_images`, None = load them here. submitted: the clock in seconds. most_tiles: pages.
     """
@@ -161,7 +161,7 @@ def pack(config: ModelConfig, job: Job, pages: int, cost_weight: float = 0.0) ->
     """Choose the job's granularities by its scores, and pack its prompt. pages: the number of pages of the pool.
 
     cost_weight: the lowest price that the engine's load allows.
-    Raises ValueError where the prompt is too long at the chosen granularities.
+    Raises ValueError if the prompt is too long at the chosen granularities.
     """
     logits = np.array(job.scores, np.float32).reshape(-1, len(config.granularities))
     own = job.prepared.request.cost_weight

@@ -56,7 +56,7 @@ class Model:
 
     @functools.cached_property
     def unstacked(self) -> Params:
-        """The parameters, adapters beside them, with the language model's layers as a tuple, as programs take them."""
+        """The parameters, adapters included, with the language model's layers as a tuple, as programs take them."""
         found = [unstacked(params) for params in (self.params, self.adapters.leaves) if params]
         return functools.reduce(stacked.beside, found)
 
@@ -104,7 +104,7 @@ class Model:
         return Prepared(request, sample, choice, number, fixed_price=calibrated)
 
     def matcher(self, guide: Guide) -> Matcher:
-        """A matcher of an answer that is still empty. Raises ValueError where the guide cannot be followed."""
+        """A matcher of an answer that is still empty. Raises ValueError if the guide cannot be followed."""
         return Matcher(guide, self.tokenizer, self.stop_ids, self.config.language.vocab_size)
 
     def _wanted(self, granularity: Granularity | Sequence[Granularity], images: int) -> tuple[int | None, ...]:
@@ -201,7 +201,7 @@ def visual_tokens(config: ModelConfig, sample: Sample, choice: Sequence[Granular
 
 
 def check_length(config: ModelConfig, sample: Sample, choice: Sequence[Granularity]) -> None:
-    """Raise PromptTooLong where a prompt exceeds `max_length`; it says which granularity would fit."""
+    """Raise PromptTooLong if a prompt exceeds `max_length`; it says which granularity would fit."""
     need, limit = length_at(config, sample, choice), config.language.max_length
     if need <= limit:
         return

@@ -102,10 +102,10 @@ class Chunk(NamedTuple):
     """Chunks of prompts, one per row, at most S positions each.
 
     slot, start, length: int (B,): row i holds positions start .. start + length - 1 of the prompt in its slot. slot is
-        None where row i is slot i. A padding row has a slot or a start outside of the cache.
+        None if row i is slot i. A padding row has a slot or a start outside of the cache.
     ids: int (B, S), token ids where `places` is TEXT. places: int (B, S), see `TEXT`.
     weights: None, or fp32 (B, S, 4) with places int (B, S, 4), where `config.most_tiles` reduces mosaics.
-    adapter: int (B,), of each row, see `stacked`; None where the model has none.
+    adapter: int (B,), of each row, see `stacked`; None if the model has none.
     """
 
     slot: jax.Array | None
@@ -149,7 +149,7 @@ def encode(
 ) -> jax.Array:
     """Encode tiles of any images into pages of the pool: pixels uint8 (M, H, W, 3), pages int (M,) -> pool.
 
-    adapter: int (), of all tiles; None where the model has none.
+    adapter: int (), of all tiles; None if the model has none.
     """
     params = stacked.of_rows(params, adapter)
     pyramid = avg_llava.pyramid_of(config, params, pixels[:, None])[:, 0].astype(pool.dtype)

@@ -149,13 +149,13 @@ class Answer:
     probabilities: {granularity: probability} by the router; a tuple of these for several images; None
         where the router did not run, because there is no image or every granularity was requested.
     cost_weight: the price at which the router chose: the request's, or a higher one that the engine's load set (at 100
-        the router was skipped). None where every granularity was requested.
+        the router was skipped). None if every granularity was requested.
     timings: seconds of `queue`, `encode` (load, encode, route), `prefill` (the wait for a slot included), `decode` and
         `total`. The first use of a bucket includes its compilation.
     token_ids: generated ids, without the stop id that ended the answer.
     finish: "stop" (a stop id, a stop string or a complete guide) or "length".
     reads: each pass, coarse to fine; the last one gave the answer.
-    logprobs: the score of each of `token_ids`, () where `Request.logprobs` is None.
+    logprobs: the score of each of `token_ids`, () if `Request.logprobs` is None.
     closed: whether its guide closed it early, before its tokens ran out; `finish` is "stop" then too.
     """
 
@@ -181,7 +181,7 @@ class Answer:
 class Prepared:
     """A checked, tokenized request, with `escalate` as a number.
 
-    choice: the requested granularity of each image, None where the router chooses. adapter: its number, see `stacked`.
+    choice: the requested granularity of each image, None if the router chooses. adapter: its number, see `stacked`.
     fixed_price: the engine's load must not raise `cost_weight`: a calibrated threshold holds at its own price alone.
     """
 

@@ -126,7 +126,7 @@ class Scheduler:
         return any(slot.work is None for slot in self.slots)
 
     def admit(self, work: Work) -> Admission | None:
-        """Assign a slot to a work; None where no slot is free, or where it should wait for a shared prefix.
+        """Assign a slot to a work; None if no slot is free, or if it should wait for a shared prefix.
 
         The work gets the free slot that shares most of its content with the prompt; otherwise the least recently used
         free slot, into which the longest prefix of another slot is copied. It waits if a prompt that is prefilling

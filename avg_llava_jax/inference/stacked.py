@@ -32,7 +32,7 @@ class Stack(NamedTuple):
     leaves: Params | None = None
 
     def number(self, name: str | None) -> int:
-        """The number of an adapter; None is the base, 0. Raises ValueError where there is none of that name."""
+        """The number of an adapter; None is the base, 0. Raises ValueError if there is none of that name."""
         if name is not None and name not in self.names:
             raise ValueError(f"adapter={name!r}: choose {', '.join(map(repr, self.names)) or 'None'}")
         return 0 if name is None else 1 + self.names.index(name)

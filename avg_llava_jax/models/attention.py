@@ -152,7 +152,7 @@ def padded_attention(
 ) -> Float[Array, "B S Q d"]:
     """`jax.nn.dot_product_attention`, padded to an even length: JAX cannot differentiate cuDNN's at an odd one.
 
-    Padding lies to the right, where causal attention does not reach; non-causal attention gets the real length. A CLIP
+    Padding is on the right, where causal attention does not reach; non-causal attention gets the real length. A CLIP
     encoder's 577 positions become 578. Segments are a mask (B, S, S) in memory: cuDNN's own packed layout is not in
     JAX's public interface.
     """

@@ -4,7 +4,7 @@
 
     ids (B, S) --embed--> x (B, S, D) --decoder--> hidden (B, S, D) --unembed--> logits (B, S, V)
 
-`params` is a plain nested dict: embed, layers, norm, unembed (absent where embeddings are tied). Layers are stacked
+`params` is a plain nested dict: embed, layers, norm, unembed (absent if embeddings are tied). Layers are stacked
 along a first axis and scanned, or a tuple (`unstack`) and unrolled; with a cache they are always unrolled.
 Compute runs in the parameters' dtype; for quantized parameters, in the dtype of their scales.
 """
@@ -138,7 +138,7 @@ class DecoderLayer(nn.Module):
 
 
 def _apart(x: Shaped[ArrayLike, "B S *rest"], parts: tuple[int, ...]) -> list[Shaped[Array, "B _ *rest"]]:
-    """The sequences of `parts` positions that lie one after another in each row."""
+    """The sequences of `parts` positions that follow one another in each row."""
     return jnp.split(x, list(itertools.accumulate(parts))[:-1], axis=1)
 
 

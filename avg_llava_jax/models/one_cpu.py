@@ -35,7 +35,7 @@ def here() -> bool:
 
 
 def parts(rows: int, most: int) -> int:
-    """The fewest equal parts of a batch with at most `most` rows each; 1 where this is not one CPU device.
+    """The fewest equal parts of a batch with at most `most` rows each; 1 if this is not one CPU device.
 
     With most = 2: 16 rows -> 8 parts, 5 rows -> 5 parts.
     """

@@ -99,7 +99,7 @@ class LoraConfig:
 
     @property
     def chosen(self) -> tuple[str, ...]:
-        """The targets, the default included; () where the rank is 0."""
+        """The targets, the default included; () if the rank is 0."""
         return (self.targets or ("language",)) if self.rank else ()
 
     @property

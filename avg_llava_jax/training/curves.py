@@ -17,7 +17,7 @@ def training_curves(workdir: str | Path) -> Path | None:
 
     Metrics of held-out samples are dashed, in the colour of the same metric of the training batches.
 
-    Returns the path of `plots/training.png` in the workdir, None where nothing was logged.
+    Returns the path of `plots/training.png` in the workdir, None if nothing was logged.
     """
     rows = read_rows(Path(workdir) / METRICS)
     if not rows:

@@ -35,7 +35,7 @@ def answer_nll(
 ) -> tuple[Float[Array, "G B ..."], Float[Array, "G B ..."]]:
     """Negative log-likelihood of each sample's answer at each of G granularities, in one pass through the decoder.
 
-    The sequences of a sample lie one after another in a row, so that every layer's parameters are gathered once, and
+    The sequences of a sample follow one another in a row, so that every layer's parameters are gathered once, and
     their gradients summed once, for all of them. Logits are computed only at the A positions of each that predict an
     answer token. With sequences of 5 and 7 positions, position 2 of the second is position 5 + 2 of the row.
 
