@@ -60,7 +60,7 @@ def test_a_full_disk_says_what_to_free_and_loses_nothing(tmp_path):
     assert done.stdout.split("\n") == ["exit code 2", "2", "exit code 0", "4", "6", ""], done
     said = f"error: the disk of {tmp_path}/run is full"
     (error,) = (line for line in done.stderr.splitlines() if said in line)  # after what a thread may have begun to say
-    assert "goes on from step 2" in error
+    assert "resumes from step 2" in error
     assert "a checkpoint takes" in error and "or more there" in error
 
 

@@ -23,11 +23,11 @@ Labels equal the ids of the answers and of the token that ends each answer; ever
 Templates: `vicuna_v1`, `llama_3` (alias `llava_llama_3`), `mistral_instruct`, ChatML in three forms (`chatml`,
 `qwen_1_5`, `llava_onevision`; see `CHATML`), `plain` (image and caption, for connector pre-training) and `tokenizer`
 (the tokenizer's own chat template). A system turn replaces that of ChatML and goes to the tokenizer's own template,
-if it has one; in the other templates its text stands before the first question.
+if it has one; in the other templates its text precedes the first question.
 
-A prompt may begin with an answer, as where an assistant greets first, and its questions may be empty. Templates whose
-turns name their roles hold both as they come; vicuna_v1, llama_3 and mistral_instruct, where answers follow questions,
-have an empty question before the greeting, and so has a tokenizer's own template that refuses it otherwise:
+A prompt may begin with an answer, such as an assistant's greeting, and its questions may be empty. Templates whose
+turns name their roles render both unchanged. vicuna_v1, llama_3 and mistral_instruct, where answers follow questions,
+put an empty question before the greeting; so does a tokenizer's own template that otherwise refuses it:
 
     mistral_instruct, "Hello!", "Who?"    <s> [INST]  [/INST] Hello! </s> [INST] Who? [/INST]
 """
@@ -77,7 +77,7 @@ transformers library's: `<|im_start|>user <image>\\nWho?<|im_end|><|im_start|>as
 """
 START, END = "<|im_start|>", "<|im_end|>"
 END_OF_TEXT = "<|endoftext|>"
-"""Stop token of GPT-2's and Qwen's tokenizers, beside the template's own."""
+"""Stop token of GPT-2's and Qwen's tokenizers, in addition to the template's own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +167,7 @@ def encode_conversation(
 def encode_prompt(turns: Sequence[Turn], tokenizer: Tokenizer, template: str = "vicuna_v1", images: int = 0) -> Tokens:
     """Encodes a prompt: a conversation that ends with a question, up to the start of its answer; no token has a label.
 
-    An earlier answer may be empty, as a model's own answer may be, a question too, and the first turn may be an answer.
+    An earlier answer or a question may be empty, and the first turn may be an answer.
     Raises as `encode_conversation` otherwise, but BadSample `ends_on_answer` in place of `ends_on_human`.
     """
     checked = _checked(turns, images, template)
@@ -182,7 +182,7 @@ def encode_raw(prompt: str | Sequence[str], tokenizer: Tokenizer) -> Tokens:
 
     prompt: a text in which `<image>` marks images, or the list of texts around the images.
 
-    Raises BadSample `malformed_turn` where the text has half of a surrogate pair.
+    Raises BadSample `malformed_turn` if the text has half of a surrogate pair.
     """
     pieces: list[_Piece] = []
     for number, text in enumerate(_texts(prompt)):
@@ -204,7 +204,7 @@ def stop_ids(tokenizer: Tokenizer, template: str) -> tuple[int, ...]:
 
 
 def _texts(value: Any) -> tuple[str, ...] | None:
-    """The texts around the images of a turn's value; None where it is neither a text nor a list of texts."""
+    """The texts around the images of a turn's value; None if it is neither a text nor a list of texts."""
     if isinstance(value, str):
         return tuple(value.split(PLACEHOLDER))
     if isinstance(value, (list, tuple)) and value and all(isinstance(text, str) for text in value):
@@ -425,7 +425,7 @@ def _own_template(turns: list[_Said], tokenizer: Tokenizer) -> Iterable[_Piece]:
 
 
 def _unused(text: str) -> str:
-    """A character that `text` does not contain: it marks images in a template, which takes and gives text alone."""
+    """A character that `text` does not contain: it marks images in a template, which takes and gives only text."""
     return next(mark for mark in map(chr, range(0xF0000, 0xFFFFE)) if mark not in text)  # a plane of private use
 
 

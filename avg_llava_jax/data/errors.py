@@ -22,7 +22,7 @@ class BadSample(ValueError):
 
 
 def half_character(text: str) -> str | None:
-    """The first lone surrogate of a text as `\\ud83d`, None where it has none.
+    """The first lone surrogate of a text as `\\ud83d`, None if it has none.
 
     JSON can encode one, and Python decodes arguments and file names that are not UTF-8 to them. Neither a tokenizer nor
     a file accepts such a text.

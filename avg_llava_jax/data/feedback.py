@@ -82,7 +82,7 @@ class FeedbackFolder:
             write_whole(about, json.dumps(self._about()) + "\n")
 
     def holds(self, window: int, process: int) -> dict[str, str]:
-        """Samples of a stored window: {digest of what was asked: record}; empty where it is missing or damaged."""
+        """Samples of a stored window: {digest of what was asked: record}; empty if it is missing or damaged."""
         try:
             with np.load(self._answers(window, process)) as stored:
                 return dict(zip(stored["asked"].tolist(), stored["records"].tolist(), strict=True))

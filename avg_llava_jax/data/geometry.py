@@ -150,7 +150,7 @@ def kept_cells(size: Size, config: ModelConfig, granularity: Granularity) -> tup
 def borders(
     size: Size, config: ModelConfig, granularity: Granularity, whole: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Borders of the mosaic's cells (else of tile 0's) in pixels of the image: y (rows + 1,), x (columns + 1,).
+    """Borders of the mosaic's cells (tile 0's without pinpoints) in image pixels: y (rows + 1,), x (columns + 1,).
 
     whole: of all cells of the mosaic; else of its visual tokens, un-padded and reduced. Cells that overlap are drawn as
     equally wide.

@@ -39,13 +39,13 @@ from PIL import Image, UnidentifiedImageError
 
 from avg_llava_jax.data.errors import BadSample
 
-# Pillow warns above this number of pixels and refuses more than twice as many; the default of max_pixels, which takes
-# the place of the warning.
+# Pillow warns above this number of pixels and refuses more than twice as many; it is the default of max_pixels,
+# which replaces the warning.
 MAX_PIXELS = 89_478_485
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 SPARSE = (-1, -1)
-"""In place of the first byte and length of a member of a tar."""
+"""Marks a sparse member of a tar, in place of its first byte and length."""
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _ORIENTATION = 0x0112
@@ -231,7 +231,7 @@ class ImageStore:
     Hard and symbolic links in an archive to its own files or folders are followed, as in a folder. The constructor
     reads only the names. References are independent of the store: each opens its file in the process that uses it.
 
-    Raises FileNotFoundError where the path does not exist, ValueError where it is neither a folder, a zip nor an
+    Raises FileNotFoundError if the path does not exist, ValueError if it is neither a folder, a zip nor an
     uncompressed tar, or its directory is damaged.
 
     >>> ImageStore("photos.zip").ref("coco/1.jpg").load()   # doctest: +SKIP
@@ -368,7 +368,7 @@ def resized(
 
 
 def squared(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
-    """Pads an RGB image to a square with a colour, the image in its middle; of an odd rest the larger part follows.
+    """Pads an RGB image to a square with a colour, the image in its middle; odd padding has its larger part last.
 
         4 x 1: rows of padding, image, padding, padding
     """
@@ -384,7 +384,7 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF orientation 1..8 from the header; 1 where it is absent or invalid.
+    """EXIF orientation 1..8 from the header; 1 if it is absent or invalid.
 
     Pillow rotates TIFF itself, size included. PngImageFile.getexif would decode the complete image
     in search of a late EXIF chunk; the base class reads only what precedes the pixels.
@@ -438,7 +438,7 @@ def _tar_members(path: str) -> tuple[dict[str, tuple[int, int]], dict[str, str]]
             for info in archive:
                 name = posixpath.normpath(info.name)
                 members.pop(name, None), links.pop(name, None)  # of duplicate names, the last one wins
-                if info.issparse():  # its bytes do not lie there in one piece
+                if info.issparse():  # its bytes are not contiguous there
                     members[name] = SPARSE
                 elif info.isreg():
                     members[name] = info.offset_data, info.size
@@ -461,7 +461,7 @@ def _beside(link: str, target: str) -> str:
 
 
 def _followed(path: str, members: Container[str], links: Mapping[str, str], most: int = 40) -> str:
-    """Resolves the links of a path and of its folders; returns it unchanged where there are none, or too many."""
+    """Resolves the links of a path and of its folders; returns it unchanged if there are none, or too many."""
     at = path
     for _ in range(most):
         if at in members:

@@ -22,12 +22,12 @@ The newline is row 6 + 2*7 = 20. `target_at` is the packed position *before* a t
 there predicts the target.
 
 Several samples may share a row, one after another, which leaves less padding than a row each: their texts, tile slots,
-images and answers stand one after another too, and the newline is common. A row of two samples, packed to 3 and 4:
+images and answers follow one another too, and they share the newline. A row of two samples, packed to 3 and 4:
 
     length     3 4                                        segment 0 0 0 1 1 1 1   position 0 1 2 0 1 2 3
 
-A position attends to earlier ones of its own sample alone, and counts from its sample's start (`models.language`), so
-every number is that of the sample in a row of its own.
+A position attends only to earlier ones of its sample, and counts from the sample's start (`models.language`), so all
+results equal those of the sample in a row of its own.
 
 Truncation, per granularity: a sequence ends at `config.language.max_length`; if that is inside an
 image's tokens, it ends before that image. The rest is dropped, so a sequence never holds part of an
@@ -65,7 +65,7 @@ class Sample:
     kind: category of the question, for evaluation; free text.
     words: boxes of the first image and the token ids of their content, see `grounding`.
 
-    Raises BadSample `image_count` where placeholders, images and sizes differ in number.
+    Raises BadSample `image_count` if placeholders, images and sizes differ in number.
     """
 
     id: str
@@ -149,11 +149,11 @@ def row_shape(
     granularities: Sequence[Granularity] | None = None,
     close: bool = True,
 ) -> Shape:
-    """What the samples of a row need at all these granularities (default: all), each size rounded up by itself.
+    """The shape that a row's samples need at all these granularities (default: all), each size rounded up separately.
 
-    close: by a sixteenth (lengths) or an eighth (texts, answers, tiles) at most, as 17 -> 18, 100 -> 104, 200 -> 208.
-        There are many of these, for `pipeline.choose_shapes` to make few of. Otherwise to powers of two, tiles and
-        lengths in 1..6, 8, 12, 16, 24, ...: few by themselves, and wider.
+    close: by at most a sixteenth (lengths) or an eighth (texts, answers, tiles), such as 17 -> 18, 100 -> 104, 200 ->
+        208; `pipeline.choose_shapes` merges these many shapes into few. Otherwise to powers of two, tiles and lengths
+        to 1..6, 8, 12, 16, 24, ...: fewer and larger shapes.
     """
     granularities = config.granularities if granularities is None else granularities
     limit, layouts = config.language.max_length, [_layout(sample) for sample in row]
@@ -205,7 +205,7 @@ def tiles_of(sample: Sample, config: ModelConfig) -> int:
 
 
 def check_labels(sample: Sample, config: ModelConfig, granularities: Sequence[Granularity]) -> None:
-    """Raises BadSample `no_label_left` where truncation leaves no answer token at one of the granularities."""
+    """Raises BadSample `no_label_left` if truncation leaves no answer token at one of the granularities."""
     limit = config.language.max_length
     for granularity in reversed(config.ascending(granularities)):
         need = packed_length(sample, config, granularity)
@@ -221,7 +221,7 @@ def check_labels(sample: Sample, config: ModelConfig, granularities: Sequence[Gr
 def load_tiles(sample: Sample, config: ModelConfig) -> np.ndarray:
     """Decodes the images of a sample: uint8 (t, H, W, 3), their tiles concatenated.
 
-    Raises BadSample where an image cannot be read, or its pixels differ from the size in its header.
+    Raises BadSample if an image cannot be read, or its pixels differ from the size in its header.
     """
     side = config.vision.image_size
     parts = [np.zeros((0, side, side, 3), np.uint8)]
@@ -267,7 +267,7 @@ def collate(
     text_sample   int32 (B,L)        ordinal within the row of the sample of each token, -1 in the padding
     image_sample  int32 (B,I)        and of each image, -1 no such image
 
-    Raises ValueError where a sample does not fit the shape.
+    Raises ValueError if a sample does not fit the shape.
     """
     granularities = tuple(config.granularities if granularities is None else granularities)
     corners = (4,) if config.most_tiles else ()
@@ -348,7 +348,7 @@ def prompt_index(
 
     S is `shape.length` at the finest granularity of `choice`, or at the model's coarsest without images.
 
-    Raises ValueError where the prompt exceeds `max_length` (it is never truncated: it would lose its
+    Raises ValueError if the prompt exceeds `max_length` (it is never truncated: it would lose its
     question) or does not fit the shape, or `choice` has another length than the images.
     """
     if len(choice) != len(sample.sizes):

@@ -203,7 +203,7 @@ class PlannedBatches:
         return [planned[at] for at in rows if at < len(planned)]
 
     def first(self, count: int) -> Iterator[Member]:
-        """The usable ones of the first `count` records, in Grain's order; of one source at most one epoch."""
+        """The usable records among the first `count`, in Grain's order; from one source at most one epoch."""
         for at in range(min(count, sum(self.sizes)) if self.once or len(self.parts) == 1 else count):
             member = self._read(at)
             if isinstance(member, Member):
@@ -330,7 +330,7 @@ class PlannedBatches:
         shared = self._share([one for one in read if isinstance(one, Member)], count * self._rows)
         rows = [(row, self._need(row)) for row in shared]
         cost = functools.cache(lambda shape: _cost(shape, self.config, self.granularities))
-        # A stable sort: rows of the same shape stay in their order, without packing Grain's.
+        # A stable sort: rows of the same shape keep their order, which is Grain's without packing.
         rows.sort(key=lambda row: cost(self._fit([row])))
         # Skipped records shorten every batch a little, instead of emptying one.
         ends = [len(rows) * number // count for number in range(count + 1)]
@@ -342,7 +342,7 @@ class PlannedBatches:
 
 
 def share_rows(loads: np.ndarray, count: int) -> list[list[int]]:
-    """Deals samples out to `count` rows of about equal loads: the numbers of each row's samples, ascending.
+    """Distributes samples over `count` rows of about equal loads: the numbers of each row's samples, ascending.
 
     loads: (samples, kinds), not negative; tiles, packed length and text, for example, each relative to its mean. The
     largest samples come first, and each goes where it adds least to the sum over rows and kinds of load ** 4, which the
@@ -462,7 +462,7 @@ def choose_shapes(
     merged until `limit` are left and the next merge would add at least the share `saves` of the whole cost. The last is
     the merge of all, so any batch fits.
 
-    Raises ValueError where `limit` is below 1.
+    Raises ValueError if `limit` is below 1.
     """
     if limit < 1:
         raise ValueError(f"data.shapes={limit}: at least one shape is needed")

@@ -1,9 +1,9 @@
 """Sources of records: LLaVA JSON or JSONL files, and the generated data set `jersey`.
 
-A record is a dict `id, conversations` and `image` (a name) or `images` (a list of names), or neither. A null or empty
-one of the two is ignored; if both name images, the names must be the same. `kind` is free text. Names are looked up in
-a folder, a zip or a tar. A source reads one record at a time: it holds only the byte offsets of a file's records, 16 MB
-per million.
+A record is a dict `id, conversations` and `image` (a name) or `images` (a list of names), or neither. If one
+of the two is null or empty, it is ignored; if both name images, the names must be the same. `kind` is free text. Names
+are looked up in a folder, a zip or a tar. A source reads one record at a time: it holds only the byte offsets of a
+file's records, 16 MB per million.
 
 A data set is one source, or several with weights:
 
@@ -57,7 +57,7 @@ class Part(NamedTuple):
     weight: float
 
     def id(self, index: int) -> str:
-        """Id of a record, usable or not; its number where it has none."""
+        """Id of a record, usable or not; its number if it has none."""
         return self.source.id(index) if isinstance(self.source, LlavaJson) else str(index)
 
 
@@ -86,7 +86,7 @@ class LlavaJson:
         return {**record, "id": _id(record, index), "images": self._references(index, record)}
 
     def id(self, index: int) -> str:
-        """Id of a record; its number where it has none."""
+        """Id of a record; its number if it has none."""
         try:
             return _id(self._parse(index), index)
         except BadSample:
@@ -123,7 +123,7 @@ class LlavaJson:
 
 
 def _id(record: Record, index: int) -> str:
-    """The record's `id`; its number where the id is missing or null, as in exported tables."""
+    """The record's `id`; its number if the id is missing or null, as in exported tables."""
     value = record.get("id")
     return str(index if value is None else value)
 

@@ -11,7 +11,7 @@
         |  3  |  4  |
         +-----+-----+
 
-Without pinpoints, tile 0 is the only tile. With `ModelConfig.several` = `square` each image of several is padded to a
+Without pinpoints, tile 0 is the only tile. With `ModelConfig.several` = `square`, each of several images is padded to a
 square with the tower's mean colour, and this square is its only tile.
 """
 

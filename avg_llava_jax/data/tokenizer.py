@@ -40,7 +40,7 @@ class Tokenizer:
     """Text to ids and back; `load_tokenizer` creates it.
 
     vocab_size: number of embedding rows that the ids need, added tokens included.
-    bos_id: None where the model's texts do not begin with BOS. eos_id, pad_id: never None.
+    bos_id: None if the model's texts do not begin with BOS. eos_id, pad_id: never None.
     special_tokens: text of each special token -> its id.
     chat_template: the tokenizer's own Jinja template, or None: from chat_template.jinja, chat_template.json, which
         older versions of the transformers library write for a processor, or tokenizer_config.json.
@@ -130,7 +130,7 @@ class Tokenizer:
 
         A template that expects parts gets `[{"type": "text", "text": text}]`.
 
-        Raises ValueError where the tokenizer has no chat template or it cannot be rendered.
+        Raises ValueError if the tokenizer has no chat template or it cannot be rendered.
         """
         if self.chat_template is None:
             raise ValueError(f"{self.folder}: this tokenizer has no chat template; choose another `template`")
@@ -224,7 +224,7 @@ class Tokenizer:
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """Reads a tokenizer folder; tokenizer.json takes precedence over tokenizer.model.
 
-    Raises FileNotFoundError where the folder has neither, ValueError where a file in it is not valid.
+    Raises FileNotFoundError if the folder has neither, ValueError if a file in it is not valid.
     """
     folder = Path(folder)
     config = _read_json(folder / "tokenizer_config.json")
@@ -348,7 +348,7 @@ def train_byte_bpe(
     such as `[INST]`; each is one token anywhere in a text, together with white space before it. They get
     the last ids.
 
-    Raises ValueError where `special_tokens` begin with others, or `vocab_size` is too small.
+    Raises ValueError if `special_tokens` begin with others, or `vocab_size` is too small.
     """
     if tuple(special_tokens[:3]) != ("<unk>", "<s>", "</s>"):
         raise ValueError(f"special_tokens must begin with <unk>, <s>, </s>; got {list(special_tokens)}")
@@ -403,7 +403,7 @@ def _spaced(piece: str) -> bytes:
 def _bytes_of_characters() -> dict[str, int]:
     """The character that stands for each byte in a byte-level vocabulary -> the byte.
 
-    Printable characters of Latin-1 stand for themselves; for the others, in order, stand those from U+0100.
+    Printable characters of Latin-1 stand for themselves; characters from U+0100 stand for the others, in order.
     """
     plain = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = (byte for byte in range(256) if byte not in plain)
@@ -411,7 +411,7 @@ def _bytes_of_characters() -> dict[str, int]:
 
 
 def _byte_tokens(vocabulary: dict[str, int]) -> dict[int, int]:
-    """Id -> byte of the tokens <0x00> to <0xFF>; {} where one of them is missing."""
+    """Id -> byte of the tokens <0x00> to <0xFF>; {} if one of them is missing."""
     ids = [vocabulary.get(f"<0x{byte:02X}>") for byte in range(256)]
     return {} if None in ids else dict(zip(ids, range(256), strict=True))
 

@@ -99,7 +99,7 @@ def report(
     Values by policy, {"fixed": {g: ...}, "random": ..., "adaptive": ..., "oracle": ...}: `metrics` by name; `score`,
     the headline metric as in the paper's table, and its 95 % `interval`; `accuracy`, the mean grade; `visual_tokens`
     per question and `tokens_an_image`; `token_cut` against the finest granularity; `chosen`, shares of granularities.
-    `oracle_gap` is the router's share of the oracle's gain over the best fixed granularity, None where that gain is 0.
+    `oracle_gap` is the router's share of the oracle's gain over the best fixed granularity, None if that gain is 0.
     """
     graded = _graded(task, config, rows, answered)
     choices: dict[str, list[Choice]] = {
@@ -205,7 +205,7 @@ def over_tasks(reports: Sequence[Report]) -> dict[str, Any]:
 def seconds(
     model: AvgLlava, questions: Sequence[Question], answered: Sequence[Record], count: int, max_new_tokens: int
 ) -> dict[str, Any] | None:
-    """`timing.seconds_per_answer` over the questions that fit at every granularity; None where there is none."""
+    """`timing.seconds_per_answer` over the questions that fit at every granularity; None if there is none."""
     everywhere = {record["id"] for record in answered if None not in record["answers"].values()}
     timed = [question for question in questions if question.sample.id in everywhere]
     return timing.seconds_per_answer(model, timed, count, max_new_tokens) if count and timed else None

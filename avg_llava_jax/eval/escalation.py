@@ -1,8 +1,8 @@
 """Policies that answer at a coarse granularity and, where the answer is not certain enough, again at the finest.
 
 A policy is a pair (cost_weight, escalate), as in `Request`: the router chooses where to begin at that price of tokens
-(infinite: at the coarsest granularity), and an answer whose certainty is below `escalate` is dropped for the finest
-one's. Every read is counted. The router alone is (w, 0), escalation alone (infinite, t), both together all pairs.
+(infinite: at the coarsest granularity), and an answer whose certainty is below `escalate` is replaced by that of the
+finest. Every pass is counted. (w, 0) is the router alone, (infinite, t) escalation alone; all pairs are both together.
 
 Policies are fitted on one half of the questions and measured on the other, in both directions, so that no question has
 a part in the choice of its own policy. Questions about the same images are in the same half.
@@ -92,8 +92,8 @@ class Followed(NamedTuple):
 class Costs(NamedTuple):
     """What answers take, in one unit.
 
-    first: (n, G), answers at each granularity, images and all. again: (n, G), the read at the finest granularity that
-    follows one at each. router: for choosing where to begin.
+    first: (n, G), answers at each granularity, images included. again: (n, G), the pass at the finest granularity that
+    follows one at each. router: the choice of where to begin.
     """
 
     first: np.ndarray
@@ -102,7 +102,7 @@ class Costs(NamedTuple):
 
 
 def token_costs(table: Table) -> Costs:
-    """Visual tokens of every read."""
+    """Visual tokens of every pass."""
     finest = np.take_along_axis(table.tokens, table.finest[:, None], axis=1)
     return Costs(table.tokens, np.broadcast_to(finest, table.tokens.shape))
 
@@ -110,7 +110,7 @@ def token_costs(table: Table) -> Costs:
 def flop_costs(config: ModelConfig, samples: Sequence[Sample], table: Table) -> Costs:
     """FLOPs by formula, in billions: encoder, router and prefill, without the decoding of answers.
 
-    A second read prefills its whole prompt: the text in front of an image, which it may share, is not subtracted.
+    A second pass counts its whole prompt: the text in front of an image, which it may share, is not subtracted.
     """
     tiles = np.array([tiles_of(sample, config) for sample in samples])
     text = np.array([len(sample.tokens.ids) - len(sample.sizes) for sample in samples])

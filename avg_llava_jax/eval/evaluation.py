@@ -4,7 +4,7 @@
     records --policies.report--> accuracy, visual tokens and shares: fixed, random, adaptive, oracle
     a few questions --timing.seconds_per_answer--> measured seconds, one answer at a time
 
-Answers do not depend on what runs beside them, so each question is answered once per granularity, and the adaptive,
+Answers do not depend on what else is running, so each question is answered once per granularity, and the adaptive,
 random and oracle policies look their answers up. Only a question whose images get different granularities is answered
 again. Another router over the same model needs only `routing`.
 """
@@ -50,7 +50,7 @@ READ_AHEAD = 32
 DIGITS = 7
 """Decimals of a certainty in a record."""
 DERIVED = ("report.json", "tradeoff.json", "skipped.jsonl", "plots")
-"""Files beside the answers that are made from them."""
+"""Files next to the answers, and made from them."""
 MadeBy = dict[str, Any]
 PROMPT = "prompt or images"
 
@@ -114,7 +114,7 @@ def read_questions(
 
 
 def check_fits(config: ModelConfig, sample: Sample) -> None:
-    """Raises BadSample `too_long` where a prompt exceeds `max_length` even at the coarsest granularity."""
+    """Raises BadSample `too_long` if a prompt exceeds `max_length` even at the coarsest granularity."""
     need = length_at(config, sample, (config.granularities[0],) * len(sample.sizes))
     if need > config.language.max_length:
         limit = config.language.max_length
@@ -148,7 +148,7 @@ def answer_all(
     skipped: gets `{"id", "reason", "detail"}` of each question whose image is damaged or that fits at no granularity.
 
     Returns the records in the order of the questions: `id, kind, images (names), question, reference, answers {g: text,
-    or None where the prompt does not fit}, right {g: bool or grade}, certainty {g: probability, see `Read`},
+    or None if the prompt does not fit}, right {g: bool or grade}, certainty {g: probability, see `Read`},
     visual_tokens {g: int}, scores (images, G), probabilities (images, G), chosen (images,), answer (at the router's
     choice), adaptive {answer, right, certainty, visual_tokens}`, and the question's `extra`; with a `file`, `made_by`
     {name: digest} as well.
@@ -250,13 +250,13 @@ class _Asked:
         self.requests = len(self._fixed)
         self._free = self._ask((None,) * len(images))
         self._scores: np.ndarray | None = None
-        self._tickets: dict[Choice, Ticket | None] = {}  # None where the prompt does not fit
+        self._tickets: dict[Choice, Ticket | None] = {}  # None if the prompt does not fit
 
     def _ask(self, choice: tuple[int | None, ...]) -> Ticket:
         return self._engine.submit_prepared(self._question.asked(self._request, choice), self._images)
 
     def answered(self) -> bool:
-        """Whether every answer is there. Once the router has scored the images, submits the other granularities."""
+        """Whether all answers are ready. Once the router has scored the images, submits the other granularities."""
         if self._scores is None and self._free.scores is not None:
             config = self._engine.config
             self._scores = np.array(self._free.scores, np.float32).reshape(-1, len(config.granularities))
@@ -267,7 +267,7 @@ class _Asked:
         return self._free.ended and all(ticket is None or ticket.ended for ticket in self._tickets.values())
 
     def record(self) -> Record:
-        """Raises RuntimeError where the device failed."""
+        """Raises RuntimeError if the device failed."""
         model = self._engine.model
         if self._scores is None:
             self._free.result(0)
@@ -299,9 +299,9 @@ def settle(
     """Set aside the records of a file that `questions` cannot reuse, and bring the others up to date.
 
     A record is reused by the questions with the same `made_by`, whatever their ids, and graded again. Records of
-    questions that are not asked now stay, unless their id is now that of another question.
+    other questions stay, unless one of `questions` has their id.
 
-    Returns the `made_by` of each question by id, {} where its image is missing; nothing where there are no records.
+    Returns the `made_by` of each question by id, {} if its image is missing; nothing if there are no records.
     """
     if not whole_lines(file):
         return {}
@@ -369,7 +369,7 @@ class Log:
     """Records of questions as they come: appended to a file (JSON lines), and counted on a progress bar with the score.
 
     todo: the questions without a record when the log was opened.
-    identify: a question -> its `made_by`; None where records are not stored.
+    identify: a question -> its `made_by`; None if records are not stored.
     """
 
     def __init__(
@@ -387,7 +387,7 @@ class Log:
         self._right = sum(record["adaptive"]["right"] for record in known.values())
 
     def made_by(self, question: Question) -> dict[str, MadeBy]:
-        """What a record says of its making. Raises BadSample where an image is missing."""
+        """The `made_by` of the question's record. Raises BadSample if an image is missing."""
         return {} if self._identify is None else {"made_by": self._identify(question)}
 
     def add(self, record: Record) -> None:
@@ -430,7 +430,7 @@ def make_record(
 ) -> Record:
     """The record of a question, see `answer_all`, from router scores (images, G) and its answers by choice.
 
-    answers: text and certainty with all images at each granularity, and at the router's choice; None where the prompt
+    answers: text and certainty with all images at each granularity, and at the router's choice; None if the prompt
         does not fit.
     """
     sample, (choice,) = question.sample, choices(config, [scores])

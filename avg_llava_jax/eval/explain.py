@@ -1,6 +1,6 @@
 """Why the router chose a granularity: its scores, votes and selected words, as arrays and as a figure.
 
-Where the request may escalate, also what it said at a glance, how certain that was, and what a close look said.
+If the request may escalate, also its first answer, the certainty of that, and its answer at the finest granularity.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class Explanation:
         router_pre_norm.
     words: for each image, the text of the selected instruction tokens, most similar first; "" = none.
     images: the images, upright.
-    escalate: the certainty below which the answer is given again, 0 = never. answers: then the answer at the chosen
-        granularities, and the one that follows if it is not certain enough.
+    escalate: the certainty below which the answer is given again, 0 = never. answers: with it, the answer at the
+        chosen granularities, and the one that follows if that is not certain enough.
     """
 
     config: ModelConfig
@@ -145,7 +145,7 @@ def explain(model: AvgLlava, request: Request) -> Explanation:
 def draw(explanation: Explanation, path: str | os.PathLike[str]) -> None:
     """Draw for each image its grid, probabilities and words; below, its votes by position at each granularity.
 
-    Below these, where the request may escalate: the image as each answer saw it, what it said, and how certain it was.
+    Below these, if the request may escalate: the image as each pass saw it, the answer, and its certainty.
     """
     from matplotlib.figure import Figure
 
@@ -182,7 +182,7 @@ def draw(explanation: Explanation, path: str | os.PathLike[str]) -> None:
 
 
 def _draw_reads(figure: Any, config: ModelConfig, explanation: Explanation, image: int) -> None:
-    """The glance at one image, its certainty against the threshold, and the close look, if there was one."""
+    """The first pass on one image, its certainty against the threshold, and the second pass, if there was one."""
     glance, *close = explanation.answers
     left, middle, right = figure.subplots(1, 3)
     for axis, name, answer in zip((left, right), ("a glance", "a close look"), (glance, *close), strict=False):

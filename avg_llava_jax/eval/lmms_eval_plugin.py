@@ -90,7 +90,7 @@ class AvgLlavaForLmmsEval(lmms):
         self.granularity = _granularity(granularity, self.model.config.granularities)
 
     def generate_until(self, requests: Sequence[Any]) -> list[GenerationResult]:
-        """One result per request, in order; an empty text where a prompt is too long for the model.
+        """One result per request, in order; an empty text if a prompt is too long for the model.
 
         Raises:
           ValueError: no request can be answered; gives the reason for the last one.

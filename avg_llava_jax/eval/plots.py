@@ -106,7 +106,7 @@ FRONTIER = {
 
 
 def frontier(found: dict[str, Any], path: Path) -> Path:
-    """Accuracy against each unit of cost, every read counted, for each curve of `escalation.frontier`.
+    """Accuracy against each unit of cost, every pass counted, for each curve of `escalation.frontier`.
 
     found: {unit: frontier}; a point may have the `deviation` of its accuracy.
     """
@@ -177,7 +177,7 @@ def examples(
 ) -> Path | None:
     """Questions that were right though cheap, right because fine, and wrong because cheap, each image with its grid.
 
-    records: from `evaluation.answer_all`, for some or all of the questions. Returns None where no question is shown.
+    records: from `evaluation.answer_all`, for some or all of the questions. Returns None if no question is shown.
     """
     by_id = {question.sample.id: question for question in questions}
     shown = {sort: rows for sort, rows in policies.examples(config, records, count).items() if rows}

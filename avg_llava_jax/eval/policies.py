@@ -152,7 +152,7 @@ def report(
     adaptive: the choices to report as adaptive; default those of the router in `answer_all`.
 
     `escalation` begins at the coarsest granularity, `combined` at the router's choice under a cost weight; an answer of
-    either that is not certain enough is read again at the finest. `fitted` holds their cost weights (None = coarsest)
+    either that is not certain enough is given again at the finest. `fitted` holds their cost weights (None = coarsest)
     and thresholds: the cheapest that are at least as accurate as the best fixed granularity on one half of the
     questions, measured on the other, in both directions.
     """

@@ -92,7 +92,7 @@ def _note_seconds(workdir: pathlib.Path, what: str, begin: float) -> None:
 
 
 def _seconds(workdir: pathlib.Path, what: str) -> float | None:
-    """The seconds of a part, None where it was interrupted."""
+    """The seconds of a part, None if it was interrupted."""
     path = workdir / f"{what}.seconds"
     return float(path.read_text()) if path.exists() else None
 

@@ -60,7 +60,7 @@ Seen = Mapping[tuple, np.ndarray]
 def see(model: Model, samples: Sequence[Sample], batch_size: int = 32) -> Seen:
     """The images of the prompts, each encoded once however many prompts are about it; held in the host's memory.
 
-    batch_size: tiles that are encoded at once, whichever images they are of.
+    batch_size: tiles that are encoded at once, of any images.
     """
     config = model.config
     distinct = [sample for sample in dict((sample.images, sample) for sample in samples).values() if sample.sizes]
@@ -78,7 +78,7 @@ def see(model: Model, samples: Sequence[Sample], batch_size: int = 32) -> Seen:
 
 
 def _fetched(running: tuple[jax.Array, int] | None) -> list[np.ndarray]:
-    """The pyramids (n, R, D) of the first n tiles of a batch (B, 1, R, D); none of no batch."""
+    """The pyramids (n, R, D) of the first n tiles of a batch (B, 1, R, D); [] without a batch."""
     return [] if running is None else [np.asarray(running[0])[: running[1], 0]]
 
 
@@ -87,12 +87,12 @@ def encode_all(
 ) -> Iterator[Encoded]:
     """Encode prompts in batches of equal tiles and images, with one text length for all.
 
-    seen: what `see` returned, for all of their images, and room for the most tiles of them then; None = encode them.
+    seen: the result of `see` for all of their images, with room in each batch for the most tiles; None = encode them.
     """
     config = model.config
     shapes = [dataclasses.replace(shape_of(sample, config), answer=1, fill=1.0) for sample in samples]
     text = max((shape.text for shape in shapes), default=0)
-    if seen is not None:  # a router is cheap, another program for it is not
+    if seen is not None:  # running a router is cheap, compiling another program for it is not
         most = max((shape.tiles for shape in shapes), default=0)
         shapes = [dataclasses.replace(shape, tiles=most) for shape in shapes]
 

@@ -34,7 +34,7 @@ def seconds_per_answer(
 
 
 def reads(config: ModelConfig, questions: Sequence[Question], request: Request) -> dict[str, list[Prepared]]:
-    """What `read_costs` has to time: answers at each granularity, then at the finest, and behind the router."""
+    """The requests that `read_costs` needs timed: at each granularity, then also at the finest, and with the router."""
     (coarsest, *_), finest = config.granularities, config.granularities[-1]
     twice = dataclasses.replace(request, escalate=1.0)
     ways = {f"always {g}": at_each(config, questions, request, g) for g in config.granularities}
@@ -44,7 +44,7 @@ def reads(config: ModelConfig, questions: Sequence[Question], request: Request) 
 
 
 def read_costs(config: ModelConfig, seconds: Mapping[str, float], count: int) -> Costs:
-    """Seconds of `reads`, as the costs of `count` questions alike. seconds: by policy."""
+    """Seconds of `reads`, as costs that are the same for `count` questions. seconds: by policy."""
     (coarsest, *_), finest = config.granularities, config.granularities[-1]
     first = [seconds[f"always {g}"] for g in config.granularities]
     again = [seconds[f"{g}, then {finest}"] - seconds[f"always {g}"] for g in config.granularities[:-1]]

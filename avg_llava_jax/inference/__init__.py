@@ -12,6 +12,6 @@ sampling.py    how each row of a program chooses its tokens, as arrays
 guides.py      what an answer must be: a choice, an expression, a grammar, JSON
 model.py       config, parameters, tokenizer; checks and tokenizes requests
 choosing.py    the granularity of each image: router scores, a price of tokens, a budget
-calibration.py the thresholds of certainty beside a checkpoint, for requests that escalate
+calibration.py the certainty thresholds stored with a checkpoint, for requests that escalate
 requests.py, tickets.py, text_stream.py, stats.py    requests and answers, handles, streamed text, counters
 """

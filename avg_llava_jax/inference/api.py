@@ -38,7 +38,7 @@ from avg_llava_jax.models.avg_llava import Params
 
 
 class Stream:
-    """Iterate to get an answer's pieces of text as they are generated; afterwards `answer` holds the whole.
+    """Iterate to get an answer's pieces of text as they are generated; `answer` then holds the whole answer.
 
     `close` cancels the answer, as does dropping the iterator of a `for` loop.
     """
@@ -99,13 +99,13 @@ class AvgLlava(Model):
         own = [checkpoint.load_own(each, path, loaded, vision_tower, mesh) for each in (adapters or {}).values()]
         params = quantized(loaded.params) if quantize else loaded.params
         leaves = stacked.stack(params, own) if own else None
-        if not one_cpu.here():  # there the engine's layers share the memory of the stacked ones
+        if not one_cpu.here():  # on one CPU, unstacked layers share the stacked memory
             params, leaves = unstacked(params, free=True), leaves and unstacked(leaves, free=True)
         model = cls(loaded.config, params, load_tokenizer(loaded.tokenizer_folder), loaded.meta["step"])
         model.adapters = Stack(tuple(adapters or ()), leaves)
         try:
             model.calibration = calibration.read(pathlib.Path(path), model.step, quantize)
-        except ValueError as error:  # raised where a request needs it
+        except ValueError as error:  # raised when a request needs it
             model.calibration = error
         return model
 
@@ -114,7 +114,7 @@ class AvgLlava(Model):
         return self.answer_batch([Request(prompt, images, **options)])[0]
 
     def answer_batch(self, requests: Sequence[Request], batch_size: int = 16) -> list[Answer]:
-        """Answer any mixture of requests, each as it would be answered alone. batch_size: slots, at most."""
+        """Answer any mixture of requests, each as it would be answered alone. batch_size: the most slots."""
         prepared = []
         for number, request in enumerate(requests):
             try:
@@ -169,7 +169,7 @@ class AvgLlava(Model):
                 self._engine.forget()
 
     def engine_for(self, prepared: Sequence[Prepared], batch_size: int) -> Engine:
-        """The engine kept from earlier calls, or a larger one where it is too small for these requests.
+        """The engine kept from earlier calls, or a larger one if that is too small for these requests.
 
         It has a slot for each request, at most `batch_size`, with capacity for the longest of them.
         """
@@ -189,7 +189,7 @@ class AvgLlava(Model):
 
     @staticmethod
     def _submitted(engine: Engine, prepared: Prepared, **options: bool) -> Ticket:
-        """`Engine.submit_prepared` once the queue has a place."""
+        """Step the engine until the queue has a place, then `Engine.submit_prepared`."""
         while engine.full:
             engine.step()
         return engine.submit_prepared(prepared, **options)
@@ -198,8 +198,8 @@ class AvgLlava(Model):
 class Chat:
     """A conversation of several turns, each of which may add images.
 
-    Every question is a request with the whole conversation so far: images of earlier turns are packed again, and
-    under "auto" routed again, by all of the text. Encoded images and cached prefixes are reused.
+    Every question is a request with the whole conversation so far: images of earlier turns are packed again and,
+    under "auto", routed again by the whole text. Encoded images and cached prefixes are reused.
 
     turns: questions and answers so far. images: the images of all turns so far, in order.
     """

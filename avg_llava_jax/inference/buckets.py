@@ -1,8 +1,8 @@
 """Buckets: every static size of the engine. XLA compiles a program for each combination of sizes.
 
-Buckets of one kind are an ascending tuple; a size is padded to the smallest bucket that holds it, the last where none
-does. `server_buckets` are few: all programs are compiled before the server answers, and long prompts prefill in
-chunks. `offline_buckets` are many: a program is compiled at its first use, and a prompt prefills whole.
+Buckets of one kind are an ascending tuple; a size is padded to the smallest bucket that holds it, or to the largest if
+none does. `server_buckets` makes few: all programs are compiled before the server answers, and long prompts prefill in
+chunks. `offline_buckets` makes many: a program is compiled at its first use, and a prompt prefills whole.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ VERIFIED = 32
 
 @dataclasses.dataclass(frozen=True)
 class Buckets:
-    """The sizes of an engine; a field of tuples holds the buckets of one static axis.
+    """The static sizes of an engine; a field that is a tuple holds the buckets of one axis.
 
     slots: slots of the cache. capacity: positions of a slot. pages: tiles whose pyramids are kept.
     lanes: parts of a mesh's batch axis; with several, prefill and decode take all slots, so that each device works on
-        its own.
-    prompts: prompts in one prefill. chunks: their positions, from a prompt's start. behind: positions of a prefill
+        its own slots.
+    prompts: prompts in one prefill. chunks: positions of a prefill from a prompt's start. behind: positions of one
         that follows a cached prefix. verify: the longest chunk that may end in a draft. windows: cache positions that
         are attended to. rows: slots in one decode.
     tiles: tiles in one encode. images: images in one route, each with at most `image_tiles` tiles. texts: text tokens
@@ -59,7 +59,7 @@ class Buckets:
 
     @property
     def prefills(self) -> list[tuple[int, int, int, int]]:
-        """(prompts, chunk, window, ends) of every prefill program, where none is compiled on demand.
+        """(prompts, chunk, window, ends) of every prefill program, if none is compiled on demand.
 
         window 0: a prompt without a cached prefix.
         """
@@ -91,7 +91,7 @@ class Buckets:
 def server_buckets(config: ModelConfig, slots: int, chunk: int, pages: int, lanes: int = 1) -> Buckets:
     """Few buckets, for an engine that compiles every program before it answers.
 
-    For the 7B model, 8 slots and chunks of 256: prompts 1 4, chunks 64 256, the first of which verify drafts, windows
+    For the 7B model, 8 slots and chunks of 256: prompts 1 4, chunks 64 256 (64 may verify a draft), windows
     528 1040 2064 4112, rows 1 4 8, tiles 3 4 5 8, images 1 4, texts 256 4096.
     """
     longest = config.language.max_length
@@ -122,8 +122,8 @@ def offline_buckets(
 ) -> Buckets:
     """Buckets of an engine that compiles programs at their first use.
 
-    length: positions of a prompt and its answer together. prompts: lengths of the prompts to come, where they are
-    known; `few_buckets` then holds them with little padding, and the few that prefill alone are padded to many.
+    length: positions of a prompt and its answer together. prompts: lengths of the prompts to come, if known;
+    `few_buckets` then fits the chunks to them, and a prompt that prefills alone is padded to a full call.
     """
     longest, together = config.language.max_length, min(8, slots)
     capacity = length_bucket(min(length, longest), 2 * longest) + STEPS
@@ -157,7 +157,7 @@ def few_buckets(sizes: Sequence[int], needs: Sequence[int], most: int = 6) -> tu
     """
     counts = Counter(bucket(tuple(sizes), need) for need in needs)
     used = sorted(counts)
-    # best[k, j]: the cost of holding all needs up to the j-th used size in k buckets, the last of that size; and them.
+    # best[k, j]: the cost of holding all needs up to the j-th used size in k buckets, the last of that size; buckets.
     best: dict[tuple[int, int], tuple[int, tuple[int, ...]]] = {(0, 0): (0, ())}
     for k in range(1, min(most, len(used)) + 1):
         for j in range(1, len(used) + 1):
@@ -224,7 +224,7 @@ def length_buckets(longest: int) -> tuple[int, ...]:
 def tile_counts(config: ModelConfig) -> set[int]:
     """The numbers of tiles to encode at once: those that an image may have, tile 0 included.
 
-    Where these are many, as the 18 of LLaVA-OneVision, powers of two and the largest: few programs to compile.
+    If there are many, such as the 18 of LLaVA-OneVision: powers of two and the largest, so that few programs compile.
     """
     side = config.vision.image_size
     alone = {1} if config.several == "square" or not config.pinpoints else set()

@@ -1,4 +1,4 @@
-"""calibration.json beside a checkpoint: the thresholds that `Request.escalate="calibrated"` takes.
+"""calibration.json in a checkpoint folder: the thresholds that `Request.escalate="calibrated"` takes.
 
     {"format": 1, "step": 1200, "quantize": null, "alpha": 0.01, "delta": 0.05, "questions": 672,
      "data": "held_out.json", "thresholds": {"4": 0.93, "auto": 0.87}}
@@ -20,7 +20,7 @@ FILE, FORMAT = "calibration.json", 1
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """Fitted thresholds, see the module's docstring. questions: independent ones that they were fitted on."""
+    """Fitted thresholds, see the module's docstring. questions: number of independent questions they were fitted on."""
 
     step: int
     quantize: str | None

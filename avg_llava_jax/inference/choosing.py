@@ -4,9 +4,9 @@ The paper takes the argmax over granularities g of the router's probability p_g.
 
     argmax over g of  log p_g - cost_weight * tokens_i(g) / tokens_i(finest)
 
-and `max_visual_tokens` bounds the sum of tokens_i(g) over the images of the request: the choice within the budget that
-has the largest sum of scores is taken, the cheapest of a tie. The softmax's denominator is the same for every g of an
-image, so logits replace log p_g.
+and `max_visual_tokens` bounds the sum of tokens_i(g) over the images of the request: of the choices within the budget,
+the one with the largest sum of scores is taken; the cheapest wins a tie. The softmax's denominator is the same for
+every g of an image, so logits replace log p_g.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from avg_llava_jax.inference.requests import Prepared
 def choose(
     config: ModelConfig, prepared: Prepared, logits: np.ndarray, cost_weight: float | None = None
 ) -> tuple[Granularity, ...]:
-    """The granularity of each image: the requested one, or where that is "auto" the best by scores, price and budget.
+    """The granularity of each image: the requested one, or under "auto" the best by scores, price and budget.
 
     logits: router scores (images, G); may have no rows where every image's granularity was requested.
     cost_weight: the price; None = the request's.
@@ -43,10 +43,10 @@ def choose(
 
 
 def finer(config: ModelConfig, prepared: Prepared, choice: Sequence[Granularity]) -> tuple[Granularity, ...]:
-    """The granularity of each image for the read that follows one at `choice`; empty where there is none.
+    """The granularity of each image for the pass that follows one at `choice`; empty if none follows.
 
-    It is the finest that fits into `max_length`, and into `max_visual_tokens` together with the first read. Images that
-    were finer already keep their granularity.
+    It is the finest that fits into `max_length`, and into `max_visual_tokens` together with the first pass. Images that
+    are already finer keep their granularity.
     """
     sample, budget, ladder = prepared.sample, prepared.request.max_visual_tokens, config.granularities
     costs = token_costs(config, sample.sizes)
@@ -66,7 +66,7 @@ def finer(config: ModelConfig, prepared: Prepared, choice: Sequence[Granularity]
 def check_budget(
     config: ModelConfig, sizes: Sequence[Size], wanted: Sequence[Granularity | None], budget: int | None
 ) -> None:
-    """Raise ValueError where no choice is within `max_visual_tokens`; it says how many tokens the cheapest takes."""
+    """Raise ValueError if no choice is within `max_visual_tokens`; it says how many tokens the cheapest takes."""
     if budget is None:
         return
     rows = zip(token_costs(config, sizes), wanted, strict=True)
@@ -90,7 +90,7 @@ def best_places(scores: np.ndarray, costs: np.ndarray, cost_weight: float, budge
     With costs [[6, 9], [6, 9]], scores [[0, 1], [0, 3]], weight 0 and a budget of 15, only one image can be fine: the
     front goes from {0: 0} to {6: 0, 9: 1} to {12: 0, 15: 3}, where 6 + 9 (worth 3) beats 9 + 6 (worth 1).
 
-    Raises ValueError where no choice is within the budget (`check_budget` finds that before a request runs).
+    Raises ValueError if no choice is within the budget (`check_budget` finds that before a request runs).
     """
     values = np.asarray(scores, np.float64) - cost_weight * costs / costs[:, -1:]
     first = [int(np.argmax(row)) for row in values]

@@ -1,4 +1,4 @@
-"""The seconds of a block in which JAX compiles: traces, lowers, and has XLA compile or loads from disk."""
+"""The seconds that JAX spends compiling in a block: tracing, lowering, and XLA's compilation or loading from disk."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import jax
 
 
 class Compiling:
-    """A context manager; `seconds` counts what overlaps once, as a trace inside a trace or another thread's."""
+    """A context manager; `seconds` counts overlapping time once, as of a trace inside a trace or in another thread."""
 
     def __init__(self) -> None:
         self._spans: list[tuple[float, float]] = []

@@ -29,7 +29,7 @@ class Part(NamedTuple):
     """A chunk of one prompt to prefill: ids, places int32 (n,), for positions start .. start + n - 1 of a slot.
 
     weights: None, or float32 (n, 4) with places (n, 4), see `programs.Chunk`.
-    then: what its first token depends on; None where more of the prompt follows. adapter: its number, see `stacked`.
+    then: what its first token depends on; None if more of the prompt follows. adapter: its number, see `stacked`.
     """
 
     slot: int
@@ -42,7 +42,7 @@ class Part(NamedTuple):
 
 
 class Answering(NamedTuple):
-    """An answer to decode further. cached: positions of its slot that are cached, all but that of its newest token."""
+    """An answer to decode further. cached: the number of its cached positions, all but its newest token."""
 
     slot: int
     cached: int
@@ -51,9 +51,9 @@ class Answering(NamedTuple):
 
 
 class Prefilled(NamedTuple):
-    """After chunks of prompts, what `programs.prefill` returns of all rows; the row of each part.
+    """The result of a prefill: what `programs.prefill` returns for all rows, and the row of each part.
 
-    first: of the last position, the token, its log-probability and its scores, where an answer is not greedy.
+    first: the token of the last position, its log-probability and its scores, if an answer is not greedy.
     """
 
     logits: jax.Array
@@ -76,7 +76,7 @@ class Prefilled(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """Answers that decode, each in the row of its slot, and what `programs.decode` returns of all rows.
+    """Answers that decode, each in the row of its slot, and what `programs.decode` returns for all rows.
 
     tokens, chances: (rows, STEPS). made: (rows,), how many of them are real.
     """
@@ -112,7 +112,7 @@ def page_bytes(model: Model) -> int:
 
 
 class _Compiled(Exception):
-    """Ends a call whose program was compiled and is not to run."""
+    """Ends a call after its program is compiled, so that it does not run."""
 
 
 class Device:
@@ -128,7 +128,7 @@ class Device:
         self.reset()
 
     def reset(self) -> None:
-        """Make cache and pool again, empty: after a failure the donated arrays may be gone."""
+        """Recreate cache and pool, empty: after a failure the donated arrays may be gone."""
         sizes = self.buckets
         arrays = programs.empty(*self._model, sizes.slots, sizes.capacity, sizes.pages)
         # Committed to their devices, as the programs' results are: otherwise the first programs compile twice.

@@ -2,7 +2,7 @@
 
     submit ─▶ waiting ─encode, route─▶ routed ─a slot─▶ reading ─prefill, chunk by chunk─▶ decoding ─▶ answer
 
-A round gives out free slots, prefills one chunk of the prompts whose next chunk has the same size, encodes one
+A round assigns free slots, prefills one chunk of the prompts whose next chunk has the same size, encodes one
 micro-batch of tiles, routes one micro-batch of images, and decodes a few tokens of every answer. So no request waits
 for the whole image or answer of another. Host and device overlap: prompts are packed during a prefill, and decoded
 tokens are fetched a round later. `AvgLlava`, the server, evaluation and benchmarks all answer through `Engine`.
@@ -42,8 +42,8 @@ class Engine:
     chunk: prompt positions of one prefill, so that answers keep decoding between the chunks of a long prompt; programs
         are few, and `warm_up` compiles all of them. None = prompts prefill whole, and all of them before answers
         decode, which takes the least time in total; a program is compiled at its first use.
-    prompts: with chunk=None, the lengths of the prompts to come, where they are known, so that few programs compile.
-    slo: the time to the first token that is kept by raising the price of visual tokens under load; None = no promise.
+    prompts: with chunk=None, the lengths of the prompts to come, if known, so that few programs compile.
+    slo: the promised time to the first token, kept by raising the price of visual tokens under load; None = no promise.
 
     Raises:
       ValueError: a size is too small, or `max_length` is over the model's; the message names it.
@@ -253,7 +253,7 @@ class Engine:
         """Encode a micro-batch of tiles, route one of images, and pack prompts, ahead of free slots.
 
         The tiles of a micro-batch, and its images, are of one adapter.
-        Scores are fetched a round later: the device routes while the host prepares prefills, or beside them.
+        Scores are fetched a round later: the device routes while the host prepares prefills or while they run.
 
         Returns whether there was a micro-batch to run.
         """
@@ -331,7 +331,7 @@ class Engine:
                 self._routed.remove(job)
                 self._count(job, place)
                 if place.source is not None:
-                    # The target of a copy to come does not hold the prefix yet; its source does, if not overwritten.
+                    # The target of a pending copy does not hold the prefix yet; its source does, if not overwritten.
                     source = copies.get(place.source, place.source)
                     if source in copies:
                         self._copy(copies, longest)
@@ -432,7 +432,7 @@ class Engine:
     def _show(self, job: Job) -> None:
         """Stream new text, and end the answer at a stop string, a stop id, the end of its guide or its limit.
 
-        An answer that may escalate holds its text until it is whole and certain.
+        The text of an answer that may escalate is held back until it is whole and certain.
         """
         complete = job.tokens[-1] in self.model.stop_ids
         if job.matcher is not None and not complete:
@@ -508,7 +508,7 @@ class Engine:
         job.ticket.end(outcome)
 
     def _let_go(self, job: Job) -> None:
-        """Release the job's images: no other user left, they may be forgotten."""
+        """Release the job's images; they may be forgotten once they have no other user."""
         if job.pages is not None:
             self._images.leave(job.digests)
             job.pages = None

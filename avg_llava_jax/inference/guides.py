@@ -1,14 +1,14 @@
 """Guides say what an answer must be: one of some texts, a match of an expression, JSON by a schema.
 
-llguidance reads them. Before each token it marks those with which the answer can still become what its guide says;
-`programs.shape` bans the others. A guided answer may begin with a space, as answers do in training, which is stripped.
+llguidance reads them. Before each token, it marks the tokens with which the answer can still satisfy its guide;
+`programs.shape` bans the others. A guided answer may begin with a space, as in training; the space is stripped.
 
     Guide.choice(["yes", "no"])    before the first token    may come: y, n, ye, yes, no and these after a space
                                    after "ye"                may come: s
                                    after "yes"               the answer is complete
 
-JSON is closed before its tokens run out, since JSON that is cut is none. Where little more is left than its shortest
-end takes, those tokens alone may come:
+JSON is closed before its tokens run out, because truncated JSON is not JSON. When little more is left than its shortest
+end takes, only the tokens of that end are allowed:
 
     Guide.json(), 6 tokens left    {"a": [1, "b    ends by    "] }
 """
@@ -28,10 +28,10 @@ from avg_llava_jax import extras
 from avg_llava_jax.data.tokenizer import Tokenizer
 
 COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-"""JSON with one space after `:` and `,`: small models repeat white space for ever where they may."""
+"""JSON with one space after `:` and `,`: small models otherwise repeat white space endlessly."""
 
 SPARE = 16
-"""Tokens by which JSON is closed early, or an eighth of the answer's limit if that is less: one token of the model may
+"""Tokens left over when JSON is closed, or an eighth of the answer's limit if that is less: one token of the model may
 lengthen the shortest end by several, as a key does."""
 
 MESSAGE = 300  # characters of llguidance's messages, which quote the grammar
@@ -44,7 +44,7 @@ class Guide:
     grammar_text: the grammar, in llguidance's JSON. closes: whether an answer is closed before its tokens run out.
 
     Raises:
-      ValueError: it cannot be followed; says why in one line.
+      ValueError: the guide cannot be followed; the message says why in one line.
       MissingExtra: llguidance is not installed.
     """
 
@@ -59,7 +59,7 @@ class Guide:
 
     @classmethod
     def choice(cls, texts: Sequence[str]) -> Guide:
-        """One of some texts."""
+        """One of several texts."""
         if isinstance(texts, str) or not texts or not all(isinstance(text, str) and text.strip() for text in texts):
             raise ValueError("must be a list of texts, none of them empty")
         return cls._lark("start: " + " | ".join(json.dumps(text.strip()) for text in texts))
@@ -80,7 +80,7 @@ class Guide:
             lark = any_to_lark(text)
         except RecursionError:
             raise ValueError("cannot be followed: it is nested too deeply") from None
-        except Exception as error:  # that function raises nothing more special
+        except Exception as error:  # that function raises nothing more specific
             raise ValueError(f"cannot be followed: {_one_line(str(error))}") from None
         return cls._lark(lark)
 
@@ -103,9 +103,9 @@ class Guide:
 
 
 def strict(schema: dict[str, Any]) -> dict[str, Any]:
-    """A JSON schema as its author means it: compact, and objects have the properties that it names, and no others.
+    """A JSON schema as its author means it: compact, and objects have only the properties that it names.
 
-    JSON schema allows any others where an object has no `additionalProperties`, and a model that may write more will.
+    JSON schema allows any others if an object has no `additionalProperties`, and a model that may write more will.
     A schema with `allOf`, whose parts name properties for each other, stays as it is.
     """
 
@@ -129,9 +129,9 @@ def strict(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 class Matcher:
-    """The part of an answer that is there, and what may follow by its guide.
+    """The answer so far, and the tokens that its guide allows next.
 
-    Raises ValueError where the guide cannot be followed with this vocabulary.
+    Raises ValueError if the guide cannot be followed with this vocabulary.
     """
 
     def __init__(self, guide: Guide, tokenizer: Tokenizer, stop_ids: tuple[int, ...], vocabulary: int):
@@ -162,14 +162,14 @@ class Matcher:
         return mask
 
     def _end(self, most: int) -> list[int] | None:
-        """Tokens with which JSON ends soon, [] if it may end here; None where they are over `most`."""
+        """The tokens of a short end of the JSON, [] if it may end here; None if they are more than `most`."""
         matcher, end, token_of = self._matcher.deep_copy(), [], _closers(self._tokenizer)
         while not matcher.is_accepting():
             tokens = matcher.compute_ff_tokens()
             if not tokens:
                 bits = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little")
                 known = [each for each, token in token_of.items() if bits[token]]
-                if "~" in known:  # which JSON has in texts alone
+                if "~" in known:  # JSON has it only in strings
                     known = [each for each in known if each == '"']
                 tokens = [token_of[known[0]] if known else int(bits.argmax())]
             if len(end) + len(tokens) > most or not matcher.consume_tokens(tokens):
@@ -178,7 +178,7 @@ class Matcher:
         return end
 
     def read(self, tokens: Sequence[int]) -> None:
-        """Follow an answer to its newest token. Raises ValueError where that takes more than llguidance's limits."""
+        """Follow an answer to its newest token. Raises ValueError if that takes more than llguidance's limits."""
         if not self.complete:
             self._matcher.consume_tokens(list(tokens[self._read :]))
             self._read = len(tokens)

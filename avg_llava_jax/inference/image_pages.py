@@ -18,7 +18,7 @@ Digest = bytes
 
 @dataclasses.dataclass
 class Stored:
-    """An image's pages. users: requests that need them; missing: tiles uint8 (H, W, 3) to encode yet, by page.
+    """An image's pages. users: requests that need them; missing: tiles uint8 (H, W, 3) still to encode, by page.
 
     adapter: the number of the adapter that encodes it, see `stacked`.
     """
@@ -46,10 +46,10 @@ class ImagePages:
         self._stored: OrderedDict[Digest, Stored] = OrderedDict()  # least recently used first
 
     def take(self, images: Sequence[tuple[Digest, np.ndarray]], adapter: int = 0) -> list[list[int]] | None:
-        """Take pages for each image, kept until `leave`; None, and nothing taken, where too few can be freed.
+        """Take pages for each image until `leave`; takes nothing and returns None if too few can be freed.
 
         images: digests and tiles uint8 (t, H, W, 3); tiles of new images are `missing` until they are encoded.
-        adapter: its number; the digest of an image is another for each.
+        adapter: its number; an image has a different digest for each adapter.
         """
         new = {digest: tiles for digest, tiles in images if digest not in self._stored}
         wanted = {digest for digest, _ in images}
@@ -85,7 +85,7 @@ class ImagePages:
                 self._free += self._stored.pop(digest).pages
 
     def missing(self, most: int) -> tuple[int, dict[int, np.ndarray]]:
-        """An adapter and at most `most` tiles uint8 (H, W, 3) of it to encode next, by page, in requests' order."""
+        """An adapter and at most `most` of its tiles uint8 (H, W, 3) to encode next, by page, in request order."""
         waiting = [stored for stored in self._stored.values() if stored.missing]
         adapter = waiting[0].adapter if waiting else 0
         of_one = (tile for stored in waiting if stored.adapter == adapter for tile in stored.missing.items())

@@ -32,13 +32,13 @@ class Job(Work):
 
     images: digest and tiles of each image. pages: pages of each image's tiles, None while it holds none.
     text: int32 (L,), ids of the prompt without its images. scores: router scores (G,) of the images routed so far.
-    cost_weight: the price at which the router chooses. spared: it is not asked, under load.
+    cost_weight: the price at which the router chooses. spared: the router is skipped, under load.
     choice: granularity of each image.
     ids, places: int32 (S,), the packed prompt and its draft, see `programs.Chunk`; with `config.most_tiles` places is
         (S, 4), with weights float32 (S, 4).
-    finer: granularities of the read that follows where this one is not certain enough; empty = none.
-    chances: log-probability of each of `tokens`. held: text that is not shown before its read is certain.
-    reads: earlier reads that were not certain enough.
+    finer: granularities of the pass that follows if this one is not certain enough; empty = none.
+    chances: log-probability of each of `tokens`. held: text that is held back until its pass is certain.
+    reads: earlier passes that were not certain enough.
     matcher: follows the request's guide. token_scores: the scores of the answer's tokens, where they are wanted.
     times: the clock in seconds when it reached each stage.
     """
@@ -70,7 +70,7 @@ class Job(Work):
 
     @property
     def unrouted(self) -> int:
-        """The number of images to route yet: where the router chooses for one image, it scores all of them."""
+        """The number of images still to route: if the router chooses for one image, it scores all of them."""
         return len(self.images) - len(self.scores) if None in self.prepared.choice else 0
 
     @property
@@ -80,7 +80,7 @@ class Job(Work):
 
     @property
     def price(self) -> float | None:
-        """The price at which granularities were chosen, None where all were requested."""
+        """The price at which granularities were chosen, None if all were requested."""
         return self.cost_weight if self.scores or self.spared else None
 
     @property
@@ -101,7 +101,7 @@ class Job(Work):
         return Next(self.prepared.request, self.limit, self.text, self.tokens, allowed)
 
     def certainty(self, count: int) -> float:
-        """The lowest probability of the first `count` tokens, up to the token that makes it read again: see `Read`."""
+        """The lowest probability of the first `count` tokens, up to the token that causes another pass: see `Read`."""
         least = 1.0
         for chance in self.chances[:count]:
             least = min(least, math.exp(chance))
@@ -121,7 +121,7 @@ class Job(Work):
 
 
 def read_images(config: ModelConfig, sample: Sample) -> Images:
-    """Load a request's images and cut them into tiles. Raises BadSample where one cannot be read."""
+    """Load a request's images and cut them into tiles. Raises BadSample if one cannot be read."""
     counts = tile_counts(sample, config)
     tiles = np.split(load_tiles(sample, config), np.cumsum(counts)[:-1]) if counts else []
     return [(digest_of(part, size), part) for part, size in zip(tiles, sample.sizes, strict=True)]
@@ -130,7 +130,7 @@ def read_images(config: ModelConfig, sample: Sample) -> Images:
 def make_job(
     model: Model, prepared: Prepared, images: Images | None, ticket: Ticket, submitted: float, most_tiles: int
 ) -> Job:
-    """Make the job of a checked request. Raises ValueError in one line where it cannot be answered.
+    """Make the job of a checked request. Raises ValueError in one line if it cannot be answered.
 
     images: the result of `read_images`, None = load them here. submitted: the clock in seconds. most_tiles: pages.
     """
@@ -161,7 +161,7 @@ def pack(config: ModelConfig, job: Job, pages: int, cost_weight: float = 0.0) ->
     """Choose the job's granularities by its scores, and pack its prompt. pages: the number of pages of the pool.
 
     cost_weight: the lowest price that the engine's load allows.
-    Raises ValueError where the prompt is too long at the chosen granularities.
+    Raises ValueError if the prompt is too long at the chosen granularities.
     """
     logits = np.array(job.scores, np.float32).reshape(-1, len(config.granularities))
     own = job.prepared.request.cost_weight
@@ -173,9 +173,10 @@ def pack(config: ModelConfig, job: Job, pages: int, cost_weight: float = 0.0) ->
 
 
 def escalate(model: Model, job: Job, pages: int, ended: bool) -> None:
-    """Pack a job's prompt again at its finer granularities, with its tokens so far as the draft. ended: they are whole.
+    """Pack a job's prompt again at its finer granularities, with its tokens so far as the draft.
 
-    Only an answer of the best tokens has a draft: predictions of a prefill know no sampling, penalties or guides.
+    ended: whether they are a complete answer. Only an answer of the best tokens has a draft: a prefill predicts
+    without sampling, penalties and guides.
     """
     draft = job.tokens[: len(job.tokens) - ended] if job.next().greedy else []
     job.choice, job.finer, job.chances, job.token_scores, job.held = job.finer, (), [], [], ""

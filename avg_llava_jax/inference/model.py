@@ -56,7 +56,7 @@ class Model:
 
     @functools.cached_property
     def unstacked(self) -> Params:
-        """The parameters, adapters beside them, with the language model's layers as a tuple, as programs take them."""
+        """The parameters, adapters included, with the language model's layers as a tuple, as programs take them."""
         found = [unstacked(params) for params in (self.params, self.adapters.leaves) if params]
         return functools.reduce(stacked.beside, found)
 
@@ -76,7 +76,7 @@ class Model:
         return model
 
     def prepare(self, request: Request) -> Prepared:
-        """Check and tokenize a request; opens the headers of its images alone. Raises ValueError in one line."""
+        """Check and tokenize a request; reads only the headers of its images. Raises ValueError in one line."""
         size, number = self.config.language.vocab_size, self.adapters.number(request.adapter)
         if stranger := [token for token in request.logit_bias if not 0 <= token < size]:
             raise ValueError(f"logit_bias={stranger[0]!r} is no token: ids are 0 .. {size - 1}")
@@ -104,7 +104,7 @@ class Model:
         return Prepared(request, sample, choice, number, fixed_price=calibrated)
 
     def matcher(self, guide: Guide) -> Matcher:
-        """A matcher of an answer that is still empty. Raises ValueError where the guide cannot be followed."""
+        """A matcher of an answer that is still empty. Raises ValueError if the guide cannot be followed."""
         return Matcher(guide, self.tokenizer, self.stop_ids, self.config.language.vocab_size)
 
     def _wanted(self, granularity: Granularity | Sequence[Granularity], images: int) -> tuple[int | None, ...]:
@@ -159,7 +159,7 @@ class Model:
     ) -> Answer:
         """The answer of a request that has ended.
 
-        reads: all of them, the one that gave the answer last. scores: router scores (G,) of each image, empty if not
+        reads: all passes, the one that gave the answer last. scores: router scores (G,) of each image, empty if not
         routed.
         """
         shares = tuple(dict(zip(self.config.granularities, softmax(row), strict=True)) for row in scores)
@@ -178,7 +178,7 @@ class Model:
         )
 
     def read_of(self, prepared: Prepared, choice: tuple[int | str, ...], certainty: float) -> Read:
-        """The read of a request at one granularity per image."""
+        """One pass of a request, at one granularity per image."""
         return Read(_single(choice), sum(visual_tokens(self.config, prepared.sample, choice)), certainty)
 
 
@@ -201,7 +201,7 @@ def visual_tokens(config: ModelConfig, sample: Sample, choice: Sequence[Granular
 
 
 def check_length(config: ModelConfig, sample: Sample, choice: Sequence[Granularity]) -> None:
-    """Raise PromptTooLong where a prompt exceeds `max_length`; it says which granularity would fit."""
+    """Raise PromptTooLong if a prompt exceeds `max_length`; it says which granularity would fit."""
     need, limit = length_at(config, sample, choice), config.language.max_length
     if need <= limit:
         return

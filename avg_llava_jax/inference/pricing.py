@@ -1,10 +1,10 @@
-"""The price of visual tokens follows the load: an engine with a promise looks less closely before people wait.
+"""The price of visual tokens follows the load: an engine with a promise chooses coarser before requests wait.
 
-Where the router chooses a request's granularity, the engine predicts when the request that came last has its first
-token, and raises the cost weight λ as that nears the promise:
+If the router chooses granularities, the engine predicts when the newest request will have its first token, and raises
+the cost weight λ as that time approaches the promise:
 
     predicted = requests without a first token * seconds per first token, over the last `EVENTS` of them
-    share     = of the second half of the promise that is predicted to pass: 0 up to half of it, 1 from all of it on
+    share     = predicted share of the promise's second half: 0 up to half of the promise, 1 from the whole on
     λ         = low + share / (1 - share), at most high
 
     promise 1 s, λ from 0 to 100, 0.05 s per first token    10 requests wait: 0.5 s,  share 0,   λ 0
@@ -12,9 +12,9 @@ token, and raises the cost weight λ as that nears the promise:
                                                             18                0.9 s,  share 0.8, λ 4
                                                             20 or more        1 s,    share 1,   λ 100
 
-From `UNROUTED` on the router is not asked, which takes time as well: its images get the coarsest granularity. A coarser
-look takes less time, so fewer seconds per first token are predicted, and λ settles where the load is met. No
-clock is read here: the caller gives its times.
+From `UNROUTED` on, the router is skipped, because it takes time as well: images get the coarsest granularity. Coarser
+granularities take less time, so the predicted seconds per first token fall, and λ settles where the load is met. The
+caller passes all times; no clock is read here.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@
     cache --decode--> cache, tokens                     the first slots, several steps
     cache --copy--> cache                               shared prefixes, from slots to slots
 
-The cache (see `models.cache`) and the pool (pages, R, D) are donated and updated in place. Writes of padding rows lie
+The cache (see `models.cache`) and the pool (pages, R, D) are donated and updated in place. Writes of padding rows are
 outside of both, and are dropped.
 
 Values of a request (length, temperature, penalties, allowed tokens) are arrays with one entry per row, so that requests
@@ -35,8 +35,8 @@ TEXT = -1
 
 
 OWN_PRODUCTS = {"xla_gpu_dot_merger_threshold_mb": 0}
-"""For loops over tokens. XLA for GPUs joins products of one operand by copying their weights into one array, and keeps
-the copies of all layers while the loop runs: 96 MiB a layer of the 7B."""
+"""For loops over tokens. XLA for GPUs joins products that share an operand by copying their weights into one array, and
+keeps the copies of all layers while the loop runs: 96 MiB a layer of the 7B."""
 
 
 class Shaping(NamedTuple):
@@ -51,8 +51,8 @@ class Shaping(NamedTuple):
     allowed: uint32 (B, ceil(V / 32)), token t may come where bit t % 32 of word t // 32 is 1.
     history: int (B, H), what the penalties count: the ids of the prompt's text as they are, the answer's plus V, and
         2 V for padding.
-    shaped, scored: bool (B,), whether any of these is not neutral, and whether `Scores` are wanted. Where no row is,
-        the program skips it.
+    shaped, scored: bool (B,), whether any of these is not neutral, and whether `Scores` are wanted. The program
+        skips what no row needs.
 
     With V = 5, a prompt 3 4 and an answer 4 1 4:    history  3 4 9 6 9 10 10
     """
@@ -88,7 +88,7 @@ class Sampling(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """Log-probabilities in nats of generated tokens, by the model's own logits; garbage in rows that are not scored.
+    """Log-probabilities in nats of generated tokens, from the model's own logits; garbage in rows that are not scored.
 
     chosen: fp32 (...), of each token. ids, values: int, fp32 (..., TOP), the most likely tokens, best first.
     """
@@ -102,10 +102,10 @@ class Chunk(NamedTuple):
     """Chunks of prompts, one per row, at most S positions each.
 
     slot, start, length: int (B,): row i holds positions start .. start + length - 1 of the prompt in its slot. slot is
-        None where row i is slot i. A padding row has a slot or a start outside of the cache.
+        None if row i is slot i. A padding row has a slot or a start outside of the cache.
     ids: int (B, S), token ids where `places` is TEXT. places: int (B, S), see `TEXT`.
     weights: None, or fp32 (B, S, 4) with places int (B, S, 4), where `config.most_tiles` reduces mosaics.
-    adapter: int (B,), of each row, see `stacked`; None where the model has none.
+    adapter: int (B,), of each row, see `stacked`; None if the model has none.
     """
 
     slot: jax.Array | None
@@ -149,7 +149,7 @@ def encode(
 ) -> jax.Array:
     """Encode tiles of any images into pages of the pool: pixels uint8 (M, H, W, 3), pages int (M,) -> pool.
 
-    adapter: int (), of all tiles; None where the model has none.
+    adapter: int (), of all tiles; None if the model has none.
     """
     params = stacked.of_rows(params, adapter)
     pyramid = avg_llava.pyramid_of(config, params, pixels[:, None])[:, 0].astype(pool.dtype)
@@ -169,7 +169,7 @@ def route(
     """Score the granularities of images, one per row.
 
     pages: int (B, T), -1 after the image's last tile. text: int (B, L), the prompt's text ids, the first `count` (B,)
-    of them real. An image's scores depend on its own tiles and the prompt, so images of one request may lie in
+    of them real. An image's scores depend on its own tiles and the prompt, so images of one request may be in
     different batches. Shapes of the result are those of `Routing`, with I = 1. adapter: as in `encode`.
     """
     params = stacked.of_rows(params, adapter)
@@ -194,7 +194,7 @@ def prefill(
 ) -> tuple[Cache, jax.Array, jax.Array, jax.Array]:
     """Prefill one chunk of each row's prompt into its slot.
 
-    window: cache positions that are attended to, at least start + S of each row; 0 where every chunk starts its
+    window: cache positions that are attended to, at least start + S of each row; 0 if every chunk starts its
     prompt, and attends only to itself. ends: E, how many of each chunk's last positions predict a token: 1, or more
     where the chunk ends in a draft of the answer.
 
@@ -400,7 +400,7 @@ def _pooled(pool: jax.Array) -> jax.Array:
 
 
 def _taken(rows: jax.Array, at: jax.Array) -> jax.Array:
-    """Gather rows of the pool at (B, n): first each device its part of the width, then all of it, then by sample."""
+    """Gather rows of the pool at (B, n): sharded by width as the pool is, then replicated, then sharded by sample."""
     taken = rows.at[constrain(jnp.maximum(at, 0), None, None)].get(mode="clip")
     for axes in ((None, "width"), (None, None), ("batch", None)):
         taken = constrain(taken, axes[0], *[None] * (taken.ndim - 2), axes[1])

@@ -25,7 +25,7 @@ class Request:
     """One question about images.
 
     prompt: a question, or a conversation of turns `{"from": "human" | "gpt", "value": text}` that ends
-        with a question, which may be empty there. `<image>` marks the place of an image; without it the images come
+        with a question, which may be empty. `<image>` marks the place of an image; without it the images come
         first. A value that is the list of texts around the images has no markers, see `data.conversation`.
     images: one image or several: paths, encoded bytes, or Pillow images.
     granularity: "auto" (the router chooses for each image), tokens per tile, or a list with one of these
@@ -36,18 +36,18 @@ class Request:
     max_visual_tokens: the most visual tokens of all images together, newlines included; None = no bound.
         See `choosing`.
     escalate: a probability, 0 = off. An answer whose certainty (`Read.certainty`) is below it is dropped, and the
-        request is answered at the finest granularity at which the prompt fits and the tokens of both reads are within
-        `max_visual_tokens`. Only the last read streams. "calibrated": what `avg-llava calibrate` fitted.
+        request is answered at the finest granularity at which the prompt fits and the tokens of both passes are within
+        `max_visual_tokens`. Only the last pass streams. "calibrated": what `avg-llava calibrate` fitted.
     max_new_tokens: tokens to generate at most; fewer where prompt and answer reach the model's `max_length`.
     temperature: 0 = greedy. top_p: in (0, 1], 1 = off. top_k: 0 = off.
     min_p: drop tokens less likely than this share of the best; in [0, 1], 0 = off.
     repetition_penalty: over 0, 1 = off; over 1 makes tokens of the prompt and of the answer so far less likely.
-    frequency_penalty, presence_penalty: 0 = off; subtracted from the logits of the answer's tokens, for each time
-        that a token occurs, and once. See `programs.Shaping`.
+    frequency_penalty, presence_penalty: 0 = off; subtracted from the logits of the answer's tokens, for each
+        occurrence of a token, and once. See `programs.Shaping`.
     logit_bias: {token id: what is added to its logit}, at most 300 entries.
     min_tokens: generate no stop id before this many tokens; stop strings still end the answer.
     logprobs: give the log-probability of each token and of this many most likely ones, 0 .. 20; None = off.
-    guide: what the answer must be, see `guides.Guide`; it decides over `min_tokens`.
+    guide: what the answer must be, see `guides.Guide`; it overrides `min_tokens`.
     seed: the same request with the same seed gets the same answer, alone or in any batch.
     stop: strings that end the answer; they are not part of it.
     raw: use `prompt`, one text or the list of texts around the images, as it is, without a conversation template.
@@ -128,11 +128,11 @@ class TokenScore(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Read:
-    """One granularity at which a request was answered.
+    """One pass of a request, at one granularity per image.
 
-    granularity, visual_tokens: as in `Answer`, of this read alone.
+    granularity, visual_tokens: as in `Answer`, of this pass alone.
     certainty: the lowest probability that the model gave to a token of the answer, its end included, before temperature
-        and the like. A read that was dropped ends at the first token below `Request.escalate`.
+        and the like. A dropped pass ends at the first token below `Request.escalate`.
     """
 
     granularity: int | str | tuple[int | str, ...] | None
@@ -145,17 +145,17 @@ class Answer:
     """The answer to a request.
 
     granularity: tokens per tile; a tuple with one entry per image where there are several, None without images.
-    visual_tokens: packed tokens of all images and all reads, newlines included.
+    visual_tokens: packed tokens of all images and all passes, newlines included.
     probabilities: {granularity: probability} by the router; a tuple of these for several images; None
         where the router did not run, because there is no image or every granularity was requested.
     cost_weight: the price at which the router chose: the request's, or a higher one that the engine's load set (at 100
-        the router was not asked). None where every granularity was requested.
+        the router was skipped). None if every granularity was requested.
     timings: seconds of `queue`, `encode` (load, encode, route), `prefill` (the wait for a slot included), `decode` and
         `total`. The first use of a bucket includes its compilation.
     token_ids: generated ids, without the stop id that ended the answer.
     finish: "stop" (a stop id, a stop string or a complete guide) or "length".
-    reads: each read, coarse to fine; the last one gave the answer.
-    logprobs: the score of each of `token_ids`, () where `Request.logprobs` is None.
+    reads: each pass, coarse to fine; the last one gave the answer.
+    logprobs: the score of each of `token_ids`, () if `Request.logprobs` is None.
     closed: whether its guide closed it early, before its tokens ran out; `finish` is "stop" then too.
     """
 
@@ -181,7 +181,7 @@ class Answer:
 class Prepared:
     """A checked, tokenized request, with `escalate` as a number.
 
-    choice: the requested granularity of each image, None where the router chooses. adapter: its number, see `stacked`.
+    choice: the requested granularity of each image, None if the router chooses. adapter: its number, see `stacked`.
     fixed_price: the engine's load must not raise `cost_weight`: a calibrated threshold holds at its own price alone.
     """
 

@@ -99,14 +99,14 @@ def shaping_of(
 def _column(
     count: int, rows: Sequence[int], answers: Sequence[Next], fill: float, kind: type, field: str
 ) -> np.ndarray:
-    """A field of the requests, (count,), `fill` in rows without one; an integer is at most the largest of its kind."""
+    """A field of the requests, (count,), `fill` in rows without one; an integer is at most the largest of `kind`."""
     values, largest = np.full(count, fill, kind), np.iinfo(kind).max if issubclass(kind, np.integer) else np.inf
     values[list(rows)] = [min(getattr(answer.request, field), largest) for answer in answers]
     return values
 
 
 def scored(answer: Next, scores: Scores | None, row: int, tokens: Sequence[int]) -> list[TokenScore]:
-    """The scores of an answer's new tokens, from those of all rows (B, n); [] where it asks for none."""
+    """The scores of an answer's new tokens, from those of all rows (B, n); [] if it wants none."""
     if not answer.scored or scores is None:
         return []
     chosen, ids, values = (np.asarray(array)[row].tolist() for array in scores)

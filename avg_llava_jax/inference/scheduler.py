@@ -1,7 +1,7 @@
 """The scheduler assigns slots and picks the prompts to prefill and the answers to decode: no device, model or clock.
 
 A slot holds one sequence in the KV cache. After an answer it keeps its keys and values until it is reassigned, so that
-a later prompt with the same prefix prefills the rest alone. A *key*, an int64, identifies the content of a position: a
+a later prompt with the same prefix prefills only the rest. A *key*, an int64, identifies the content of a position: a
 token id, or for every visual token of an image a negative number that stands for the image and its granularity.
 
     slot 0, finished    7 8 -36 -36 9 5 2      "<image> Who?" "Ann"
@@ -12,8 +12,8 @@ token id, or for every visual token of an image a negative number that stands fo
 each in turn, so that a long prompt does not stall the others. Prompts whose next chunk has the same size prefill
 together.
 
-A prompt may end in a draft of its answer, whose tokens prefill with it. Every position from the prompt's last predicts
-a token; predictions hold up to the first that differs from the draft, so they are the tokens that decoding would give:
+A prompt may end in a draft of its answer, whose tokens prefill with it. Every position from the prompt's last on
+predicts a token. Predictions hold up to and including the first that differs from the draft, as in decoding:
 
     prompt 7 8 -72 -72 9, draft 5 6 4    keys 7 8 -72 -72 9  5  6  4
                                          predictions         5  3  1  2    hold: 5 3; cached: 7 8 -72 -72 9 5
@@ -126,10 +126,10 @@ class Scheduler:
         return any(slot.work is None for slot in self.slots)
 
     def admit(self, work: Work) -> Admission | None:
-        """Assign a slot to a work; None where no slot is free, or where it should wait for a shared prefix.
+        """Assign a slot to a work; None if no slot is free, or if it should wait for a shared prefix.
 
         The work gets the free slot that shares most of its content with the prompt; otherwise the least recently used
-        free slot, into which the longest prefix of another slot is copied. It waits where a prompt that is prefilling
+        free slot, into which the longest prefix of another slot is copied. It waits if a prompt that is prefilling
         will share a longer prefix than any slot does now, so that the prefix is prefilled once.
         """
         free = [slot for slot in self.slots if slot.work is None]
@@ -147,7 +147,7 @@ class Scheduler:
         return self._assign(work, own, shares)
 
     def again(self, work: Work) -> Admission:
-        """Prefill the new keys of a work that decodes, in its own slot, which keeps what both prompts share."""
+        """Prefill the new keys of a work that decodes, in its slot, which keeps what both prompts share."""
         self.decoding.remove(work)
         work.tokens = []
         return self._assign(work, self.slots[work.slot], self._shares(work))
@@ -170,9 +170,9 @@ class Scheduler:
         """The works to give slots to next, so that prompts of one bucket prefill together in full calls.
 
         Of works that share a prefix, the first is prefilled alone. The others follow once a slot holds the prefix, and
-        before it is overwritten. Of the rest, the bucket of most works is next, in multiples of `buckets.prompts[-1]`.
+        before it is overwritten. Of the rest, the fullest bucket is next, in multiples of `buckets.prompts[-1]`.
 
-        partial: return less than a full call where there is no full one.
+        partial: return less than a full call if there is no full one.
         """
         free = sum(slot.work is None for slot in self.slots)
         sizes = [bucket(self.buckets.chunks, len(work.keys)) for work in works]
@@ -193,7 +193,7 @@ class Scheduler:
     def next_prefill(self, fullest: bool = False) -> Prefill | None:
         """The next chunk of the prompt that waited longest, with all prompts whose next chunk has the same size.
 
-        fullest: take the size of most prompts instead.
+        fullest: take the most common size instead.
         """
         if not self.reading:
             return None
@@ -248,7 +248,7 @@ class Scheduler:
     def predicted(self, work: Work, tokens: Sequence[int]) -> int:
         """Record the tokens that the last prefill of a work predicts. Returns how many of them hold.
 
-        Where one differs from the draft, the rest of the draft is dropped, and the answer decodes. The prefill is over
+        If one differs from the draft, the rest of the draft is dropped, and the answer decodes. The prefill is over
         once there is one token more than the draft has.
         """
         draft = work.keys[work.prompt + len(work.tokens) :][: len(tokens)]

@@ -1,14 +1,14 @@
 """Several adapters on one base, answered together: every row of a batch chooses one by its number, 0 is the base.
 
-The adapters' ranks lie side by side, so that the two products of `models.linear` serve all rows. A row's scales are 0
-but in the columns of its own adapter. Adapter 1 has rank 2, adapter 2 rank 1, three rows choose 0, 2, 1:
+The adapters are concatenated along their ranks, so that the two products of `models.linear` serve all rows. A row's
+scales are 0 except in the columns of its adapter. Adapter 1 has rank 2, adapter 2 rank 1, three rows choose 0, 2, 1:
 
     lora_a (in, 3)    lora_owner  1 1 2    lora_scale of each row    0  0  0
     lora_b (3, out)                                                  0  0  s2
                                                                      s1 s1 0
 
-Connector, newline and router, which adapters train whole, are stacked along a first axis, the base's first. They and
-the encoder run for one adapter at a time, the language model for any mixture.
+Connector, newline and router, which are trained in full, are stacked along a first axis, the base's first. They and the
+encoder run for one adapter at a time; the language model runs for any mixture.
 """
 
 from collections.abc import Sequence
@@ -26,13 +26,13 @@ WHOLE = ("connector", "image_newline", "router")
 
 
 class Stack(NamedTuple):
-    """Names of adapters, number 1 first, and their leaves, which `beside` puts on the base; None without adapters."""
+    """Names of adapters, number 1 first, and their leaves, which `beside` adds to the base; None without adapters."""
 
     names: tuple[str, ...] = ()
     leaves: Params | None = None
 
     def number(self, name: str | None) -> int:
-        """The number of an adapter; None is the base, 0. Raises ValueError where there is none of that name."""
+        """The number of an adapter; None is the base, 0. Raises ValueError if there is none of that name."""
         if name is not None and name not in self.names:
             raise ValueError(f"adapter={name!r}: choose {', '.join(map(repr, self.names)) or 'None'}")
         return 0 if name is None else 1 + self.names.index(name)
@@ -41,7 +41,7 @@ class Stack(NamedTuple):
 def stack(base: Params, own: Sequence[Params]) -> Params:
     """The leaves of several adapters, see the module; arrays in the dtype in which the base computes.
 
-    base: a model of stacked layers without adapters. own: of each adapter what `adapters.divide` gives.
+    base: a model of stacked layers without adapters. own: the result of `adapters.divide` for each adapter.
     """
     first, each = (parameters.flat(adapters.divide(base)[0]), [parameters.flat(one) for one in own])
     newline = first["image_newline"]
@@ -66,7 +66,7 @@ def stack(base: Params, own: Sequence[Params]) -> Params:
 
 
 def beside(base: Any, leaves: Any) -> Any:
-    """Two trees in one; a leaf of `leaves` goes before one of the base. Layers are a tuple in both."""
+    """The union of two trees; a leaf of `leaves` replaces one of the base. Layers are a tuple in both."""
     if isinstance(base, tuple):
         return tuple(map(beside, base, leaves))
     if not isinstance(base, dict):
@@ -77,8 +77,8 @@ def beside(base: Any, leaves: Any) -> Any:
 def of_rows(params: Params, number: Int[ArrayLike, "*B"] | None) -> Params:
     """The parameters with which a batch runs.
 
-    number: the adapter of each row, or one for all; None = the model has none, and the parameters are as they are.
-    Of the whole components each row gets its own, along a first axis.
+    number: the adapter of each row, or one for all; None = the model has none, and the parameters are unchanged.
+    With a number per row, the components trained in full (`WHOLE`) have a first axis of rows.
     """
     if number is None:
         return params

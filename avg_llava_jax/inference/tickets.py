@@ -22,7 +22,7 @@ class QueueFull(Exception):
 class Piece(str):
     """A piece of an answer's text. tokens: generated so far. logprobs: scores of those since the last piece.
 
-    glance: None, or instead of a text the answer that was not certain enough and is now given again.
+    glance: None, or in a piece without text the answer that was not certain enough and is now given again.
     """
 
     tokens: int = 0
@@ -55,7 +55,7 @@ class Ticket:
     def pieces(self, glances: bool = False) -> Iterator[Piece]:
         """Iterate over the answer's text as it is generated, for one reader; blocks, and raises as `result` does.
 
-        glances: give those as well.
+        glances: yield pieces with a `glance` as well.
         """
         while (piece := self._pieces.get()) is not None:
             if glances or piece.glance is None:
@@ -109,7 +109,7 @@ class Ticket:
             self._pieces.put(piece)
 
     def dropped(self, answer: Answer) -> None:
-        """Tell of an answer that is given again; called by the engine."""
+        """Report an answer that is given again; called by the engine."""
         piece = Piece()
         piece.glance = answer
         self._pieces.put(piece)

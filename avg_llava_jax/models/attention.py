@@ -1,7 +1,7 @@
-"""Softmax attention: of sequences over themselves, and of new tokens over a cache, by the platform's fastest kernel.
+"""Softmax attention: of sequences over themselves, and of new tokens over a cache, with the platform's fastest kernel.
 
 Layers call `self_attention` and `cached_attention`; `kernel_for` chooses the kernel. Queries, keys and values have the
-projections' layout, (B, S, heads, d); a cache stores it otherwise (see `cache`).
+projections' layout, (B, S, heads, d); a cache has another layout (see `cache`).
 """
 
 import functools
@@ -21,7 +21,7 @@ from avg_llava_jax.models.flash import flash_attention
 Kernel = Literal["splash", "cudnn", "one_cpu", "blocks", "dense"]
 
 QUERY_BLOCK = 256
-"""Queries in a block: their scores are in memory together where no flash kernel runs."""
+"""Queries in a block: their scores are in memory together if no flash kernel runs."""
 
 
 class Segments(NamedTuple):
@@ -66,9 +66,9 @@ def self_attention(
 ) -> Float[Array, "B S Q d"]:
     """Attention of a sequence over itself; with `segments`, of several that share a row, each over itself alone.
 
-    One rule: with `causal` a query attends to the positions up to its own, with `segments` to those of its segment;
-    segments come with `causal` alone. The mesh in use (`jax.set_mesh`) decides the platform; its devices need not exist
-    when it is compiled for.
+    With `causal`, a query attends to the positions up to its own; with `segments`, only to those of its segment.
+    Segments require `causal`. The mesh in use (`jax.set_mesh`) decides the platform; its devices need not exist when
+    a program is compiled for it.
     """
     kernel = kernel_for(*placement.platform(), q.dtype, q.shape[-1], q.shape[1])
     if kernel == "one_cpu":
@@ -83,7 +83,7 @@ def cached_attention(
 ) -> Float[Array, "B S Q d"]:
     """Attention of new tokens over a cache that they are already written to.
 
-    One rule: the query at position p of `positions` attends to cache positions 0 .. p of its row; `span` names the
+    The query at position p of `positions` attends to cache positions 0 .. p of its row; `span` names the
     row's slot and its window F. Scores are (B, Q, S, F): the caller bounds S by prefilling in chunks what
     follows a cached prefix.
     """
@@ -150,9 +150,9 @@ def padded_attention(
     ids: Int[ArrayLike, "B S"] | None = None,
     reach: int | None = None,
 ) -> Float[Array, "B S Q d"]:
-    """`jax.nn.dot_product_attention`, padded to an even length: JAX cannot differentiate cuDNN's at an odd length.
+    """`jax.nn.dot_product_attention`, padded to an even length: JAX cannot differentiate cuDNN's at an odd one.
 
-    Padding lies to the right, where causal attention does not reach; non-causal attention gets the real length. A CLIP
+    Padding is on the right, where causal attention does not reach; non-causal attention gets the real length. A CLIP
     encoder's 577 positions become 578. Segments are a mask (B, S, S) in memory: cuDNN's own packed layout is not in
     JAX's public interface.
     """
@@ -160,7 +160,7 @@ def padded_attention(
     odd = length % 2
     real = jnp.full(len(q), length, jnp.int32) if odd and not causal else None
     q, k, v = (jnp.pad(x, [(0, 0), (0, odd), (0, 0), (0, 0)]) for x in (q, k, v))
-    del reach  # cuDNN has no window beside a mask
+    del reach  # cuDNN has no window together with a mask
     mask = None
     if ids is not None:
         ids = jnp.pad(ids, [(0, 0), (0, odd)])

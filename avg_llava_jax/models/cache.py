@@ -1,7 +1,7 @@
 """The KV cache: a layout for each platform, one write, one view, for prefill and decode, for one or many slots.
 
 A layer's keys are (slots, K, C, d): each head is contiguous, as decoding reads it. On TPUs they are (slots, C, K, d),
-as XLA writes a position there; a cache of the other layout is copied into every loop over tokens, and out again. A
+as XLA writes a position there; a cache in the other layout is copied into every loop over tokens, and out again. A
 *slot* holds one sequence; C is its capacity in positions. `Span` names slot and positions of each row of a batch:
 
     slot  [2, 0]   start [3, 0]   S = 2      row 0 writes positions 3 and 4 of slot 2, row 1 positions 0 and 1 of slot 0
@@ -23,7 +23,7 @@ from avg_llava_jax.placement import constrain, platform
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-    """Where the S tokens of each row of a batch stand in the cache.
+    """The cache positions of the S tokens of each row of a batch.
 
     start: position of each row's first token.
     slot: each row's slot; None = row i is slot i.

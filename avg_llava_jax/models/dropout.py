@@ -27,7 +27,7 @@ def dropped(
 def dropper(rate: float, keys: Key[ArrayLike, " B"] | None) -> Callable[..., jax.Array]:
     """Dropout of arrays (B, ...) at `rate`; the n-th call folds n into the keys. None = no dropout.
 
-    The result takes an array, and in a loop, whose body is called once, also the number of the turn.
+    The result takes an array. In a loop, whose body is traced once, it also takes the number of the iteration.
     """
     if keys is None or rate == 0:
         return lambda x, turn=None: x

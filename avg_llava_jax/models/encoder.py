@@ -15,7 +15,7 @@ ENCODERS: dict[str, type[nn.Module]] = {"clip": Clip, "siglip": Siglip}
 
 
 def encoder(config: VisionConfig, remat: Remat = "none") -> nn.Module:
-    """The encoder that a config names. Raises ValueError where there is none of that name."""
+    """The encoder that a config names. Raises ValueError if there is none of that name."""
     if config.encoder not in ENCODERS:
         raise ValueError(f"model.vision.encoder={config.encoder!r}: choose {' or '.join(ENCODERS)}")
     return ENCODERS[config.encoder](config, remat)

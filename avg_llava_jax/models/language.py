@@ -4,7 +4,7 @@
 
     ids (B, S) --embed--> x (B, S, D) --decoder--> hidden (B, S, D) --unembed--> logits (B, S, V)
 
-`params` is a plain nested dict: embed, layers, norm, unembed (absent where embeddings are tied). Layers are stacked
+`params` is a plain nested dict: embed, layers, norm, unembed (absent if embeddings are tied). Layers are stacked
 along a first axis and scanned, or a tuple (`unstack`) and unrolled; with a cache they are always unrolled.
 Compute runs in the parameters' dtype; for quantized parameters, in the dtype of their scales.
 """
@@ -80,7 +80,7 @@ class Part(NamedTuple):
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm decoder layer: x and the cache.
+    """Pre-norm decoder layer, from x and the cache to both.
 
     Without a cache: causal, each row a whole sequence, or with `segments` the sequences of `parts` one after another.
     With a cache: keys and values of x are written at `span`, then queries attend to the prefix written before as well.
@@ -138,7 +138,7 @@ class DecoderLayer(nn.Module):
 
 
 def _apart(x: Shaped[ArrayLike, "B S *rest"], parts: tuple[int, ...]) -> list[Shaped[Array, "B _ *rest"]]:
-    """The sequences of `parts` positions that lie one after another in each row."""
+    """The sequences of `parts` positions that follow one another in each row."""
     return jnp.split(x, list(itertools.accumulate(parts))[:-1], axis=1)
 
 
@@ -167,7 +167,7 @@ def decoder(
       last: with a cache: the indices of each row whose hidden states are needed. The last layer computes only these,
         which saves an eighth of the work of 8 layers, 1/32 of 32.
       remat: what the backward pass recomputes, see `stack.Remat`; for stacked layers without a cache.
-      parts: without a cache: what lies one after another in each row; () = one sequence of S positions.
+      parts: without a cache: the parts of each row, one after another; () = one sequence of S positions.
     Returns:
       hidden (B, S, D), or (B, E, D) with `last`, and the updated cache (None without one).
     """
@@ -212,9 +212,9 @@ def _within(part: Part, rows: int) -> tuple[Int[Array, "B _"], Segments | None]:
 def split(
     length: Int[ArrayLike, "B n"], positions: Int[ArrayLike, "B S"]
 ) -> tuple[Int[Array, "B S"], Int[Array, "B S"]]:
-    """The sequence of each position of a row that n of them share, n = none, and the position within that sequence.
+    """For each position of a row that n sequences share: its sequence, n = none, and its position within that sequence.
 
-    Lengths 3, 0, 2 and positions 0 .. 5 are sequences 0 0 0 2 2 3 and positions 0 1 2 0 1 0.
+    Lengths 3, 0, 2 and positions 0 .. 5 give sequences 0 0 0 2 2 3 and positions 0 1 2 0 1 0.
     """
     ends = jnp.cumsum(length, axis=1)
     starts = jnp.pad(ends, [(0, 0), (1, 0)])
@@ -249,7 +249,7 @@ def unstack(layers: Params | tuple[Params, ...], free: bool = False) -> tuple[Pa
 
 
 class _Fresh(nn.Module):
-    """The whole model on one token, which is how its parameters are drawn; nothing else runs it."""
+    """The whole model on one token, used only to draw its parameters."""
 
     config: LanguageConfig
 

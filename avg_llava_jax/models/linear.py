@@ -53,7 +53,7 @@ def spread(x: Float[ArrayLike, "*N"], shape: tuple[int, ...]) -> Float[Array, ".
 
 @jax.custom_vjp
 def take(table: Shaped[ArrayLike, "N D"], ids: Int[ArrayLike, "*M"]) -> Shaped[Array, "*M D"]:
-    """table[ids], whose gradient is added up in fp32: in bf16 nothing is added from 256 equal parts on."""
+    """table[ids], whose gradient is added up in fp32: in bf16 a sum of equal parts stops growing at 256."""
     return table[ids]
 
 
@@ -67,7 +67,7 @@ take.defvjp(lambda table, ids: (table[ids], (table, ids)), _added)
 
 
 def differs_by_row(layers: dict[str, Any]) -> bool:
-    """Whether layers must run on a whole batch, since their dropout is another for each row."""
+    """Whether layers must run on a whole batch, because their dropout differs by row."""
     return any("lora_keys" in node for node in layers.values())
 
 

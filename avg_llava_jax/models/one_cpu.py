@@ -20,12 +20,12 @@ BLOCK, MOST_BLOCKS = 192, 16
 """Queries per block, and the most blocks of a sequence: every block is compiled separately."""
 
 PATCHES = 512
-"""Patches per tile from which tiles are encoded one by one: products are as fast then, and activations fit the CPU's
+"""Tiles with at least this many patches are encoded one by one: products are as fast, and activations fit the CPU's
 cache. Saves 6 % of the time of a ViT-B at 336 pixels."""
 
 TRAINED_ROWS, ASKED_ROWS = 2, 4
 """Rows of a batch that a training step, and a frozen model or router, compute at a time: activations stay in the CPU's
-cache, and the system need not hand out hundreds of MB at every step. A router's step takes 0.6 times as long, phase one
+cache, and the system need not allocate hundreds of MB at every step. A router's step takes 0.6 times as long, phase one
 0.75 times, routing 32 images 0.6 times."""
 
 
@@ -35,7 +35,7 @@ def here() -> bool:
 
 
 def parts(rows: int, most: int) -> int:
-    """The fewest equal parts of a batch with at most `most` rows each; 1 where this is not one CPU device.
+    """The fewest equal parts of a batch with at most `most` rows each; 1 if this is not one CPU device.
 
     With most = 2: 16 rows -> 8 parts, 5 rows -> 5 parts.
     """
@@ -45,7 +45,7 @@ def parts(rows: int, most: int) -> int:
 
 
 def by_parts(function: Callable[[Any], Any], batch: Any, most: int) -> Any:
-    """`function` of a batch, a tree of arrays (B, ...) as is its result; on one CPU `most` rows at a time."""
+    """`function` of a batch; both it and the result are trees of arrays (B, ...). On one CPU, `most` rows at a time."""
     rows = len(jax.tree.leaves(batch)[0])
     count = parts(rows, most)
     if count == 1:
@@ -74,7 +74,7 @@ def self_attention(
     ids: Int[ArrayLike, "B S"] | None = None,
     reach: int | None = None,
 ) -> Float[Array, "B S Q d"]:
-    """`attention.self_attention`, one head of one sample at a time; ids and reach of its segments.
+    """`attention.self_attention`, one head of one sample at a time. ids, reach: of its segments.
 
     A causal block reads only the keys within reach, up to its end: without segments that saves nearly half of the work.
     The backward pass recomputes scores, which is cheaper than loading them from memory.
@@ -167,7 +167,7 @@ def encode(
 
 
 def unstack(layers: Any) -> tuple[Any, ...] | None:
-    """Stacked layers as a tuple of views that share their memory; None where they do not lie on one CPU device.
+    """Stacked layers as a tuple of views that share their memory; None if they are not on one CPU device.
 
     The caller must keep the stacked arrays. Slicing on the device would copy; slicing the host's view does not.
     """

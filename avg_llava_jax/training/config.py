@@ -69,12 +69,12 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """Low-rank adapters in the place of full tuning, see `adapters`; the connector trains whole beside them.
+    """Low-rank adapters instead of full tuning, see `adapters`; the connector is trained in full.
 
     rank: of every adapter; 0 = full tuning.
-    alpha: what x A B is multiplied by, times rank; None = 2 * rank.
+    alpha: x A B is multiplied by alpha / rank; None = 2 * rank.
     dropout: share of an adapter's input that is dropped in training.
-    targets: the linears that get one, by component or one by one: ("language/q", "language/v", "encoder");
+    targets: the linears that get an adapter, by component or one by one: ("language/q", "language/v", "encoder");
         () = all of the language model.
     """
 
@@ -99,7 +99,7 @@ class LoraConfig:
 
     @property
     def chosen(self) -> tuple[str, ...]:
-        """The targets, the default included; () where the rank is 0."""
+        """The targets, the default included; () if the rank is 0."""
         return (self.targets or ("language",)) if self.rank else ()
 
     @property
@@ -141,7 +141,7 @@ class OptimizerConfig:
             raise ValueError(f"optimizer.accumulate={self.accumulate} must be at least 1")
 
     def rate(self, component: str) -> float:
-        """The peak learning rate of a component; adapters have that of the component they stand on."""
+        """The peak learning rate of a component; adapters have that of their component."""
         component = component.removesuffix("_lora")
         own = {"encoder": self.encoder_learning_rate, "connector": self.connector_learning_rate}.get(component)
         return self.learning_rate if own is None else own
@@ -193,7 +193,7 @@ class TrainConfig:
     steps, batch_size: optimizer steps; samples in each, over all devices.
     checkpoint_every: steps between checkpoints.
     evaluate_every: steps between validations; the last step is always validated. 0 = with each checkpoint.
-    max_bad_steps: steps with a loss or gradient that is not finite, which change nothing; one more ends the run.
+    max_bad_steps: allowed steps with a loss or gradient that is not finite. They change nothing; one more ends the run.
     init_from: a checkpoint of ours or a PyTorch folder; "" = fresh parameters.
     fresh: components to initialise although `init_from` has them, such as ("router",); their shapes may differ.
     vision_tower: the CLIP folder that `init_from` names, or that a Llama is joined with.

@@ -17,7 +17,7 @@ def training_curves(workdir: str | Path) -> Path | None:
 
     Metrics of held-out samples are dashed, in the colour of the same metric of the training batches.
 
-    Returns the path of `plots/training.png` in the workdir, None where nothing was logged.
+    Returns the path of `plots/training.png` in the workdir, None if nothing was logged.
     """
     rows = read_rows(Path(workdir) / METRICS)
     if not rows:
@@ -29,7 +29,7 @@ def training_curves(workdir: str | Path) -> Path | None:
             ("regret (nats)", ["regret"]),
             ("visual tokens", ["visual_tokens"]),
         ]
-    figure = Figure(figsize=(4.6 * len(panels), 3.4), layout="constrained")  # not pyplot's, which knows one thread
+    figure = Figure(figsize=(4.6 * len(panels), 3.4), layout="constrained")  # not pyplot's, which is for one thread
     axes = figure.subplots(1, len(panels), squeeze=False)
     for axis, (title, names) in zip(axes[0], panels, strict=True):
         for name in names:

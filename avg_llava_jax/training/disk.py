@@ -47,7 +47,7 @@ def _advice(workdir: Path) -> str:
     spare = [folder for folder in (workdir / checkpoint.STEPS).glob("*.damaged") if folder.is_dir()]
     if spare:
         text += f" ({', '.join(f'{folder}: {_size(_bytes(folder))}' for folder in spare)} can go)"
-    return text + (f", then the same command goes on from step {saved[-1]}" if saved else "")
+    return text + (f", then the same command resumes from step {saved[-1]}" if saved else "")
 
 
 def _bytes(folder: Path) -> int:

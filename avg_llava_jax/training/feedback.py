@@ -1,8 +1,8 @@
 """Measuring stored feedback: the frozen model's answers do not depend on the router, so one measurement serves many.
 
 `avg-llava feedback` measures into a folder (see `data.feedback`), optionally with the visual features.
-`config.rglf.feedback` names the folder; RGLF then trains to the same losses without running the language model, and
-with stored features without the encoder too.
+`config.rglf.feedback` names the folder; RGLF then trains to the same losses without running the language model or,
+with stored features, the encoder.
 """
 
 import dataclasses
@@ -82,7 +82,7 @@ def measure(
 ) -> Windows:
     """Store the feedback on all samples that a run of `steps` steps would use, once each.
 
-    An existing folder is resumed: windows whose questions it all holds are reused; windows whose data changed are
+    An existing folder is resumed: windows are reused if it holds all their questions; windows whose data changed are
     measured again.
 
     params: in the compute dtype, sharded by `sharding.shardings`; features are stored in that dtype.
@@ -95,7 +95,7 @@ def measure(
     store = FeedbackFolder(pathlib.Path(folder), config.granularities, dtype, measured_by(config, params))
     store.start()
     count = math.ceil(steps / WINDOW)
-    if len(batches.parts) == 1:  # else epochs end at different times, and how far to go is for `steps` to say
+    if len(batches.parts) == 1:  # otherwise epochs end at different times, and only `steps` says how far to go
         count = min(count, math.ceil(batches.sizes[0] / (WINDOW * batches.batch_size)))
     known: set[str] = set()
     reused, process = 0, jax.process_index()

@@ -49,7 +49,7 @@ def train(
     tensorboard/ and plots/. The processes of a run (see `hosts`) share it: each saves its shards of a checkpoint, the
     first writes the logs.
 
-    termination, label: of a run beside others, see `train_together`. None = handle SIGTERM here.
+    termination, label: of a run that trains next to others, see `train_together`. None = handle SIGTERM here.
 
     Raises:
       FileNotFoundError, ValueError: a setting or a file is wrong; one line that names it.
@@ -80,7 +80,7 @@ def train(
             run.begin(manager, start, batches)
             if config.rglf.feedback:
                 require_same_measure(config.rglf.feedback, measured_by(model, run.params))
-            del start  # the run has its parameters, and gives their memory to its first step
+            del start  # the run has its parameters now, and gives their memory to its first step
             if run.step < config.steps:
                 held_out = setup.plan_validation(config, batches.planned)
                 validation = None if held_out is None else Validation(config, model, step, held_out)
@@ -92,7 +92,7 @@ def train(
 def train_together(runs: Mapping[Path, ml_collections.ConfigDict]) -> None:
     """`train` runs that do not depend on each other, by workdir, at the same time in threads of one process.
 
-    The name of a run's workdir stands before its progress. Once a run fails, or after Ctrl+C or SIGTERM, the others
+    Progress lines begin with the name of the run's workdir. Once a run fails, or after Ctrl+C or SIGTERM, the others
     save a checkpoint and end; the error is raised after that.
     """
     with Termination() as termination, ThreadPoolExecutor(len(runs), "train") as pool:
@@ -142,7 +142,7 @@ def _loop(
                         reporter.say_shape(batch)
                         run.compile(arrays)
                     run.wait_for(arrays)
-            # What one process knows alone, all must know before they act on it.
+            # What only one process knows, all must know before they act on it.
             vote = votes.cast(termination.asked, sum(map(bool, records)), len(skipped))
             # The device works on this step while the last one is reported.
             reporter.hand_over(run.advance(arrays), records, batch)
@@ -153,7 +153,7 @@ def _loop(
                     found = _evaluate(run, validation, best, skips, progress)
                 reporter.report(found)
             if asked or run.step == config.steps or run.step % config.checkpoint_every == 0:
-                reporter.report()  # never save a state whose loss was not looked at
+                reporter.report()  # never save a state whose loss was not checked
                 run.save(manager, batches)
             if asked:
                 break
@@ -162,7 +162,7 @@ def _loop(
         if skips.reasons:
             progress.say(f"skipped samples: {skips.summary()}")
         if run.step < config.steps:
-            progress.say(f"terminated: step {run.step} is saved, the same command goes on from there")
+            progress.say(f"terminated: step {run.step} is saved, the same command resumes from it")
             raise SystemExit(TERMINATED)
 
 
@@ -190,7 +190,7 @@ class _Run:
         self._compilers = ThreadPoolExecutor(sharding.COMPILERS, "compile")
 
     def begin(self, manager: checkpoint.Manager, start: setup.Start, batches: Batches) -> None:
-        """Start from the parameters of `start`, or without any from the newest checkpoint of the run."""
+        """Start from the parameters of `start` or, if it has none, from the run's newest checkpoint."""
         self._refers, params, state = start.base is not None, start.params, None
         if params is None:
             restored = manager.restore(self._saved(self._compiled.params), self._compiled.state, batches)
@@ -199,7 +199,7 @@ class _Run:
         self._state = self._compiled.init(self.ours) if state is None else state
 
     def _saved(self, params: parameters.Params) -> parameters.Params:
-        """Those of all parameters that a checkpoint of the run holds."""
+        """The part of all parameters that a checkpoint of the run holds."""
         return adapters.divide(params)[0] if self._refers else params
 
     def place(self, batch: Batch) -> Any:
@@ -214,7 +214,7 @@ class _Run:
         return not self.is_new(arrays) and self._programs[_shape(arrays)].done()
 
     def compile(self, arrays: Any) -> None:
-        """Start compiling the step for a batch of this shape, beside those of other shapes."""
+        """Start compiling the step for a batch of this shape, in parallel with other shapes."""
         compiled = self._compiled
         trained, frozen = compiled.split(compiled.params)
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), arrays)
@@ -265,7 +265,7 @@ def _shape(arrays: Any) -> tuple[Any, ...]:
 class _Reporter:
     """Writes the metrics of a step after the next one is dispatched to the device.
 
-    planned: of the run; tells the number of batch shapes to compile, as far as it is known.
+    planned: the run's batches; they tell the number of batch shapes to compile, as far as it is known.
     """
 
     def __init__(
@@ -341,7 +341,7 @@ class _Reporter:
         self._progress.show(row)
 
     def _pass_over(self, step: int, what: str, records: list[str], validation: Mapping[str, float]) -> None:
-        """Log a step that was not finite, which changed nothing; raise where there were too many."""
+        """Log a step that was not finite and changed nothing; raise if there were too many."""
         records = list(dict.fromkeys(filter(None, itertools.chain(*hosts.gather(records)))))
         what += f" at step {step}; its samples are {', '.join(records)}"
         self._bad_steps += 1

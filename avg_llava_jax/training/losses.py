@@ -33,9 +33,9 @@ def answer_nll(
     length: Sequence[Int[ArrayLike, "B n"]] | None = None,
     reach: Sequence[int] | None = None,
 ) -> tuple[Float[Array, "G B ..."], Float[Array, "G B ..."]]:
-    """Negative log-likelihood of each sample's answer at each of G granularities, in one walk through the decoder.
+    """Negative log-likelihood of each sample's answer at each of G granularities, in one pass through the decoder.
 
-    The sequences of a sample lie one after another in a row, so that every layer's parameters are gathered once, and
+    The sequences of a sample follow one another in a row, so that every layer's parameters are gathered once, and
     their gradients summed once, for all of them. Logits are computed only at the A positions of each that predict an
     answer token. With sequences of 5 and 7 positions, position 2 of the second is position 5 + 2 of the row.
 
@@ -91,7 +91,7 @@ def granularity_nll(
         longest = max(batch["index"][g].shape[1] for g in granularities)
 
         def padded(name: str) -> Array:
-            """One array of the arrays (B, S_g, ...) of all granularities: (G, B, S, ...)."""
+            """The arrays (B, S_g, ...) of all granularities, padded, as one: (G, B, S, ...)."""
             arrays = [batch[name][g] for g in granularities]
             ends = [[(0, 0), (0, longest - each.shape[1]), *[(0, 0)] * (each.ndim - 2)] for each in arrays]
             return jnp.stack([jnp.pad(each, end) for each, end in zip(arrays, ends, strict=True)])

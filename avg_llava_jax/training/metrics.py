@@ -55,7 +55,7 @@ class MetricsLog:
         self.best: tuple[float, int] | None = min(measured, default=None)
         self._file = _rewrite(workdir / METRICS, kept)
         (workdir / TENSORBOARD).mkdir(exist_ok=True)
-        # Not by tensorboardX's SummaryWriter: its thread dies of a full disk, and the run would wait for it forever.
+        # Not by tensorboardX's SummaryWriter: its thread dies on a full disk, and the run would wait for it forever.
         self._board = EventsWriter(str(workdir / TENSORBOARD / "events"))
         session = SessionLog(status=SessionLog.START)  # makes TensorBoard drop what an earlier one has from here on
         self._board.write_event(Event(wall_time=time.time(), step=start + 1, session_log=session))
@@ -122,11 +122,11 @@ class SkippedLog:
 class Progress:
     """A progress line, redrawn on a terminal and repeated at intervals in a file.
 
-    label: stands before each line of a run beside others; these lines are never redrawn.
+    label: begins each line of a run that trains next to others; these lines are never redrawn.
     """
 
     PATIENCE = 10.0  # seconds between lines that cannot be redrawn
-    REMEMBERED = 50  # steps that the pace, their median, is taken from; compilation is no part of them
+    REMEMBERED = 50  # newest steps, whose median is the pace; compilation is excluded
 
     def __init__(self, steps: int, out: TextIO = sys.stderr, label: str = ""):
         self._steps, self._out, self._live = steps, out, out.isatty() and not label

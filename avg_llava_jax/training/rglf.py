@@ -104,7 +104,7 @@ def rglf_loss(
       valid: rows without an image or without labels add nothing.
     Returns: the loss and its parts, with `best_chosen` (share) and `regret` (nats) of the router's argmax.
     """
-    # An invalid row may hold anything, also NaN: replace it before the logarithm.
+    # An invalid row may hold anything, even NaN: replace it before the logarithm.
     logits = jnp.where(valid[:, None], logits.astype(jnp.float32), 0.0)
     nll = jax.lax.stop_gradient(jnp.where(valid[:, None], nll, 0.0))
     level, order = jax.vmap(lambda row: rank(row, tie_nats))(nll)

@@ -53,8 +53,8 @@ class Start(NamedTuple):
     """A model to train.
 
     params: None = those of the run's newest checkpoint.
-    base: the frozen weights that the run's checkpoints refer to, see `adapters.divide`; None = they hold all. `params`
-        has the others.
+    base: the frozen weights that the run's checkpoints refer to, see `adapters.divide`; None = they hold all.
+        `params` has the other weights.
     adapters: shapes, or arrays, of the model's adapters, by path.
     """
 
@@ -89,7 +89,7 @@ def begin(config: TrainConfig, workdir: Path, mesh: jax.sharding.Mesh) -> Start:
         if reference is None and (config.optimizer.lora.rank or config.quantize):
             reference = checkpoint.refer(config.init_from, config.vision_tower or None)
         if not parameters.ADAPTERS.keys().isdisjoint(trainable(config.phase, config.optimizer)):
-            params, reference = adapters.folded(params), None  # what is trained whole is stored whole
+            params, reference = adapters.folded(params), None  # what is trained in full is stored in full
         if reference and not parameters.ADAPTERS.keys().isdisjoint(config.fresh):
             raise ValueError(f"fresh={config.fresh}: encoder and language model are those of the base of this run")
     else:
@@ -345,7 +345,7 @@ def open_batches(config: TrainConfig, workdir: Path, model: ModelConfig, mesh: j
 def _same_data(config: TrainConfig, workdir: Path, planned: PlannedBatches) -> None:
     """Check that all processes have the same data, and that a resumed run has the data that it began with.
 
-    Other code is a warning: a fault that is mended may be why a run resumes.
+    Changed code is only a warning: a run may resume because a bug was fixed.
 
     Raises:
       ValueError: names the source that differs.
@@ -454,7 +454,7 @@ def _compare(workdir: Path, before: dict[str, Any], now: dict[str, Any]) -> None
     before, now = leaves(before), leaves(now)
     for name in sorted(before.keys() & now.keys()):
         if before[name] != now[name] and not name.startswith(MAY_CHANGE):
-            logger.warning("%s goes on with %s=%s, it began with %s", workdir, name, now[name], before[name])
+            logger.warning("%s resumes with %s=%s, it began with %s", workdir, name, now[name], before[name])
 
 
 def leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
