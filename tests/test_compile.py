@@ -46,7 +46,7 @@ config.mesh.update(sizes)
 shape = planning.largest_shape(model, text=512, answer=128)
 for stored, cache.positions_first in (("as it is", cache.positions_first), ("heads first", lambda: False)):
     *_, decode = planning.answers(config, model, target, shape, 64)
-    print(stored, compile_matrix.judge(decode, target, sizes, ())["faults"])
+    print(stored, compile_matrix.judge(decode, target, sizes, {})["faults"])
 """
 
 
@@ -88,20 +88,22 @@ ENTRY %main (p: f32[8,16]) -> f32[8,16] {
 
 
 @pytest.mark.parametrize(
-    "shape, length, scores",
+    "shape, length, heads, scores",
     [
-        ((2, 16, 577, 577), 577, True),
-        ((32, 640, 577), 577, True),  # padded to the kernel's blocks
-        ((2, 577, 16, 577), 577, True),
-        ((2, 577, 1024), 577, False),
-        ((4096, 4096), 4096, False),  # a weight
-        ((2, 1024, 1024), 932, False),  # weights of two layers
-        ((2, 2, 132, 132), 132, False),  # as small as a block
-        ((2, 16, 256, 577), 577, False),
+        ((2, 16, 577, 577), 577, 16, True),
+        ((32, 640, 577), 577, 16, True),  # padded to the kernel's blocks
+        ((2, 577, 16, 577), 577, 16, True),
+        ((2, 577, 1024), 577, 16, False),
+        ((4096, 4096), 4096, 32, False),  # a weight
+        ((2, 1024, 1024), 932, 4, False),  # weights of two layers
+        ((2, 2, 132, 132), 132, 2, False),  # as small as a block
+        ((2, 16, 256, 577), 577, 16, False),
+        ((2, 4, 1024, 1024), 1024, 4, True),
+        ((2, 1024, 1024), 1024, 4, False),  # a block of 256 queries of four heads
     ],
 )
-def test_what_counts_as_scores(shape, length, scores):
-    assert compile_matrix._is_scores(shape, length) is scores
+def test_what_counts_as_scores(shape, length, heads, scores):
+    assert compile_matrix._is_scores(shape, length, heads) is scores
 
 
 SAYS = """

@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import pathlib
 import queue
 import re
@@ -87,8 +88,8 @@ class Case:
 
     name: str
     make: Callable[[Target, Mapping[str, int]], Iterator[Program]]
-    lengths: tuple[int, ...] = ()
-    """Of the sequences whose scores must not lie in memory."""
+    heads: Mapping[int, int] = dataclasses.field(default_factory=dict)
+    """By length, the query heads of the sequences whose scores must not lie in memory."""
 
 
 def training(name: str, beside: bool = False, **settings: Any) -> Case:
@@ -111,7 +112,7 @@ def training(name: str, beside: bool = False, **settings: Any) -> Case:
             yield planning.training(config, model, target, shape)._replace(name="")
 
     what = f"{name} beside {settings['phase']}" if beside else f"{name} {settings['phase']} {shown}".strip()
-    return Case(what, make, _lengths(model, shape))
+    return Case(what, make, _heads(model, shape))
 
 
 def answering(name: str, dtype: str) -> Case:
@@ -128,7 +129,7 @@ def answering(name: str, dtype: str) -> Case:
         config.mesh.update(mesh)
         yield from planning.answers(config, model, target, shape, 64)
 
-    return Case(f"{name} answering {dtype}", make, _lengths(model, shape))
+    return Case(f"{name} answering {dtype}", make, _heads(model, shape))
 
 
 def attending(length: int, heads: tuple[int, int], size: int, causal: bool, dtype: str) -> Case:
@@ -160,7 +161,7 @@ def attending(length: int, heads: tuple[int, int], size: int, causal: bool, dtyp
         yield planning.Program("", traced, {"batch": (q, k, k)})
 
     shown = f"{length} x {'/'.join(map(str, heads))} x {size} {dtype}{' causal' if causal else ''}"
-    return Case(f"attention {shown}", make, (length,))
+    return Case(f"attention {shown}", make, {length: heads[0]})
 
 
 CASES: list[Callable[[], Case]] = [
@@ -208,13 +209,14 @@ LONG = 512
 """Sequences from this length on are looked for scores."""
 
 
-def judge(program: Program, target: Target, mesh: Mapping[str, int], lengths: tuple[int, ...]) -> dict[str, Any]:
+def judge(program: Program, target: Target, mesh: Mapping[str, int], heads: Mapping[int, int]) -> dict[str, Any]:
     """Compile a program: its cost, and `faults`, the rules that it breaks, one line each.
 
     It must fit. What is donated must be overwritten. No score of a whole sequence by itself may be written to memory,
     (B, Q, S, S), for sequences of `LONG` or more. Of a program with a cache no copy of a layer's keys may be written.
-    Where parameters lie whole (no fsdp), no program may gather a tenth of them, and of one with a loop over tokens
-    temporaries must be at most a tenth of the cache and `WORKSPACE`; a token may move 1.1 times parameters and cache.
+    Where parameters lie whole (no fsdp), no program may gather a tenth of them, unless into the pool, which lies whole
+    as well. Of one with a loop over tokens, temporaries must be at most a tenth of the cache and `WORKSPACE`; a token
+    may move 1.1 times parameters and cache. heads: as in `Case`.
     """
     import jax
 
@@ -225,13 +227,14 @@ def judge(program: Program, target: Target, mesh: Mapping[str, int], lengths: tu
     made = planning.compiled(program, target)
     plan, faults = planning.cost(program, target, made), []
     arrays = costs.written(made.as_text())
+    own = {length: max(1, count // mesh["tensor"]) for length, count in heads.items()}
     if plan.fits is False:
         faults.append(f"does not fit: {plan.total / 2**30:.2f} of {target.memory / 2**30:.2f} GiB")
     donated = sum(plan.held[kind] for kind in program.donated)
     aliased = made.memory_analysis().alias_size_in_bytes
     if aliased < 0.99 * donated:
         faults.append(f"overwrites {_bytes(aliased)} of {_bytes(donated)} that are donated")
-    if scores := [array for array in arrays if any(_is_scores(array.shape, length) for length in lengths)]:
+    if scores := [array for array in arrays if any(_is_scores(array.shape, *each) for each in own.items())]:
         faults.append(f"scores in memory: {_largest(scores)}")
     if cache := plan.held.get("cache", 0):
         turn, once = sum(each.bytes for each in plan.moves if each.a_turn), plan.held["parameters"] + cache
@@ -248,6 +251,7 @@ def judge(program: Program, target: Target, mesh: Mapping[str, int], lengths: tu
             faults.append(f"copies of the cache: {len(copies)}, {_largest(copies)}")
     parameters = sum(plan.held.get(kind, 0) for kind in ("parameters", "trained", "frozen"))
     gathered = plan.traffic.get("all-gather", costs.Traffic()).sent
+    gathered -= plan.held["pool"] if "pool" in program.donated else 0
     if mesh["fsdp"] == 1 and ("cache" in plan.held or mesh["tensor"] == 1) and gathered > max(0.1 * parameters, 2**20):
         faults.append(f"gathers {_bytes(gathered)} where {_bytes(parameters)} of parameters are whole")
     return {
@@ -267,10 +271,14 @@ WORKSPACE = 2**25
 COPIES = ("copy", "copy-start", "transpose")
 
 
-def _is_scores(shape: tuple[int, ...], length: int) -> bool:
-    """Whether an array holds a score per pair of positions: two axes of `length`, possibly padded for a kernel."""
+def _is_scores(shape: tuple[int, ...], length: int, heads: int) -> bool:
+    """Whether an array holds a score per pair of positions and head: two axes of `length`, maybe padded for a kernel.
+
+    A block of 256 queries of 4 heads may have such a shape for 1024 positions, but is smaller.
+    """
     padded = {-(-length // block) * block for block in (1, 2, 8, 64)}
-    return length >= LONG and len(shape) > 2 and sum(size in padded for size in shape) >= 2
+    whole = math.prod(shape) >= heads * length**2
+    return length >= LONG and len(shape) > 2 and sum(size in padded for size in shape) >= 2 and whole
 
 
 def _largest(arrays: list[Any]) -> str:
@@ -288,10 +296,11 @@ def _shape(model: ModelConfig, sizes: dict[str, int]) -> Shape:
     return planning.largest_shape(model, **sizes)
 
 
-def _lengths(model: ModelConfig, shape: Shape) -> tuple[int, ...]:
-    """Sequence lengths of attention: of the encoder, of the router, of each granularity."""
+def _heads(model: ModelConfig, shape: Shape) -> dict[int, int]:
+    """Query heads by length of a sequence: of the encoder, of the router, of each granularity."""
+    own = {shape.length(model, g): model.language.heads for g in model.granularities}
     rows = model.pyramid_rows + model.router.text_tokens
-    return (model.vision.grid**2 + 1, rows, *(shape.length(model, g) for g in model.granularities))
+    return own | {model.vision.grid**2 + 1: model.vision.heads, rows: model.router.heads}
 
 
 def child(where: str) -> None:
@@ -314,7 +323,7 @@ def child(where: str) -> None:
             for program in case.make(target, sizes):
                 name = f"{case.name} {program.name}".strip()
                 try:
-                    found[name] = judge(program, target, sizes, case.lengths)
+                    found[name] = judge(program, target, sizes, case.heads)
                 except jax.errors.JaxRuntimeError as error:
                     large = "does not fit: " if planning.too_large(error) else ""
                     found[name] = {"faults": [large + _first_line(error)]}
