@@ -189,8 +189,9 @@ def packed_length(sample: Sample, config: ModelConfig, granularity: Granularity)
 
 def labels_left(sample: Sample, config: ModelConfig, granularity: Granularity) -> int:
     """Number of answer tokens that remain after truncation at a granularity."""
-    placed = _place(_layout(sample), sample.sizes, config, [granularity] * len(sample.sizes))
-    return int(np.count_nonzero(_target_at(_layout(sample), placed) >= 0))
+    layout = _layout(sample)
+    placed = _place(layout, sample.sizes, config, [granularity] * len(sample.sizes))
+    return int(np.count_nonzero(_target_at(layout, placed) >= 0))
 
 
 def tile_counts(sample: Sample, config: ModelConfig) -> list[int]:
