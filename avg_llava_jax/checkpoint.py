@@ -16,7 +16,6 @@ A relative path counts from the folder of config.json. The digest covers the bas
 """
 
 import dataclasses
-import fcntl
 import json
 import logging
 import os
@@ -35,7 +34,7 @@ from avg_llava_jax import adapters, parameters, reuse, stored
 from avg_llava_jax.config import ModelConfig, from_dict, to_dict
 from avg_llava_jax.convert import foreign, peft
 from avg_llava_jax.data.tokenizer import load_tokenizer
-from avg_llava_jax.files import refuse_buckets, write_whole
+from avg_llava_jax.files import lock, refuse_buckets, write_whole
 from avg_llava_jax.parallel import hosts, sharding
 
 logger = logging.getLogger(__name__)
@@ -411,7 +410,7 @@ class Manager:
         refuse_buckets({"workdir": workdir})
         self.folder = pathlib.Path(workdir).resolve()
         (self.folder / STEPS).mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(self.folder) if hosts.first() else None
+        self._lock = lock(self.folder / LOCK, self.folder) if hosts.first() else None
         self._clear_unfinished()
         options = ocp.CheckpointManagerOptions(max_to_keep=KEPT)
         handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
@@ -541,17 +540,3 @@ class Manager:
                     if not unfinished.exists():
                         break
                     time.sleep(0.1)
-
-
-def _lock(folder: pathlib.Path) -> int:
-    """Lock the folder's lock file until its descriptor is closed or the process ends; returns the descriptor."""
-    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.read(descriptor, 32).decode() or "?"
-        os.close(descriptor)
-        raise RuntimeError(f"{folder} is in use by process {holder}: wait for it or use another --workdir") from None
-    os.ftruncate(descriptor, 0)
-    os.write(descriptor, str(os.getpid()).encode())
-    return descriptor

@@ -1,6 +1,7 @@
 """Atomic writes: files and folders appear complete or not at all; a workdir records the settings of its run."""
 
 import contextlib
+import fcntl
 import json
 import os
 import pathlib
@@ -51,6 +52,26 @@ def write_whole(path: Path, content: str | Callable[[BinaryIO], object]) -> None
         else:
             content(file)
     os.replace(beside, path)
+
+
+def lock(path: Path, guarded: Path) -> int:
+    """Lock a file, which is made, until its descriptor is closed or the process ends; returns the descriptor.
+
+    guarded: the file or folder that one process at a time may write.
+
+    Raises:
+      RuntimeError: another process holds the lock; names it.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.read(descriptor, 32).decode() or "?"
+        os.close(descriptor)
+        raise RuntimeError(f"{guarded} is in use by process {holder}: wait for it or use another --workdir") from None
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, str(os.getpid()).encode())
+    return descriptor
 
 
 def around(path: Path, begin: str, end: str) -> tuple[str, str]:

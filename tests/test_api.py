@@ -106,6 +106,14 @@ def test_a_chat_is_the_conversation_asked_anew(model, photos):
         ({"prompt": "no image", "raw": True}, "1 images for 0 <image> in the prompt"),
         ({"prompt": "long " * 300}, "the model's limit is 256; no granularity would fit: shorten the prompt"),
         ({"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
+        ({"max_new_tokens": 1.5}, "max_new_tokens=1.5 must be an integer"),
+        ({"logprobs": True}, "logprobs=True must be an integer"),
+        ({"temperature": "a"}, "temperature='a' must be a number"),
+        ({"escalate": True}, "escalate=True must be a number"),
+        ({"raw": "x"}, "raw='x' must be True or False"),
+        ({"stop": 5}, "stop=5 must be a text or several"),
+        ({"guide": "x"}, "guide='x' must be a Guide"),
+        ({"images": 5}, "images=5 must be an image or several"),
         ({"temperature": -1.0}, "temperature=-1.0 must be 0"),
         ({"top_p": 0.0}, "top_p=0.0 must be over 0"),
         ({"stop": [""]}, "stop strings must be non-empty texts"),
@@ -119,6 +127,11 @@ def test_bad_requests_say_what_is_wrong(model, photos, options, message):
     with pytest.raises(ValueError) as error:
         model.answer(request.pop("images"), request.pop("prompt"), **request)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_batch_of_other_things_is_refused(model):
+    with pytest.raises(ValueError, match="request 0 is a str, not a Request"):
+        model.answer_batch(["Who?"])
 
 
 def test_too_many_tokens_names_a_granularity_that_fits(model, photos):

@@ -214,7 +214,8 @@ def test_a_failing_device_fails_what_runs_and_nothing_else(model, engine, photos
 
 def test_a_thread_answers_streams_and_closes(model, photos):
     engine = make(model, queue=3)
-    first = [engine.submit(Request("Who?", photos[0], max_new_tokens=12)) for _ in range(3)]
+    places = engine.buckets.slots + 3  # none is admitted before the first step
+    first = [engine.submit(Request("Who?", photos[0], max_new_tokens=12)) for _ in range(places)]
     with pytest.raises(QueueFull, match="3 requests wait already"):
         engine.submit(Request("Who?", photos[0], max_new_tokens=12))
     engine.start()

@@ -1,6 +1,7 @@
 """Evaluation on a random model: the answers are the model's own, the figures follow from them."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from avg_llava_jax.data.images import image_ref
 from avg_llava_jax.data.jersey import Jersey
 from avg_llava_jax.data.sources import open_source
 from avg_llava_jax.eval import evaluation, plots, policies, routing, timing
+from avg_llava_jax.files import lock
 from avg_llava_jax.inference.device import Device
 from avg_llava_jax.inference.engine import Engine
 from avg_llava_jax.inference.requests import Request
@@ -86,6 +88,15 @@ def test_an_interrupted_run_goes_on(model, questions, records, tmp_path, monkeyp
     file.write_text("nonsense\n")
     with pytest.raises(ValueError, match="is not a file of answers"):
         evaluation.answer_all(model, questions, file, **OPTIONS)
+
+
+def test_one_process_at_a_time_appends_to_a_file(model, questions, tmp_path):
+    file = tmp_path / "answers.jsonl"
+    held = lock(tmp_path / ".answers.jsonl.lock", file)
+    with pytest.raises(RuntimeError, match=f"{file} is in use by process {os.getpid()}: wait for it or use another"):
+        evaluation.answer_all(model, questions, file, **OPTIONS)
+    os.close(held)
+    assert len(evaluation.answer_all(model, questions[:2], file, **OPTIONS)) == 2
 
 
 def test_mixed_questions(model, llava_folder):

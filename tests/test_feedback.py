@@ -13,7 +13,7 @@ from avg_llava_jax.data.feedback import read_feedback
 from avg_llava_jax.data.pipeline import WINDOW, PlannedBatches
 from avg_llava_jax.data.sources import open_sources
 from avg_llava_jax.parallel import sharding
-from avg_llava_jax.training import feedback, phases
+from avg_llava_jax.training import feedback, metrics, phases
 from avg_llava_jax.training.config import RglfConfig, defaults, read
 from avg_llava_jax.training.loop import train
 from avg_llava_jax.training.metrics import read_rows
@@ -59,7 +59,7 @@ def test_stored_feedback_trains_as_live_does(tiny, asked, keep):
         arrays = {key: value for key, value in batch.items() if key not in feedback.NOT_ARRAYS}
         return jax.value_and_grad(compiled, has_aux=True)(model.params["router"], arrays)
 
-    (value, (count, metrics)), grads = rglf(live)
+    (value, (count, found)), grads = rglf(live)
     from_disk = dataclasses.replace(batches, feedback=stored)[mixed]
     assert ("pixels" in from_disk, "features" in from_disk) == (not keep, keep)
     assert live["index"] and not from_disk["index"]  # nothing is packed for a language model that does not run
@@ -67,8 +67,8 @@ def test_stored_feedback_trains_as_live_does(tiny, asked, keep):
     np.testing.assert_allclose(again, value, rtol=1e-5, atol=1e-5)
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4), as_steep, grads)
     assert count == as_many == (live["first_tile"] >= 0).sum()
-    for name in metrics:
-        np.testing.assert_allclose(others[name], metrics[name], rtol=1e-5, atol=1e-5, err_msg=name)
+    for name in found:
+        np.testing.assert_allclose(others[name], found[name], rtol=1e-5, atol=1e-5, err_msg=name)
 
     unknown = next(row for row in range(5) if (live["first_tile"][row] >= 0).any())
     record = live["records"][unknown]
@@ -100,15 +100,15 @@ def test_goes_on_where_it_was_killed(tiny, asked, monkeypatch):
     about = json.loads((folders[True] / "feedback.json").read_text())
     del about["files"]
     (folders[True] / "feedback.json").write_text(json.dumps(about))
-    with pytest.raises(ValueError, match="is incomplete: run launch.feedback again"):
+    with pytest.raises(ValueError, match="is incomplete: run avg-llava feedback again"):
         read_feedback(folders[True], tiny.granularities)
-    assert feedback.measure(tiny, model.params, batches, 100, folders[True], mesh, keep_features=True) == (1, 0)
+    assert feedback.measure(tiny, model.params, batches, 100, folders[True], mesh, keep_features=True) == (1, 0, "")
     after = read_feedback(folders[True], tiny.granularities)
     assert before.keys() == after.keys()
     assert all((before[name].nll == after[name].nll).all() for name in before)
     assert all((before[name].features == after[name].features).all() for name in before)
     monkeypatch.setattr(feedback, "_window", None)  # nothing is left to measure
-    assert feedback.measure(tiny, model.params, batches, 100, folders[True], mesh, keep_features=True) == (1, 1)
+    assert feedback.measure(tiny, model.params, batches, 100, folders[True], mesh, keep_features=True) == (1, 1, "")
     assert not list(folders[True].glob("*.part"))
 
 
@@ -130,11 +130,11 @@ def test_feedback_that_does_not_fit_is_refused(tiny, asked, tmp_path):
         read_feedback(folders[False], (8, 32))
     with pytest.raises(ValueError, match="was started with features none, not float32: give another folder"):
         feedback.measure(tiny, model.params, batches, 100, folders[False], mesh, keep_features=True)
-    with pytest.raises(FileNotFoundError, match=r"has no feedback.json: make it with launch.feedback"):
+    with pytest.raises(FileNotFoundError, match=r"has no feedback.json: make it with avg-llava feedback"):
         read_feedback(tmp_path, tiny.granularities)
     (name,) = (path.name for path in folders[False].glob("*.npz"))
     (folders[False] / name).write_bytes(b"PK")
-    with pytest.raises(ValueError, match=rf"{name} cannot be read .*: delete it, run launch.feedback again"):
+    with pytest.raises(ValueError, match=rf"{name} cannot be read .*: delete it, run avg-llava feedback again"):
         read_feedback(folders[False], tiny.granularities)
 
 
@@ -195,6 +195,42 @@ def test_each_record_has_its_own_answers_whatever_its_id(case, live, random_chec
     assert (llava_folder / "run" / "skipped.jsonl").read_text() == ""
 
 
+def damage(folder, count):
+    """Cut the pixels of the pictures of `count` records; their headers stay whole. Returns the records' numbers."""
+    records = json.loads((folder / "train.json").read_text(encoding="utf-8"))
+    damaged = [number for number, record in enumerate(records) if isinstance(record.get("image"), str)][:count]
+    for number in damaged:
+        picture = folder / "images" / f"cut-{number}.png"
+        whole = (folder / "images" / records[number]["image"]).read_bytes()
+        picture.write_bytes(whole[: len(whole) // 2])
+        records[number]["image"] = picture.name
+    (folder / "train.json").write_text(json.dumps(records), encoding="utf-8")
+    return damaged
+
+
+def test_pictures_that_cannot_be_decoded_are_skipped_and_named(random_checkpoint, llava_folder):
+    """Also where they are more than `max_skipped_share`: no second measurement would find answers."""
+    damaged = damage(llava_folder, 3)
+    config = rglf_config(llava_folder, random_checkpoint)
+    folder = llava_folder / "feedback"
+    config.data.max_skipped_share = 0.5
+    assert str(feedback.run(read(config), folder, keep_features=True)).endswith("skipped samples: 3 corrupt_image")
+    names = {f"{llava_folder / 'train.json'}#{number}" for number in damaged}
+    assert {row["record"] for row in read_rows(folder / "skipped.jsonl")} == names
+    config.rglf.feedback = str(folder)
+    assert np.isfinite(losses_of(config, llava_folder / "run")).all()
+    rows = read_rows(llava_folder / "run" / "skipped.jsonl")
+    assert {row["record"] for row in rows} <= names and {row["reason"] for row in rows} == {"no_answer"}
+
+
+def test_too_many_pictures_that_cannot_be_decoded_stop_the_measurement(random_checkpoint, llava_folder, monkeypatch):
+    monkeypatch.setattr(metrics, "FEW", 20)
+    damage(llava_folder, 3)
+    config = rglf_config(llava_folder, random_checkpoint)
+    with pytest.raises(RuntimeError, match="more than data.max_skipped_share=0.05 allows: 3 corrupt_image; skipped.js"):
+        feedback.run(read(config), llava_folder / "feedback", keep_features=False)
+
+
 def test_a_mixture_whose_files_number_from_nought(tiny, tokenizer, asked, tmp_path):
     """Two files without ids, and one file twice with other pictures: every row has the answers of its own picture."""
     model, _, _, mesh = asked
@@ -233,12 +269,12 @@ def test_a_folder_of_other_weights_or_another_model_is_refused(tiny, asked, rand
     other["language"]["norm"]["scale"] = other["language"]["norm"]["scale"] + 1e-6
     unpad = dataclasses.replace(tiny, unpad="released")
     router = {**model.params, "router": jax.tree.map(lambda x: x + 1, model.params["router"])}
-    with pytest.raises(ValueError, match="was measured with other weights: let launch.feedback measure into another"):
+    with pytest.raises(ValueError, match="measured with other weights: let avg-llava feedback measure into another"):
         feedback.measure(tiny, other, batches, 100, folders[False], mesh, keep_features=False)
     with pytest.raises(ValueError, match="was measured with other model config"):
         feedback.measure(unpad, model.params, batches, 100, folders[False], mesh, keep_features=False)
     feedback.measure(tiny, model.params, batches, 100, folders[False], mesh, keep_features=False)
-    assert feedback.measure(tiny, router, batches, 100, folders[False], mesh, keep_features=False) == (1, 1)
+    assert feedback.measure(tiny, router, batches, 100, folders[False], mesh, keep_features=False) == (1, 1, "")
 
     config = rglf_config(llava_folder, random_checkpoint)
     feedback.run(read(config), llava_folder / "feedback", keep_features=False)
@@ -256,7 +292,7 @@ def test_a_folder_of_other_weights_or_another_model_is_refused(tiny, asked, rand
 def test_data_that_changed_is_asked_again_and_never_taken_from_a_folder(live, random_checkpoint, llava_folder):
     """An answer that was corrected, a picture that was replaced."""
     config = rglf_config(llava_folder, random_checkpoint)
-    assert feedback.run(read(config), llava_folder / "feedback", keep_features=False) == (1, 0)
+    assert feedback.run(read(config), llava_folder / "feedback", keep_features=False) == (1, 0, "")
     records = json.loads((llava_folder / "train.json").read_text(encoding="utf-8"))
     for record in records:
         record["conversations"][1]["value"] += "!"
@@ -265,8 +301,8 @@ def test_data_that_changed_is_asked_again_and_never_taken_from_a_folder(live, ra
     with pytest.raises(ValueError, match=r"no answers to 24 of the first 24 records as they are now, .*json#\d+ am"):
         train(config, llava_folder / "run")
     config.rglf.feedback = ""
-    assert feedback.run(read(config), llava_folder / "feedback", keep_features=False) == (1, 0)
-    assert feedback.run(read(config), llava_folder / "feedback", keep_features=False) == (1, 1)
+    assert feedback.run(read(config), llava_folder / "feedback", keep_features=False) == (1, 0, "")
+    assert feedback.run(read(config), llava_folder / "feedback", keep_features=False) == (1, 1, "")
 
     one_picture = {f"{llava_folder / 'train.json'}#{number}" for number in range(1, 24, 3)}
     for number in range(1, 24, 3):

@@ -105,7 +105,7 @@ def test_what_is_wrong_on_one_process_ends_all_of_them(llava_folder, wrong):
     """In one line, soon, and with the exit code after which nobody starts them again."""
     workdir = llava_folder / "run"
     if wrong == "a file that is not there":
-        message = "data.path: train.json does not exist"
+        message = "train.json does not exist"
         cwds = llava_folder, llava_folder / "images"
         pair = start_two(llava_folder, workdir, "--config.data.path=train.json", cwds=cwds)
     else:

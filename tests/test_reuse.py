@@ -286,7 +286,7 @@ def test_feedback_of_other_code_is_refused(tiny, tokenizer, tmp_path, monkeypatc
     wanted = reuse.code(("config.py", "data", "models", "training/rglf.py"), without=("models/router.py",))
     assert before["code"] == wanted
     monkeypatch.setattr(reuse, "code", lambda *of, **options: "new")
-    with pytest.raises(ValueError, match="was measured with other code: let launch.feedback measure into another"):
+    with pytest.raises(ValueError, match="was measured with other code: let avg-llava feedback measure into another"):
         require_same_measure(tmp_path, feedback.measured_by(tiny, params))
 
 

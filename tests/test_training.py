@@ -316,6 +316,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny, llava_folder, tmp_path):
     [
         ("phase", "third", "phase 'third' is not known"),
         ("batch_size", 0, "batch_size=0 must be at least 1"),
+        ("optimizer.learning_rate", float("nan"), "optimizer.learning_rate=nan must be finite"),
+        ("optimizer.encoder_learning_rate", -1.0, "encoder_learning_rate=-1.0 must be finite, and a rate at least 0"),
         ("compute_dtype", "int8", "compute_dtype='int8'"),
         ("granularities", (5,), r"granularities=\(5,\): this model has \(4, 8, 16\)"),
         ("init_from", "nowhere", "nowhere does not exist"),
@@ -324,9 +326,30 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny, llava_folder, tmp_path):
 )
 def test_settings_that_make_no_sense(tiny, llava_folder, tmp_path, name, value, message):
     config = settings(tiny, llava_folder)
-    config[name] = value
+    config.update_from_flattened_dict({name: value})
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         train(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize("records", [[{"id": 1, "foo": 2}], [1, 2]], ids=["no turns", "no records"])
+def test_data_without_a_usable_record_train_nothing(tiny, llava_folder, tmp_path, records):
+    (llava_folder / "train.json").write_text(json.dumps(records))
+    with pytest.raises(ValueError, match=r"train.json: none of the records can be used, the first for \w+: "):
+        train(settings(tiny, llava_folder), tmp_path)
+    assert not checkpoint.steps(tmp_path)
+
+
+def test_ctrl_c_saves_and_again_ends_at_once(capsys):
+    with loop.Termination() as termination:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert (termination.asked, termination.code) == (True, 130)
+        assert "Ctrl+C again ends at once" in capsys.readouterr().err
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+    with loop.Termination() as termination:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert (termination.asked, termination.code) == (True, TERMINATED)
 
 
 def test_metrics_after_a_checkpoint_are_dropped_on_resume(tmp_path):

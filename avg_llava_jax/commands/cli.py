@@ -121,7 +121,7 @@ def weights_of(texts: list[str]) -> list[float]:
 
 
 def run(main: Callable[[], None], required: Sequence[str], model_flags: Sequence[str] = MODEL_FLAGS) -> None:
-    """Run a command. Bad flags and bad input exit with one line and code 2, a lost connection with 75.
+    """Run a command. Bad flags and bad input exit with one line and code 2, a lost connection with 75, Ctrl+C with 130.
 
     required: flags that must be set. model_flags: the subset of `MODEL_FLAGS` that the command has.
     """
@@ -163,6 +163,11 @@ def run(main: Callable[[], None], required: Sequence[str], model_flags: Sequence
             refuse_buckets({name: flags.FLAGS[name].value for name in flags.FLAGS if name not in TEXT_FLAGS})
             keep_compiled()
             main()
+        except KeyboardInterrupt:
+            if TRACEBACK.value:
+                raise
+            print("interrupted", file=sys.stderr)
+            sys.exit(130)
         except (OSError, ValueError, RuntimeError, FloatingPointError, MissingExtra) as error:
             if TRACEBACK.value:
                 raise

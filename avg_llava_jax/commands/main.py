@@ -70,3 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(2)
     sys.argv = [f"{PROGRAM} {name}", *flags]  # the program's name in --help and in errors of absl
     importlib.import_module(f"avg_llava_jax.commands.{COMMANDS[name]}").command()
+
+
+if __name__ == "__main__":
+    main()

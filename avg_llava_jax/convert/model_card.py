@@ -76,14 +76,14 @@ def read_report(source: pathlib.Path, given: str | os.PathLike[str] | None) -> d
     """Read the evaluation of a checkpoint: the given file, else report.json in its folder, else None.
 
     Raises:
-      ValueError: the file was not written by `launch.evaluate`.
+      ValueError: the file was not written by `avg-llava evaluate`.
     """
     path = pathlib.Path(given or source / REPORT)
     if given is None and not path.is_file():
         return None
     report = read_json(path)
     if not {"accuracy", "visual_tokens", "n"} <= report.keys():
-        raise ValueError(f"{path} is not a report of launch.evaluate: it lacks accuracy, visual_tokens or n")
+        raise ValueError(f"{path} is not a report of avg-llava evaluate: it lacks accuracy, visual_tokens or n")
     return report
 
 
@@ -149,7 +149,7 @@ def _training(loaded: Loaded) -> str:
 
 def _measured(report: dict[str, Any] | None) -> str:
     if report is None:
-        return "It was not measured: the checkpoint has no report of `launch.evaluate`."
+        return "It was not measured: the checkpoint has no report of `avg-llava evaluate`."
     accuracy, tokens = report["accuracy"], report["visual_tokens"]
     kinds = list(accuracy["adaptive"])
     rows = [(f"always {g}", accuracy["fixed"][g], tokens["fixed"][g]) for g in accuracy["fixed"]]

@@ -40,6 +40,11 @@ class Stored(NamedTuple):
     features: np.ndarray | None
     record: str
 
+    @property
+    def answered(self) -> bool:
+        """Whether there is an answer at every granularity; not if an image could not be decoded."""
+        return bool(np.isfinite(self.nll).all())
+
 
 def asked(sample: Sample) -> str:
     """Digest of what a sample asks the frozen model: its token ids, labels and encoded images, in hex.
@@ -152,7 +157,7 @@ def read_feedback(path: str | os.PathLike[str], granularities: Sequence[int]) ->
         raise ValueError(f"{path} is on granularities {tuple(ladder)}, the model has {tuple(granularities)}")
     columns = [ladder.index(granularity) for granularity in granularities]
     if "files" not in about:
-        raise ValueError(f"rglf.feedback={path} is incomplete: run launch.feedback again to resume it")
+        raise ValueError(f"rglf.feedback={path} is incomplete: run avg-llava feedback again to resume it")
     found: dict[str, Stored] = {}
     for name in about["files"]:
         try:
@@ -164,14 +169,15 @@ def read_feedback(path: str | os.PathLike[str], granularities: Sequence[int]) ->
                 raw = np.load(path / name.replace(".npz", ".features.npy"), mmap_mode="r")
                 features = raw.view(np.dtype(about["features"]))
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{path / name} cannot be read ({error}): delete it, run launch.feedback again") from None
+            raise ValueError(
+                f"{path / name} cannot be read ({error}): delete it, run avg-llava feedback again"
+            ) from None
         ends = np.cumsum(tiles)
         for row, (digest, end, count) in enumerate(zip(digests, ends, tiles, strict=True)):
-            if np.isfinite(nll[row]).all():
-                kept = None if features is None else features[end - count : end]
-                found[digest] = Stored(nll[row], kept, records[row])
-    if not found:
-        raise ValueError(f"rglf.feedback={path} holds no answers: check data.path and run launch.feedback again")
+            kept = None if features is None else features[end - count : end]
+            found[digest] = Stored(nll[row], kept, records[row])
+    if not any(stored.answered for stored in found.values()):
+        raise ValueError(f"rglf.feedback={path} holds no answers: check data.path and run avg-llava feedback again")
     return found
 
 
@@ -183,13 +189,13 @@ def require_same_measure(path: str | os.PathLike[str], measured_by: Mapping[str,
     """
     before = _read_about(Path(path))["measured_by"]
     if other := differing(before, measured_by):
-        raise ValueError(f"{path} was measured with other {other}: let launch.feedback measure into another folder")
+        raise ValueError(f"{path} was measured with other {other}: let avg-llava feedback measure into another folder")
 
 
 def _read_about(path: Path) -> dict[str, Any]:
     if not (path / ABOUT).is_file():
-        raise FileNotFoundError(f"rglf.feedback={path} has no {ABOUT}: make it with launch.feedback")
+        raise FileNotFoundError(f"rglf.feedback={path} has no {ABOUT}: make it with avg-llava feedback")
     about = json.loads((path / ABOUT).read_text())
     if about.get("format") != FORMAT:
-        raise ValueError(f"{path} is of an earlier format: let launch.feedback measure into another folder")
+        raise ValueError(f"{path} is of an earlier format: let avg-llava feedback measure into another folder")
     return about

@@ -217,14 +217,18 @@ class PlannedBatches:
         """Stored feedback of a sample.
 
         Raises:
-          BadSample: `no_feedback`.
+          BadSample: `no_feedback`; `no_answer` if it was measured, but could not be answered.
         """
         try:
-            return self.feedback[asked(sample)]
+            kept = self.feedback[asked(sample)]
         except KeyError:
             raise BadSample(
-                "no_feedback", f"sample {sample.id}, as it is now, is not in rglf.feedback: run launch.feedback again"
+                "no_feedback",
+                f"sample {sample.id}, as it is now, is not in rglf.feedback: run avg-llava feedback again",
             ) from None
+        if not kept.answered:
+            raise BadSample("no_answer", f"sample {sample.id} could not be answered for rglf.feedback: see its images")
+        return kept
 
     @functools.cached_property
     def _nothing(self) -> Stored:

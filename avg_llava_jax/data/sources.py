@@ -72,7 +72,7 @@ class LlavaJson:
     def __init__(self, path: str | os.PathLike, images: str | os.PathLike = "", max_pixels: int = MAX_PIXELS):
         self.path = Path(path)
         if not self.path.is_file():
-            raise FileNotFoundError(f"data.path: {self.path} does not exist (a LLaVA JSON, a JSONL, or `jersey`)")
+            raise FileNotFoundError(f"{self.path} does not exist; data are a LLaVA JSON, a JSONL, or `jersey`")
         self.store = ImageStore(images, max_pixels) if images else None
         self._places = _lines(self.path) if self.path.suffix == ".jsonl" else _elements(self.path)
         if not len(self._places):
@@ -118,7 +118,7 @@ class LlavaJson:
         if record.get("video"):
             raise BadSample("video", f"record {index} is about a video: only images are read, give frames as `images`")
         if names and self.store is None:
-            raise ValueError(f"{self.path} names images: set data.images to their folder, zip or tar")
+            raise ValueError(f"{self.path} names images: give their folder, zip or tar (--images, or data.images)")
         return [self.store.ref(name) for name in names]
 
 

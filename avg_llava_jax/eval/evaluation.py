@@ -35,7 +35,7 @@ from avg_llava_jax.data.packing import Sample, make_sample, tiles_of
 from avg_llava_jax.data.sources import Source
 from avg_llava_jax.data.tokenizer import Tokenizer
 from avg_llava_jax.eval.policies import Choice, Record, by_key, choices
-from avg_llava_jax.files import differing, whole_lines
+from avg_llava_jax.files import differing, lock, whole_lines
 from avg_llava_jax.inference.api import AvgLlava
 from avg_llava_jax.inference.device import page_bytes
 from avg_llava_jax.inference.engine import AHEAD, IMAGE_CACHE_BYTES, Engine
@@ -347,17 +347,24 @@ def logged(
     progress: bool,
     skipped: list[dict[str, str]] | None,
 ) -> Iterator[Log]:
-    """A `Log` that starts with the records of `file` and appends to it; the arguments are those of `answer_all`."""
+    """A `Log` that starts with the records of `file` and appends to it; the arguments are those of `answer_all`.
+
+    Raises RuntimeError if another process appends to the file.
+    """
     if len({question.sample.id for question in questions}) < len(questions):
         raise ValueError("two questions have the same id; `read_questions` makes ids unique")
     known: dict[str, Record] = {}
     made: dict[str, MadeBy] = {}
-    if file is not None:
-        made = settle(model, questions, file, max_new_tokens)
-        known = read_records(file)
-    todo = [question for question in questions if question.sample.id not in known]
-    bar = tqdm(total=len(questions), initial=len(questions) - len(todo), unit="question", disable=not progress)
-    with bar, open(os.devnull if file is None else file, "a", encoding="utf-8") as sink:
+    with contextlib.ExitStack() as opened:
+        if file is not None:
+            path = pathlib.Path(file)
+            opened.callback(os.close, lock(path.with_name(f".{path.name}.lock"), path))
+            made = settle(model, questions, file, max_new_tokens)
+            known = read_records(file)
+        todo = [question for question in questions if question.sample.id not in known]
+        done = len(questions) - len(todo)
+        bar = opened.enter_context(tqdm(total=len(questions), initial=done, unit="question", disable=not progress))
+        sink = opened.enter_context(open(os.devnull if file is None else file, "a", encoding="utf-8"))
 
         def identify(question: Question) -> MadeBy:
             return made.get(question.sample.id) or made_by(model, question, max_new_tokens)

@@ -117,6 +117,8 @@ class AvgLlava(Model):
         """Answer any mixture of requests, each as it would be answered alone. batch_size: the most slots."""
         prepared = []
         for number, request in enumerate(requests):
+            if not isinstance(request, Request):
+                raise ValueError(f"request {number} is a {type(request).__name__}, not a Request")
             try:
                 prepared.append(self.prepare(request))
             except ValueError as error:

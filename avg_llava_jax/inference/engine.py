@@ -187,8 +187,8 @@ class Engine:
 
     @property
     def full(self) -> bool:
-        """Whether `queue` requests wait already."""
-        return self._waiting_count() >= self.queue
+        """Whether all slots are taken, or soon will be, and `queue` requests wait for them."""
+        return self._waiting_count() + self._running_count() >= self.buckets.slots + self.queue
 
     def forget(self) -> None:
         """Forget encoded images and cached prefixes. Only while no request runs."""
@@ -198,7 +198,7 @@ class Engine:
     def stats(self) -> Stats:
         """A snapshot of the counters."""
         with self._news:
-            waiting, running = self._waiting_count(), len(self._scheduler.reading) + len(self._scheduler.decoding)
+            waiting, running = self._waiting_count(), self._running_count()
         return self._counters.snapshot(
             waiting=waiting,
             running=running,
@@ -237,6 +237,9 @@ class Engine:
 
     def _waiting_count(self) -> int:
         return len(self._inbox) + len(self._waiting) + len(self._encoding) + len(self._routed)
+
+    def _running_count(self) -> int:
+        return len(self._scheduler.reading) + len(self._scheduler.decoding)
 
     def _cost_weight(self) -> float:
         """The lowest price of visual tokens that the load allows now."""

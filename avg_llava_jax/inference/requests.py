@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from PIL import Image
@@ -54,7 +55,7 @@ class Request:
     adapter: the name of an adapter that the model was loaded with; None = the base.
 
     Raises:
-      ValueError: a field is out of range; the message names it and its range.
+      ValueError: a field has another type or is out of range; the message names it and its range.
     """
 
     prompt: str | Sequence[Turn] | Sequence[str]
@@ -81,12 +82,15 @@ class Request:
     adapter: str | None = None
 
     def __post_init__(self) -> None:
+        self._check_types()
         stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         if not all(isinstance(text, str) and text for text in stops):
             raise ValueError(f"stop={self.stop!r}: stop strings must be non-empty texts")
         if self.raw and not all(isinstance(text, str) for text in self.prompt):
             raise ValueError("raw=True takes the prompt as one text, not as turns")
         single = isinstance(self.images, (str, os.PathLike, bytes, Image.Image)) or hasattr(self.images, "load")
+        if not single and not isinstance(self.images, Iterable):
+            raise ValueError(f"images={self.images!r} must be an image or several, () for none")
         object.__setattr__(self, "stop", stops)
         object.__setattr__(self, "images", (self.images,) if single else tuple(self.images))
         for name, valid, rule in (
@@ -113,6 +117,30 @@ class Request:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be {rule}")
         if len(self.logit_bias) > BIASES or not all(abs(bias) < float("inf") for bias in self.logit_bias.values()):
             raise ValueError(f"logit_bias={self.logit_bias!r} must have at most {BIASES} entries, all finite")
+
+    def _check_types(self) -> None:
+        for names, kinds, rule in TYPES:
+            for name in names:
+                value = getattr(self, name)
+                absent = value is None and name in ("max_visual_tokens", "logprobs", "guide", "adapter")
+                calibrated = name == "escalate" and isinstance(value, str)  # checked with its range
+                if isinstance(value, bool) != (kinds is bool) or not (absent or calibrated or isinstance(value, kinds)):
+                    raise ValueError(f"{name}={value!r} must be {rule}")
+
+
+INTEGERS = ("max_visual_tokens", "max_new_tokens", "top_k", "min_tokens", "logprobs", "seed")
+NUMBERS = ("cost_weight", "escalate", "temperature", "top_p", "min_p")
+PENALTIES = ("repetition_penalty", "frequency_penalty", "presence_penalty")
+TYPES = (
+    (INTEGERS, numbers.Integral, "an integer"),
+    ((*NUMBERS, *PENALTIES), numbers.Real, "a number"),
+    (("raw",), bool, "True or False"),
+    (("stop",), Iterable, "a text or several"),
+    (("logit_bias",), Mapping, "{token id: number}"),
+    (("guide",), Guide, "a Guide"),
+    (("adapter",), str, "the name of an adapter"),
+)
+"""Fields of a `Request`, their types, and how an error calls them."""
 
 
 class TokenScore(NamedTuple):

@@ -5,6 +5,7 @@
 with stored features, the encoder.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -25,7 +26,7 @@ from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.convert.quantize import quantized
 from avg_llava_jax.data.errors import BadSample
 from avg_llava_jax.data.feedback import FeedbackFolder, Stored, asked
-from avg_llava_jax.data.pipeline import WINDOW, PlannedBatches
+from avg_llava_jax.data.pipeline import WINDOW, PlannedBatches, Skipped
 from avg_llava_jax.data.tokenizer import load_tokenizer
 from avg_llava_jax.models import avg_llava, one_cpu
 from avg_llava_jax.models.scaler import scale
@@ -33,19 +34,22 @@ from avg_llava_jax.parallel import hosts, sharding
 from avg_llava_jax.reuse import made_by_frozen
 from avg_llava_jax.training import losses, rglf, setup
 from avg_llava_jax.training.config import TrainConfig
+from avg_llava_jax.training.metrics import SkippedLog
 
 NOT_ARRAYS = ("records", "skipped")
 """Entries of a batch that stay on the host."""
 
 
 class Windows(NamedTuple):
-    """The number of windows of a set, and how many of them were already stored."""
+    """The number of windows of a set, how many of them were already stored, and what was skipped, by reason."""
 
     count: int
     reused: int
+    skipped: str = ""
 
     def __str__(self) -> str:
-        return f"{self.count} windows of {WINDOW} batches, {self.reused} of them measured before"
+        found = f"{self.count} windows of {WINDOW} batches, {self.reused} of them measured before"
+        return f"{found}; skipped samples: {self.skipped}" if self.skipped else found
 
 
 def measured_by(config: ModelConfig, params: avg_llava.Params) -> dict[str, str]:
@@ -67,7 +71,8 @@ def run(config: TrainConfig, folder: str | pathlib.Path, keep_features: bool) ->
     model = setup.override(loaded.config, config.model)
     batches = setup.plan_batches(config, model, load_tokenizer(loaded.tokenizer_folder), mesh)
     params = quantized(loaded.params) if config.quantize else loaded.params
-    return measure(model, params, batches, config.steps, folder, mesh, keep_features, config.rglf.execution)
+    share = config.data.max_skipped_share
+    return measure(model, params, batches, config.steps, folder, mesh, keep_features, config.rglf.execution, share)
 
 
 def measure(
@@ -79,6 +84,7 @@ def measure(
     mesh: jax.sharding.Mesh,
     keep_features: bool,
     execution: losses.Execution = "per_length",
+    max_skipped_share: float = 1.0,
 ) -> Windows:
     """Store the feedback on all samples that a run of `steps` steps would use, once each.
 
@@ -87,9 +93,11 @@ def measure(
 
     params: in the compute dtype, sharded by `sharding.shardings`; features are stored in that dtype.
     keep_features: 4 * P * D bytes per tile in float32: 24 KB for jersey, 9 MB (half of it in bfloat16) for the 7B.
+    max_skipped_share: fail if a larger share of the samples cannot be used; skipped.jsonl in the folder lists them.
 
     Raises:
       ValueError: the folder holds feedback measured with other settings, another model or other code.
+      RuntimeError: too many samples were skipped.
     """
     dtype = str(jax.tree.leaves(params)[0].dtype) if keep_features else ""
     store = FeedbackFolder(pathlib.Path(folder), config.granularities, dtype, measured_by(config, params))
@@ -99,20 +107,27 @@ def measure(
         count = min(count, math.ceil(batches.sizes[0] / (WINDOW * batches.batch_size)))
     known: set[str] = set()
     reused, process = 0, jax.process_index()
-    with jax.set_mesh(mesh), tqdm(total=count * WINDOW, unit="batch") as progress:
+    skips = SkippedLog(store.path if hosts.first() else None, max_skipped_share)
+    with (
+        jax.set_mesh(mesh),
+        tqdm(total=count * WINDOW, unit="batch") as progress,
+        contextlib.closing(skips),
+    ):
         for window in range(count):
             held, questions = store.holds(window, process), _questions(batches, window)
             if hosts.agree(questions <= held.keys() | known):
                 reused += 1
             else:
-                held = _window(config, execution, params, batches, window, known, mesh, keep_features)
+                held, used, skipped = _window(config, execution, params, batches, window, known, mesh, keep_features)
+                counted = hosts.gather((used, skipped))
+                skips.add(sum(used for used, _ in counted), [one for _, each in counted for one in each])
                 store.add(window, process, held)
             known.update(held)
             progress.update(WINDOW)
     multihost_utils.sync_global_devices("feedback is stored")
     if hosts.first():
         store.finish(count, jax.process_count())
-    return Windows(count, reused)
+    return Windows(count, reused, skips.summary())
 
 
 def _questions(batches: PlannedBatches, window: int) -> set[str]:
@@ -136,12 +151,19 @@ def _window(
     known: set[str],
     mesh: jax.sharding.Mesh,
     keep_features: bool,
-) -> dict[str, Stored]:
-    """The feedback on one window's samples, by `asked`, without the known ones; NaN where a sample has no answer."""
+) -> tuple[dict[str, Stored], int, list[Skipped]]:
+    """The feedback on one window's samples, by `asked`, without the known ones; NaN where a sample has no answer.
+
+    Also the number of samples that were used, and those that were skipped.
+    """
     rows = sharding.batch_sharding(mesh)
     found: dict[str, Stored] = {}
+    used, skipped = 0, []
 
     def keep(number: int, batch: Mapping[str, Any], measured: tuple[jax.Array, jax.Array]) -> None:
+        nonlocal used
+        used += sum(map(bool, batch["records"]))
+        skipped.extend(batch["skipped"])
         ours = multihost_utils.global_array_to_host_local_array(measured, mesh, rows.spec)
         nll, features = map(np.asarray, ours)
         for row, members in enumerate(batches.rows_of(number)):
@@ -172,7 +194,7 @@ def _window(
             keep(*answered)
     finally:
         pool.shutdown(cancel_futures=True)
-    return found
+    return found, used, skipped
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

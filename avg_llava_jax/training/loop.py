@@ -57,7 +57,7 @@ def train(
       FloatingPointError: the loss or a gradient is not finite in more than `max_bad_steps` steps.
       OSError: the disk is full.
       ConnectionError: another process of the run was lost.
-      SystemExit: with TERMINATED after SIGTERM to any of the processes, once a checkpoint is written.
+      SystemExit: after SIGTERM (with TERMINATED) or Ctrl+C (130) to any of the processes, once a checkpoint is written.
     """
     config, workdir = read(settings), Path(workdir)
     mesh = sharding.make_mesh(dataclasses.asdict(config.mesh))
@@ -163,7 +163,7 @@ def _loop(
             progress.say(f"skipped samples: {skips.summary()}")
         if run.step < config.steps:
             progress.say(f"terminated: step {run.step} is saved, the same command resumes from it")
-            raise SystemExit(TERMINATED)
+            raise SystemExit(termination.code)
 
 
 def _evaluate(
@@ -353,21 +353,28 @@ class _Reporter:
 
 
 class Termination:
-    """Records SIGTERM, so that the loop can save a checkpoint before it ends."""
+    """Records SIGTERM and Ctrl+C, so that the loop can save a checkpoint before it ends. Ctrl+C again ends at once.
+
+    code: the exit code, as a shell reports the signal.
+    """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked, self.code = False, TERMINATED
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Termination":
-        # Python lets only the main thread handle signals.
-        self._main = threading.current_thread() is threading.main_thread()
-        if self._main:
-            self._before = signal.signal(signal.SIGTERM, self._note)
+        if threading.current_thread() is threading.main_thread():  # Python lets no other handle signals
+            for number in (signal.SIGTERM, signal.SIGINT):
+                if signal.getsignal(number) is not signal.SIG_IGN:  # as in a job of a shell's background
+                    self._before[number] = signal.signal(number, self._note)
         return self
 
-    def _note(self, *_: Any) -> None:
-        self.asked = True
+    def _note(self, number: int, _: Any) -> None:
+        self.asked, self.code = True, 128 + number
+        if number == signal.SIGINT:
+            signal.signal(number, self._before[number])
+            print("saving a checkpoint after this step; Ctrl+C again ends at once", file=sys.stderr)
 
     def __exit__(self, *_: object) -> None:
-        if self._main:
-            signal.signal(signal.SIGTERM, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

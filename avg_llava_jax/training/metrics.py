@@ -107,7 +107,7 @@ class SkippedLog:
         if self._seen >= FEW and self._skipped > self._max_share * self._seen:
             raise RuntimeError(
                 f"{self._skipped} of {self._seen} samples could not be used, more than data.max_skipped_share="
-                f"{self._max_share} allows: {self.summary()}; {SKIPPED} in the workdir says which"
+                f"{self._max_share} allows: {self.summary()}; {SKIPPED} says which"
             )
 
     def summary(self) -> str:

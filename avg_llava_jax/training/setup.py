@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -19,7 +20,7 @@ from avg_llava_jax.convert.quantize import quantized
 from avg_llava_jax.data.errors import BadSample
 from avg_llava_jax.data.feedback import asked, read_feedback
 from avg_llava_jax.data.packing import Sample
-from avg_llava_jax.data.pipeline import WINDOW, Batches, PlannedBatches, hold_out, saving
+from avg_llava_jax.data.pipeline import SURVEY, WINDOW, Batches, PlannedBatches, hold_out, saving
 from avg_llava_jax.data.sources import contents, open_sources
 from avg_llava_jax.data.tokenizer import Tokenizer, load_tokenizer
 from avg_llava_jax.files import write_whole
@@ -255,6 +256,9 @@ def check_alike(config: TrainConfig, workdir: Path) -> None:
 def check_step(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
     """The checks of `check` that concern the training step."""
     optimizer = config.optimizer
+    for name, value in leaves(to_dict(config)).items():
+        if isinstance(value, float) and not (math.isfinite(value) and (value >= 0 or not name.endswith("_rate"))):
+            raise ValueError(f"{name}={value} must be finite, and a rate at least 0")
     trainable(config.phase, optimizer)
     adapters.nodes(optimizer.lora.targets)
     if config.compute_dtype not in DTYPES:
@@ -316,7 +320,7 @@ def _without_effect(config: TrainConfig) -> None:
     if config.rglf.feedback and config.rglf.execution != "per_length":
         raise ValueError(
             f"rglf.execution={config.rglf.execution} has no effect with rglf.feedback, whose answers are measured: "
-            "leave it unset, or give it to launch.feedback"
+            "leave it unset, or give it to avg-llava feedback"
         )
     if config.evaluate_every and not config.data.validation:
         raise ValueError(f"evaluate_every={config.evaluate_every} has no effect without data.validation: leave it at 0")
@@ -336,10 +340,25 @@ def open_batches(config: TrainConfig, workdir: Path, model: ModelConfig, mesh: j
         processes, or lack feedback.
     """
     planned = plan_batches(config, model, load_tokenizer(workdir / checkpoint.TOKENIZER), mesh)
+    _usable(config, planned)
     _same_data(config, workdir, planned)
     if config.rglf.feedback:
         _same_questions(config, planned)
     return Batches(planned, config.data.workers)
+
+
+def _usable(config: TrainConfig, planned: PlannedBatches) -> None:
+    """Check that there is a record to train on.
+
+    Raises:
+      ValueError: none of the first records can be used; names the first.
+    """
+    if next(planned.first(SURVEY), None) is None:
+        skipped = planned[0]["skipped"][0]
+        raise ValueError(
+            f"data.path={config.data.path}: none of the records can be used, the first for {skipped.reason}: "
+            f"{skipped.detail}"
+        )
 
 
 def _same_data(config: TrainConfig, workdir: Path, planned: PlannedBatches) -> None:
@@ -384,7 +403,7 @@ def _same_questions(config: TrainConfig, planned: PlannedBatches) -> None:
     if len(missing) > config.data.max_skipped_share * len(members):
         raise ValueError(
             f"rglf.feedback={config.rglf.feedback} has no answers to {len(missing)} of the first {len(members)} "
-            f"records as they are now, {missing[0]} among them: run launch.feedback with this config and folder"
+            f"records as they are now, {missing[0]} among them: run avg-llava feedback with this config and folder"
         )
 
 
