@@ -146,7 +146,7 @@ MODEL = Field("model", TEXT, sets="adapter", about="the base, which it is if abs
 
 CHAT = (
     MODEL,
-    Field("messages", LIST, about="roles `system`, `developer`, `user`, `assistant`; parts `text`, `image_url`"),
+    Field("messages", LIST, about="of `system`, `developer`, `user`, `assistant`, `tool`; parts `text`, `image_url`"),
     *STREAMING,
     Field("max_tokens", TOKENS, nothing=(-1,), about=f"{DEFAULT_NEW_TOKENS} if absent"),
     Field("max_completion_tokens", TOKENS, nothing=(-1,), about="the newer name of `max_tokens`"),
@@ -175,10 +175,11 @@ CHAT = (
 ANY = Parsed("a string or a list of parts", lambda value, path: value)
 
 MESSAGE = (
-    Field("role", OneOf(tuple(ROLES))),
+    Field("role", OneOf(tuple(ROLES)), about="in chat completions also `tool`, see below"),
     Field("content", ANY),
     Field("type", nothing=("text", "message"), about="lm-eval sends it"),
-    *(Field(name, nothing=([], "", {})) for name in ("tool_calls", "function_call", "annotations", "audio")),
+    Field("tool_calls", nothing=([], "", {}), about="taken from `assistant` in chat completions, see below"),
+    *(Field(name, nothing=([], "", {})) for name in ("function_call", "annotations", "audio")),
     *(Field(name, nothing=ANYTHING) for name in ("name", "id", "status", "refusal")),
     *(Field(name, nothing=ANYTHING, about="of an earlier answer") for name in ("reasoning", "reasoning_content")),
 )

@@ -8,6 +8,7 @@ from avg_llava_jax.server.fields import Field, markdown
 from avg_llava_jax.server.reading import CHAT, IMAGE_URL, MESSAGE, PART, STREAM_OPTIONS
 from avg_llava_jax.server.responses import RESPONSE
 from avg_llava_jax.server.tokenizing import TOKENIZE
+from avg_llava_jax.server.tools import CALLED, CALLED_FUNCTION, RESULT_MESSAGE
 
 DOCUMENT = pathlib.Path(__file__).parents[2] / "docs" / "serve.md"
 BEGIN, END = "<!-- fields: python -m launch.bench.serve_fields -->\n", "<!-- end of fields -->\n"
@@ -24,6 +25,9 @@ def tables() -> str:
         "`/v1/chat/completions`": CHAT,
         "Its `stream_options`": STREAM_OPTIONS,
         "A message": MESSAGE,
+        "A message of `tool`": RESULT_MESSAGE,
+        "A call in `tool_calls` of an earlier answer": CALLED,
+        "Its `function`": CALLED_FUNCTION,
         "A part of a message": PART,
         "`image_url` of a part": IMAGE_URL,
         "`/v1/completions`: other than in chat completions": beyond(COMPLETION),
