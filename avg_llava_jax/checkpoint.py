@@ -185,6 +185,7 @@ def load(
     if not values.get("base"):
         step, params = _newest(folder, config, wanted, False, mesh, dtype)
         return Loaded(config, params, folder / TOKENIZER, {"step": step, **values})
+    values["base"] = values["base"] | _base_paths(folder, values["base"])
     wanted, frozen = adapters.divide(wanted)
     step, own = _newest(folder, config, wanted, True, mesh, dtype)
     base = load_base(folder, mesh, dtype)
@@ -304,6 +305,11 @@ def digest(folder: Folder, vision_tower: Folder | None = None) -> str:
     if not held:
         raise ValueError(f"{folder} was saved without checksums: avg-llava publish makes a copy with them")
     return reuse.digest(held)
+
+
+def _base_paths(folder: pathlib.Path, base: dict[str, Any]) -> dict[str, str]:
+    """The paths of a reference to a base, absolute: a copy of it in another folder still means the same."""
+    return {key: str((folder / base[key]).resolve()) for key in ("path", "vision_tower") if base.get(key)}
 
 
 def load_base(folder: Folder, mesh: Mesh | None = None, dtype: parameters.Dtype = None) -> parameters.Params:

@@ -151,6 +151,10 @@ def import_adapter(source: Folder, base: Folder, output: Folder, vision_tower: F
         loaded = checkpoint.load_adapter(source, local_folder(base), vision_tower)
         write_checkpoint(loaded, folder)
         foreign.keep_unused(local_folder(base), folder, vision_tower)
+        origin = _origin(folder)
+        if origin and peft.has_router(source):  # an export would take it for the base's, which nothing has trained
+            origin["config"] = {llava_next.ADAPTIVE: {}} | origin.get("config", {})
+            write_json(folder / foreign.ORIGIN, origin)
     return loaded.config
 
 

@@ -249,7 +249,7 @@ def match_names(folder: Folder, vision_tower: Folder | None = None) -> tuple[Mod
             if name not in listed and (inside or not name.startswith(TOWER)):
                 raise ValueError(f"{index}: tensor {name!r} is missing")
         for name in sorted(listed.difference(wanted)):
-            if not _is_ignored(config, name):
+            if not is_ignored(config, name):
                 raise ValueError(f"{index}: tensor {name!r} is unknown to this model")
     return config, len(wanted), bool(listed)
 
@@ -344,12 +344,12 @@ def _match(
         catalog.dtype(name)
     unused = sorted(catalog.names - wanted.keys())
     for name in unused:
-        if not _is_ignored(config, name):
+        if not is_ignored(config, name):
             raise ValueError(f"{catalog.where(name)} is unknown to this model")
     return unused
 
 
-def _is_ignored(config: ModelConfig, name: str) -> bool:
+def is_ignored(config: ModelConfig, name: str) -> bool:
     """Whether a released folder may hold this tensor though the model does not run it."""
     return any(name == i or (i.endswith(".") and name.startswith(i)) for i in _ignored(config))
 

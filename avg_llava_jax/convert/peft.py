@@ -22,7 +22,7 @@ import numpy as np
 
 from avg_llava_jax import adapters, parameters, placement
 from avg_llava_jax.config import ModelConfig
-from avg_llava_jax.convert import llava_next, tensors
+from avg_llava_jax.convert import foreign, llava_next, tensors
 from avg_llava_jax.convert.tensors import read_json
 from avg_llava_jax.files import write_json
 
@@ -76,12 +76,7 @@ def load(folder: str | os.PathLike[str], config: ModelConfig, params: parameters
       FileNotFoundError, ValueError: one line that names the file, key or tensor.
     """
     folder = pathlib.Path(folder)
-    settings = _settings(folder)
-    files = [next((name for name in WEIGHTS if (folder / name).is_file()), None)]
-    if files[0] is None:
-        raise FileNotFoundError(f"{folder} has no {' and no '.join(WEIGHTS)}")
-    files += [WHOLE] if (folder / WHOLE).is_file() else []
-    stored = tensors.Tensors(folder, files)
+    settings, stored = _settings(folder), _opened(folder)
     leaves, catalog = parameters.flat(params), _known(folder, stored, config)
     low, whole = {}, collections.defaultdict(dict)
     for name, stored_as in catalog.items():
@@ -95,6 +90,18 @@ def load(folder: str | os.PathLike[str], config: ModelConfig, params: parameters
     return parameters.unflat(leaves | _whole(folder, config, leaves, whole, stored) | found)
 
 
+def has_router(folder: str | os.PathLike[str]) -> bool:
+    """Whether an adapter holds a router."""
+    return any("router." in name for name in _opened(pathlib.Path(folder)).names)
+
+
+def _opened(folder: pathlib.Path) -> tensors.Tensors:
+    files = [next((name for name in WEIGHTS if (folder / name).is_file()), None)]
+    if files[0] is None:
+        raise FileNotFoundError(f"{folder} has no {' and no '.join(WEIGHTS)}")
+    return tensors.Tensors(folder, files + ([WHOLE] if (folder / WHOLE).is_file() else []))
+
+
 def _settings(folder: pathlib.Path) -> dict[str, Any]:
     path = folder / CONFIG
     values = read_json(path)
@@ -103,6 +110,14 @@ def _settings(folder: pathlib.Path) -> dict[str, Any]:
     for key, plain in UNSUPPORTED.items():
         if values.get(key, plain) not in (plain, None):
             raise ValueError(f"{path}: {key}={values[key]!r} is not supported, only {plain!r}")
+    init = values.get("init_lora_weights", True)
+    if str(init).lower().startswith(("pissa", "olora", "corda", "lora_ga")):
+        raise ValueError(
+            f"{path}: init_lora_weights={init!r} changed the base too; save it as a plain LoRA (peft's save_pretrained "
+            "with path_initial_model_for_weight_conversion)"
+        )
+    if values.get("alora_invocation_tokens"):
+        raise ValueError(f"{path}: alora_invocation_tokens is not supported: the adapter would act on every token")
     if type(values.get("lora_alpha", 8)) not in (int, float):
         raise ValueError(f"{path}: lora_alpha={values['lora_alpha']!r} is not a number")
     return values
@@ -119,6 +134,8 @@ def _known(folder: pathlib.Path, stored: tensors.Tensors, config: ModelConfig) -
             if spelled in wholes or re.sub(r"\.lora_[AB]\.weight$", "", spelled) in modules - {spelled}:
                 known[spelled] = stored_as
                 break
+            if foreign.is_ignored(config, spelled):
+                break  # an adapter on a layer of the tower that is not run
         else:
             raise ValueError(f"{folder}: tensor {stored_as!r} is unknown, or is on a layer that takes no adapter here")
     return known

@@ -275,7 +275,7 @@ class PlannedBatches:
 
     def _share(self, members: Sequence[Member], most: int) -> list[Row]:
         """At most `most` rows of these samples, none of them empty."""
-        if self.pack == 1:
+        if self.pack == 1 or not members:
             return [[member] for member in members]
         finest = self.granularities[-1]
         loads = [

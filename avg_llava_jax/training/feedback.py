@@ -101,7 +101,10 @@ def measure(
     """
     dtype = str(jax.tree.leaves(params)[0].dtype) if keep_features else ""
     store = FeedbackFolder(pathlib.Path(folder), config.granularities, dtype, measured_by(config, params))
-    store.start()
+    if hosts.first():
+        store.start()
+    multihost_utils.sync_global_devices("the feedback's folder is there")
+    store.start()  # on the other processes: checks it
     count = math.ceil(steps / WINDOW)
     if len(batches.parts) == 1:  # otherwise epochs end at different times, and only `steps` says how far to go
         count = min(count, math.ceil(batches.sizes[0] / (WINDOW * batches.batch_size)))

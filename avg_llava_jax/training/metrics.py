@@ -2,6 +2,7 @@
 
 import collections
 import json
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -51,8 +52,8 @@ class MetricsLog:
     def __init__(self, workdir: Path, start: int):
         kept = [row for row in read_rows(workdir / METRICS) if row["step"] <= start]
         self.bad_steps = sum("not_finite" in row for row in kept)
-        measured = ((row["validation/loss"], row["step"]) for row in kept if "validation/loss" in row)
-        self.best: tuple[float, int] | None = min(measured, default=None)
+        measured = [(row["validation/loss"], row["step"]) for row in kept if "validation/loss" in row]
+        self.best: tuple[float, int] | None = min((each for each in measured if math.isfinite(each[0])), default=None)
         self._file = _rewrite(workdir / METRICS, kept)
         (workdir / TENSORBOARD).mkdir(exist_ok=True)
         # Not by tensorboardX's SummaryWriter: its thread dies on a full disk, and the run would wait for it forever.

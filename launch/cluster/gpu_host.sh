@@ -8,7 +8,8 @@
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 stopped=""
-trap 'stopped=1; kill -TERM "$child"' TERM INT
+child=""
+trap 'stopped=1; [ -z "$child" ] || kill -TERM "$child" 2>/dev/null' TERM INT
 for _ in {1..100}; do
   "${PYTHON:-.venv/bin/python}" -m launch.train "$@" &
   child=$!
@@ -16,6 +17,8 @@ for _ in {1..100}; do
   [ -z "$stopped" ] || { wait "$child"; exit $?; } # a signal ends the first wait, not the run
   case $code in 0 | 2) exit "$code" ;; esac # done, or wrong input, which a new start does not mend
   echo "launch.train ended with $code, starting it again in ${PAUSE:=10} s" >&2
-  sleep "$PAUSE"
+  sleep "$PAUSE" & child=$!
+  wait "$child"
+  [ -z "$stopped" ] || exit 143 # stopped between two runs
 done
 exit "$code"

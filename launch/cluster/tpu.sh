@@ -24,7 +24,12 @@ log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 while true; do
   case $(queue describe --format='value(state.state)' 2>/dev/null) in
-    "") queue create --node-id="$TPU" --accelerator-type="$TYPE" --runtime-version="$RUNTIME" --spot || exit 1 ;;
+    "") # one failed question is no lost slice: it ends here only if there is none after a pause either
+      queue create --node-id="$TPU" --accelerator-type="$TYPE" --runtime-version="$RUNTIME" --spot || {
+        sleep "${PAUSE:-30}"
+        queue describe > /dev/null || exit 1
+      }
+      ;;
     SUSPENDED | FAILED) queue delete --force --quiet ;;
     ACTIVE)
       # SSH to several hosts has no exit code of theirs, so each says how it ended; 2 is wrong input.
