@@ -68,7 +68,7 @@ class Prefilled(NamedTuple):
         return self.first and self.first[2]
 
     def fetch(self) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens (prompts, ends) and their log-probabilities, once the device has predicted them."""
+        """Tokens (prompts, predicted) and their log-probabilities, once the device has predicted them."""
         found, first = jax.device_get(((self.tokens, self.chances), self.first and self.first[:2]))
         if first is None:
             return found
@@ -98,7 +98,7 @@ class Decoded(NamedTuple):
         return found, likely, wanted
 
 
-def lanes_of(model: Model) -> int:
+def batch_shards_of(model: Model) -> int:
     """The number of parts of the mesh's batch axis, `data` x `fsdp`; 1 without a mesh."""
     at = model.params["image_newline"].sharding
     if not isinstance(at, NamedSharding):
@@ -201,14 +201,14 @@ class Device:
             at[row, : len(own)], text[row, : len(ids)], lengths[row] = own, ids, len(ids)
         return self._call(programs.route, self._pool, at, text, lengths, self._number(adapter))
 
-    def prefill(self, parts: Sequence[Part], prompts: int, chunk: int, window: int, ends: int) -> Prefilled:
+    def prefill(self, parts: Sequence[Part], prompts: int, chunk: int, window: int, predicted: int) -> Prefilled:
         """Prefill chunks of prompts.
 
         prompts, chunk, window: buckets, at least the number of parts, their longest, and their last position + 1.
-        ends: see `Buckets.ends`.
+        predicted: see `Buckets.predicted`.
         """
-        # On several lanes row i is slot i, so that each device reads and writes its own slots.
-        by_slot = self.buckets.lanes > 1
+        # With several shards row i is slot i, so that each device reads and writes its own slots.
+        by_slot = self.buckets.batch_shards > 1
         rows = [part.slot for part in parts] if by_slot else list(range(len(parts)))
         slot, start = np.full(prompts, self.buckets.slots, np.int32), np.full(prompts, self.buckets.capacity, np.int32)
         length, adapter = np.zeros((2, prompts), np.int32)
@@ -222,7 +222,7 @@ class Device:
             if weights is not None:
                 weights[row, : len(part.ids)] = part.weights
         arrays = programs.Chunk(None if by_slot else slot, start, length, ids, places, weights, self._number(adapter))
-        self._cache, *found = self._call(programs.prefill, self._cache, self._pool, arrays, window, ends)
+        self._cache, *found = self._call(programs.prefill, self._cache, self._pool, arrays, window, predicted)
         at, ended = [row for row, part in zip(rows, parts, strict=True) if part.then], [p.then for p in parts if p.then]
         greedy = all(answer.greedy for answer in ended)
         return Prefilled(*found, None if greedy else self._first(found[0], at, ended), rows)

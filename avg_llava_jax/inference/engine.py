@@ -1,6 +1,6 @@
 """The engine answers requests in rounds; every round encodes, routes, prefills and decodes a little.
 
-    submit ─▶ waiting ─encode, route─▶ routed ─a slot─▶ reading ─prefill, chunk by chunk─▶ decoding ─▶ answer
+    submit ─▶ waiting ─encode, route─▶ routed ─a slot─▶ prefilling ─prefill, chunk by chunk─▶ decoding ─▶ answer
 
 A round assigns free slots, prefills one chunk of the prompts whose next chunk has the same size, encodes one
 micro-batch of tiles, routes one micro-batch of images, and decodes a few tokens of every answer. So no request waits
@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from avg_llava_jax.inference.buckets import bucket, offline_buckets, server_buckets
-from avg_llava_jax.inference.device import Answering, Decoded, Device, Part, Prefilled, lanes_of, page_bytes
+from avg_llava_jax.inference.device import Answering, Decoded, Device, Part, Prefilled, batch_shards_of, page_bytes
 from avg_llava_jax.inference.image_pages import ImagePages
 from avg_llava_jax.inference.job import Images, Job, escalate, make_job, pack
 from avg_llava_jax.inference.model import Model, without_end
@@ -72,12 +72,12 @@ class Engine:
                 raise ValueError(f"{name}={value} must be at least {least}")
         if length > limit:
             raise ValueError(f"max_length={length} is over the model's {limit}: lower it")
-        pages, lanes = image_cache_bytes // page_bytes(model), lanes_of(model)
+        pages, batch_shards = image_cache_bytes // page_bytes(model), batch_shards_of(model)
         if chunk is None:
-            buckets = offline_buckets(model.config, slots, length, pages, lanes, prompts)
+            buckets = offline_buckets(model.config, slots, length, pages, batch_shards, prompts)
         else:
             model = model.limited_to(length)
-            buckets = server_buckets(model.config, slots, min(chunk, length), pages, lanes)
+            buckets = server_buckets(model.config, slots, min(chunk, length), pages, batch_shards)
         self.model, self.config, self.queue, self.buckets = model, model.config, queue, buckets
         self._patient = chunk is None
         self._device = Device(model, buckets)
@@ -155,11 +155,11 @@ class Engine:
             if job.ticket.cancelled or self._abandoned:
                 self._end(job, Cancelled("the request was cancelled"))
         try:
-            self._show_decoded()
+            self._stream_decoded()
             self._admit(partial=not self._encoded and not self._scheduler.decoding)
             prefills = self._prefill()
             self._encoded = self._encode()
-            self._show_prefilled(prefills)
+            self._stream_prefilled(prefills)
             self._decode()
         except jax.errors.JaxRuntimeError as error:
             self._start_over(error)
@@ -198,7 +198,7 @@ class Engine:
     def stats(self) -> Stats:
         """A snapshot of the counters."""
         with self._news:
-            waiting, running = self._waiting_count(), len(self._scheduler.reading) + len(self._scheduler.decoding)
+            waiting, running = self._waiting_count(), len(self._scheduler.prefilling) + len(self._scheduler.decoding)
         return self._counters.snapshot(
             waiting=waiting,
             running=running,
@@ -242,12 +242,12 @@ class Engine:
         """The lowest price of visual tokens that the load allows now."""
         if self._pricing is None:
             return 0.0
-        return self._pricing.cost_weight(self._waiting_count() + len(self._scheduler.reading))
+        return self._pricing.cost_weight(self._waiting_count() + len(self._scheduler.prefilling))
 
     def _jobs(self) -> list[Job]:
         """The requests of the stepping thread, whatever their stage."""
         scheduler = self._scheduler
-        return [*self._waiting, *self._encoding, *self._routed, *scheduler.reading, *scheduler.decoding]
+        return [*self._waiting, *self._encoding, *self._routed, *scheduler.prefilling, *scheduler.decoding]
 
     def _encode(self) -> bool:
         """Encode a micro-batch of tiles, route one of images, and pack prompts, ahead of free slots.
@@ -259,7 +259,7 @@ class Engine:
         """
         while self._waiting and len(self._encoding) + len(self._routed) < AHEAD * self.buckets.slots:
             job = self._waiting[0]
-            job.pages = self._images.take(job.images, job.prepared.adapter)
+            job.pages = self._images.acquire(job.images, job.prepared.adapter)
             if job.pages is None:
                 break  # until earlier requests have been prefilled, and free their pages
             job.reached("taken")
@@ -310,7 +310,7 @@ class Engine:
     @property
     def _eager(self) -> bool:
         """Whether to run a micro-batch that is not full: not while a patient engine has other work."""
-        busy = self._routed or self._scheduler.reading or self._scheduler.decoding
+        busy = self._routed or self._scheduler.prefilling or self._scheduler.decoding
         return not (self._patient and busy)
 
     def _admit(self, partial: bool) -> None:
@@ -348,7 +348,7 @@ class Engine:
         """Count a prompt that got a slot, or one that is packed again in its slot."""
         self._counters.add(visual_tokens=job.visual)
         self._counters.add(prefix_hits=int(place.shared > 1), prefix_tokens=place.shared)
-        self._counters.read_at(job.choice)
+        self._counters.count_granularities(job.choice)
 
     def _copy(self, copies: dict[int, int], longest: int) -> None:
         """Copy prefixes of up to `longest` positions between slots, {target: source}, in this order."""
@@ -373,15 +373,15 @@ class Engine:
                 weights = None if job.weights is None else job.weights[now]
                 adapter = job.prepared.adapter
                 parts.append(Part(job.slot, start, job.ids[now], job.places[now], weights, then, adapter))
-            after = self._device.prefill(parts, prefill.prompts, prefill.chunk, prefill.window, prefill.ends)
+            after = self._device.prefill(parts, prefill.prompts, prefill.chunk, prefill.window, prefill.predicted)
             self._scheduler.prefilled(prefill)
             calls.append((prefill, parts, after))
             if not self._patient:
                 break
         return calls
 
-    def _show_prefilled(self, calls: Sequence[tuple[Prefill, list[Part], Prefilled]]) -> None:
-        """Wait for prefills, and show the tokens that they predict."""
+    def _stream_prefilled(self, calls: Sequence[tuple[Prefill, list[Part], Prefilled]]) -> None:
+        """Wait for prefills, and stream the tokens that they predict."""
         done = set()
         for prefill, parts, after in calls:
             if not any(prefill.predicts):
@@ -404,8 +404,8 @@ class Engine:
                 if job.ticket.keep_logits:
                     job.ticket.logits = np.asarray(after.logits)[row]
                 if not job.finer:
-                    self._let_go(job)
-                self._show(job)
+                    self._release_images(job)
+                self._stream(job)
 
     def _decode(self) -> None:
         """Start to decode a few tokens of every answer."""
@@ -415,8 +415,8 @@ class Engine:
         answers = [Answering(job.slot, job.cached, job.next(), job.prepared.adapter) for job in decode.works]
         self._decoding = decode.works, self._device.decode(answers, decode.rows, decode.window, decode.steps)
 
-    def _show_decoded(self) -> None:
-        """Wait for the last round's decode, and show its tokens."""
+    def _stream_decoded(self) -> None:
+        """Wait for the last round's decode, and stream its tokens."""
         if self._decoding is None:
             return
         works, decoded = self._decoding
@@ -427,9 +427,9 @@ class Engine:
             self._scheduler.decoded(job, tokens)
             job.chances += chances
             job.token_scores += scores
-            self._show(job)
+            self._stream(job)
 
-    def _show(self, job: Job) -> None:
+    def _stream(self, job: Job) -> None:
         """Stream new text, and end the answer at a stop string, a stop id, the end of its guide or its limit.
 
         The text of an answer that may escalate is held back until it is whole and certain.
@@ -489,7 +489,7 @@ class Engine:
         self._counters.add(tokens=len(job.tokens))
         escalate(self.model, job, self.buckets.pages, ended)
         self._counters.add(escalated=1, draft_tokens=job.draft)
-        place = self._scheduler.again(job)
+        place = self._scheduler.readmit(job)
         self._count(job, place)
         job.ticket.visual_tokens = sum(read.visual_tokens for read in job.reads) + job.visual
         if place.source is not None:
@@ -501,16 +501,16 @@ class Engine:
             if job in stage:
                 stage.remove(job)
         if job.slot is not None:
-            self._scheduler.leave(job)
-        self._let_go(job)
+            self._scheduler.release(job)
+        self._release_images(job)
         how = "finished" if isinstance(outcome, Answer) else "cancelled" if isinstance(outcome, Cancelled) else "failed"
         self._counters.add(tokens=len(job.tokens), **{how: 1})
         job.ticket.end(outcome)
 
-    def _let_go(self, job: Job) -> None:
+    def _release_images(self, job: Job) -> None:
         """Release the job's images; they may be forgotten once they have no other user."""
         if job.pages is not None:
-            self._images.leave(job.digests)
+            self._images.release(job.digests)
             job.pages = None
 
     def _start_over(self, error: jax.errors.JaxRuntimeError) -> None:

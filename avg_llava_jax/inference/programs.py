@@ -190,13 +190,13 @@ def prefill(
     pool: jax.Array,
     chunk: Chunk,
     window: int,
-    ends: int,
+    predicted: int,
 ) -> tuple[Cache, jax.Array, jax.Array, jax.Array]:
     """Prefill one chunk of each row's prompt into its slot.
 
     window: cache positions that are attended to, at least start + S of each row; 0 if every chunk starts its
-    prompt, and attends only to itself. ends: E, how many of each chunk's last positions predict a token: 1, or more
-    where the chunk ends in a draft of the answer.
+    prompt, and attends only to itself. predicted: E, how many of each chunk's last positions predict a token: 1, or
+    more where the chunk ends in a draft of the answer.
 
     Returns the cache, the logits (B, V) at each chunk's last position, and for its last E positions the best token
     int (B, E) and its log-probability fp32 (B, E). Where a chunk is shorter than E, only the last ones are real.
@@ -204,7 +204,7 @@ def prefill(
     params = stacked.of_rows(params, chunk.adapter)
     x = assemble(config, params, pool, chunk)
     span = Span(chunk.start, chunk.slot, window)
-    last = jnp.maximum(chunk.length[:, None] - ends + jnp.arange(ends), 0)
+    last = jnp.maximum(chunk.length[:, None] - predicted + jnp.arange(predicted), 0)
     hidden, cache = language.decoder(config.language, params["language"], x, cache, span, last)
     logits = avg_llava.unembed(config, params, hidden)
     tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
