@@ -18,9 +18,17 @@ import jax
 import numpy as np
 
 from avg_llava_jax.inference.buckets import bucket, offline_buckets, server_buckets
-from avg_llava_jax.inference.device import Answering, Decoded, Device, Part, Prefilled, batch_shards_of, page_bytes
+from avg_llava_jax.inference.device import (
+    Answering,
+    Decoded,
+    Device,
+    Prefilled,
+    PromptChunk,
+    batch_shards_of,
+    page_bytes,
+)
 from avg_llava_jax.inference.image_pages import ImagePages
-from avg_llava_jax.inference.job import Images, Job, escalate, make_job, pack
+from avg_llava_jax.inference.job import Images, Job, make_job, pack, repack_finer
 from avg_llava_jax.inference.model import Model, without_end
 from avg_llava_jax.inference.pricing import UNROUTED, Pricing, Slo
 from avg_llava_jax.inference.requests import Answer, Prepared, Request
@@ -275,7 +283,7 @@ class Engine:
         price = self._cost_weight()
         if price >= UNROUTED:
             for job in ready:
-                job.spare(self.config)
+                job.skip_router(self.config)
         unrouted = [(job, at) for job in ready for at in range(len(job.scores), len(job.scores) + job.unrouted)]
         adapter = unrouted[0][0].prepared.adapter if unrouted else 0
         unrouted = [each for each in unrouted if each[0].prepared.adapter == adapter]
@@ -294,7 +302,7 @@ class Engine:
                 try:
                     pack(self.config, job, self.buckets.pages, price)
                     job.ticket.visual_tokens = job.visual
-                    self._counters.add(raised=int(job.raised))
+                    self._counters.add(raised=int(job.price_raised))
                 except ValueError as error:
                     self._end(job, error)
         return encode or route
@@ -359,7 +367,7 @@ class Engine:
     def _window(self, positions: int) -> int:
         return bucket(self.buckets.windows, positions)
 
-    def _prefill(self) -> list[tuple[Prefill, list[Part], Prefilled]]:
+    def _prefill(self) -> list[tuple[Prefill, list[PromptChunk], Prefilled]]:
         """Prefill one chunk of the prompts whose next chunk has the same size; a patient engine prefills all prompts.
 
         Returns the calls, which are in the device's queue: the host waits for none of them.
@@ -372,7 +380,7 @@ class Engine:
                 now = slice(start, start + length)
                 weights = None if job.weights is None else job.weights[now]
                 adapter = job.prepared.adapter
-                parts.append(Part(job.slot, start, job.ids[now], job.places[now], weights, then, adapter))
+                parts.append(PromptChunk(job.slot, start, job.ids[now], job.places[now], weights, then, adapter))
             after = self._device.prefill(parts, prefill.prompts, prefill.chunk, prefill.window, prefill.predicted)
             self._scheduler.prefilled(prefill)
             calls.append((prefill, parts, after))
@@ -380,18 +388,18 @@ class Engine:
                 break
         return calls
 
-    def _stream_prefilled(self, calls: Sequence[tuple[Prefill, list[Part], Prefilled]]) -> None:
+    def _stream_prefilled(self, calls: Sequence[tuple[Prefill, list[PromptChunk], Prefilled]]) -> None:
         """Wait for prefills, and stream the tokens that they predict."""
         done = set()
         for prefill, parts, after in calls:
             if not any(prefill.predicts):
                 continue  # without waiting for the device
-            tokens, chances = after.fetch()
+            tokens, logprobs = after.fetch()
             for job, part, row, count in zip(prefill.works, parts, after.rows, prefill.predicts, strict=True):
                 if not count or job in done:  # the rest of a draft that is dropped
                     continue
                 held = self._scheduler.predicted(job, tokens[row, -count:].tolist())
-                job.chances += chances[row, -count:][:held].tolist()
+                job.logprobs += logprobs[row, -count:][:held].tolist()
                 if len(job.tokens) <= job.draft:
                     continue  # more of its draft follows
                 done.add(job)
@@ -421,11 +429,11 @@ class Engine:
             return
         works, decoded = self._decoding
         self._decoding = None
-        for job, tokens, chances, scores in zip(works, *decoded.fetch(), strict=True):
+        for job, tokens, logprobs, scores in zip(works, *decoded.fetch(), strict=True):
             if job not in self._scheduler.decoding:  # cancelled meanwhile
                 continue
             self._scheduler.decoded(job, tokens)
-            job.chances += chances
+            job.logprobs += logprobs
             job.token_scores += scores
             self._stream(job)
 
@@ -487,7 +495,7 @@ class Engine:
     def _escalate(self, job: Job, ended: bool) -> None:
         """Prefill a job's prompt again at finer granularities, in its slot, from the pages that it holds."""
         self._counters.add(tokens=len(job.tokens))
-        escalate(self.model, job, self.buckets.pages, ended)
+        repack_finer(self.model, job, self.buckets.pages, ended)
         self._counters.add(escalated=1, draft_tokens=job.draft)
         place = self._scheduler.readmit(job)
         self._count(job, place)

@@ -37,11 +37,11 @@ def timed(
     """Seconds and token ids of one answer. expected: the finest granularity's tokens, () before they are known."""
     from avg_llava_jax.inference import engine, job
 
-    escalate, coarsest, finest = engine.escalate, model.config.granularities[0], model.config.granularities[-1]
+    repack_finer, coarsest, finest = engine.repack_finer, model.config.granularities[0], model.config.granularities[-1]
 
     def drafted(model: Any, one: Any, pages: int, ended: bool) -> None:
         one.tokens = list(expected[: len(one.tokens)]) if way == "agrees" else [expected[0] + 1]
-        escalate(model, one, pages, ended)
+        repack_finer(model, one, pages, ended)
 
     def certainty(one: Any, count: int) -> float:
         last = count >= inference.NEW_TOKENS.value or way == "disagrees"
