@@ -197,7 +197,7 @@ def test_accumulation_gives_the_gradients_of_the_whole_batch(tiny, params, batch
         return loss(parameters.merge(ours, frozen), batch, rng)
 
     def by(rows, accumulate):
-        monkeypatch.setattr(one_cpu, "TRAINED_ROWS", rows)
+        monkeypatch.setattr(one_cpu, "TRAINING_ROWS", rows)
         turns.clear()
         step = jax.jit(lambda ours, batch: gradients(of_ours, ours, batch, jax.random.key(0), accumulate))
         found = step(ours, batch)
@@ -210,7 +210,7 @@ def test_accumulation_gives_the_gradients_of_the_whole_batch(tiny, params, batch
 
 
 def test_one_cpu_takes_few_rows_at_a_time():
-    assert [one_cpu.parts(rows, 2) for rows in (1, 2, 5, 6, 16)] == [1, 1, 5, 3, 8]
+    assert [one_cpu.part_count(rows, 2) for rows in (1, 2, 5, 6, 16)] == [1, 1, 5, 3, 8]
     rows, seen = {"x": np.arange(6.0)[:, None]}, []
 
     def double(batch):

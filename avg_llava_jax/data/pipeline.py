@@ -46,7 +46,7 @@ from avg_llava_jax.data.packing import (
     row_shape,
     tiles_of,
 )
-from avg_llava_jax.data.sources import Part, read_sample
+from avg_llava_jax.data.sources import WeightedSource, read_sample
 from avg_llava_jax.data.tokenizer import Tokenizer
 
 WINDOW = 16
@@ -117,7 +117,7 @@ class PlannedBatches:
     shapes_of: batches whose shapes are reused.
     """
 
-    parts: Sequence[Part]
+    parts: Sequence[WeightedSource]
     tokenizer: Tokenizer
     config: ModelConfig
     granularities: tuple[int, ...]
@@ -309,7 +309,7 @@ class PlannedBatches:
             self._members.popitem(last=False)
         return member
 
-    def _read_record(self, part: Part, index: int) -> Member | Skipped:
+    def _read_record(self, part: WeightedSource, index: int) -> Member | Skipped:
         record = f"{part.path}#{index}"
         try:
             return Member(record, read_sample(part.source, index, self.tokenizer, self.config, self.granularities))

@@ -25,7 +25,7 @@ from avg_llava_jax.inference import stacked
 from avg_llava_jax.inference.requests import TOP
 from avg_llava_jax.models import avg_llava, language
 from avg_llava_jax.models.avg_llava import Params
-from avg_llava_jax.models.cache import Cache, Span, empty_cache, spread
+from avg_llava_jax.models.cache import Cache, Span, constrain_cache, empty_cache
 from avg_llava_jax.models.router import Routing
 from avg_llava_jax.parallel import sharding
 from avg_llava_jax.placement import constrain
@@ -135,7 +135,8 @@ def empty(config: ModelConfig, params: Params, slots: int, capacity: int, pages:
     """A cache and a pool (pages, R, D) of zeros, in the model's compute dtype."""
     dtype = params["image_newline"].dtype
     slots_of_zeros = empty_cache(config.language, slots, capacity, dtype)
-    return spread(slots_of_zeros), _pooled(jnp.zeros((pages, config.pyramid_rows, config.language.width), dtype))
+    pool = jnp.zeros((pages, config.pyramid_rows, config.language.width), dtype)
+    return constrain_cache(slots_of_zeros), _pooled(pool)
 
 
 @functools.partial(sharding.jit, static_argnums=0, donate_argnums=2)
@@ -208,7 +209,7 @@ def prefill(
     hidden, cache = language.decoder(config.language, params["language"], x, cache, span, last)
     logits = avg_llava.unembed(config, params, hidden)
     tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    return spread(cache), logits[:, -1], tokens, log_probability(logits, tokens)
+    return constrain_cache(cache), logits[:, -1], tokens, log_probability(logits, tokens)
 
 
 @functools.partial(sharding.jit, static_argnums=0)
@@ -296,7 +297,7 @@ def decode(
     counts = None if greedy else counted(sampling.shaping, config.language.vocab_size)
     scores = None if greedy else _no_scores(len(row), most, config.language.vocab_size)
     _, cache, end, _, tokens, logprobs, _, scores = jax.lax.while_loop(unfinished, one_token, (*start, counts, scores))
-    return spread(cache), tokens, logprobs, end.count - rows.count, scores
+    return constrain_cache(cache), tokens, logprobs, end.count - rows.count, scores
 
 
 @functools.partial(sharding.jit, static_argnums=(0, 5), donate_argnums=2)
@@ -304,7 +305,7 @@ def copy(
     config: ModelConfig, params: Params, cache: Cache, source: jax.Array, target: jax.Array, window: int
 ) -> Cache:
     """Copy the first `window` positions of slots `source` (B,) to slots `target` (B,); a target outside is dropped."""
-    return spread(tuple(layer.copied(source, target, window) for layer in cache))
+    return constrain_cache(tuple(layer.copied(source, target, window) for layer in cache))
 
 
 class Counts(NamedTuple):

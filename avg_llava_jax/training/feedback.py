@@ -191,4 +191,4 @@ def measure_batch(
         nll, answered = rglf.feedback(config, params, scale(config, features), text, batch, execution)
         return jnp.where(answered[..., None], nll, jnp.nan), features if keep_features else features[:, :0]
 
-    return one_cpu.by_parts(measured, batch, one_cpu.ASKED_ROWS)
+    return one_cpu.by_parts(measured, batch, one_cpu.FORWARD_ROWS)
