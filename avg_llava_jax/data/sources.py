@@ -36,7 +36,7 @@ from avg_llava_jax.data.packing import Sample, check_labels, make_sample
 from avg_llava_jax.data.tokenizer import Tokenizer
 
 SAMPLED = 64
-"""Records whose images `contents` reads."""
+"""Records whose images `content_digest` reads."""
 
 Record = dict[str, Any]
 
@@ -232,7 +232,7 @@ def open_sources(path: str, images: str = "", max_pixels: int = MAX_PIXELS) -> l
     ]
 
 
-def contents(source: Source) -> str:
+def content_digest(source: Source) -> str:
     """Digest of a source, in hex: its records, and its images as far as that is affordable.
 
     It covers every byte of a records file, the names and sizes of all members of an archive (and their checksums, which

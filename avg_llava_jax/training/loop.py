@@ -128,7 +128,7 @@ def _loop(
         best = Best(workdir, hosts.gather(log.best if log else None)[0])
         every = config.evaluate_every or config.checkpoint_every
         if jax.process_count() == 1:  # several processes may have to compile in the same order
-            for example in batches.planned.coming(run.step, config.steps - run.step):
+            for example in batches.planned.upcoming(run.step, config.steps - run.step):
                 reporter.say_shape(example)
                 run.compile(run.place(example))
         while run.step < config.steps:
