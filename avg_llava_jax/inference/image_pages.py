@@ -46,7 +46,7 @@ class ImagePages:
         self._stored: OrderedDict[Digest, Stored] = OrderedDict()  # least recently used first
 
     def acquire(self, images: Sequence[tuple[Digest, np.ndarray]], adapter: int = 0) -> list[list[int]] | None:
-        """Take pages for each image until `release`; takes nothing and returns None if too few can be freed.
+        """Acquire pages for each image until `release`; acquires nothing and returns None if too few can be freed.
 
         images: digests and tiles uint8 (t, H, W, 3); tiles of new images are `missing` until they are encoded.
         adapter: its number; an image has a different digest for each adapter.

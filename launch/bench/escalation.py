@@ -49,7 +49,7 @@ def timed(
 
     first = {"granularity": finest} if way == "finest" else {"granularity": coarsest, "escalate": 0.5}
     model.forget()
-    with mock.patch.object(engine, "escalate", drafted), mock.patch.object(job.Job, "certainty", certainty):
+    with mock.patch.object(engine, "repack_finer", drafted), mock.patch.object(job.Job, "certainty", certainty):
         begin = clock()
         answer = model.answer(image, inference.PROMPT, max_new_tokens=inference.NEW_TOKENS.value, **first)
         seconds = clock() - begin
