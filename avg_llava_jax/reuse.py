@@ -5,7 +5,7 @@
     tokenizer      the tokenizer's files
     code           the sources that determine the results, without comments and docstrings
 
-With `data.feedback.asked`, the digest of one question (token ids, labels and encoded images), they identify an answer.
+With `data.feedback.question_digest`, of one question's token ids, labels and encoded images, they identify an answer.
 The same command reuses what is identical and says so; `set_aside` moves the rest into a subfolder:
 
     OUT/answers.jsonl   24 answers    --9 of them by other weights-->   OUT/answers.jsonl          15 answers

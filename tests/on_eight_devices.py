@@ -104,10 +104,10 @@ def answered(params, batch, sizes):
     none = sampling_of(ROWS, [], [], shaping_of(ROWS, [], [], MODEL.language.vocab_size, LENGTH + ROOM))
     sampling = none._replace(limit=np.full(ROWS, ROOM, np.int32))
     rows, stops = programs.Rows(tokens[:, 0], length, np.ones(ROWS, np.int32)), np.array([-1], np.int32)
-    cache, tokens, _, made, _ = programs.decode(
+    cache, tokens, _, counts, _ = programs.decode(
         MODEL, params, cache, rows, sampling, stops, np.int32(ROOM), ROOM, LENGTH + ROOM, True
     )
-    assert np.all(made == ROOM - 1)
+    assert np.all(counts == ROOM - 1)
     return jax.device_get((routing.logits, logits, cache, tokens))
 
 

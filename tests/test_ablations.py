@@ -156,7 +156,8 @@ def test_another_router_over_what_was_seen_once(tiny, tokenizer, changes):
     assert len(kept) == 5 and all(row.shape == (1, 4) for row in kept)
     np.testing.assert_allclose(np.stack(kept), np.stack(anew), atol=1e-5)
     assert np.std(np.stack(kept)[:, 0, 0]) > 1e-4
-    pyramids = routing.see(model, samples, batch_size=7)  # tiles of several images in a batch, and a last one with room
+    # Tiles of several images in a batch, and a last one with room.
+    pyramids = routing.encode_once(model, samples, batch_size=7)
     assert len(pyramids) == 4 and {len(pyramid) for pyramid in pyramids.values()} >= {3, 5}
     from_host = routing.route_all(other, samples, 4, pyramids)
     np.testing.assert_allclose(np.stack(from_host), np.stack(anew), atol=1e-5)

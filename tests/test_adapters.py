@@ -90,12 +90,12 @@ def test_rows_choose_among_several(deep, base):
     own = [adapted(deep, base, rank, targets) for rank, targets in ((2, TARGETS), (3, ("language/q", "language/down")))]
     leaves = stacked.stack(base, [adapters.divide(one)[0] for one in own])
     assert leaves["language"]["layers"]["q"]["lora_owner"].tolist() == [[1, 1, 2, 2, 2]] * 2
-    several = stacked.beside(base, leaves)
-    of_tiles, of_rows = stacked.of_rows(several, 1), stacked.of_rows(several, np.array([0, 2]))
+    several = stacked.merge_leaves(base, leaves)
+    of_tiles, of_rows = stacked.params_for_rows(several, 1), stacked.params_for_rows(several, np.array([0, 2]))
     plain, found = walks(deep, base), walks(deep, of_tiles | {"language": of_rows["language"]})
     first, second = (walks(deep, adapters.folded(one)) for one in own)
     np.testing.assert_allclose(found[0], first[0], atol=2e-5, rtol=1e-4)
-    np.testing.assert_array_equal(walks(deep, stacked.of_rows(several, 0))[0], plain[0])
+    np.testing.assert_array_equal(walks(deep, stacked.params_for_rows(several, 0))[0], plain[0])
     for whole, before, other in zip(found[1:], plain[1:], second[1:], strict=True):
         np.testing.assert_array_equal(whole[0], before[0])
         np.testing.assert_allclose(whole[1], other[1], atol=1e-4, rtol=1e-4)

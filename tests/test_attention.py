@@ -36,7 +36,7 @@ def formula(q, k, v, causal):
 
 WAYS = {
     "cpu": one_cpu.self_attention,
-    "dense": attention._over_own,
+    "dense": attention._dense_self_attention,
     "blocks": attention._in_blocks,
     "tpu": lambda *arrays, **options: flash_attention(*arrays, interpret=jax.default_backend() != "tpu", **options),
     "padded": functools.partial(padded_attention, implementation="xla"),  # cuDNN's padding, on any device

@@ -73,7 +73,7 @@ def test_parts_compute_what_the_step_does(small, shape, phase):
         parts = {part.name: part.run for part in bench_parts.parts(config, small, whole, batch)}
         found = {name: jax.device_get(run()) for name, run in parts.items() if name != "optimizer"}
         _, _, metrics = whole.run("per_length")()
-        before = jax.device_get(whole.ours)
+        before = jax.device_get(whole.trained)
         after, _, copy = parts["optimizer"]()
     assert jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b), after, copy))
     assert not jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b), after, before))

@@ -19,7 +19,7 @@ def test_buckets_of_the_7b_model():
     assert buckets.windows == (528, 1040, 2064, 4112) and buckets.capacity == 4112
     assert buckets.tiles == (3, 4, 5, 8) and buckets.image_tiles == 5
     assert buckets.pages == 5  # one image fits, however little memory is given
-    assert buckets.prompts == (1, 4) and buckets.behind == (64, 256)
+    assert buckets.prompts == (1, 4) and buckets.resume_chunks == (64, 256)
     assert len(buckets.prefills) == 20 and len(buckets.decodes) == 12 and len(buckets.routes) == 4
     assert [bucket((4, 8), need) for need in (0, 4, 5, 9)] == [4, 4, 8, 8]
 
@@ -47,7 +47,7 @@ def prompt(keys):
 
 def advance(scheduler, work):
     """Read the prompt of the only work that reads."""
-    while work in scheduler.reading:
+    while work in scheduler.prefilling:
         scheduler.prefilled(scheduler.next_prefill())
     work.tokens.append(1000)
 
@@ -121,7 +121,7 @@ def finish(scheduler, keys, tokens=()):
     admission = scheduler.admit(work)
     advance(scheduler, work)
     scheduler.decoded(work, list(tokens))
-    scheduler.leave(work)
+    scheduler.release(work)
     return admission
 
 
@@ -162,7 +162,7 @@ def test_a_prompt_waits_for_one_that_is_read_and_begins_as_it_does():
     assert scheduler.admit(first).shared == 0
     assert scheduler.admit(second) is None
     assert scheduler.admit(prompt([7, image_key(b"a" * 16, 72), 9])).shared == 0  # shares too little to wait
-    while first in scheduler.reading:
+    while first in scheduler.prefilling:
         assert scheduler.admit(second) is None
         scheduler.prefilled(scheduler.next_prefill())
     assert scheduler.admit(second).shared == 102
@@ -173,7 +173,7 @@ def test_what_was_given_up_keeps_what_was_read():
     work = prompt(range(200))
     scheduler.admit(work)
     scheduler.prefilled(scheduler.next_prefill())
-    scheduler.leave(work)
+    scheduler.release(work)
     assert scheduler.next_prefill() is None and scheduler.next_decode() is None
     assert scheduler.admit(prompt(range(200))).shared == 64
 
@@ -185,25 +185,25 @@ def tiles(count, value):
 def test_pages_are_shared_and_the_longest_unused_image_goes():
     pages = ImagePages(6)
     a, b, c = (("a", tiles(3, 1)), ("b", tiles(2, 2)), ("c", tiles(2, 3)))
-    (of_a,), (again, of_b) = pages.take([a]), pages.take([a, b])
+    (of_a,), (again, of_b) = pages.acquire([a]), pages.acquire([a, b])
     assert again == of_a and len({*of_a, *of_b}) == 5
     assert (pages.hits, pages.misses) == (1, 2)
     _, missing = pages.missing(4)
     assert list(missing) == [*of_a, of_b[0]] and missing[of_b[0]][0, 0, 0] == 2
     pages.encoded(missing)
     assert pages.ready("a") and not pages.ready("b")
-    assert pages.take([c]) is None  # everything is in use
-    pages.leave("a")
-    assert pages.take([c]) is None
-    pages.leave("ab")  # b was not encoded yet: nobody waits for it, so it is forgotten, and a is kept
+    assert pages.acquire([c]) is None  # everything is in use
+    pages.release("a")
+    assert pages.acquire([c]) is None
+    pages.release("ab")  # b was not encoded yet: nobody waits for it, so it is forgotten, and a is kept
     assert pages.missing(9) == (0, {})
-    (of_c,) = pages.take([c])
+    (of_c,) = pages.acquire([c])
     assert not {*of_c} & {*of_a}
-    pages.take([a])
+    pages.acquire([a])
     assert (pages.hits, pages.misses) == (2, 3)
-    assert pages.take([("d", tiles(2, 4))]) is None
-    pages.leave("a")
-    assert {*pages.take([("d", tiles(4, 4))])[0]} == set(range(6)) - {*of_c}  # a went
+    assert pages.acquire([("d", tiles(2, 4))]) is None
+    pages.release("a")
+    assert {*pages.acquire([("d", tiles(4, 4))])[0]} == set(range(6)) - {*of_c}  # a went
 
 
 def test_an_image_is_known_by_its_pixels_and_its_size():
@@ -223,7 +223,7 @@ def test_places_in_the_pool(tiny):
 
 
 def test_on_several_lanes_every_program_takes_all_slots():
-    scheduler = Scheduler(server_buckets(ModelConfig(), slots=3, chunk=64, pages=20, lanes=2))
+    scheduler = Scheduler(server_buckets(ModelConfig(), slots=3, chunk=64, pages=20, batch_shards=2))
     works = [prompt(range(n, n + 30)) for n in (0, 100, 200)]
     for work in works:
         scheduler.admit(work)
@@ -252,12 +252,12 @@ def test_every_position_of_a_draft_predicts_once():
         scheduler, work = Scheduler(buckets), drafted(length, draft)
         scheduler.admit(work)
         agreed, asked = int(rng.integers(0, draft + 1)), 0
-        while work in scheduler.reading:
+        while work in scheduler.prefilling:
             before = work.cached
             prefill = scheduler.next_prefill()
-            assert (1, prefill.chunk, prefill.window, prefill.ends) in buckets.prefills
+            assert (1, prefill.chunk, prefill.window, prefill.predicted) in buckets.prefills
             (start,), (size,), (count,) = prefill.starts, prefill.lengths, prefill.predicts
-            assert start == before and 0 < size <= prefill.chunk and count <= prefill.ends
+            assert start == before and 0 < size <= prefill.chunk and count <= prefill.predicted
             scheduler.prefilled(prefill)
             assert count == max(0, work.cached - max(before, length - 1))
             if count:
@@ -277,6 +277,6 @@ def test_a_prompt_that_is_packed_again_keeps_its_slot_and_the_text_in_front():
     scheduler.decoded(work, [5, 6])
     work.keys = np.array([*range(40), *[-16] * 80, 9, 1000, 5], np.int64)
     work.draft = 2
-    again = scheduler.again(work)
+    again = scheduler.readmit(work)
     assert (again.slot, again.shared, again.source) == (work.slot, 40, None)
-    assert work.tokens == [] and work.cached == 40 and work in scheduler.reading and work not in scheduler.decoding
+    assert work.tokens == [] and work.cached == 40 and work in scheduler.prefilling and work not in scheduler.decoding

@@ -61,16 +61,16 @@ def test_a_draft_is_kept_as_far_as_it_agrees(model, engine, photos, monkeypatch,
     requests = [Request(p, photos[0], granularity=4, escalate=1.0, max_new_tokens=64) for p in prompts]
     finest = [alone(model, request, 16) for request in requests]
     drafts = {request.prompt: [*answer.token_ids] for request, answer in zip(requests, finest, strict=True)}
-    escalate = engine_module.escalate
+    repack_finer = engine_module.repack_finer
 
     def drafted(config, job, pages, ended):
         right = drafts[job.prepared.request.prompt]
         wrong = [(token + 1) % 600 for token in right[agreed : agreed + 1]]
         job.tokens = right[:agreed] + wrong + [7, 8, 9]
-        escalate(config, job, pages, False)
+        repack_finer(config, job, pages, False)
 
     with monkeypatch.context() as patch, compilations() as compiled:
-        patch.setattr(engine_module, "escalate", drafted)
+        patch.setattr(engine_module, "repack_finer", drafted)
         before = engine.stats()
         found = run(engine, requests)
         assert compiled() == 0

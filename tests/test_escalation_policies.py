@@ -40,16 +40,16 @@ def test_every_read_is_counted(tiny):
         record["scores"] = [[0.0, 0.0, 1.0]]
     made[2]["answers"] = {4: "x", 8: "x", 16: None}  # it does not fit at the finest
     table = escalation.table(tiny, made)
-    found = escalation.followed(table, Policy(float("inf"), 0.5))
+    found = escalation.apply_policy(table, Policy(float("inf"), 0.5))
     assert found.cost.tolist() == [8 + 32, 8, 8 + 16] and found.right.tolist() == [1.0, 0.2, 0.5]
     assert found.last.tolist() == [2, 0, 1]
     # The router begins at the finest here: there is nothing finer. At a price of 2 it begins at 4, worth -0.5 to -1.0.
-    assert escalation.followed(table, Policy(0.0, 1.0)).cost.tolist() == [32, 32, 32]
-    assert escalation.followed(table, Policy(2.0, 0.0)).cost.tolist() == [8, 8, 8]
+    assert escalation.apply_policy(table, Policy(0.0, 1.0)).cost.tolist() == [32, 32, 32]
+    assert escalation.apply_policy(table, Policy(2.0, 0.0)).cost.tolist() == [8, 8, 8]
     first, again = np.array([[1.0, 2.0, 5.0]] * 3), np.array([[4.0, 3.5, 0.0]] * 3)
     seconds = escalation.Costs(first, again, router=0.25)  # the router is asked where its price is finite
-    assert escalation.followed(table, Policy(float("inf"), 0.5), seconds).cost.tolist() == [5, 1, 5]
-    assert escalation.followed(table, Policy(2.0, 0.5), seconds).cost.tolist() == [5.25, 1.25, 5.25]
+    assert escalation.apply_policy(table, Policy(float("inf"), 0.5), seconds).cost.tolist() == [5, 1, 5]
+    assert escalation.apply_policy(table, Policy(2.0, 0.5), seconds).cost.tolist() == [5.25, 1.25, 5.25]
 
 
 def test_the_price_is_that_of_the_engine(tiny):
@@ -74,7 +74,7 @@ def test_what_is_fitted_on_one_half_is_measured_on_the_other(tiny):
     assert set(report["accuracy"]) == {"fixed", "random", "adaptive", "oracle", "escalation", "combined"}
     by_half = [Policy(float("inf"), each["escalate"]) for each in report["fitted"]["escalation"]]
     assert by_half == [escalation.cheapest(table, escalation.ESCALATION, half) for half in (0, 1)]
-    parts = [escalation.followed(table, policy) for policy in by_half]
+    parts = [escalation.apply_policy(table, policy) for policy in by_half]
     right = np.where(table.half == 0, parts[1].right, parts[0].right)
     assert report["accuracy"]["escalation"]["all"] == pytest.approx(right.mean())
     tokens = np.where(table.half == 0, parts[1].cost, parts[0].cost)

@@ -115,14 +115,14 @@ def test_one_bad_step_too_many_ends_the_run_however_often_it_is_started(poisoned
 
 def test_a_step_that_is_not_finite_changes_nothing_but_the_rate(params):
     optimizer = make_optimizer(OptimizerConfig(1e-2, 1e-2, warmup=0.0, weight_decay=0.1), steps=10)
-    ours = {"router": params["router"]}
-    grads = jax.tree.map(jnp.ones_like, ours)
+    trained = {"router": params["router"]}
+    grads = jax.tree.map(jnp.ones_like, trained)
     update = jax.jit(optimizer.update)
-    _, state = update(grads, optimizer.init(ours), ours)
+    _, state = update(grads, optimizer.init(trained), trained)
     spoiled = jax.tree.map(jnp.copy, grads)
     spoiled["router"]["logits"]["kernel"] = spoiled["router"]["logits"]["kernel"].at[0, 0].set(jnp.inf)
     for bad, loss in ((grads, jnp.nan), (spoiled, 1.0)):
-        updates, after = update(bad, state, ours, loss=loss)
+        updates, after = update(bad, state, trained, loss=loss)
         assert not any(jnp.any(leaf) for leaf in jax.tree.leaves(updates))
         jax.tree.map(np.testing.assert_array_equal, after[:-1], state[:-1])
         assert after[-1].count == 2

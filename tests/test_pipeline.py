@@ -189,9 +189,9 @@ def test_the_shapes_of_coming_batches_are_known_before_them(llava_folder, tokeni
         return str({key: np.shape(value) if not isinstance(value, dict) else shapes(value)
                     for key, value in batch.items() if key not in ("records", "skipped")})  # fmt: skip
 
-    coming = [shapes(batch) for batch in batches.coming(2, 1000)]
-    assert coming == list(dict.fromkeys(shapes(batches[number]) for number in range(2, WINDOW)))
-    assert len(coming) > 1 and [shapes(batch) for batch in batches.coming(2, 1)] == coming[:1]
+    upcoming = [shapes(batch) for batch in batches.upcoming(2, 1000)]
+    assert upcoming == list(dict.fromkeys(shapes(batches[number]) for number in range(2, WINDOW)))
+    assert len(upcoming) > 1 and [shapes(batch) for batch in batches.upcoming(2, 1)] == upcoming[:1]
 
 
 def test_shapes_are_chosen_to_hold_all_found(tiny):

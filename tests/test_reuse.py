@@ -12,7 +12,7 @@ from PIL import Image
 
 from avg_llava_jax import checkpoint, reuse, stored
 from avg_llava_jax.data.feedback import FeedbackFolder, require_same_measure
-from avg_llava_jax.data.sources import contents, open_source
+from avg_llava_jax.data.sources import content_digest, open_source
 from avg_llava_jax.data.tokenizer import load_tokenizer
 from avg_llava_jax.eval import evaluation, quickstart
 from avg_llava_jax.files import same_run
@@ -239,15 +239,16 @@ def test_the_contents_of_a_data_set(llava_folder):
         return llava_folder / name
 
     def digest(where=images):
-        return contents(open_source(str(records), str(where)))
+        return content_digest(open_source(str(records), str(where)))
 
-    before = digest(), digest(zipped("a.zip")), contents(open_source("jersey?size=9"))
+    before = digest(), digest(zipped("a.zip")), content_digest(open_source("jersey?size=9"))
     assert len(set(before)) == 3 and before[0] == digest()
     images.rename(llava_folder / "moved")
     (llava_folder / "a.zip").rename(llava_folder / "b.zip")
     images, pictures = llava_folder / "moved", sorted((llava_folder / "moved").iterdir())
     assert (digest(images), digest(llava_folder / "b.zip")) == before[:2]
-    assert contents(open_source("jersey?size=9")) == before[2] != contents(open_source("jersey?size=9&seed=1"))
+    assert content_digest(open_source("jersey?size=9")) == before[2]
+    assert content_digest(open_source("jersey?size=9&seed=1")) != before[2]
     Image.new("RGB", (9, 9)).save(pictures[-1])
     assert digest(images) != before[0] and digest(zipped("c.zip")) != before[1]
     other = digest(images)

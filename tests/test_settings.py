@@ -98,8 +98,8 @@ def traced(config: TrainConfig, model: ModelConfig) -> str:
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((config.batch_size, *x.shape[1:]), x.dtype), row)
     with jax.set_mesh(mesh):
         step = Step(config, model, mesh)
-        ours, frozen = step.split(step.params)
-        jaxpr = step.update.trace(ours, step.state, frozen, batch, jax.ShapeDtypeStruct((), jnp.int32)).jaxpr
+        trained, frozen = step.split(step.params)
+        jaxpr = step.update.trace(trained, step.state, frozen, batch, jax.ShapeDtypeStruct((), jnp.int32)).jaxpr
     return re.sub("0x[0-9a-f]+", "", str(jaxpr))
 
 

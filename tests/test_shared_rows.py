@@ -113,7 +113,7 @@ def test_every_record_once_an_epoch_and_processes_share_out_the_rows(llava_folde
             assert list(chain(*(piece["records"] for piece in pieces))) == whole["records"]
             np.testing.assert_array_equal(np.concatenate([piece["text"] for piece in pieces]), whole["text"])
     assert set(seen) == set(range(24)) and len(set(seen.values())) == 1
-    once = planned(llava_folder, tokenizer, tiny, batch_size=6, pack=3, once=True)
+    once = planned(llava_folder, tokenizer, tiny, batch_size=6, pack=3, single_epoch=True)
     assert sorted(chain(*(numbers(once[number]) for number in range(len(once))))) == list(range(24))
 
 

@@ -189,18 +189,18 @@ def test_a_step_is_compiled_for_each_batch_shape(tiny, llava_folder, tmp_path, m
 def test_accumulation_gives_the_gradients_of_the_whole_batch(tiny, params, batch, monkeypatch):
     """Four rows at once, two at a time as one CPU takes them, and one at a time."""
     loss = phases.make_loss("connector", tiny, (4,), RglfConfig(), remat="full")
-    ours, frozen = parameters.split(params, ("connector",))
+    trained, frozen = parameters.split(params, ("connector",))
     turns = []
 
-    def of_ours(ours, batch, rng):
+    def of_trained(trained, batch, rng):
         turns.append(len(rng))
-        return loss(parameters.merge(ours, frozen), batch, rng)
+        return loss(parameters.merge(trained, frozen), batch, rng)
 
     def by(rows, accumulate):
-        monkeypatch.setattr(one_cpu, "TRAINED_ROWS", rows)
+        monkeypatch.setattr(one_cpu, "TRAINING_ROWS", rows)
         turns.clear()
-        step = jax.jit(lambda ours, batch: gradients(of_ours, ours, batch, jax.random.key(0), accumulate))
-        found = step(ours, batch)
+        step = jax.jit(lambda trained, batch: gradients(of_trained, trained, batch, jax.random.key(0), accumulate))
+        found = step(trained, batch)
         assert set(turns) == {min(rows, 4 // accumulate)}
         return found
 
@@ -210,7 +210,7 @@ def test_accumulation_gives_the_gradients_of_the_whole_batch(tiny, params, batch
 
 
 def test_one_cpu_takes_few_rows_at_a_time():
-    assert [one_cpu.parts(rows, 2) for rows in (1, 2, 5, 6, 16)] == [1, 1, 5, 3, 8]
+    assert [one_cpu.part_count(rows, 2) for rows in (1, 2, 5, 6, 16)] == [1, 1, 5, 3, 8]
     rows, seen = {"x": np.arange(6.0)[:, None]}, []
 
     def double(batch):
@@ -279,15 +279,17 @@ def test_optimizer_knows_components_and_matrices(tiny, params):
     with pytest.raises(ValueError, match="would train nothing"):
         trainable("connector", still)
     optimizer = make_optimizer(dataclasses.replace(config, connector_learning_rate=2e-2), steps=10)
-    ours, _ = parameters.split(params, trainable("multi_granularity", config))
-    zeros = jax.tree.map(jnp.zeros_like, ours)
-    decay, _ = jax.jit(optimizer.update)(zeros, optimizer.init(ours), ours)
-    np.testing.assert_allclose(decay["connector"]["up"]["kernel"], -2e-3 * ours["connector"]["up"]["kernel"], rtol=1e-5)
+    trained, _ = parameters.split(params, trainable("multi_granularity", config))
+    zeros = jax.tree.map(jnp.zeros_like, trained)
+    decay, _ = jax.jit(optimizer.update)(zeros, optimizer.init(trained), trained)
     np.testing.assert_allclose(
-        decay["encoder"]["layers"]["q"]["kernel"], -1e-4 * ours["encoder"]["layers"]["q"]["kernel"], rtol=1e-5
+        decay["connector"]["up"]["kernel"], -2e-3 * trained["connector"]["up"]["kernel"], rtol=1e-5
     )
     np.testing.assert_allclose(
-        decay["language"]["layers"]["q"]["kernel"], -1e-3 * ours["language"]["layers"]["q"]["kernel"], rtol=1e-5
+        decay["encoder"]["layers"]["q"]["kernel"], -1e-4 * trained["encoder"]["layers"]["q"]["kernel"], rtol=1e-5
+    )
+    np.testing.assert_allclose(
+        decay["language"]["layers"]["q"]["kernel"], -1e-3 * trained["language"]["layers"]["q"]["kernel"], rtol=1e-5
     )
     for vector in (
         decay["connector"]["up"]["bias"],
@@ -296,8 +298,8 @@ def test_optimizer_knows_components_and_matrices(tiny, params):
     ):
         np.testing.assert_array_equal(vector, 0)
     clipped = make_optimizer(OptimizerConfig(1e-2, 1e-2, clip=1.0), steps=10)
-    state = clipped.init(ours)
-    _, state = jax.jit(clipped.update)(jax.tree.map(lambda x: x + 5.0, zeros), state, ours)
+    state = clipped.init(trained)
+    _, state = jax.jit(clipped.update)(jax.tree.map(lambda x: x + 5.0, zeros), state, trained)
     moments = next(part for part in state if isinstance(part, optax.ScaleByAdamState))
     assert optax.global_norm(moments.mu) == pytest.approx(0.1, rel=1e-4)  # (1 - b1) x 1
 

@@ -66,7 +66,7 @@ def test_batches_that_end_are_the_same_samples_whatever_their_size(tiny, tokeniz
     """Over more than one window, and with records that cannot be used, each of which is reported once."""
     (llava_folder / "images" / "1-0.png").unlink()
     parts = open_sources(str(llava_folder / "train.json"), str(llava_folder / "images"))
-    batches = PlannedBatches(parts, tokenizer, tiny, tiny.granularities, batch_size=1, once=True)
+    batches = PlannedBatches(parts, tokenizer, tiny, tiny.granularities, batch_size=1, single_epoch=True)
     found = [batches[number] for number in range(len(batches))]
     assert len(found) == 24 and sum(bool(batch["records"][0]) for batch in found) == 23
     assert [one.record.rpartition("#")[2] for batch in found for one in batch["skipped"]] == ["1"]

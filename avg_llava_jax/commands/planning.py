@@ -163,8 +163,8 @@ def beside_training(
     mesh = sharding.make_mesh(dataclasses.asdict(config.mesh), target.devices)
     with jax.set_mesh(mesh):
         step, held = _step(config, model, mesh, shape)
-        ours, batch = held["trained"], held["batch"]
-        yield Program("init", step.init.trace(ours), {"trained": ours})
+        trained, batch = held["trained"], held["batch"]
+        yield Program("init", step.init.trace(trained), {"trained": trained})
         given = {name: held[name] for name in ("trained", "frozen", "batch")}
         yield Program("validation", step.evaluate.trace(*given.values()), given)
         if config.phase != "rglf":
@@ -211,9 +211,9 @@ def _step(
         stored=[nothing] if nothing else None,
     )
     step = Step(config, model, mesh)
-    ours, frozen = step.split(step.params)
+    trained, frozen = step.split(step.params)
     batch = _batch(rows, config.rows, mesh)
-    return step, {"trained": ours, "frozen": frozen, "optimizer": step.state, "batch": batch}
+    return step, {"trained": trained, "frozen": frozen, "optimizer": step.state, "batch": batch}
 
 
 def answering(config: ml_collections.ConfigDict, target: Target, shape: Shape, room: int) -> Iterator[Plan]:

@@ -228,7 +228,8 @@ def export_released(
     config, _ = checkpoint.read_config(source)
     origin = _origin(source)
     tower = pathlib.Path(output).absolute() / "vision_tower"
-    values = layouts.released_config(config, origin.get("config", {}), router, str(tower))
+    original = {key: value for key, value in origin.get("config", {}).items() if key != llava_next.ADAPTIVE}
+    values = layouts.released_config(config, original, router, str(tower))
     loaded = _folded(source)
     tokenizer = load_tokenizer(loaded.tokenizer_folder)
     exported = Exported(config, loaded.params, source / foreign.UNUSED, dtype, router)

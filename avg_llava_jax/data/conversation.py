@@ -107,7 +107,7 @@ _IMAGE = _Piece("", image=True)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Said:
+class _CheckedTurn:
     """A checked turn. role: system, human or gpt. texts: those around its images, one more than it has images."""
 
     role: str
@@ -131,7 +131,7 @@ class _Said:
                 yield _IMAGE
             yield _Piece(text, labelled=self.role == "gpt")
 
-    def stripped(self) -> _Said:
+    def stripped(self) -> _CheckedTurn:
         first, *rest = self.texts
         texts = [first.lstrip(), *rest]
         texts[-1] = texts[-1].rstrip()
@@ -194,7 +194,7 @@ def encode_raw(prompt: str | Sequence[str], tokenizer: Tokenizer) -> Tokens:
 
 def stop_ids(tokenizer: Tokenizer, template: str) -> tuple[int, ...]:
     """Stop ids, ascending: the token that the template writes after an answer, the tokenizer's EOS, `END_OF_TEXT`."""
-    turns = [_Said("human", ("a",)), _Said("gpt", ("b",))]
+    turns = [_CheckedTurn("human", ("a",)), _CheckedTurn("gpt", ("b",))]
     stops = {tokenizer.eos_id, tokenizer.special_tokens.get(END_OF_TEXT, tokenizer.eos_id)}
     labelled = [piece for piece in _render(turns, tokenizer, template) if piece.labelled]
     stops.update(_special_id(piece.text, tokenizer) for piece in labelled if piece.special)
@@ -212,11 +212,11 @@ def _texts(value: Any) -> tuple[str, ...] | None:
     return None
 
 
-def _checked(conversations: Sequence[Turn], images: int, template: str) -> list[_Said]:
+def _checked(conversations: Sequence[Turn], images: int, template: str) -> list[_CheckedTurn]:
     """Validated turns: human and gpt alternate after the system, and each image has one place."""
     if not isinstance(conversations, Sequence) or isinstance(conversations, str) or not conversations:
         raise BadSample("no_turns", "`conversations` must be a list of turns that is not empty")
-    turns: list[_Said] = []
+    turns: list[_CheckedTurn] = []
     for number, turn in enumerate(conversations):
         role, value = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None)
         texts = _texts(value)
@@ -226,7 +226,7 @@ def _checked(conversations: Sequence[Turn], images: int, template: str) -> list[
             _whole(text, f"turn {number}")
         if role not in ("human", "gpt") and (role, number) != ("system", 0):
             raise BadSample("unknown_role", f"turn {number} is from {role!r}; known are human, gpt, and system first")
-        said = _Said(role, texts)
+        said = _CheckedTurn(role, texts)
         if number and role == turns[-1].role:
             raise BadSample("bad_order", f"turns {number - 1} and {number} are both from {role}")
         if role == "system" and said.images:
@@ -240,7 +240,7 @@ def _checked(conversations: Sequence[Turn], images: int, template: str) -> list[
     found = sum(turn.images for turn in turns)
     if not found and images:
         first, *rest = turns[question].texts
-        turns[question] = _Said("human", ("", *["\n"] * (images - 1), "\n" + first, *rest))
+        turns[question] = _CheckedTurn("human", ("", *["\n"] * (images - 1), "\n" + first, *rest))
     elif found != images:
         raise BadSample("image_count", f"{images} images for {found} {PLACEHOLDER}")
     for number, turn in enumerate(turns):
@@ -251,18 +251,18 @@ def _checked(conversations: Sequence[Turn], images: int, template: str) -> list[
     return turns
 
 
-def _greets(turns: list[_Said]) -> bool:
+def _greets(turns: list[_CheckedTurn]) -> bool:
     """Whether an answer precedes all questions."""
     return next(turn.role for turn in turns if turn.role != "system") == "gpt"
 
 
-def _question_first(turns: list[_Said]) -> list[_Said]:
+def _question_first(turns: list[_CheckedTurn]) -> list[_CheckedTurn]:
     """The turns with an empty question before an answer that precedes all questions."""
     at = int(turns[0].role == "system")
-    return [*turns[:at], _Said("human", ("",)), *turns[at:]] if _greets(turns) else turns
+    return [*turns[:at], _CheckedTurn("human", ("",)), *turns[at:]] if _greets(turns) else turns
 
 
-def _without_system(turns: list[_Said]) -> list[_Said]:
+def _without_system(turns: list[_CheckedTurn]) -> list[_CheckedTurn]:
     """The turns, a question first, with the system's text before it, unless that is blank."""
     turns = _question_first(turns)
     if turns[0].role != "system":
@@ -271,7 +271,7 @@ def _without_system(turns: list[_Said]) -> list[_Said]:
     first, *rest = question.texts
     if not system.texts[0].strip():
         return [question, *others]
-    return [_Said("human", (f"{system.texts[0]}\n\n{first}", *rest)), *others]
+    return [_CheckedTurn("human", (f"{system.texts[0]}\n\n{first}", *rest)), *others]
 
 
 def _whole(text: str, what: str) -> None:
@@ -280,7 +280,7 @@ def _whole(text: str, what: str) -> None:
         raise BadSample("malformed_turn", f"{what} has {half}, half of a surrogate pair: write it as valid UTF-8")
 
 
-def _render(turns: list[_Said], tokenizer: Tokenizer, template: str) -> list[_Piece]:
+def _render(turns: list[_CheckedTurn], tokenizer: Tokenizer, template: str) -> list[_Piece]:
     """Renders turns as pieces of text. After a final human turn comes the header of the answer."""
     if template in CHATML:
         return list(_chatml(turns, CHATML[template]))
@@ -304,7 +304,7 @@ def puts_bos(template: str) -> bool:
     return template != "tokenizer"
 
 
-def _vicuna_v1(turns: list[_Said], tokenizer: Tokenizer) -> Iterable[_Piece]:
+def _vicuna_v1(turns: list[_CheckedTurn], tokenizer: Tokenizer) -> Iterable[_Piece]:
     yield _Piece(VICUNA_SYSTEM + " ")
     for turn in turns:
         if turn.human:
@@ -314,7 +314,7 @@ def _vicuna_v1(turns: list[_Said], tokenizer: Tokenizer) -> Iterable[_Piece]:
             yield _eos(tokenizer)
 
 
-def _mistral_instruct(turns: list[_Said], tokenizer: Tokenizer) -> Iterable[_Piece]:
+def _mistral_instruct(turns: list[_CheckedTurn], tokenizer: Tokenizer) -> Iterable[_Piece]:
     for turn in turns:
         if turn.human:
             yield from turn.pieces("[INST] ", " [/INST]")
@@ -323,13 +323,13 @@ def _mistral_instruct(turns: list[_Said], tokenizer: Tokenizer) -> Iterable[_Pie
             yield _eos(tokenizer)
 
 
-def _after_space(answer: _Said) -> Iterable[_Piece]:
+def _after_space(answer: _CheckedTurn) -> Iterable[_Piece]:
     """An answer after a space; an empty one is nothing at all, as the model wrote it."""
     if answer.texts[0].strip():
         yield from answer.pieces(" ")
 
 
-def _llama_3(turns: list[_Said]) -> Iterable[_Piece]:
+def _llama_3(turns: list[_CheckedTurn]) -> Iterable[_Piece]:
     def header(role: str) -> Iterable[_Piece]:
         yield _Piece("<|start_header_id|>", special=True)
         yield _Piece(role)
@@ -347,9 +347,9 @@ def _llama_3(turns: list[_Said]) -> Iterable[_Piece]:
         yield from header("assistant")
 
 
-def _chatml(turns: list[_Said], form: ChatML) -> Iterable[_Piece]:
+def _chatml(turns: list[_CheckedTurn], form: ChatML) -> Iterable[_Piece]:
     if form.system is not None and turns[0].role != "system":
-        turns = [_Said("system", (form.system,)), *turns]
+        turns = [_CheckedTurn("system", (form.system,)), *turns]
     for turn in turns:
         yield _Piece(START, special=True)
         match turn.role:
@@ -370,7 +370,7 @@ def _chatml(turns: list[_Said], form: ChatML) -> Iterable[_Piece]:
         yield _Piece("assistant\n")
 
 
-def _images_first(turn: _Said) -> tuple[int, _Said]:
+def _images_first(turn: _CheckedTurn) -> tuple[int, _CheckedTurn]:
     """The number of images that a turn begins with, each on its own line or not, and the rest of it."""
     count, texts = 0, list(turn.texts)
     while len(texts) > 1 and not texts[0]:
@@ -378,14 +378,14 @@ def _images_first(turn: _Said) -> tuple[int, _Said]:
     return count, dataclasses.replace(turn, texts=tuple(texts))
 
 
-def _plain(turns: list[_Said]) -> Iterable[_Piece]:
+def _plain(turns: list[_CheckedTurn]) -> Iterable[_Piece]:
     """The images and the caption; the text of the question is dropped, as in LLaVA."""
     yield from [_IMAGE] * turns[0].images
     if len(turns) > 1:
         yield from turns[1].pieces(after="\n")
 
 
-def _own_template(turns: list[_Said], tokenizer: Tokenizer) -> Iterable[_Piece]:
+def _own_template(turns: list[_CheckedTurn], tokenizer: Tokenizer) -> Iterable[_Piece]:
     """An answer is the difference of two renderings: the turns up to and including it, less the turns before it."""
     names = {"system": "system", "human": "user", "gpt": "assistant"}
     if not tokenizer.takes_greeting:
@@ -431,7 +431,7 @@ def _unused(text: str) -> str:
 
 def keeps_turns(tokenizer: Tokenizer) -> bool:
     """Whether the tokenizer's own template renders earlier turns as before when later ones are added."""
-    turns = [_Said(role, ("a",)) for role in ("human", "gpt") * 2]
+    turns = [_CheckedTurn(role, ("a",)) for role in ("human", "gpt") * 2]
     try:
         return bool(list(_own_template(turns, tokenizer)))
     except ValueError:

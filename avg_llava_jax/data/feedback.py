@@ -6,9 +6,9 @@
                                   `path#number`, `nll` (G,) with NaN where there is no answer, and `tiles`
     FOLDER/00003-0.features.npy   (tiles of all samples, P, D), memory-mapped by the reader
 
-`asked` identifies an answer: a digest of token ids, labels and encoded images. Neither the sample's id nor its position
-matters, so records whose ids repeat, are missing or null keep their own answers, and the data may move. A sample that
-changed is not found. A window's files appear only when complete, the features first.
+`asked` identifies an answer, by `question_digest` of token ids, labels and encoded images. Neither the sample's id nor
+its position matters, so records whose ids repeat, are missing or null keep their own answers, and the data may move. A
+sample that changed is not found. A window's files appear only when complete, the features first.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Stored(NamedTuple):
         return bool(np.isfinite(self.nll).all())
 
 
-def asked(sample: Sample) -> str:
+def question_digest(sample: Sample) -> str:
     """Digest of what a sample asks the frozen model: its token ids, labels and encoded images, in hex.
 
     Raises:

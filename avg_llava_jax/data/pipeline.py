@@ -33,7 +33,7 @@ from absl import flags
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.data.conversation import Tokens
 from avg_llava_jax.data.errors import BadSample
-from avg_llava_jax.data.feedback import Stored, asked
+from avg_llava_jax.data.feedback import Stored, question_digest
 from avg_llava_jax.data.geometry import visual_count
 from avg_llava_jax.data.packing import (
     Sample,
@@ -46,7 +46,7 @@ from avg_llava_jax.data.packing import (
     row_shape,
     tiles_of,
 )
-from avg_llava_jax.data.sources import Part, read_sample
+from avg_llava_jax.data.sources import WeightedSource, read_sample
 from avg_llava_jax.data.tokenizer import Tokenizer
 
 WINDOW = 16
@@ -109,15 +109,16 @@ class PlannedBatches:
     shapes: largest number of batch shapes for the surveyed records; each is compiled once.
     saves: see `choose_shapes`.
     words: adds `patch_words` for phase `grounding`.
-    feedback: stored feedback by `asked`; adds `nll` float32 (rows, G) to the batch, NaN in an empty row, and, where
-        features are stored, `features` (rows, T, P, D) in place of `pixels`. A record without feedback is skipped.
+    feedback: stored feedback by `question_digest`; adds `nll` float32 (rows, G) to the batch, NaN in an empty row,
+        and, where features are stored, `features` (rows, T, P, D) in place of `pixels`. A record without feedback is
+        skipped.
     rows: rows of each batch that this process reads, ascending; None = all.
     kept: for each part the numbers of the records that are used, ascending; None = all.
-    once: yields every record once, in order and without mixing by weight, then ends; for validation.
+    single_epoch: yields every record once, in order and without mixing by weight, then ends; for validation.
     shapes_of: batches whose shapes are reused.
     """
 
-    parts: Sequence[Part]
+    parts: Sequence[WeightedSource]
     tokenizer: Tokenizer
     config: ModelConfig
     granularities: tuple[int, ...]
@@ -129,12 +130,12 @@ class PlannedBatches:
     feedback: Mapping[str, Stored] | None = None
     rows: tuple[int, ...] | None = None
     kept: tuple[np.ndarray, ...] | None = None
-    once: bool = False
+    single_epoch: bool = False
     shapes_of: PlannedBatches | None = None
     pack: int = 1
 
     def __len__(self) -> int:
-        if self.once:
+        if self.single_epoch:
             return math.ceil(sum(self.sizes) / self.batch_size)
         return 2**40  # endless: one epoch follows another
 
@@ -175,7 +176,7 @@ class PlannedBatches:
         )
         return {**batch, "records": records, "skipped": skipped}
 
-    def coming(self, number: int, count: int) -> list[Batch]:
+    def upcoming(self, number: int, count: int) -> list[Batch]:
         """A batch without samples for each shape of the `count` batches from `number` on, in their order.
 
         It looks no further than the window of batch `number`, and decodes nothing.
@@ -204,7 +205,7 @@ class PlannedBatches:
 
     def first(self, count: int) -> Iterator[Member]:
         """The usable records among the first `count`, in Grain's order; from one source at most one epoch."""
-        for at in range(min(count, sum(self.sizes)) if self.once or len(self.parts) == 1 else count):
+        for at in range(min(count, sum(self.sizes)) if self.single_epoch or len(self.parts) == 1 else count):
             member = self._read(at)
             if isinstance(member, Member):
                 yield member
@@ -220,7 +221,7 @@ class PlannedBatches:
           BadSample: `no_feedback`; `no_answer` if it was measured, but could not be answered.
         """
         try:
-            kept = self.feedback[asked(sample)]
+            kept = self.feedback[question_digest(sample)]
         except KeyError:
             raise BadSample(
                 "no_feedback",
@@ -305,7 +306,7 @@ class PlannedBatches:
 
     def _read(self, at: int) -> Member | Skipped:
         """The record at a position of Grain's order."""
-        which, index = self._pairs[at] if self.once else _drawn(self._mixture, self.seed, at)
+        which, index = self._pairs[at] if self.single_epoch else _drawn(self._mixture, self.seed, at)
         index = index if self.kept is None else int(self.kept[which][index])
         member = self._members.pop((which, index), None) or self._read_record(self.parts[which], index)
         self._members[which, index] = member
@@ -313,7 +314,7 @@ class PlannedBatches:
             self._members.popitem(last=False)
         return member
 
-    def _read_record(self, part: Part, index: int) -> Member | Skipped:
+    def _read_record(self, part: WeightedSource, index: int) -> Member | Skipped:
         record = f"{part.path}#{index}"
         try:
             return Member(record, read_sample(part.source, index, self.tokenizer, self.config, self.granularities))
@@ -330,7 +331,7 @@ class PlannedBatches:
     def _plan(self, window: int) -> _Window:
         count = min(WINDOW, len(self) - window * WINDOW)
         start, end = (number * WINDOW * self.batch_size for number in (window, window + 1))
-        read = [self._read(at) for at in range(start, min(end, sum(self.sizes)) if self.once else end)]
+        read = [self._read(at) for at in range(start, min(end, sum(self.sizes)) if self.single_epoch else end)]
         shared = self._share([one for one in read if isinstance(one, Member)], count * self._rows)
         rows = [(row, self._need(row)) for row in shared]
         cost = functools.cache(lambda shape: _cost(shape, self.config, self.granularities))

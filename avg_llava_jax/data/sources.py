@@ -36,7 +36,7 @@ from avg_llava_jax.data.packing import Sample, check_labels, make_sample
 from avg_llava_jax.data.tokenizer import Tokenizer
 
 SAMPLED = 64
-"""Records whose images `contents` reads."""
+"""Records whose images `content_digest` reads."""
 
 Record = dict[str, Any]
 
@@ -49,7 +49,7 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Record: ...
 
 
-class Part(NamedTuple):
+class WeightedSource(NamedTuple):
     """One source of a mixture, the path that opened it, and its weight."""
 
     path: str
@@ -207,7 +207,7 @@ def open_source(path: str, images: str = "", max_pixels: int = MAX_PIXELS) -> So
     return Jersey(**given)
 
 
-def open_sources(path: str, images: str = "", max_pixels: int = MAX_PIXELS) -> list[Part]:
+def open_sources(path: str, images: str = "", max_pixels: int = MAX_PIXELS) -> list[WeightedSource]:
     """Opens the sources of comma-separated paths `[weight*]path` (default weight 1).
 
     images: folder, zip or tar of the images; one for all paths, or a comma-separated one for each, in their order.
@@ -227,12 +227,12 @@ def open_sources(path: str, images: str = "", max_pixels: int = MAX_PIXELS) -> l
     if any(entry["weight"] and float(entry["weight"]) == 0 for entry in entries):
         raise ValueError(f"data.path={path!r}: weights must be greater than 0")
     return [
-        Part(entry["path"], open_source(entry["path"], place, max_pixels), float(entry["weight"] or 1))
+        WeightedSource(entry["path"], open_source(entry["path"], place, max_pixels), float(entry["weight"] or 1))
         for entry, place in zip(entries, places, strict=True)
     ]
 
 
-def contents(source: Source) -> str:
+def content_digest(source: Source) -> str:
     """Digest of a source, in hex: its records, and its images as far as that is affordable.
 
     It covers every byte of a records file, the names and sizes of all members of an archive (and their checksums, which

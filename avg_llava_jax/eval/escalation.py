@@ -81,7 +81,7 @@ def begin(table: Table, cost_weight: float) -> np.ndarray:
     return np.argmax(table.scores - cost_weight * shares, axis=1)
 
 
-class Followed(NamedTuple):
+class Outcome(NamedTuple):
     """The questions under a policy: grades and costs (n,), and the places int (n,) of their last granularities."""
 
     right: np.ndarray
@@ -92,12 +92,12 @@ class Followed(NamedTuple):
 class Costs(NamedTuple):
     """What answers take, in one unit.
 
-    first: (n, G), answers at each granularity, images included. again: (n, G), the pass at the finest granularity that
-    follows one at each. router: the choice of where to begin.
+    first_pass: (n, G), answers at each granularity, images included. second_pass: (n, G), the pass at the finest
+    granularity that follows one at each. router: the choice of where to begin.
     """
 
-    first: np.ndarray
-    again: np.ndarray
+    first_pass: np.ndarray
+    second_pass: np.ndarray
     router: float = 0.0
 
 
@@ -119,11 +119,11 @@ def flop_costs(config: ModelConfig, samples: Sequence[Sample], table: Table) -> 
     reads = prefill(text[:, None] + table.tokens)
     finest = np.take_along_axis(reads, table.finest[:, None], axis=1)
     router = np.mean([router_flops(config, 1, int(count)) for count in tiles])
-    first, again = encoder[:, None] + reads, np.broadcast_to(finest, reads.shape)
-    return Costs(first / 1e9, again / 1e9, float(router) / 1e9)
+    first, second_pass = encoder[:, None] + reads, np.broadcast_to(finest, reads.shape)
+    return Costs(first / 1e9, second_pass / 1e9, float(router) / 1e9)
 
 
-def followed(table: Table, policy: Policy, costs: Costs | None = None) -> Followed:
+def apply_policy(table: Table, policy: Policy, costs: Costs | None = None) -> Outcome:
     """The questions under a policy. costs: default visual tokens.
 
     With certainties [[.4, .9], [.8, .9]], tokens [[10, 40], [10, 40]] and the policy (infinite, .5), the first question
@@ -133,17 +133,17 @@ def followed(table: Table, policy: Policy, costs: Costs | None = None) -> Follow
     row, first = np.arange(len(table.tokens)), begin(table, policy.cost_weight)
     again = (table.certainty[row, first] < policy.escalate) & (first < table.finest)
     last = np.where(again, table.finest, first)
-    cost = costs.first[row, first] + np.where(again, costs.again[row, first], 0)
+    cost = costs.first_pass[row, first] + np.where(again, costs.second_pass[row, first], 0)
     routed = 0.0 if np.isinf(policy.cost_weight) else costs.router
-    return Followed(table.right[row, last], cost + routed, last)
+    return Outcome(table.right[row, last], cost + routed, last)
 
 
-def crossed(of_each: Sequence[Followed], half: np.ndarray) -> Followed:
+def cross_fitted(of_each: Sequence[Outcome], half: np.ndarray) -> Outcome:
     """The questions of each half (n,) under the policy that was fitted on the other one. of_each: by fitted half."""
-    return Followed(*(np.where(half == 1, *parts) for parts in zip(*of_each, strict=True)))
+    return Outcome(*(np.where(half == 1, *parts) for parts in zip(*of_each, strict=True)))
 
 
-def means(found: Followed, rows: np.ndarray) -> tuple[float, float]:
+def means(found: Outcome, rows: np.ndarray) -> tuple[float, float]:
     """Mean grade and mean cost of some questions, bool (n,)."""
     return float(found.right[rows].mean()), float(found.cost[rows].mean())
 
@@ -155,7 +155,7 @@ def cheapest(table: Table, family: Sequence[Policy], half: int) -> Policy:
     """
     rows = table.half == half
     goal = table.right[rows].mean(axis=0).max() if rows.any() else 0.0
-    found = [means(followed(table, each), rows) for each in family if rows.any()]
+    found = [means(apply_policy(table, each), rows) for each in family if rows.any()]
     ranks = [(min(accuracy - goal, 0.0), -cost) for accuracy, cost in found]
     return family[ranks.index(max(ranks))] if ranks else family[-1]
 
@@ -167,7 +167,7 @@ def curve(
 
     Where no policy is within the budget, the cheapest.
     """
-    every = [followed(table, policy, costs) for policy in family]
+    every = [apply_policy(table, policy, costs) for policy in family]
     on_half = [[means(found, table.half == half) for found in every] for half in (0, 1)]
     points = []
     for budget in budgets:
@@ -175,7 +175,7 @@ def curve(
         for found in on_half:
             ranks = [(min(budget - cost, 0.0), accuracy, -cost) for accuracy, cost in found]
             best.append(every[ranks.index(max(ranks))])
-        accuracy, cost = means(crossed(best, table.half), np.ones(len(table.half), bool))
+        accuracy, cost = means(cross_fitted(best, table.half), np.ones(len(table.half), bool))
         points.append({"cost": cost, "accuracy": accuracy})
     return points
 
@@ -200,7 +200,7 @@ def frontier(table: Table, costs: Costs | None = None, steps: int = 24) -> dict[
     prices. Areas are taken from the cost of the coarsest fixed granularity to that of the finest.
     """
     costs = token_costs(table) if costs is None else costs
-    right, mean = table.right, costs.first.mean(axis=0)
+    right, mean = table.right, costs.first_pass.mean(axis=0)
     low, high = float(mean[0]), float(mean[-1])
     budgets = np.geomspace(low, high, steps) if low > 0 else np.linspace(low, high, steps)
 
@@ -208,7 +208,7 @@ def frontier(table: Table, costs: Costs | None = None, steps: int = 24) -> dict[
         """One point for each (n, G) of shares."""
         return [
             {
-                "cost": float((share * costs.first).sum(axis=1).mean()),
+                "cost": float((share * costs.first_pass).sum(axis=1).mean()),
                 "accuracy": float((share * right).sum(axis=1).mean()),
             }
             for share in chosen
@@ -223,6 +223,6 @@ def frontier(table: Table, costs: Costs | None = None, steps: int = 24) -> dict[
         "router": curve(table, ROUTER, budgets, costs),
         "escalation": curve(table, ESCALATION, budgets, costs),
         "combined": curve(table, COMBINED, budgets, costs),
-        "oracle": points([one_hot[np.argmax(right - (price + 1e-9) * costs.first, axis=1)] for price in prices]),
+        "oracle": points([one_hot[np.argmax(right - (price + 1e-9) * costs.first_pass, axis=1)] for price in prices]),
     }
     return {"curves": curves, "areas": {name: area(found, low, high) for name, found in curves.items()}}

@@ -30,7 +30,7 @@ from avg_llava_jax import reuse
 from avg_llava_jax.config import ModelConfig, named
 from avg_llava_jax.data.conversation import PLACEHOLDER, encode_conversation, encode_prompt
 from avg_llava_jax.data.errors import BadSample
-from avg_llava_jax.data.feedback import asked
+from avg_llava_jax.data.feedback import question_digest
 from avg_llava_jax.data.packing import Sample, make_sample, tiles_of
 from avg_llava_jax.data.sources import Source
 from avg_llava_jax.data.tokenizer import Tokenizer
@@ -290,7 +290,7 @@ def made_by(model: Model, question: Question, max_new_tokens: int) -> dict[str, 
       BadSample: an image is missing.
     """
     guide = question.guide and reuse.digest(question.guide.grammar_text)
-    return {**model.made_by, "max_new_tokens": max_new_tokens, "guide": guide, PROMPT: asked(question.sample)}
+    return {**model.made_by, "max_new_tokens": max_new_tokens, "guide": guide, PROMPT: question_digest(question.sample)}
 
 
 def settle(

@@ -171,7 +171,7 @@ def report(
     table, fitted = escalation.table(config, records), {}
     for name, family in (("escalation", escalation.ESCALATION), ("combined", escalation.COMBINED)):
         each = [escalation.cheapest(table, family, half) for half in (0, 1)]
-        found = escalation.crossed([escalation.followed(table, policy) for policy in each], table.half)
+        found = escalation.cross_fitted([escalation.apply_policy(table, policy) for policy in each], table.half)
         chosen = [
             (config.granularities[place],) * len(record["chosen"])
             for place, record in zip(found.last, records, strict=True)

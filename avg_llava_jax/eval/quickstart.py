@@ -115,14 +115,14 @@ def compare(
     seconds = timing.seconds_per_answer(adaptive, questions, TIMED, ANSWER_TOKENS)
     report = policies.report(config, records, seconds)
     samples = [question.sample for question in questions]
-    seen = routing.see(adaptive, samples)
+    pyramids = routing.encode_once(adaptive, samples)
     routed = {
         "adaptive_paper": (paper, samples),
         "shuffled_instruction": (adaptive, routing.shuffled(questions, "instruction")),
         "shuffled_image": (adaptive, routing.shuffled(questions, "image")),
     }
     others = {
-        name: policies.choices(config, routing.route_all(model, asked, seen=seen))
+        name: policies.choices(config, routing.route_all(model, asked, pyramids=pyramids))
         for name, (model, asked) in routed.items()
     }
     outcomes = {name: policies.outcome(config, records, picked) for name, picked in others.items()}

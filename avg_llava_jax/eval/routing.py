@@ -53,11 +53,11 @@ def route(
     return avg_llava.route(config, params, pyramid, avg_llava.embed(config, params, inputs["text"]), inputs)
 
 
-Seen = Mapping[tuple, np.ndarray]
+Pyramids = Mapping[tuple, np.ndarray]
 """Pyramids (tiles, R, D) by the images of a sample."""
 
 
-def see(model: Model, samples: Sequence[Sample], batch_size: int = 32) -> Seen:
+def encode_once(model: Model, samples: Sequence[Sample], batch_size: int = 32) -> Pyramids:
     """The images of the prompts, each encoded once however many prompts are about it; held in the host's memory.
 
     batch_size: tiles that are encoded at once, of any images.
@@ -83,16 +83,17 @@ def _fetched(running: tuple[jax.Array, int] | None) -> list[np.ndarray]:
 
 
 def encode_all(
-    model: Model, samples: Sequence[Sample], batch_size: int = 32, seen: Seen | None = None
+    model: Model, samples: Sequence[Sample], batch_size: int = 32, pyramids: Pyramids | None = None
 ) -> Iterator[Encoded]:
     """Encode prompts in batches of equal tiles and images, with one text length for all.
 
-    seen: the result of `see` for all of their images, with room in each batch for the most tiles; None = encode them.
+    pyramids: the result of `encode_once` for all of their images, with room in each batch for the most tiles;
+        None = encode them.
     """
     config = model.config
     shapes = [dataclasses.replace(shape_of(sample, config), answer=1, fill=1.0) for sample in samples]
     text = max((shape.text for shape in shapes), default=0)
-    if seen is not None:  # running a router is cheap, compiling another program for it is not
+    if pyramids is not None:  # running a router is cheap, compiling another program for it is not
         most = max((shape.tiles for shape in shapes), default=0)
         shapes = [dataclasses.replace(shape, tiles=most) for shape in shapes]
 
@@ -108,9 +109,9 @@ def encode_all(
                 continue
             shape = dataclasses.replace(shapes[part[0]], text=text)
             padded = [samples[row] for row in np.resize(part, batch_size)]  # one program for all batches of a shape
-            known = None if seen is None else [seen[sample.images] for sample in padded]
+            known = None if pyramids is None else [pyramids[sample.images] for sample in padded]
             batch = collate(padded, shape, config, (), known)
-            pyramid = encode(config, model.params, batch["pixels"]) if seen is None else batch["pixels"]
+            pyramid = encode(config, model.params, batch["pixels"]) if pyramids is None else batch["pixels"]
             yield Encoded(part, images, pyramid, {key: batch[key] for key in ROUTER_INPUTS})
 
 
@@ -134,10 +135,10 @@ def route_encoded(model: Model, encoded: Iterable[Encoded]) -> list[np.ndarray]:
 
 
 def route_all(
-    model: Model, samples: Sequence[Sample], batch_size: int = 32, seen: Seen | None = None
+    model: Model, samples: Sequence[Sample], batch_size: int = 32, pyramids: Pyramids | None = None
 ) -> list[np.ndarray]:
-    """Router scores (images, G) of each prompt; no prompt is answered. seen: as of `encode_all`."""
-    return route_encoded(model, encode_all(model, samples, batch_size, seen))
+    """Router scores (images, G) of each prompt; no prompt is answered. pyramids: as of `encode_all`."""
+    return route_encoded(model, encode_all(model, samples, batch_size, pyramids))
 
 
 def shuffled(questions: Sequence[Question], what: str, seed: int = 0) -> list[Sample]:

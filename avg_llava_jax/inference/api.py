@@ -25,8 +25,9 @@ from avg_llava_jax.convert.quantize import quantized
 from avg_llava_jax.data.conversation import PLACEHOLDER, Turn
 from avg_llava_jax.data.packing import tiles_of
 from avg_llava_jax.data.tokenizer import Tokenizer, load_tokenizer
-from avg_llava_jax.inference import calibration, stacked
+from avg_llava_jax.inference import stacked
 from avg_llava_jax.inference.buckets import STEPS, bucket
+from avg_llava_jax.inference.calibration import load_calibration
 from avg_llava_jax.inference.device import page_bytes
 from avg_llava_jax.inference.engine import Engine
 from avg_llava_jax.inference.model import Model, unstacked
@@ -104,7 +105,7 @@ class AvgLlava(Model):
         model = cls(loaded.config, params, load_tokenizer(loaded.tokenizer_folder), loaded.meta["step"])
         model.adapters = Stack(tuple(adapters or ()), leaves)
         try:
-            model.calibration = calibration.read(pathlib.Path(path), model.step, quantize)
+            model.calibration = load_calibration(pathlib.Path(path), model.step, quantize)
         except ValueError as error:  # raised when a request needs it
             model.calibration = error
         return model

@@ -31,11 +31,11 @@ class Buckets:
     """The static sizes of an engine; a field that is a tuple holds the buckets of one axis.
 
     slots: slots of the cache. capacity: positions of a slot. pages: tiles whose pyramids are kept.
-    lanes: parts of a mesh's batch axis; with several, prefill and decode take all slots, so that each device works on
-        its own slots.
-    prompts: prompts in one prefill. chunks: positions of a prefill from a prompt's start. behind: positions of one
-        that follows a cached prefix. verify: the longest chunk that may end in a draft. windows: cache positions that
-        are attended to. rows: slots in one decode.
+    batch_shards: parts of a mesh's batch axis; with several, prefill and decode take all slots, so that each device
+        works on its own slots.
+    prompts: prompts in one prefill. chunks: positions of a prefill from a prompt's start. resume_chunks: positions of
+        one that follows a cached prefix. longest_draft_chunk: the longest chunk that may end in a draft.
+    windows: cache positions that are attended to. rows: slots in one decode.
     tiles: tiles in one encode. images: images in one route, each with at most `image_tiles` tiles. texts: text tokens
         of their prompts.
     greedy: whether greedy decoding has programs of its own, which compile faster and sort nothing.
@@ -44,11 +44,11 @@ class Buckets:
     slots: int
     capacity: int
     pages: int
-    lanes: int
+    batch_shards: int
     prompts: tuple[int, ...]
     chunks: tuple[int, ...]
-    behind: tuple[int, ...]
-    verify: int
+    resume_chunks: tuple[int, ...]
+    longest_draft_chunk: int
     windows: tuple[int, ...]
     rows: tuple[int, ...]
     tiles: tuple[int, ...]
@@ -59,17 +59,17 @@ class Buckets:
 
     @property
     def prefills(self) -> list[tuple[int, int, int, int]]:
-        """(prompts, chunk, window, ends) of every prefill program, if none is compiled on demand.
+        """(prompts, chunk, window, predicted) of every prefill program, if none is compiled on demand.
 
         window 0: a prompt without a cached prefix.
         """
         fresh = [(chunk, 0) for chunk in self.chunks]
-        sizes = fresh + [(chunk, window) for chunk in self.behind for window in self.windows if window >= chunk]
-        return [(prompts, *size, self.ends(size[0], False)) for prompts in self.prompts for size in sizes]
+        sizes = fresh + [(chunk, window) for chunk in self.resume_chunks for window in self.windows if window >= chunk]
+        return [(prompts, *size, self.predicted(size[0], False)) for prompts in self.prompts for size in sizes]
 
-    def ends(self, chunk: int, draft: bool) -> int:
+    def predicted(self, chunk: int, draft: bool) -> int:
         """How many of a chunk's last positions predict a token: 1, or `VERIFIED` where it may end in a draft."""
-        return VERIFIED if draft or (chunk <= self.verify and not self.on_demand) else 1
+        return VERIFIED if draft or (chunk <= self.longest_draft_chunk and not self.on_demand) else 1
 
     @property
     def decodes(self) -> list[tuple[int, int]]:
@@ -88,7 +88,7 @@ class Buckets:
         return len(self.tiles) + len(self.routes) + len(self.prefills) + len(self.decodes) + shared
 
 
-def server_buckets(config: ModelConfig, slots: int, chunk: int, pages: int, lanes: int = 1) -> Buckets:
+def server_buckets(config: ModelConfig, slots: int, chunk: int, pages: int, batch_shards: int = 1) -> Buckets:
     """Few buckets, for an engine that compiles every program before it answers.
 
     For the 7B model, 8 slots and chunks of 256: prompts 1 4, chunks 64 256 (64 may verify a draft), windows
@@ -102,13 +102,13 @@ def server_buckets(config: ModelConfig, slots: int, chunk: int, pages: int, lane
         slots=slots,
         capacity=capacity,
         pages=max(pages, *counts),
-        lanes=lanes,
-        prompts=(slots,) if lanes > 1 else tuple(sorted({1, min(4, slots)})),
+        batch_shards=batch_shards,
+        prompts=(slots,) if batch_shards > 1 else tuple(sorted({1, min(4, slots)})),
         chunks=chunks,
-        behind=chunks,
-        verify=chunks[0],
+        resume_chunks=chunks,
+        longest_draft_chunk=chunks[0],
         windows=_halves(capacity),
-        rows=(slots,) if lanes > 1 else _powers(1, 4, slots),
+        rows=(slots,) if batch_shards > 1 else _powers(1, 4, slots),
         tiles=tuple(sorted({*counts, max(MICRO_BATCH, *counts)})),
         images=(1, 4),
         image_tiles=max(counts),
@@ -118,7 +118,7 @@ def server_buckets(config: ModelConfig, slots: int, chunk: int, pages: int, lane
 
 
 def offline_buckets(
-    config: ModelConfig, slots: int, length: int, pages: int, lanes: int = 1, prompts: Sequence[int] = ()
+    config: ModelConfig, slots: int, length: int, pages: int, batch_shards: int = 1, prompts: Sequence[int] = ()
 ) -> Buckets:
     """Buckets of an engine that compiles programs at their first use.
 
@@ -134,13 +134,13 @@ def offline_buckets(
         slots=slots,
         capacity=capacity,
         pages=max(pages, *counts),
-        lanes=lanes,
-        prompts=(slots,) if lanes > 1 else tuple(sorted({together} if prompts else {1, together})),
+        batch_shards=batch_shards,
+        prompts=(slots,) if batch_shards > 1 else tuple(sorted({together} if prompts else {1, together})),
         chunks=few_buckets(lengths, prompts) if prompts else lengths,
-        behind=tuple(size for size in _powers(16, 4, 1024) if size <= capacity),
-        verify=capacity,
+        resume_chunks=tuple(size for size in _powers(16, 4, 1024) if size <= capacity),
+        longest_draft_chunk=capacity,
         windows=_powers(min(SMALLEST_WINDOW, capacity), 2, capacity),
-        rows=(slots,) if lanes > 1 else tuple(sorted({1, slots})),
+        rows=(slots,) if batch_shards > 1 else tuple(sorted({1, slots})),
         tiles=tuple(sorted({*counts, most})) if slots == 1 else (max(counts), most),
         images=tuple(sorted({1, min(8, slots)})),
         image_tiles=max(counts),

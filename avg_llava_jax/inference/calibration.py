@@ -37,7 +37,7 @@ class Calibration:
         return path
 
 
-def read(folder: pathlib.Path, step: int, quantize: str | None) -> Calibration | None:
+def load_calibration(folder: pathlib.Path, step: int, quantize: str | None) -> Calibration | None:
     """The calibration of a checkpoint folder at a step, None without the file.
 
     Raises:

@@ -42,7 +42,7 @@ def choose(
     return tuple(config.granularities[place] for place in places)
 
 
-def finer(config: ModelConfig, prepared: Prepared, choice: Sequence[Granularity]) -> tuple[Granularity, ...]:
+def next_choice(config: ModelConfig, prepared: Prepared, choice: Sequence[Granularity]) -> tuple[Granularity, ...]:
     """The granularity of each image for the pass that follows one at `choice`; empty if none follows.
 
     It is the finest that fits into `max_length`, and into `max_visual_tokens` together with the first pass. Images that

@@ -25,7 +25,7 @@ from avg_llava_jax.models.router import Routing
 from avg_llava_jax.parallel import sharding
 
 
-class Part(NamedTuple):
+class PromptChunk(NamedTuple):
     """A chunk of one prompt to prefill: ids, places int32 (n,), for positions start .. start + n - 1 of a slot.
 
     weights: None, or float32 (n, 4) with places (n, 4), see `programs.Chunk`.
@@ -58,7 +58,7 @@ class Prefilled(NamedTuple):
 
     logits: jax.Array
     tokens: jax.Array
-    chances: jax.Array
+    logprobs: jax.Array
     first: tuple[jax.Array, jax.Array, Scores] | None
     rows: list[int]
 
@@ -68,8 +68,8 @@ class Prefilled(NamedTuple):
         return self.first and self.first[2]
 
     def fetch(self) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens (prompts, ends) and their log-probabilities, once the device has predicted them."""
-        found, first = jax.device_get(((self.tokens, self.chances), self.first and self.first[:2]))
+        """Tokens (prompts, predicted) and their log-probabilities, once the device has predicted them."""
+        found, first = jax.device_get(((self.tokens, self.logprobs), self.first and self.first[:2]))
         if first is None:
             return found
         return tuple(np.concatenate([part[:, :-1], last], axis=1) for part, last in zip(found, first, strict=True))
@@ -78,27 +78,27 @@ class Prefilled(NamedTuple):
 class Decoded(NamedTuple):
     """Answers that decode, each in the row of its slot, and what `programs.decode` returns for all rows.
 
-    tokens, chances: (rows, STEPS). made: (rows,), how many of them are real.
+    tokens, logprobs: (rows, STEPS). counts: (rows,), how many of them are real.
     """
 
     answers: Sequence[Answering]
     tokens: jax.Array
-    chances: jax.Array
-    made: jax.Array
+    logprobs: jax.Array
+    counts: jax.Array
     scores: Scores | None
 
     def fetch(self) -> tuple[list[list[int]], list[list[float]], list[list[TokenScore]]]:
         """The tokens of each answer, their log-probabilities and their scores, once the device has decoded them."""
-        tokens, chances, made = jax.device_get((self.tokens, self.chances, self.made))
+        tokens, logprobs, counts = jax.device_get((self.tokens, self.logprobs, self.counts))
         rows = [answer.slot for answer in self.answers]
-        found, likely = ([part[row, : made[row]].tolist() for row in rows] for part in (tokens, chances))
+        found, likely = ([part[row, : counts[row]].tolist() for row in rows] for part in (tokens, logprobs))
         wanted = [
             scored(answer.then, self.scores, answer.slot, ids) for answer, ids in zip(self.answers, found, strict=True)
         ]
         return found, likely, wanted
 
 
-def lanes_of(model: Model) -> int:
+def batch_shards_of(model: Model) -> int:
     """The number of parts of the mesh's batch axis, `data` x `fsdp`; 1 without a mesh."""
     at = model.params["image_newline"].sharding
     if not isinstance(at, NamedSharding):
@@ -201,14 +201,14 @@ class Device:
             at[row, : len(own)], text[row, : len(ids)], lengths[row] = own, ids, len(ids)
         return self._call(programs.route, self._pool, at, text, lengths, self._number(adapter))
 
-    def prefill(self, parts: Sequence[Part], prompts: int, chunk: int, window: int, ends: int) -> Prefilled:
+    def prefill(self, parts: Sequence[PromptChunk], prompts: int, chunk: int, window: int, predicted: int) -> Prefilled:
         """Prefill chunks of prompts.
 
         prompts, chunk, window: buckets, at least the number of parts, their longest, and their last position + 1.
-        ends: see `Buckets.ends`.
+        predicted: see `Buckets.predicted`.
         """
-        # On several lanes row i is slot i, so that each device reads and writes its own slots.
-        by_slot = self.buckets.lanes > 1
+        # With several shards row i is slot i, so that each device reads and writes its own slots.
+        by_slot = self.buckets.batch_shards > 1
         rows = [part.slot for part in parts] if by_slot else list(range(len(parts)))
         slot, start = np.full(prompts, self.buckets.slots, np.int32), np.full(prompts, self.buckets.capacity, np.int32)
         length, adapter = np.zeros((2, prompts), np.int32)
@@ -222,7 +222,7 @@ class Device:
             if weights is not None:
                 weights[row, : len(part.ids)] = part.weights
         arrays = programs.Chunk(None if by_slot else slot, start, length, ids, places, weights, self._number(adapter))
-        self._cache, *found = self._call(programs.prefill, self._cache, self._pool, arrays, window, ends)
+        self._cache, *found = self._call(programs.prefill, self._cache, self._pool, arrays, window, predicted)
         at, ended = [row for row, part in zip(rows, parts, strict=True) if part.then], [p.then for p in parts if p.then]
         greedy = all(answer.greedy for answer in ended)
         return Prefilled(*found, None if greedy else self._first(found[0], at, ended), rows)

@@ -1,6 +1,6 @@
 """The engine answers requests in rounds; every round encodes, routes, prefills and decodes a little.
 
-    submit ─▶ waiting ─encode, route─▶ routed ─a slot─▶ reading ─prefill, chunk by chunk─▶ decoding ─▶ answer
+    submit ─▶ waiting ─encode, route─▶ routed ─a slot─▶ prefilling ─prefill, chunk by chunk─▶ decoding ─▶ answer
 
 A round assigns free slots, prefills one chunk of the prompts whose next chunk has the same size, encodes one
 micro-batch of tiles, routes one micro-batch of images, and decodes a few tokens of every answer. So no request waits
@@ -18,9 +18,17 @@ import jax
 import numpy as np
 
 from avg_llava_jax.inference.buckets import bucket, offline_buckets, server_buckets
-from avg_llava_jax.inference.device import Answering, Decoded, Device, Part, Prefilled, lanes_of, page_bytes
+from avg_llava_jax.inference.device import (
+    Answering,
+    Decoded,
+    Device,
+    Prefilled,
+    PromptChunk,
+    batch_shards_of,
+    page_bytes,
+)
 from avg_llava_jax.inference.image_pages import ImagePages
-from avg_llava_jax.inference.job import Images, Job, escalate, make_job, pack
+from avg_llava_jax.inference.job import Images, Job, make_job, pack, repack_finer
 from avg_llava_jax.inference.model import Model, without_end
 from avg_llava_jax.inference.pricing import UNROUTED, Pricing, Slo
 from avg_llava_jax.inference.requests import Answer, Prepared, Request
@@ -72,12 +80,12 @@ class Engine:
                 raise ValueError(f"{name}={value} must be at least {least}")
         if length > limit:
             raise ValueError(f"max_length={length} is over the model's {limit}: lower it")
-        pages, lanes = image_cache_bytes // page_bytes(model), lanes_of(model)
+        pages, batch_shards = image_cache_bytes // page_bytes(model), batch_shards_of(model)
         if chunk is None:
-            buckets = offline_buckets(model.config, slots, length, pages, lanes, prompts)
+            buckets = offline_buckets(model.config, slots, length, pages, batch_shards, prompts)
         else:
             model = model.limited_to(length)
-            buckets = server_buckets(model.config, slots, min(chunk, length), pages, lanes)
+            buckets = server_buckets(model.config, slots, min(chunk, length), pages, batch_shards)
         self.model, self.config, self.queue, self.buckets = model, model.config, queue, buckets
         self._patient = chunk is None
         self._device = Device(model, buckets)
@@ -155,11 +163,11 @@ class Engine:
             if job.ticket.cancelled or self._abandoned:
                 self._end(job, Cancelled("the request was cancelled"))
         try:
-            self._show_decoded()
+            self._stream_decoded()
             self._admit(partial=not self._encoded and not self._scheduler.decoding)
             prefills = self._prefill()
             self._encoded = self._encode()
-            self._show_prefilled(prefills)
+            self._stream_prefilled(prefills)
             self._decode()
         except jax.errors.JaxRuntimeError as error:
             self._start_over(error)
@@ -239,18 +247,18 @@ class Engine:
         return len(self._inbox) + len(self._waiting) + len(self._encoding) + len(self._routed)
 
     def _running_count(self) -> int:
-        return len(self._scheduler.reading) + len(self._scheduler.decoding)
+        return len(self._scheduler.prefilling) + len(self._scheduler.decoding)
 
     def _cost_weight(self) -> float:
         """The lowest price of visual tokens that the load allows now."""
         if self._pricing is None:
             return 0.0
-        return self._pricing.cost_weight(self._waiting_count() + len(self._scheduler.reading))
+        return self._pricing.cost_weight(self._waiting_count() + len(self._scheduler.prefilling))
 
     def _jobs(self) -> list[Job]:
         """The requests of the stepping thread, whatever their stage."""
         scheduler = self._scheduler
-        return [*self._waiting, *self._encoding, *self._routed, *scheduler.reading, *scheduler.decoding]
+        return [*self._waiting, *self._encoding, *self._routed, *scheduler.prefilling, *scheduler.decoding]
 
     def _encode(self) -> bool:
         """Encode a micro-batch of tiles, route one of images, and pack prompts, ahead of free slots.
@@ -262,7 +270,7 @@ class Engine:
         """
         while self._waiting and len(self._encoding) + len(self._routed) < AHEAD * self.buckets.slots:
             job = self._waiting[0]
-            job.pages = self._images.take(job.images, job.prepared.adapter)
+            job.pages = self._images.acquire(job.images, job.prepared.adapter)
             if job.pages is None:
                 break  # until earlier requests have been prefilled, and free their pages
             job.reached("taken")
@@ -278,7 +286,7 @@ class Engine:
         price = self._cost_weight()
         if price >= UNROUTED:
             for job in ready:
-                job.spare(self.config)
+                job.skip_router(self.config)
         unrouted = [(job, at) for job in ready for at in range(len(job.scores), len(job.scores) + job.unrouted)]
         adapter = unrouted[0][0].prepared.adapter if unrouted else 0
         unrouted = [each for each in unrouted if each[0].prepared.adapter == adapter]
@@ -297,7 +305,7 @@ class Engine:
                 try:
                     pack(self.config, job, self.buckets.pages, price)
                     job.ticket.visual_tokens = job.visual
-                    self._counters.add(raised=int(job.raised))
+                    self._counters.add(raised=int(job.price_raised))
                 except ValueError as error:
                     self._end(job, error)
         return encode or route
@@ -313,7 +321,7 @@ class Engine:
     @property
     def _eager(self) -> bool:
         """Whether to run a micro-batch that is not full: not while a patient engine has other work."""
-        busy = self._routed or self._scheduler.reading or self._scheduler.decoding
+        busy = self._routed or self._scheduler.prefilling or self._scheduler.decoding
         return not (self._patient and busy)
 
     def _admit(self, partial: bool) -> None:
@@ -351,7 +359,7 @@ class Engine:
         """Count a prompt that got a slot, or one that is packed again in its slot."""
         self._counters.add(visual_tokens=job.visual)
         self._counters.add(prefix_hits=int(place.shared > 1), prefix_tokens=place.shared)
-        self._counters.read_at(job.choice)
+        self._counters.count_granularities(job.choice)
 
     def _copy(self, copies: dict[int, int], longest: int) -> None:
         """Copy prefixes of up to `longest` positions between slots, {target: source}, in this order."""
@@ -362,7 +370,7 @@ class Engine:
     def _window(self, positions: int) -> int:
         return bucket(self.buckets.windows, positions)
 
-    def _prefill(self) -> list[tuple[Prefill, list[Part], Prefilled]]:
+    def _prefill(self) -> list[tuple[Prefill, list[PromptChunk], Prefilled]]:
         """Prefill one chunk of the prompts whose next chunk has the same size; a patient engine prefills all prompts.
 
         Returns the calls, which are in the device's queue: the host waits for none of them.
@@ -375,26 +383,26 @@ class Engine:
                 now = slice(start, start + length)
                 weights = None if job.weights is None else job.weights[now]
                 adapter = job.prepared.adapter
-                parts.append(Part(job.slot, start, job.ids[now], job.places[now], weights, then, adapter))
-            after = self._device.prefill(parts, prefill.prompts, prefill.chunk, prefill.window, prefill.ends)
+                parts.append(PromptChunk(job.slot, start, job.ids[now], job.places[now], weights, then, adapter))
+            after = self._device.prefill(parts, prefill.prompts, prefill.chunk, prefill.window, prefill.predicted)
             self._scheduler.prefilled(prefill)
             calls.append((prefill, parts, after))
             if not self._patient:
                 break
         return calls
 
-    def _show_prefilled(self, calls: Sequence[tuple[Prefill, list[Part], Prefilled]]) -> None:
-        """Wait for prefills, and show the tokens that they predict."""
+    def _stream_prefilled(self, calls: Sequence[tuple[Prefill, list[PromptChunk], Prefilled]]) -> None:
+        """Wait for prefills, and stream the tokens that they predict."""
         done = set()
         for prefill, parts, after in calls:
             if not any(prefill.predicts):
                 continue  # without waiting for the device
-            tokens, chances = after.fetch()
+            tokens, logprobs = after.fetch()
             for job, part, row, count in zip(prefill.works, parts, after.rows, prefill.predicts, strict=True):
                 if not count or job in done:  # the rest of a draft that is dropped
                     continue
                 held = self._scheduler.predicted(job, tokens[row, -count:].tolist())
-                job.chances += chances[row, -count:][:held].tolist()
+                job.logprobs += logprobs[row, -count:][:held].tolist()
                 if len(job.tokens) <= job.draft:
                     continue  # more of its draft follows
                 done.add(job)
@@ -407,8 +415,8 @@ class Engine:
                 if job.ticket.keep_logits:
                     job.ticket.logits = np.asarray(after.logits)[row]
                 if not job.finer:
-                    self._let_go(job)
-                self._show(job)
+                    self._release_images(job)
+                self._stream(job)
 
     def _decode(self) -> None:
         """Start to decode a few tokens of every answer."""
@@ -418,21 +426,21 @@ class Engine:
         answers = [Answering(job.slot, job.cached, job.next(), job.prepared.adapter) for job in decode.works]
         self._decoding = decode.works, self._device.decode(answers, decode.rows, decode.window, decode.steps)
 
-    def _show_decoded(self) -> None:
-        """Wait for the last round's decode, and show its tokens."""
+    def _stream_decoded(self) -> None:
+        """Wait for the last round's decode, and stream its tokens."""
         if self._decoding is None:
             return
         works, decoded = self._decoding
         self._decoding = None
-        for job, tokens, chances, scores in zip(works, *decoded.fetch(), strict=True):
+        for job, tokens, logprobs, scores in zip(works, *decoded.fetch(), strict=True):
             if job not in self._scheduler.decoding:  # cancelled meanwhile
                 continue
             self._scheduler.decoded(job, tokens)
-            job.chances += chances
+            job.logprobs += logprobs
             job.token_scores += scores
-            self._show(job)
+            self._stream(job)
 
-    def _show(self, job: Job) -> None:
+    def _stream(self, job: Job) -> None:
         """Stream new text, and end the answer at a stop string, a stop id, the end of its guide or its limit.
 
         The text of an answer that may escalate is held back until it is whole and certain.
@@ -490,9 +498,9 @@ class Engine:
     def _escalate(self, job: Job, ended: bool) -> None:
         """Prefill a job's prompt again at finer granularities, in its slot, from the pages that it holds."""
         self._counters.add(tokens=len(job.tokens))
-        escalate(self.model, job, self.buckets.pages, ended)
+        repack_finer(self.model, job, self.buckets.pages, ended)
         self._counters.add(escalated=1, draft_tokens=job.draft)
-        place = self._scheduler.again(job)
+        place = self._scheduler.readmit(job)
         self._count(job, place)
         job.ticket.visual_tokens = sum(read.visual_tokens for read in job.reads) + job.visual
         if place.source is not None:
@@ -504,16 +512,16 @@ class Engine:
             if job in stage:
                 stage.remove(job)
         if job.slot is not None:
-            self._scheduler.leave(job)
-        self._let_go(job)
+            self._scheduler.release(job)
+        self._release_images(job)
         how = "finished" if isinstance(outcome, Answer) else "cancelled" if isinstance(outcome, Cancelled) else "failed"
         self._counters.add(tokens=len(job.tokens), **{how: 1})
         job.ticket.end(outcome)
 
-    def _let_go(self, job: Job) -> None:
+    def _release_images(self, job: Job) -> None:
         """Release the job's images; they may be forgotten once they have no other user."""
         if job.pages is not None:
-            self._images.leave(job.digests)
+            self._images.release(job.digests)
             job.pages = None
 
     def _start_over(self, error: jax.errors.JaxRuntimeError) -> None:

@@ -30,7 +30,7 @@ from avg_llava_jax.data.tokenizer import Tokenizer
 COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """JSON with one space after `:` and `,`: small models otherwise repeat white space endlessly."""
 
-SPARE = 16
+CLOSING_RESERVE = 16
 """Tokens left over when JSON is closed, or an eighth of the answer's limit if that is less: one token of the model may
 lengthen the shortest end by several, as a key does."""
 
@@ -153,7 +153,7 @@ class Matcher:
         found = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)
         mask[: len(found)] = found[: len(mask)]
         if self._closes and left <= self._look and not self.complete:
-            end, spare = self._end(left), min(SPARE, most // 8)
+            end, spare = self._end(left), min(CLOSING_RESERVE, most // 8)
             slack = left // 2 if end is None else left - len(end) - spare
             self._look = left - slack // 3  # a token may lengthen the end by two more
             if end and slack <= 0:

@@ -45,8 +45,8 @@ class ImagePages:
         self._free = list(range(self.count))[::-1]
         self._stored: OrderedDict[Digest, Stored] = OrderedDict()  # least recently used first
 
-    def take(self, images: Sequence[tuple[Digest, np.ndarray]], adapter: int = 0) -> list[list[int]] | None:
-        """Take pages for each image until `leave`; takes nothing and returns None if too few can be freed.
+    def acquire(self, images: Sequence[tuple[Digest, np.ndarray]], adapter: int = 0) -> list[list[int]] | None:
+        """Acquire pages for each image until `release`; acquires nothing and returns None if too few can be freed.
 
         images: digests and tiles uint8 (t, H, W, 3); tiles of new images are `missing` until they are encoded.
         adapter: its number; an image has a different digest for each adapter.
@@ -76,7 +76,7 @@ class ImagePages:
             self._stored.move_to_end(digest)
         return [self._stored[digest].pages for digest, _ in images]
 
-    def leave(self, digests: Iterable[Digest]) -> None:
+    def release(self, digests: Iterable[Digest]) -> None:
         """Release a request's images. An image that is not encoded yet is forgotten with its last user."""
         for digest in digests:
             stored = self._stored[digest]

@@ -32,12 +32,12 @@ class Job(Work):
 
     images: digest and tiles of each image. pages: pages of each image's tiles, None while it holds none.
     text: int32 (L,), ids of the prompt without its images. scores: router scores (G,) of the images routed so far.
-    cost_weight: the price at which the router chooses. spared: the router is skipped, under load.
+    cost_weight: the price at which the router chooses. router_skipped: the load is too high to route.
     choice: granularity of each image.
     ids, places: int32 (S,), the packed prompt and its draft, see `programs.Chunk`; with `config.most_tiles` places is
         (S, 4), with weights float32 (S, 4).
     finer: granularities of the pass that follows if this one is not certain enough; empty = none.
-    chances: log-probability of each of `tokens`. held: text that is held back until its pass is certain.
+    logprobs: log-probability of each of `tokens`. held: text that is held back until its pass is certain.
     reads: earlier passes that were not certain enough.
     matcher: follows the request's guide. token_scores: the scores of the answer's tokens, where they are wanted.
     times: the clock in seconds when it reached each stage.
@@ -53,13 +53,13 @@ class Job(Work):
     pages: list[list[int]] | None = None
     scores: list[np.ndarray] = dataclasses.field(default_factory=list)
     cost_weight: float = 0.0
-    spared: bool = False
+    router_skipped: bool = False
     choice: tuple[Granularity, ...] = ()
     ids: np.ndarray | None = None
     places: np.ndarray | None = None
     weights: np.ndarray | None = None
     finer: tuple[Granularity, ...] = ()
-    chances: list[float] = dataclasses.field(default_factory=list)
+    logprobs: list[float] = dataclasses.field(default_factory=list)
     held: str = ""
     reads: list[Read] = dataclasses.field(default_factory=list)
     times: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -81,18 +81,18 @@ class Job(Work):
     @property
     def price(self) -> float | None:
         """The price at which granularities were chosen, None if all were requested."""
-        return self.cost_weight if self.scores or self.spared else None
+        return self.cost_weight if self.scores or self.router_skipped else None
 
     @property
-    def raised(self) -> bool:
+    def price_raised(self) -> bool:
         """Whether the engine's load raised that price."""
         return self.price is not None and self.price > self.prepared.request.cost_weight
 
-    def spare(self, config: ModelConfig) -> None:
+    def skip_router(self, config: ModelConfig) -> None:
         """Take the coarsest granularity where the router would choose, unless it has begun or its price is fixed."""
         if self.unrouted == len(self.images) > 0 and not self.prepared.fixed_price:
             choice = tuple(config.granularities[0] if g is None else g for g in self.prepared.choice)
-            self.prepared, self.spared = dataclasses.replace(self.prepared, choice=choice), True
+            self.prepared, self.router_skipped = dataclasses.replace(self.prepared, choice=choice), True
 
     def next(self) -> Next:
         """What its next token depends on."""
@@ -103,8 +103,8 @@ class Job(Work):
     def certainty(self, count: int) -> float:
         """The lowest probability of the first `count` tokens, up to the token that causes another pass: see `Read`."""
         least = 1.0
-        for chance in self.chances[:count]:
-            least = min(least, math.exp(chance))
+        for logprob in self.logprobs[:count]:
+            least = min(least, math.exp(logprob))
             if self.finer and least < self.prepared.request.escalate:
                 break
         return least
@@ -168,18 +168,18 @@ def pack(config: ModelConfig, job: Job, pages: int, cost_weight: float = 0.0) ->
     job.cost_weight = own if job.prepared.fixed_price else max(own, cost_weight)
     job.choice = choosing.choose(config, job.prepared, logits, job.cost_weight)
     check_length(config, job.prepared.sample, job.choice)
-    job.finer = choosing.finer(config, job.prepared, job.choice) if job.prepared.request.escalate else ()
+    job.finer = choosing.next_choice(config, job.prepared, job.choice) if job.prepared.request.escalate else ()
     _pack(config, job, pages)
 
 
-def escalate(model: Model, job: Job, pages: int, ended: bool) -> None:
+def repack_finer(model: Model, job: Job, pages: int, ended: bool) -> None:
     """Pack a job's prompt again at its finer granularities, with its tokens so far as the draft.
 
     ended: whether they are a complete answer. Only an answer of the best tokens has a draft: a prefill predicts
     without sampling, penalties and guides.
     """
     draft = job.tokens[: len(job.tokens) - ended] if job.next().greedy else []
-    job.choice, job.finer, job.chances, job.token_scores, job.held = job.finer, (), [], [], ""
+    job.choice, job.finer, job.logprobs, job.token_scores, job.held = job.finer, (), [], [], ""
     job.stream.restart()
     if job.matcher is not None:
         job.matcher = model.matcher(job.prepared.request.guide)

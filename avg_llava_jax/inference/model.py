@@ -58,7 +58,7 @@ class Model:
     def unstacked(self) -> Params:
         """The parameters, adapters included, with the language model's layers as a tuple, as programs take them."""
         found = [unstacked(params) for params in (self.params, self.adapters.leaves) if params]
-        return functools.reduce(stacked.beside, found)
+        return functools.reduce(stacked.merge_leaves, found)
 
     @functools.cached_property
     def made_by(self) -> dict[str, str]:

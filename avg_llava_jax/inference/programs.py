@@ -25,7 +25,7 @@ from avg_llava_jax.inference import stacked
 from avg_llava_jax.inference.requests import TOP
 from avg_llava_jax.models import avg_llava, language
 from avg_llava_jax.models.avg_llava import Params
-from avg_llava_jax.models.cache import Cache, Span, empty_cache, spread
+from avg_llava_jax.models.cache import Cache, Span, constrain_cache, empty_cache
 from avg_llava_jax.models.router import Routing
 from avg_llava_jax.parallel import sharding
 from avg_llava_jax.placement import constrain
@@ -34,7 +34,7 @@ TEXT = -1
 """The place of a text token. Pyramid row r of page p has place p * R + r, the newline has place pages * R."""
 
 
-OWN_PRODUCTS = {"xla_gpu_dot_merger_threshold_mb": 0}
+NO_DOT_MERGER = {"xla_gpu_dot_merger_threshold_mb": 0}
 """For loops over tokens. XLA for GPUs joins products that share an operand by copying their weights into one array, and
 keeps the copies of all layers while the loop runs: 96 MiB a layer of the 7B."""
 
@@ -135,7 +135,8 @@ def empty(config: ModelConfig, params: Params, slots: int, capacity: int, pages:
     """A cache and a pool (pages, R, D) of zeros, in the model's compute dtype."""
     dtype = params["image_newline"].dtype
     slots_of_zeros = empty_cache(config.language, slots, capacity, dtype)
-    return spread(slots_of_zeros), _pooled(jnp.zeros((pages, config.pyramid_rows, config.language.width), dtype))
+    pool = jnp.zeros((pages, config.pyramid_rows, config.language.width), dtype)
+    return constrain_cache(slots_of_zeros), _pooled(pool)
 
 
 @functools.partial(sharding.jit, static_argnums=0, donate_argnums=2)
@@ -151,7 +152,7 @@ def encode(
 
     adapter: int (), of all tiles; None if the model has none.
     """
-    params = stacked.of_rows(params, adapter)
+    params = stacked.params_for_rows(params, adapter)
     pyramid = avg_llava.pyramid_of(config, params, pixels[:, None])[:, 0].astype(pool.dtype)
     return _pooled(pool.at[pages].set(constrain(pyramid, None, None, None), mode="drop"))
 
@@ -172,7 +173,7 @@ def route(
     of them real. An image's scores depend on its own tiles and the prompt, so images of one request may be in
     different batches. Shapes of the result are those of `Routing`, with I = 1. adapter: as in `encode`.
     """
-    params = stacked.of_rows(params, adapter)
+    params = stacked.params_for_rows(params, adapter)
     batch = {
         "tile_image": jnp.where(pages < 0, -1, 0),
         "first_tile": jnp.zeros((len(pages), 1), jnp.int32),
@@ -190,25 +191,25 @@ def prefill(
     pool: jax.Array,
     chunk: Chunk,
     window: int,
-    ends: int,
+    predicted: int,
 ) -> tuple[Cache, jax.Array, jax.Array, jax.Array]:
     """Prefill one chunk of each row's prompt into its slot.
 
     window: cache positions that are attended to, at least start + S of each row; 0 if every chunk starts its
-    prompt, and attends only to itself. ends: E, how many of each chunk's last positions predict a token: 1, or more
-    where the chunk ends in a draft of the answer.
+    prompt, and attends only to itself. predicted: E, how many of each chunk's last positions predict a token: 1, or
+    more where the chunk ends in a draft of the answer.
 
     Returns the cache, the logits (B, V) at each chunk's last position, and for its last E positions the best token
     int (B, E) and its log-probability fp32 (B, E). Where a chunk is shorter than E, only the last ones are real.
     """
-    params = stacked.of_rows(params, chunk.adapter)
+    params = stacked.params_for_rows(params, chunk.adapter)
     x = assemble(config, params, pool, chunk)
     span = Span(chunk.start, chunk.slot, window)
-    last = jnp.maximum(chunk.length[:, None] - ends + jnp.arange(ends), 0)
+    last = jnp.maximum(chunk.length[:, None] - predicted + jnp.arange(predicted), 0)
     hidden, cache = language.decoder(config.language, params["language"], x, cache, span, last)
     logits = avg_llava.unembed(config, params, hidden)
     tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    return spread(cache), logits[:, -1], tokens, log_probability(logits, tokens)
+    return constrain_cache(cache), logits[:, -1], tokens, log_probability(logits, tokens)
 
 
 @functools.partial(sharding.jit, static_argnums=0)
@@ -242,7 +243,7 @@ def assemble(config: ModelConfig, params: Params, pool: jax.Array, chunk: Chunk)
     return jnp.where((places == TEXT)[..., None], text, visual)
 
 
-@functools.partial(sharding.jit, static_argnums=(0, 7, 8, 9), donate_argnums=2, compiler_options=OWN_PRODUCTS)
+@functools.partial(sharding.jit, static_argnums=(0, 7, 8, 9), donate_argnums=2, compiler_options=NO_DOT_MERGER)
 def decode(
     config: ModelConfig,
     params: Params,
@@ -263,7 +264,7 @@ def decode(
     Returns the cache, tokens int (B, most), their log-probabilities fp32 (B, most), the number of real ones in each row
     int (B,), and their scores (B, most).
     """
-    params = stacked.of_rows(params, rows.adapter)
+    params = stacked.params_for_rows(params, rows.adapter)
     capacity, row = cache[0].capacity, jnp.arange(len(rows.last))
 
     def unfinished(carry: tuple) -> jax.Array:
@@ -271,7 +272,7 @@ def decode(
         return (step < steps) & ~jnp.all(done)
 
     def one_token(carry: tuple) -> tuple:
-        step, cache, rows, done, tokens, chances, counts, scores = carry
+        step, cache, rows, done, tokens, logprobs, counts, scores = carry
         x = avg_llava.embed(config, params, rows.last)[:, None]
         span = Span(jnp.where(done, capacity, rows.cached), None, window)
         hidden, cache = language.decoder(config.language, params["language"], x, cache, span)
@@ -281,22 +282,22 @@ def decode(
             token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
         else:
             token, new = choose(logits, sampling, counts, rows.count, stops)
-            counts = Counts(counts.asked, counts.written.at[row, token].add(made))
+            counts = Counts(counts.in_prompt, counts.in_answer.at[row, token].add(made))
             scores = jax.tree.map(lambda all_steps, one: all_steps.at[:, step].set(one), scores, new)
         tokens = tokens.at[row, step].set(token)
-        chances = chances.at[row, step].set(log_probability(logits, token))
+        logprobs = logprobs.at[row, step].set(log_probability(logits, token))
         last = jnp.where(done, rows.last, token)
         rows = rows._replace(last=last, cached=rows.cached + made, count=rows.count + made)
         done = done | jnp.isin(token, stops) | (rows.count >= sampling.limit)
-        return step + 1, cache, rows, done, tokens, chances, counts, scores
+        return step + 1, cache, rows, done, tokens, logprobs, counts, scores
 
     done = rows.count >= sampling.limit
     none = jnp.zeros((len(row), most))
     start = jnp.zeros((), jnp.int32), cache, rows, done, none.astype(jnp.int32), none
     counts = None if greedy else counted(sampling.shaping, config.language.vocab_size)
     scores = None if greedy else _no_scores(len(row), most, config.language.vocab_size)
-    _, cache, end, _, tokens, chances, _, scores = jax.lax.while_loop(unfinished, one_token, (*start, counts, scores))
-    return spread(cache), tokens, chances, end.count - rows.count, scores
+    _, cache, end, _, tokens, logprobs, _, scores = jax.lax.while_loop(unfinished, one_token, (*start, counts, scores))
+    return constrain_cache(cache), tokens, logprobs, end.count - rows.count, scores
 
 
 @functools.partial(sharding.jit, static_argnums=(0, 5), donate_argnums=2)
@@ -304,14 +305,17 @@ def copy(
     config: ModelConfig, params: Params, cache: Cache, source: jax.Array, target: jax.Array, window: int
 ) -> Cache:
     """Copy the first `window` positions of slots `source` (B,) to slots `target` (B,); a target outside is dropped."""
-    return spread(tuple(layer.copied(source, target, window) for layer in cache))
+    return constrain_cache(tuple(layer.copied(source, target, window) for layer in cache))
 
 
 class Counts(NamedTuple):
-    """What penalties depend on. asked: bool (B, V), tokens of the prompt. written: int (B, V), of the answer so far."""
+    """What penalties depend on.
 
-    asked: jax.Array
-    written: jax.Array
+    in_prompt: bool (B, V), whether the prompt has a token. in_answer: int (B, V), how often the answer so far has it.
+    """
+
+    in_prompt: jax.Array
+    in_answer: jax.Array
 
 
 def counted(shaping: Shaping, vocabulary: int) -> Counts:
@@ -350,10 +354,10 @@ def shape(
     logits: jax.Array, shaping: Shaping, counts: Counts, count: jax.Array, stops: jax.Array
 ) -> jax.Array:
     """Logits (B, V) with each row's penalties, biases and bans, see `Shaping`."""
-    row, written = jnp.arange(len(logits))[:, None], counts.written
-    factor = jnp.where(counts.asked | (written > 0), shaping.repetition[:, None], 1)
+    row, in_answer = jnp.arange(len(logits))[:, None], counts.in_answer
+    factor = jnp.where(counts.in_prompt | (in_answer > 0), shaping.repetition[:, None], 1)
     logits = jnp.where(logits > 0, logits / factor, logits * factor)
-    logits -= shaping.frequency[:, None] * written + shaping.presence[:, None] * (written > 0)
+    logits -= shaping.frequency[:, None] * in_answer + shaping.presence[:, None] * (in_answer > 0)
     logits = logits.at[row, shaping.bias_at].add(shaping.bias, mode="drop")
     ban = jnp.where(count < shaping.least, -jnp.inf, 0)
     logits = logits.at[:, stops].add(ban[:, None], mode="drop")

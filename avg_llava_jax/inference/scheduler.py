@@ -34,7 +34,7 @@ NO_KEYS = np.zeros(0, np.int64)
 WORTH_COPYING = 16
 """The shortest shared prefix, in positions, that is copied from one slot to another."""
 
-LONGEST_BEHIND = 512
+LONGEST_RESUME_CHUNK = 512
 """The most positions of a prefill that follows a cached prefix: its attention holds all scores in memory."""
 
 
@@ -97,7 +97,7 @@ class Prefill:
     prompts: int
     chunk: int
     window: int
-    ends: int
+    predicted: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,12 +111,12 @@ class Decode:
 
 
 class Scheduler:
-    """Slots and the works in them. reading: works whose prompts prefill. decoding: works whose answers decode."""
+    """Slots and the works in them. prefilling: works whose prompts prefill. decoding: works whose answers decode."""
 
     def __init__(self, buckets: Buckets):
         self.buckets = buckets
         self.slots = [Slot(number) for number in range(buckets.slots)]
-        self.reading: deque[Work] = deque()
+        self.prefilling: deque[Work] = deque()
         self.decoding: list[Work] = []
         self._turn = 0
 
@@ -133,11 +133,11 @@ class Scheduler:
         will share a longer prefix than any slot does now, so that the prefix is prefilled once.
         """
         free = [slot for slot in self.slots if slot.work is None]
-        if not free or (work.waits_for is not None and work.waits_for in self.reading):
+        if not free or (work.waits_for is not None and work.waits_for in self.prefilling):
             return None
         shares = self._shares(work)
         best = max(self.slots, key=lambda slot: shares[slot.number])
-        coming = {_shared(other.keys, work.keys): other for other in self.reading}
+        coming = {_shared(other.keys, work.keys): other for other in self.prefilling}
         if coming and max(coming) >= shares[best.number] + WORTH_COPYING:
             work.waits_for = coming[max(coming)]
             return None
@@ -146,7 +146,7 @@ class Scheduler:
             own = min(free, key=lambda slot: (slot.used, slot.number))
         return self._assign(work, own, shares)
 
-    def again(self, work: Work) -> Admission:
+    def readmit(self, work: Work) -> Admission:
         """Prefill the new keys of a work that decodes, in its slot, which keeps what both prompts share."""
         self.decoding.remove(work)
         work.tokens = []
@@ -163,7 +163,7 @@ class Scheduler:
             shared, source = shares[best.number], best.number
         own.work, own.keys = work, work.keys[:shared]
         work.slot, work.cached = own.number, shared
-        self.reading.append(work)
+        self.prefilling.append(work)
         return Admission(own.number, shared, source)
 
     def next_group(self, works: Sequence[Work], partial: bool) -> list[Work]:
@@ -177,7 +177,7 @@ class Scheduler:
         free = sum(slot.work is None for slot in self.slots)
         sizes = [bucket(self.buckets.chunks, len(work.keys)) for work in works]
         cached = {size: {_prefix(slot.keys, size) for slot in self.slots} for size in set(sizes)}
-        seen = {_prefix(work.keys, bucket(self.buckets.chunks, len(work.keys))) for work in self.reading}
+        seen = {_prefix(work.keys, bucket(self.buckets.chunks, len(work.keys))) for work in self.prefilling}
         groups: dict[tuple[bool, int], list[Work]] = {}
         for work, size in zip(works, sizes, strict=True):
             prefix = _prefix(work.keys, size)
@@ -195,13 +195,13 @@ class Scheduler:
 
         fullest: take the most common size instead.
         """
-        if not self.reading:
+        if not self.prefilling:
             return None
         by_size: dict[tuple[int, int, int], list[Work]] = {}
-        for work in self.reading:
+        for work in self.prefilling:
             by_size.setdefault(self._size(work), []).append(work)
         size = max(by_size, key=lambda size: len(by_size[size])) if fullest else next(iter(by_size))
-        (chunk, window, ends), works = size, by_size[size][: self.buckets.prompts[-1]]
+        (chunk, window, predicted), works = size, by_size[size][: self.buckets.prompts[-1]]
         # A chunk that would end after the slot's capacity starts earlier, and prefills some positions again.
         starts = [min(work.cached, self.buckets.capacity - chunk) for work in works]
         lengths = [min(chunk, self._stop(work) - start) for work, start in zip(works, starts, strict=True)]
@@ -209,40 +209,43 @@ class Scheduler:
             max(0, start + length - max(work.cached, work.prompt - 1))
             for work, start, length in zip(works, starts, lengths, strict=True)
         ]
-        return Prefill(works, starts, lengths, predicts, bucket(self.buckets.prompts, len(works)), chunk, window, ends)
+        prompts = bucket(self.buckets.prompts, len(works))
+        return Prefill(works, starts, lengths, predicts, prompts, chunk, window, predicted)
 
     def _stop(self, work: Work) -> int:
         """The position before which the next chunk of a work ends; in a draft it predicts at most `VERIFIED` tokens."""
         if not work.draft:
             return len(work.keys)
-        longest = self.buckets.verify if not work.cached else min(self.buckets.verify, LONGEST_BEHIND)
+        longest = self.buckets.longest_draft_chunk
+        if work.cached:
+            longest = min(longest, LONGEST_RESUME_CHUNK)
         known = max(work.cached, work.prompt - 1)
         stop = min(len(work.keys), known + min(VERIFIED, longest))
         return stop if stop - work.cached <= longest else known
 
     def _size(self, work: Work) -> tuple[int, int, int]:
-        """(chunk, window, ends) of the next chunk of a work."""
+        """(chunk, window, predicted) of the next chunk of a work."""
         stop = self._stop(work)
         left, window = stop - work.cached, 0
         if not work.cached:
             chunk = chunk_bucket(self.buckets.chunks, left)
         else:
-            chunk = chunk_bucket(self.buckets.behind, min(left, LONGEST_BEHIND))
+            chunk = chunk_bucket(self.buckets.resume_chunks, min(left, LONGEST_RESUME_CHUNK))
             window = bucket(self.buckets.windows, min(work.cached + chunk, self.buckets.capacity))
-        return chunk, window, self.buckets.ends(chunk, draft=stop > work.prompt)
+        return chunk, window, self.buckets.predicted(chunk, draft=stop > work.prompt)
 
     def prefilled(self, prefill: Prefill) -> list[Work]:
         """Record that a prefill is in the cache. Returns the works whose prompt is complete, which now decode."""
         ended = []
         for work, start, length in zip(prefill.works, prefill.starts, prefill.lengths, strict=True):
-            self.reading.remove(work)
+            self.prefilling.remove(work)
             self.slots[work.slot].keys = work.keys[: start + length]
             work.cached = start + length
             if work.cached == len(work.keys):
                 self.decoding.append(work)
                 ended.append(work)
             else:
-                self.reading.append(work)
+                self.prefilling.append(work)
         return ended
 
     def predicted(self, work: Work, tokens: Sequence[int]) -> int:
@@ -259,8 +262,8 @@ class Scheduler:
             work.cached = work.prompt + len(work.tokens) - 1
             work.keys, work.draft = work.keys[: work.cached], len(work.tokens) - 1
             self.slots[work.slot].keys = work.keys
-            if work in self.reading:
-                self.reading.remove(work)
+            if work in self.prefilling:
+                self.prefilling.remove(work)
                 self.decoding.append(work)
         return held
 
@@ -269,7 +272,7 @@ class Scheduler:
         if not self.decoding:
             return None
         works = sorted(self.decoding, key=lambda work: work.slot)
-        steps = 1 if any(work.each_token for work in works) else STEPS_BETWEEN_CHUNKS if self.reading else STEPS
+        steps = 1 if any(work.each_token for work in works) else STEPS_BETWEEN_CHUNKS if self.prefilling else STEPS
         rows = bucket(self.buckets.rows, works[-1].slot + 1)
         window = bucket(self.buckets.windows, max(work.cached for work in works) + STEPS)
         return Decode(works, rows, window, steps)
@@ -281,15 +284,15 @@ class Scheduler:
         work.cached += len(tokens)
         work.tokens += tokens
 
-    def leave(self, work: Work) -> None:
+    def release(self, work: Work) -> None:
         """Release the slot of a work that ended or was cancelled; the slot keeps its cached prefix."""
         self._turn += 1
         self.slots[work.slot].work, self.slots[work.slot].used = None, self._turn
-        (self.reading if work in self.reading else self.decoding).remove(work)
+        (self.prefilling if work in self.prefilling else self.decoding).remove(work)
 
     def clear(self) -> None:
         """Drop all works and all cached prefixes."""
-        self.reading.clear()
+        self.prefilling.clear()
         self.decoding.clear()
         for slot in self.slots:
             slot.work, slot.keys, slot.used = None, NO_KEYS, 0

@@ -22,11 +22,11 @@ from jaxtyping import ArrayLike, Int
 from avg_llava_jax import adapters, parameters, placement
 from avg_llava_jax.models.avg_llava import Params
 
-WHOLE = ("connector", "image_newline", "router")
+TRAINED_IN_FULL = ("connector", "image_newline", "router")
 
 
 class Stack(NamedTuple):
-    """Names of adapters, number 1 first, and their leaves, which `beside` adds to the base; None without adapters."""
+    """Names of adapters, number 1 first, and their leaves for `merge_leaves`; None without adapters."""
 
     names: tuple[str, ...] = ()
     leaves: Params | None = None
@@ -65,24 +65,24 @@ def stack(base: Params, own: Sequence[Params]) -> Params:
     return parameters.unflat({path: placement.put(leaf, newline, spec) for path, (leaf, spec) in found.items()})
 
 
-def beside(base: Any, leaves: Any) -> Any:
+def merge_leaves(base: Any, leaves: Any) -> Any:
     """The union of two trees; a leaf of `leaves` replaces one of the base. Layers are a tuple in both."""
     if isinstance(base, tuple):
-        return tuple(map(beside, base, leaves))
+        return tuple(map(merge_leaves, base, leaves))
     if not isinstance(base, dict):
         return leaves
-    return base | {name: beside(base[name], part) if name in base else part for name, part in leaves.items()}
+    return base | {name: merge_leaves(base[name], part) if name in base else part for name, part in leaves.items()}
 
 
-def of_rows(params: Params, number: Int[ArrayLike, "*B"] | None) -> Params:
+def params_for_rows(params: Params, number: Int[ArrayLike, "*B"] | None) -> Params:
     """The parameters with which a batch runs.
 
     number: the adapter of each row, or one for all; None = the model has none, and the parameters are unchanged.
-    With a number per row, the components trained in full (`WHOLE`) have a first axis of rows.
+    With a number per row, the components trained in full (`TRAINED_IN_FULL`) have a first axis of rows.
     """
     if number is None:
         return params
-    whole = {name: jax.tree.map(lambda leaf: leaf[number], params[name]) for name in WHOLE}
+    whole = {name: jax.tree.map(lambda leaf: leaf[number], params[name]) for name in TRAINED_IN_FULL}
     return params | whole | {name: _scaled(params[name], jnp.asarray(number)) for name in parameters.ADAPTERS}
 
 

@@ -63,7 +63,7 @@ class Counters:
         with self._lock:
             self._sums.update(amounts)
 
-    def read_at(self, choice: tuple[int, ...]) -> None:
+    def count_granularities(self, choice: tuple[int, ...]) -> None:
         """Count the granularities of the images of a prompt that got a slot."""
         with self._lock:
             for granularity in choice:

@@ -75,7 +75,7 @@ def self_attention(
         return one_cpu.self_attention(q, k, v, causal, *(segments or ()))
     if kernel in ("splash", "cudnn"):
         return by_device(functools.partial(FUSED[kernel], causal=causal), q, k, v, segments)
-    return (_in_blocks if kernel == "blocks" else _over_own)(q, k, v, causal, *(segments or ()))
+    return (_in_blocks if kernel == "blocks" else _dense_self_attention)(q, k, v, causal, *(segments or ()))
 
 
 def cached_attention(
@@ -174,7 +174,7 @@ def padded_attention(
 FUSED = {"splash": flash_attention, "cudnn": padded_attention}
 
 
-def _over_own(
+def _dense_self_attention(
     q: Float[ArrayLike, "B S Q d"],
     k: Float[ArrayLike, "B S K d"],
     v: Float[ArrayLike, "B S K d"],

@@ -108,7 +108,7 @@ def route(
     router = functools.partial(Router(config).apply, {"params": params["router"]})
     if dropout is not None:
         return router(*inputs, dropout)
-    return one_cpu.by_parts(lambda rows: router(*rows), inputs, one_cpu.ASKED_ROWS)
+    return one_cpu.by_parts(lambda rows: router(*rows), inputs, one_cpu.FORWARD_ROWS)
 
 
 def assemble(
@@ -134,8 +134,8 @@ def assemble(
     rows = jnp.concatenate([text, visual.astype(text.dtype), newline], axis=1)
     index = jnp.asarray(index)  # `vmap` of a function with its own gradient takes no NumPy array
     if weight is None:
-        return jax.vmap(linear.take)(rows, index)
-    corners = jax.vmap(linear.take)(rows, index.reshape(len(index), -1))
+        return jax.vmap(linear.gather_fp32_grad)(rows, index)
+    corners = jax.vmap(linear.gather_fp32_grad)(rows, index.reshape(len(index), -1))
     return blend(corners.reshape(*index.shape, -1), weight)
 
 
@@ -149,7 +149,7 @@ def decoder(
     params: Params,
     x: Float[ArrayLike, "B S D"],
     remat: Remat = "none",
-    parts: Sequence[language.Part] = (),
+    parts: Sequence[language.RowPart] = (),
 ) -> Float[Array, "B S D"]:
     """Hidden states of the packed embeddings of whole sequences, without a cache; parts: see `language.decoder`."""
     return language.decoder(config.language, params["language"], x, remat=remat, parts=parts)[0]

@@ -82,7 +82,7 @@ def empty_cache(config: LanguageConfig, slots: int, capacity: int, dtype: Any) -
     return tuple(LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.layers))
 
 
-def spread(cache: Cache) -> Cache:
+def constrain_cache(cache: Cache) -> Cache:
     """Constrain the cache to the mesh, see `axes`."""
     return jax.tree.map(lambda part: constrain(part, *axes()), cache)
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, UInt8
 
 from avg_llava_jax.config import VisionConfig
-from avg_llava_jax.models.linear import spread
+from avg_llava_jax.models.linear import broadcast_fp32_grad
 from avg_llava_jax.models.stack import Remat, stack
 from avg_llava_jax.models.vit import EncoderLayer, layer_norm, patches_of
 
@@ -29,8 +29,8 @@ class Clip(nn.Module):
         position = self.param("position", init, (1 + config.grid**2, config.width))
 
         x = embed(patches_of(config, pixels).astype(position.dtype))
-        x = jnp.concatenate([spread(class_token, (len(x), 1, config.width)), x], axis=1)
-        x = x + spread(position, x.shape)
+        x = jnp.concatenate([broadcast_fp32_grad(class_token, (len(x), 1, config.width)), x], axis=1)
+        x = x + broadcast_fp32_grad(position, x.shape)
         x = layer_norm(config, "pre_norm")(x)
         x, _ = stack(EncoderLayer, config.used_layers, self.remat)(config, name="layers")(x)
         return x[:, 1:]

@@ -24,7 +24,7 @@ from avg_llava_jax.config import LanguageConfig
 from avg_llava_jax.models import one_cpu
 from avg_llava_jax.models.attention import Segments, cached_attention, self_attention
 from avg_llava_jax.models.cache import Cache, LayerCache, Span
-from avg_llava_jax.models.linear import Linear, take
+from avg_llava_jax.models.linear import Linear, gather_fp32_grad
 from avg_llava_jax.models.stack import SHALLOW, Remat, rematerialised, stack
 from avg_llava_jax.placement import constrain
 
@@ -66,7 +66,7 @@ def rotate(
     return (x.astype(jnp.float32) * cos + turned * sin).astype(x.dtype)
 
 
-class Part(NamedTuple):
+class RowPart(NamedTuple):
     """A part of each row: one sequence of `size` positions, or several that share it.
 
     length: (B, n), the lengths of n sequences one after another. reach: at least the longest of them.
@@ -155,7 +155,7 @@ def decoder(
     span: Span | None = None,
     last: Int[ArrayLike, "B E"] | None = None,
     remat: Remat = "none",
-    parts: Sequence[Part] = (),
+    parts: Sequence[RowPart] = (),
 ) -> tuple[Float[Array, "B _ D"], Cache | None]:
     """Walk embeddings through all layers and the final norm.
 
@@ -171,7 +171,7 @@ def decoder(
     Returns:
       hidden (B, S, D), or (B, E, D) with `last`, and the updated cache (None without one).
     """
-    parts = parts or (Part(x.shape[1]),)
+    parts = parts or (RowPart(x.shape[1]),)
     within, segments = zip(*(_within(part, len(x)) for part in parts), strict=True)
     positions = jnp.concatenate(within, axis=1)
     if span is not None and span.window != 0:
@@ -200,7 +200,7 @@ def decoder(
     return _norm(config, params, x), None if cache is None else tuple(written)
 
 
-def _within(part: Part, rows: int) -> tuple[Int[Array, "B _"], Segments | None]:
+def _within(part: RowPart, rows: int) -> tuple[Int[Array, "B _"], Segments | None]:
     """Positions of a part within their sequences, and which sequence each belongs to."""
     positions = jnp.broadcast_to(jnp.arange(part.size), (rows, part.size))
     if part.length is None:
@@ -248,7 +248,7 @@ def unstack(layers: Params | tuple[Params, ...], free: bool = False) -> tuple[Pa
     return tuple(tree.unflatten(row) for row in zip(*columns, strict=True))
 
 
-class _Fresh(nn.Module):
+class _InitModel(nn.Module):
     """The whole model on one token, used only to draw its parameters."""
 
     config: LanguageConfig
@@ -270,13 +270,13 @@ class _Fresh(nn.Module):
 
 def init(config: LanguageConfig, rng: Key[ArrayLike, ""]) -> Params:
     """Fresh fp32 parameters, layers stacked."""
-    return _Fresh(config).init(rng)["params"]
+    return _InitModel(config).init(rng)["params"]
 
 
 def embed(params: Params, ids: Int[ArrayLike, "*M"]) -> Float[Array, "*M D"]:
     """Raw embeddings of token ids."""
     # The table is gathered along its width first: the batch and the table's width share the mesh axis `fsdp`.
-    rows = take(jnp.asarray(constrain(params["embed"], "vocab", None)), ids)
+    rows = gather_fp32_grad(jnp.asarray(constrain(params["embed"], "vocab", None)), ids)
     if "embed_scale" in params:
         scale = params["embed_scale"]
         rows = rows.astype(scale.dtype) * scale[ids][..., None]

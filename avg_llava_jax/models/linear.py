@@ -36,7 +36,7 @@ class Linear(nn.Dense):
             y = product(x, kernel)
         if self.use_bias:
             bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
-            y = y + spread(bias, y.shape)
+            y = y + broadcast_fp32_grad(bias, y.shape)
         if not self.has_variable("params", "lora_a"):
             return y
         a, b, scale = (self.get_variable("params", f"lora_{name}") for name in ("a", "b", "scale"))
@@ -46,13 +46,13 @@ class Linear(nn.Dense):
         return y + product(low, b.astype(x.dtype)).astype(y.dtype)
 
 
-def spread(x: Float[ArrayLike, "*N"], shape: tuple[int, ...]) -> Float[Array, "..."]:
+def broadcast_fp32_grad(x: Float[ArrayLike, "*N"], shape: tuple[int, ...]) -> Float[Array, "..."]:
     """x broadcast to a shape. Its gradient, a sum over all copies, is added up in fp32."""
     return jnp.broadcast_to(x.astype(jnp.float32), shape).astype(x.dtype)
 
 
 @jax.custom_vjp
-def take(table: Shaped[ArrayLike, "N D"], ids: Int[ArrayLike, "*M"]) -> Shaped[Array, "*M D"]:
+def gather_fp32_grad(table: Shaped[ArrayLike, "N D"], ids: Int[ArrayLike, "*M"]) -> Shaped[Array, "*M D"]:
     """table[ids], whose gradient is added up in fp32: in bf16 a sum of equal parts stops growing at 256."""
     return table[ids]
 
@@ -63,7 +63,7 @@ def _added(given: tuple[ArrayLike, ArrayLike], grad: jax.Array) -> tuple[jax.Arr
     return sums.astype(table.dtype), None
 
 
-take.defvjp(lambda table, ids: (table[ids], (table, ids)), _added)
+gather_fp32_grad.defvjp(lambda table, ids: (table[ids], (table, ids)), _added)
 
 
 def differs_by_row(layers: dict[str, Any]) -> bool:

@@ -7,7 +7,7 @@ import flax.linen as nn
 from jaxtyping import Array, ArrayLike, Float, UInt8
 
 from avg_llava_jax.config import VisionConfig
-from avg_llava_jax.models.linear import Linear, spread
+from avg_llava_jax.models.linear import Linear, broadcast_fp32_grad
 from avg_llava_jax.models.stack import Remat, stack
 from avg_llava_jax.models.vit import EncoderLayer, patches_of
 
@@ -28,6 +28,6 @@ class Siglip(nn.Module):
         init = nn.initializers.normal(config.width**-0.5)
         position = self.param("position", init, (config.grid**2, config.width))
         x = Linear(config.width, name="patch_embed")(patches_of(config, pixels).astype(position.dtype))
-        x = x + spread(position, x.shape)
+        x = x + broadcast_fp32_grad(position, x.shape)
         x, _ = stack(EncoderLayer, config.used_layers, self.remat)(config, name="layers")(x)
         return x

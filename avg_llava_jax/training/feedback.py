@@ -25,7 +25,7 @@ from avg_llava_jax import checkpoint
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.convert.quantize import quantized
 from avg_llava_jax.data.errors import BadSample
-from avg_llava_jax.data.feedback import FeedbackFolder, Stored, asked
+from avg_llava_jax.data.feedback import FeedbackFolder, Stored, question_digest
 from avg_llava_jax.data.pipeline import WINDOW, PlannedBatches, Skipped
 from avg_llava_jax.data.tokenizer import load_tokenizer
 from avg_llava_jax.models import avg_llava, one_cpu
@@ -134,12 +134,12 @@ def measure(
 
 
 def _questions(batches: PlannedBatches, window: int) -> set[str]:
-    """The questions of a window, by `asked`, in this process's rows."""
+    """The questions of a window, by `question_digest`, in this process's rows."""
     questions = set()
     for number in range(window * WINDOW, (window + 1) * WINDOW):
         for member in itertools.chain(*batches.rows_of(number)):
             try:
-                questions.add(asked(member.sample))
+                questions.add(question_digest(member.sample))
             except BadSample:  # its image is gone: nothing can be asked
                 continue
     return questions
@@ -155,7 +155,7 @@ def _window(
     mesh: jax.sharding.Mesh,
     keep_features: bool,
 ) -> tuple[dict[str, Stored], int, list[Skipped]]:
-    """The feedback on one window's samples, by `asked`, without the known ones; NaN where a sample has no answer.
+    """Feedback on a window's samples, by `question_digest`, without the known ones; NaN where there is no answer.
 
     Also the number of samples that were used, and those that were skipped.
     """
@@ -174,7 +174,7 @@ def _window(
             of_tile = np.where(image < 0, -1, batch["image_sample"][row, image] if "image_sample" in batch else 0)
             for place, (record, sample) in enumerate(members):
                 try:
-                    question = asked(sample)
+                    question = question_digest(sample)
                 except BadSample:
                     continue
                 if question in known:
@@ -216,4 +216,4 @@ def measure_batch(
         nll, answered = rglf.feedback(config, params, scale(config, features), text, batch, execution)
         return jnp.where(answered[..., None], nll, jnp.nan), features if keep_features else features[:, :0]
 
-    return one_cpu.by_parts(measured, batch, one_cpu.ASKED_ROWS)
+    return one_cpu.by_parts(measured, batch, one_cpu.FORWARD_ROWS)

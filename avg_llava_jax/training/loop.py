@@ -128,7 +128,7 @@ def _loop(
         best = Best(workdir, hosts.gather(log.best if log else None)[0])
         every = config.evaluate_every or config.checkpoint_every
         if jax.process_count() == 1:  # several processes may have to compile in the same order
-            for example in batches.planned.coming(run.step, config.steps - run.step):
+            for example in batches.planned.upcoming(run.step, config.steps - run.step):
                 reporter.say_shape(example)
                 run.compile(run.place(example))
         while run.step < config.steps:
@@ -173,7 +173,7 @@ def _evaluate(
     first = validation.seen is None
     if first:
         progress.say("compiling the validation")
-    found = validation.run(run.ours, run.frozen)
+    found = validation.run(run.trained, run.frozen)
     if first:
         skips.add(*validation.seen)
     best.offer(run.step, found[LOSS], run.saved)
@@ -195,8 +195,8 @@ class _Run:
         if params is None:
             restored = manager.restore(self._saved(self._compiled.params), self._compiled.state, batches)
             self.step, params, state = restored
-        self.ours, self.frozen = self._compiled.split(parameters.merge(params, start.base or {}))
-        self._state = self._compiled.init(self.ours) if state is None else state
+        self.trained, self.frozen = self._compiled.split(parameters.merge(params, start.base or {}))
+        self._state = self._compiled.init(self.trained) if state is None else state
 
     def _saved(self, params: parameters.Params) -> parameters.Params:
         """The part of all parameters that a checkpoint of the run holds."""
@@ -236,7 +236,7 @@ class _Run:
     def advance(self, arrays: Any) -> dict[str, jax.Array]:
         """Dispatch one optimizer step; returns its metrics without waiting for them."""
         program = self._programs[_shape(arrays)].result()
-        self.ours, self._state, metrics = program(self.ours, self._state, self.frozen, arrays, self._step())
+        self.trained, self._state, metrics = program(self.trained, self._state, self.frozen, arrays, self._step())
         self.step += 1
         return metrics
 
@@ -246,7 +246,7 @@ class _Run:
     @property
     def params(self) -> parameters.Params:
         """All parameters, trained and frozen."""
-        return parameters.merge(self.ours, self.frozen)
+        return parameters.merge(self.trained, self.frozen)
 
     @property
     def saved(self) -> parameters.Params:

@@ -43,14 +43,14 @@ def answer_nll(
       index, weight: of each granularity, see `avg_llava.assemble`.
       target_at: of each granularity, the packed position whose next token is the target, -1 = none.
       targets: token ids.
-      length, reach: of each granularity, see `language.Part`: n samples share a row; None = one a row.
+      length, reach: of each granularity, see `language.RowPart`: n samples share a row; None = one a row.
     Returns:
       the sum over each sample's answer in nats, and the number of its tokens, both fp32: (G, B, n), or (G, B)
       without `length`.
     """
-    parts = [language.Part(each.shape[1]) for each in index]
+    parts = [language.RowPart(each.shape[1]) for each in index]
     if length is not None:
-        parts = [language.Part(*each) for each in zip([part.size for part in parts], length, reach, strict=True)]
+        parts = [language.RowPart(*each) for each in zip([part.size for part in parts], length, reach, strict=True)]
     joined = None if weight is None else jnp.concatenate(weight, axis=1)
     packed = avg_llava.assemble(params, pyramid, text, jnp.concatenate(index, axis=1), joined)
     hidden = avg_llava.decoder(config, params, packed, remat, parts)

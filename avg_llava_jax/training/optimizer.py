@@ -92,7 +92,7 @@ def gradients(
     """
     rows = len(jax.tree.leaves(batch)[0])
     keys = jax.random.split(rng, rows)
-    accumulate = max(accumulate, one_cpu.parts(rows, one_cpu.TRAINED_ROWS))
+    accumulate = max(accumulate, one_cpu.part_count(rows, one_cpu.TRAINING_ROWS))
 
     def value_and_grad(params: parameters.Params, batch: Any, keys: jax.Array) -> Any:
         found, grads = jax.value_and_grad(loss, has_aux=True)(params, batch, keys)

@@ -18,10 +18,10 @@ from avg_llava_jax.config import ModelConfig, from_dict, to_dict
 from avg_llava_jax.convert import foreign, peft
 from avg_llava_jax.convert.quantize import quantized
 from avg_llava_jax.data.errors import BadSample
-from avg_llava_jax.data.feedback import asked, read_feedback
+from avg_llava_jax.data.feedback import question_digest, read_feedback
 from avg_llava_jax.data.packing import Sample
 from avg_llava_jax.data.pipeline import SURVEY, WINDOW, Batches, PlannedBatches, hold_out, saving
-from avg_llava_jax.data.sources import contents, open_sources
+from avg_llava_jax.data.sources import content_digest, open_sources
 from avg_llava_jax.data.tokenizer import Tokenizer, load_tokenizer
 from avg_llava_jax.files import write_whole
 from avg_llava_jax.models.stack import Remat
@@ -373,7 +373,7 @@ def _same_data(config: TrainConfig, workdir: Path, planned: PlannedBatches) -> N
     if config.data.validation and config.data.validation_share is None:
         held = open_sources(config.data.validation, config.data.validation_images or config.data.images)
         named += [(f"data.validation {part.path}", part.source) for part in held]
-    names, now = [name for name, _ in named], [contents(source) for _, source in named]
+    names, now = [name for name, _ in named], [content_digest(source) for _, source in named]
     for process, theirs in enumerate(hosts.gather(now)):
         if theirs != now:
             name = next(name for name, one, other in zip(names, now, theirs, strict=True) if one != other)
@@ -409,7 +409,7 @@ def _same_questions(config: TrainConfig, planned: PlannedBatches) -> None:
 
 def _is_stored(planned: PlannedBatches, sample: Sample) -> bool:
     try:
-        return asked(sample) in planned.feedback
+        return question_digest(sample) in planned.feedback
     except BadSample:  # its image is missing: it will be skipped for that
         return True
 
@@ -449,12 +449,12 @@ def plan_validation(config: TrainConfig, planned: PlannedBatches) -> PlannedBatc
     share = config.data.validation_share
     if share is not None:
         held = tuple(hold_out(len(part.source), share)[1] for part in planned.parts)
-        return dataclasses.replace(planned, kept=held, once=True, feedback=None, shapes_of=planned)
+        return dataclasses.replace(planned, kept=held, single_epoch=True, feedback=None, shapes_of=planned)
     if not config.data.validation:
         return None
     images = config.data.validation_images or config.data.images
     parts = open_sources(config.data.validation, images, config.data.max_pixels)
-    return dataclasses.replace(planned, parts=parts, kept=None, once=True, feedback=None, shapes_of=planned)
+    return dataclasses.replace(planned, parts=parts, kept=None, single_epoch=True, feedback=None, shapes_of=planned)
 
 
 def _same_shapes(params: parameters.Params, wanted: parameters.Params, where: str) -> None:

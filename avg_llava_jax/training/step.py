@@ -41,39 +41,41 @@ class Step:
         loss = phases.make_loss(config.phase, model, trained_at, config.rglf, config.remat, settings.lora.dropout)
         dtype, seed = setup.DTYPES[config.compute_dtype], config.seed
 
-        def update(ours: Any, state: Any, frozen: Any, batch: Any, step: jax.Array) -> tuple[Any, Any, Any]:
-            def of_ours(ours: Any, batch: Any, keys: jax.Array) -> Any:
-                ours = sharding.constrain(jax.tree.map(lambda x: x.astype(dtype), ours))
-                return loss(parameters.merge(ours, frozen), batch, keys)
+        def update(trained: Any, state: Any, frozen: Any, batch: Any, step: jax.Array) -> tuple[Any, Any, Any]:
+            def of_trained(trained: Any, batch: Any, keys: jax.Array) -> Any:
+                trained = sharding.constrain(jax.tree.map(lambda x: x.astype(dtype), trained))
+                return loss(parameters.merge(trained, frozen), batch, keys)
 
             rng = jax.random.fold_in(jax.random.key(seed), step)
-            grads, value, metrics = gradients(of_ours, ours, batch, rng, settings.accumulate)
+            grads, value, metrics = gradients(of_trained, trained, batch, rng, settings.accumulate)
             rate = settings.learning_rate * rate_shape(settings, config.steps)(step)
             metrics |= {"loss": value, "grad_norm": optax.global_norm(grads), "learning_rate": rate}
-            updates, state = optimizer.update(grads, state, ours, loss=value)
-            return optax.apply_updates(ours, updates), state, metrics
+            updates, state = optimizer.update(grads, state, trained, loss=value)
+            return optax.apply_updates(trained, updates), state, metrics
 
         whole = setup.abstract(config, model, adapters)
         self.params = sharding.placed(whole, sharding.shardings(mesh, whole))
-        ours, frozen = self.split(self.params)
-        state = jax.eval_shape(optimizer.init, ours)
+        trained, frozen = self.split(self.params)
+        state = jax.eval_shape(optimizer.init, trained)
         self.state = sharding.placed(state, sharding.state_shardings(mesh, whole, state))
         self.rows, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-        of_ours, of_frozen, of_state = (jax.tree.map(lambda x: x.sharding, tree) for tree in (ours, frozen, self.state))
+        of_trained, of_frozen, of_state = (
+            jax.tree.map(lambda x: x.sharding, tree) for tree in (trained, frozen, self.state)
+        )
 
-        def evaluate(ours: Any, frozen: Any, batch: Any) -> tuple[Any, Any]:
-            ours = sharding.constrain(jax.tree.map(lambda x: x.astype(dtype), ours))
-            value, (weight, metrics) = loss(parameters.merge(ours, frozen), batch, None)
+        def evaluate(trained: Any, frozen: Any, batch: Any) -> tuple[Any, Any]:
+            trained = sharding.constrain(jax.tree.map(lambda x: x.astype(dtype), trained))
+            value, (weight, metrics) = loss(parameters.merge(trained, frozen), batch, None)
             return jax.tree.map(lambda x: weight * x, metrics | {"loss": value}), weight
 
         self.init = jax.jit(optimizer.init, out_shardings=of_state)
         self.update = jax.jit(
             update,
-            in_shardings=(of_ours, of_state, of_frozen, self.rows, everywhere),
-            out_shardings=(of_ours, of_state, everywhere),
+            in_shardings=(of_trained, of_state, of_frozen, self.rows, everywhere),
+            out_shardings=(of_trained, of_state, everywhere),
             donate_argnums=(0, 1),
         )
-        self.evaluate = jax.jit(evaluate, in_shardings=(of_ours, of_frozen, self.rows), out_shardings=everywhere)
+        self.evaluate = jax.jit(evaluate, in_shardings=(of_trained, of_frozen, self.rows), out_shardings=everywhere)
 
     def split(self, params: parameters.Params) -> tuple[parameters.Params, parameters.Params]:
         """The parameters that this phase trains, and the frozen ones."""

@@ -44,7 +44,7 @@ class Validation:
         self._nll: dict[int, jax.Array] = {}
         self.seen: tuple[int, list[Skipped]] | None = None
 
-    def run(self, ours: parameters.Params, frozen: parameters.Params) -> dict[str, float]:
+    def run(self, trained: parameters.Params, frozen: parameters.Params) -> dict[str, float]:
         """Means over all held-out samples, by `validation/NAME`. All processes must call it.
 
         Raises:
@@ -58,8 +58,8 @@ class Validation:
             arrays = {key: value for key, value in batch.items() if key not in NOT_ARRAYS}
             arrays = jax.tree.map(lambda x: jax.make_array_from_process_local_data(self._step.rows, x), arrays)
             if self._config.phase == "rglf":
-                arrays["nll"] = self._feedback(number, ours, frozen, arrays)
-            found = self._step.evaluate(ours, frozen, arrays)
+                arrays["nll"] = self._feedback(number, trained, frozen, arrays)
+            found = self._step.evaluate(trained, frozen, arrays)
             total = found if total is None else jax.tree.map(jax.numpy.add, total, found)
         if self.seen is None:
             counts, lists = hosts.gather(used), hosts.gather(skipped)
@@ -72,10 +72,10 @@ class Validation:
             )
         return {f"{PREFIX}{name}": float(value / weight) for name, value in sorted(sums.items())}
 
-    def _feedback(self, number: int, ours: parameters.Params, frozen: parameters.Params, arrays: Any) -> jax.Array:
+    def _feedback(self, number: int, trained: parameters.Params, frozen: parameters.Params, arrays: Any) -> jax.Array:
         """The frozen model's feedback on a batch, NLL (B, G), measured once."""
         if number not in self._nll:
-            params = parameters.merge(ours, frozen)
+            params = parameters.merge(trained, frozen)
             self._nll[number], _ = measure_batch(self._model, self._config.rglf.execution, False, params, arrays)
         return self._nll[number]
 

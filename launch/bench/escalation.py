@@ -37,11 +37,11 @@ def timed(
     """Seconds and token ids of one answer. expected: the finest granularity's tokens, () before they are known."""
     from avg_llava_jax.inference import engine, job
 
-    escalate, coarsest, finest = engine.escalate, model.config.granularities[0], model.config.granularities[-1]
+    repack_finer, coarsest, finest = engine.repack_finer, model.config.granularities[0], model.config.granularities[-1]
 
     def drafted(model: Any, one: Any, pages: int, ended: bool) -> None:
         one.tokens = list(expected[: len(one.tokens)]) if way == "agrees" else [expected[0] + 1]
-        escalate(model, one, pages, ended)
+        repack_finer(model, one, pages, ended)
 
     def certainty(one: Any, count: int) -> float:
         last = count >= inference.NEW_TOKENS.value or way == "disagrees"
@@ -49,7 +49,7 @@ def timed(
 
     first = {"granularity": finest} if way == "finest" else {"granularity": coarsest, "escalate": 0.5}
     model.forget()
-    with mock.patch.object(engine, "escalate", drafted), mock.patch.object(job.Job, "certainty", certainty):
+    with mock.patch.object(engine, "repack_finer", drafted), mock.patch.object(job.Job, "certainty", certainty):
         begin = clock()
         answer = model.answer(image, inference.PROMPT, max_new_tokens=inference.NEW_TOKENS.value, **first)
         seconds = clock() - begin

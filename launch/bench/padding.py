@@ -112,8 +112,8 @@ def step_seconds(phase: str, model: "ModelConfig", plans: "dict[str, tuple[Plann
         step = Step(config, model, mesh)
         places = jax.tree.map(lambda leaf: leaf.sharding, step.params)
         fresh = jax.jit(lambda key: parameters.init(model, key, setup.dtypes(config)), out_shardings=places)
-        ours, frozen = step.split(fresh(jax.random.key(0)))
-        held = [ours, step.init(ours)]
+        trained, frozen = step.split(fresh(jax.random.key(0)))
+        held = [trained, step.init(trained)]
 
         def run(batch: Any) -> Any:
             def once() -> Any:

@@ -100,16 +100,16 @@ class Whole:
     def __init__(self, steps: Mapping[str, Step], params: parameters.Params, batch: Any):
         any_step = next(iter(steps.values()))
         self._steps, self._batch = steps, batch
-        self.ours, self.frozen = any_step.split(params)
-        self.state = any_step.init(self.ours)
+        self.trained, self.frozen = any_step.split(params)
+        self.state = any_step.init(self.trained)
 
     def run(self, name: str) -> Run:
         def once() -> Any:
             step = self._steps[name]
-            self.ours, self.state, metrics = step.update(
-                self.ours, self.state, self.frozen, self._batch, jnp.zeros((), jnp.int32)
+            self.trained, self.state, metrics = step.update(
+                self.trained, self.state, self.frozen, self._batch, jnp.zeros((), jnp.int32)
             )
-            return self.ours, self.state, metrics
+            return self.trained, self.state, metrics
 
         return once
 
@@ -127,8 +127,8 @@ def parts(config: TrainConfig, model: ModelConfig, whole: Whole, batch: Any) -> 
     Phase `rglf` adds two entries that are not parts: all granularities as one program, `per_length` and `vmap`.
     """
     dtype = setup.DTYPES[config.compute_dtype]
-    cast = jax.jit(lambda ours: sharding.constrain(jax.tree.map(lambda x: x.astype(dtype), ours)))
-    yield from _of_the_model(config, model, parameters.merge(cast(whole.ours), whole.frozen), batch)
+    cast = jax.jit(lambda trained: sharding.constrain(jax.tree.map(lambda x: x.astype(dtype), trained)))
+    yield from _of_the_model(config, model, parameters.merge(cast(whole.trained), whole.frozen), batch)
     yield Part("optimizer", _optimizer(config, whole))
 
 
@@ -199,19 +199,20 @@ def _router(
 def _optimizer(config: TrainConfig, whole: Whole) -> Run:
     """AdamW on the run's own parameters and state, which it updates; both are donated."""
     optimizer, dtype = make_optimizer(config.optimizer, config.steps), setup.DTYPES[config.compute_dtype]
-    grads = jax.jit(lambda ours: sharding.constrain(jax.tree.map(lambda x: x.astype(dtype) * 1e-3, ours)))(whole.ours)
+    small = jax.jit(lambda trained: sharding.constrain(jax.tree.map(lambda x: x.astype(dtype) * 1e-3, trained)))
+    grads = small(whole.trained)
 
-    def update(ours: Any, state: Any, grads: Any) -> Any:
+    def update(trained: Any, state: Any, grads: Any) -> Any:
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
-        updates, state = optimizer.update(grads, state, ours)
-        ours = optax.apply_updates(ours, updates)
-        return ours, state, sharding.constrain(jax.tree.map(lambda x: x.astype(dtype), ours))
+        updates, state = optimizer.update(grads, state, trained)
+        trained = optax.apply_updates(trained, updates)
+        return trained, state, sharding.constrain(jax.tree.map(lambda x: x.astype(dtype), trained))
 
-    places = jax.tree.map(lambda x: x.sharding, (whole.ours, whole.state))
+    places = jax.tree.map(lambda x: x.sharding, (whole.trained, whole.state))
     compiled = jax.jit(update, donate_argnums=(0, 1), out_shardings=(*places, None))
 
     def once() -> Any:
-        whole.ours, whole.state, copy = compiled(whole.ours, whole.state, grads)
-        return whole.ours, whole.state, copy
+        whole.trained, whole.state, copy = compiled(whole.trained, whole.state, grads)
+        return whole.trained, whole.state, copy
 
     return once

@@ -39,14 +39,14 @@ def errors(phase: str, rows: int) -> dict[str, float]:
     batch = setup.plan_batches(config, model.config, model.tokenizer)[0]
     batch = {name: batch[name] for name in batch if name not in ("records", "skipped")}
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), model.params)
-    ours, frozen = parameters.split(params, trainable(phase, config.optimizer))
+    trained, frozen = parameters.split(params, trainable(phase, config.optimizer))
 
     @jax.jit
-    def gradient(ours: Any, frozen: Any, batch: Any) -> Any:
-        return jax.value_and_grad(lambda ours: loss(parameters.merge(ours, frozen), batch, None)[0])(ours)
+    def gradient(trained: Any, frozen: Any, batch: Any) -> Any:
+        return jax.value_and_grad(lambda trained: loss(parameters.merge(trained, frozen), batch, None)[0])(trained)
 
     def of(dtype: Any) -> dict[str, Any]:
-        value, grads = gradient(*jax.tree.map(lambda leaf: leaf.astype(dtype), (ours, frozen)), batch)
+        value, grads = gradient(*jax.tree.map(lambda leaf: leaf.astype(dtype), (trained, frozen)), batch)
         return {"loss": value} | {path: leaf.astype(jnp.float32) for path, leaf in parameters.flat(grads).items()}
 
     with jax.default_matmul_precision("highest"):
