@@ -109,6 +109,9 @@ def test_bad_folders(base, tmp_path):
         (good, {"use_dora": True}, "use_dora=True is not supported"),
         (good, {"peft_type": "IA3"}, "peft_type='IA3' is not supported, only LORA"),
         (good, {"lora_alpha": "a"}, "lora_alpha='a' is not a number"),
+        (good, {"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4' changed the base too"),
+        (good, {"init_lora_weights": "olora"}, "init_lora_weights='olora' changed the base too"),
+        (good, {"alora_invocation_tokens": [5, 6]}, "alora_invocation_tokens is not supported: the adapter would act"),
         (
             good | {"base_model.model.lm_head.lora_A.weight": drawn(0, 2, 16)},
             {},

@@ -87,6 +87,20 @@ def test_a_router_on_adapters(root):
     assert changed == {"router"} and before.keys() == after.keys()
 
 
+def test_a_router_on_a_published_adapter_is_found_from_its_own_folder(root, tmp_path):
+    """A published adapter refers to its base by a relative path, which would be another one from elsewhere."""
+    (tmp_path / "hub").mkdir()
+    shutil.copytree(root / "run", tmp_path / "hub" / "tuned")
+    path = tmp_path / "hub" / "tuned" / "config.json"
+    values = json.loads(path.read_text())
+    shutil.copytree(values["base"]["path"], tmp_path / "hub" / "base")
+    path.write_text(json.dumps(values | {"base": values["base"] | {"path": "../base"}}))
+    config = settings(root, "rglf")
+    config.init_from, config.steps = str(tmp_path / "hub" / "tuned"), 1
+    train(config, tmp_path / "work" / "router")
+    assert adapters.of(checkpoint.load(tmp_path / "work" / "router").params)
+
+
 def test_every_command_reads_it(root, tmp_path):
     """Answers of adapters are those of the two folded into one; so are exports."""
     convert.merge(root / "run", tmp_path / "merged")

@@ -162,6 +162,10 @@ def test_a_choice_that_does_not_fit_fails_alone(model, photos):
 
 
 def test_less_than_the_models_length(model, photos):
+    patient = make(model, max_length=64, chunk=None)
+    for prompt, new in (("Who?", 200), ("Who? " * 20, 8)):
+        with pytest.raises(ValueError, match=r"prompt and answer take up to \d+ positions, a slot has \d+"):
+            patient.submit(Request(prompt, photos[0], max_new_tokens=new))
     engine = make(model, max_length=100)
     (answer,) = answers(engine, [Request("Who?", photos[0], granularity=4, max_new_tokens=200)])
     prompt = len(model.prepare(Request("Who?", photos[0])).sample.tokens.ids) - 1 + answer.visual_tokens
@@ -210,6 +214,36 @@ def test_a_failing_device_fails_what_runs_and_nothing_else(model, engine, photos
         with pytest.raises(RuntimeError, match="^the device failed: RESOURCE_EXHAUSTED: out of memory$"):
             ticket.result(0)
     assert answers(engine, requests[2:]) == [alone(model, requests[2])]
+
+
+@pytest.mark.parametrize("program", ["encode", "route", "prefill", "decode"])
+def test_ctrl_c_at_a_program_leaves_a_model_that_answers(model, photos, monkeypatch, program):
+    """Between the call, which takes the cache, and its result."""
+    request = Request("Who wears 7?", photos[0], max_new_tokens=6)
+    before = model.answer_batch([request])[0].text
+    original = getattr(programs, program)
+
+    def interrupted(*arguments):
+        original(*arguments)
+        raise KeyboardInterrupt
+
+    model.forget()
+    with monkeypatch.context() as patch:
+        patch.setattr(programs, program, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            model.answer_batch([request])
+    assert model.answer_batch([request])[0].text == before
+
+
+def test_an_open_stream_is_not_forgotten(model, photos):
+    stream = model.stream(photos[0], "Who?", max_new_tokens=20)
+    pieces = iter(stream)
+    next(pieces)
+    with pytest.raises(RuntimeError, match="close a stream that is not read to its end"):
+        model.forget()
+    pieces.close()
+    stream.close()
+    model.forget()
 
 
 def test_a_thread_answers_streams_and_closes(model, photos):

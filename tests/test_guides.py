@@ -94,6 +94,11 @@ def test_an_object_has_the_properties_that_are_named(tokenizer):
         ({"$ref": "#/$defs/P", "$defs": {"P": inner}}, '{"properties": 1}', '{"properties": 1, "b'),
         ({"properties": {"a": number}, "additionalProperties": number}, '{"a": 1, "b": 2}', '{"a": 1, "b": "c'),
         ({"type": "object"}, '{"a": 1, "b": [2]}', "[1"),
+        (
+            {"type": "object", "properties": {"kind": number}, "required": ["kind"], "anyOf": [inner, inner]},
+            '{"kind": 1, "properties": 2}',
+            '{"kind": "x',
+        ),
         ({"allOf": [{"properties": {"a": number}}, {"properties": {"b": number}}]}, '{"a": 1, "b": 2}', '{"a": "b'),
     ):
         for text, ends in ((good, True), (bad, False)):

@@ -160,6 +160,8 @@ def test_evaluate(folder, tmp_path):
     for options in ({"granularity": 8}, {"cost_weight": 1.0}):
         with pytest.raises(ValueError, match="escalate=calibrated is known for granularity=4 or auto of all images"):
             model.prepare(Request("Who?", image, escalate="calibrated", **options))
+    with pytest.raises(ValueError, match="holds without max_visual_tokens: give one of them"):
+        model.prepare(Request("Who?", image, granularity=4, escalate="calibrated", max_visual_tokens=90))
     (folder / "calibration.json").write_text("{}")
     with pytest.raises(ValueError, match="calibration.json is not a calibration of this version"):
         AvgLlava.load(folder).prepare(Request("Who?", escalate="calibrated"))

@@ -67,6 +67,17 @@ def test_gpu_host_passes_sigterm_on_and_waits(machine, tmp_path):
     assert process.returncode == 143 and saved.exists()
 
 
+def test_gpu_host_ends_at_sigterm_between_two_runs(machine):
+    machine.stand_in("python", "exit 1")
+    process = machine.start("gpu_host.sh", PAUSE="20")
+    while not machine.calls.exists():
+        time.sleep(0.05)
+    time.sleep(0.5)  # until it pauses
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=10)
+    assert process.returncode == 143 and len(machine.calls.read_text().splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     ("end", "restarts", "code", "queued"),
     [("exit 143", 0, 0, True), ("exit 75", 3, 0, True), ("exit 2", 0, 2, False), ("true", 0, 0, False),

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from avg_llava_jax import adapters, checkpoint, parameters
+from avg_llava_jax import SHIPPED, adapters, checkpoint, parameters
 from avg_llava_jax.convert import convert
 from avg_llava_jax.data.packing import collate, merge, prompt_index, shape_of
 from avg_llava_jax.inference.api import AvgLlava
@@ -121,6 +121,27 @@ def test_logits_gradients_and_back(run, tmp_path):
     for path, leaf in parameters.flat(checkpoint.load(run / "run").params).items():
         if path not in ("image_newline", "router/voter"):  # bare parameters, which peft does not save
             np.testing.assert_allclose(parameters.flat(again)[path], leaf, rtol=1e-6, err_msg=path)
+
+
+def test_a_router_that_came_with_an_adapter_is_exported(tmp_path):
+    """Onto a LLaVA-NeXT, whose own router nothing has trained."""
+    shipped = checkpoint.load(SHIPPED)
+    router = dataclasses.replace(shipped.config.router, text_tokens=32, heads=8)  # those of a LLaVA-NeXT without one
+    config = dataclasses.replace(shipped.config, router=router, template="vicuna_v1")
+    params = jax.jit(lambda: avg_llava.init(config, jax.random.key(0)))()
+    meta = {"step": 1, "training": None, "granularities_trained": [64]}
+    convert.write_checkpoint(checkpoint.Loaded(config, params, shipped.tokenizer_folder, meta), tmp_path / "base")
+    convert.export_transformers(tmp_path / "base", tmp_path / "next", router=False)
+    base = checkpoint.load(tmp_path / "next")
+    leaves = parameters.flat(base.params) | adapters.init(base.config, ("language/q",), 2, 2.0, jax.random.key(0))
+    leaves["router/voter"] = leaves["router/voter"] + 1
+    meta = meta | {"base": checkpoint.refer(tmp_path / "next")}
+    convert.write_checkpoint(base._replace(params=parameters.unflat(leaves), meta=meta), tmp_path / "run")
+    convert.export_peft(tmp_path / "run", tmp_path / "adapter")
+    convert.import_adapter(tmp_path / "adapter", tmp_path / "next", tmp_path / "again")
+    convert.export_transformers(tmp_path / "again", tmp_path / "out")
+    found = checkpoint.load(tmp_path / "out").params["router"]["voter"]
+    np.testing.assert_array_equal(found, leaves["router/voter"])
 
 
 def test_folded_in_is_peft_merged(run):

@@ -136,6 +136,19 @@ def test_the_survey_of_few_records_shares_rows_as_batches_do(llava_folder, token
     assert sum(batches.batch_shape(number) in batches.ladder for number in range(WINDOW)) > WINDOW // 2
 
 
+@pytest.mark.parametrize("pack", [1, 2])
+def test_a_window_without_a_usable_record(llava_folder, tokenizer, tiny, pack):
+    """The last of 33 held-out records is alone in its window, and its image is missing."""
+    records = json.loads((llava_folder / "train.json").read_text(encoding="utf-8"))
+    good = next(record for record in records if isinstance(record.get("image"), str))
+    rows = [good | {"id": str(number)} for number in range(32)] + [good | {"id": "32", "image": "nowhere.png"}]
+    (llava_folder / "train.json").write_text(json.dumps(rows), encoding="utf-8")
+    parts = open_sources(str(llava_folder / "train.json"), str(llava_folder / "images"))
+    batches = PlannedBatches(parts, tokenizer, tiny, tiny.granularities, 2, single_epoch=True, pack=pack)
+    skipped = [one.reason for number in range(len(batches)) for one in batches[number]["skipped"]]
+    assert skipped == ["missing_image"]
+
+
 def test_a_sample_larger_than_any_row_gets_a_wider_one(llava_folder, tokenizer, tiny, monkeypatch):
     """The survey sees no record with two images. A damaged image leaves its place in the row empty."""
     (llava_folder / "images" / "4-0.png").write_bytes((llava_folder / "images" / "4-0.png").read_bytes()[:-30])

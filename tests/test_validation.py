@@ -15,8 +15,8 @@ from avg_llava_jax.parallel import sharding
 from avg_llava_jax.training import curves, phases, setup
 from avg_llava_jax.training.config import RglfConfig, defaults, read
 from avg_llava_jax.training.loop import train
-from avg_llava_jax.training.metrics import Progress, read_rows
-from avg_llava_jax.training.validation import Best
+from avg_llava_jax.training.metrics import MetricsLog, Progress, read_rows
+from avg_llava_jax.training.validation import LOSS, Best
 from tests.conftest import write_llava
 from tests.random_model import random_model, save_random_model
 from tests.test_training import settings
@@ -181,6 +181,14 @@ def test_best_is_the_lowest_and_the_only_one(tiny, tokenizer, tmp_path):
     (tmp_path / "best" / "checkpoints" / "7" / "params").mkdir(parents=True)  # killed before it was noted
     best = Best(tmp_path, (1.0, 5))
     assert (best.step, best.loss, checkpoint.steps(tmp_path / "best")) == (5, 1.0, [5])
+
+
+def test_a_loss_that_is_not_finite_is_no_best(tmp_path):
+    rows = [{"step": 1, LOSS: float("nan")}, {"step": 2, LOSS: 0.5}, {"step": 3, LOSS: 0.7}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    log = MetricsLog(tmp_path, 3)
+    assert log.best == (0.5, 2)
+    log.close()
 
 
 def test_the_progress_line_keeps_the_newest_validation(tmp_path):

@@ -20,11 +20,13 @@ ALPHA = flags.DEFINE_float("alpha", 0.01, "The largest share of questions that m
 DELTA = flags.DEFINE_float("delta", 0.05, "The probability that the share is larger.", 1e-12, 0.999999)
 BEGIN = flags.DEFINE_list("begin", None, "Where answers begin: tokens per tile, auto. Default: the coarsest and auto.")
 flags.adopt_module_key_flags(evaluate)
+KEYS = "right", "certainty"
 
 
 def main() -> None:
     import numpy as np
 
+    from avg_llava_jax.config import named
     from avg_llava_jax.eval import calibration, escalation
     from avg_llava_jax.inference.calibration import Calibration
 
@@ -47,10 +49,10 @@ def main() -> None:
     thresholds = {}
     for begin in begins:
         first = [
-            record["adaptive"] if begin == "auto" else {key: record[key][int(begin)] for key in ("right", "certainty")}
+            record["adaptive"] if begin == "auto" else {key: record[key][named(begin)] for key in KEYS}
             for record in records
         ]
-        right, certainty = (np.array([each[key] for each in first], float) for key in ("right", "certainty"))
+        right, certainty = (np.array([each[key] for each in first], float) for key in KEYS)
         threshold = calibration.fit(certainty, right < fine, ALPHA.value, delta)
         again = certainty < threshold
         thresholds[begin] = threshold

@@ -166,7 +166,10 @@ class AvgLlava(Model):
         return Chat(self, options)
 
     def forget(self) -> None:
-        """Forget the encoded images and the prefixes of earlier questions, as before a time is measured."""
+        """Forget the encoded images and the prefixes of earlier questions, as before a time is measured.
+
+        Raises RuntimeError while a stream is open.
+        """
         with self._lock:
             if self._engine is not None:
                 self._engine.forget()
@@ -241,6 +244,7 @@ class Chat:
 
     def _keep(self, request: Request, answer: Answer) -> Answer:
         if answer.text:
-            self.turns = [*request.prompt, {"from": "gpt", "value": answer.text}]
+            text = [answer.text] if PLACEHOLDER in answer.text else answer.text  # a list has no markers
+            self.turns = [*request.prompt, {"from": "gpt", "value": text}]
             self.images = list(request.images)
         return answer

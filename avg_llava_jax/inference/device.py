@@ -129,6 +129,7 @@ class Device:
 
     def reset(self) -> None:
         """Recreate cache and pool, empty: after a failure the donated arrays may be gone."""
+        self._cache = self._pool = None  # frees them before the new ones are made
         sizes = self.buckets
         arrays = programs.empty(*self._model, sizes.slots, sizes.capacity, sizes.pages)
         # Committed to their devices, as the programs' results are: otherwise the first programs compile twice.

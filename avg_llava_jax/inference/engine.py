@@ -142,7 +142,10 @@ class Engine:
         submitted = time.perf_counter()
         try:
             self._check_open()
-            job = make_job(self.model, prepare(), images, ticket, submitted, self.buckets.pages)
+            prepared = prepare()
+            if self._patient and (need := self.model.longest(prepared)) > self.buckets.capacity:
+                raise ValueError(f"prompt and answer take up to {need} positions, a slot has {self.buckets.capacity}")
+            job = make_job(self.model, prepared, images, ticket, submitted, self.buckets.pages)
             job.each_token = job.each_token or each_token
             with self._news:
                 self._check_open()
@@ -171,6 +174,9 @@ class Engine:
             self._decode()
         except jax.errors.JaxRuntimeError as error:
             self._start_over(error)
+        except BaseException as error:  # Ctrl+C may fall between a call that takes the cache and its result
+            self._start_over(error)
+            raise
         return bool(self._jobs())
 
     def start(self) -> None:
@@ -199,7 +205,13 @@ class Engine:
         return self._waiting_count() + self._running_count() >= self.buckets.slots + self.queue
 
     def forget(self) -> None:
-        """Forget encoded images and cached prefixes. Only while no request runs."""
+        """Forget encoded images and cached prefixes.
+
+        Raises RuntimeError while a request runs.
+        """
+        if any(not job.ticket.cancelled for job in (*self._inbox, *self._jobs())):
+            raise RuntimeError("requests run: end them first, and close a stream that is not read to its end")
+        self.step()  # drops the cancelled ones
         self._images.clear()
         self._scheduler.clear()
 
@@ -524,11 +536,12 @@ class Engine:
             self._images.release(job.digests)
             job.pages = None
 
-    def _start_over(self, error: jax.errors.JaxRuntimeError) -> None:
+    def _start_over(self, error: BaseException) -> None:
         """Recover from a failure of the device: requests on it fail, requests that wait on the host continue."""
+        what = (str(error) or type(error).__name__).splitlines()[0]
         for job in self._jobs():
             if job not in self._waiting:
-                self._end(job, RuntimeError(f"the device failed: {str(error).splitlines()[0]}"))
+                self._end(job, RuntimeError(f"the device failed: {what}"))
         self._routing = self._decoding = None
         self._images.clear()
         self._scheduler.clear()

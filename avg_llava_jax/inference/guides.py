@@ -106,11 +106,16 @@ def strict(schema: dict[str, Any]) -> dict[str, Any]:
     """A JSON schema as its author means it: compact, and objects have only the properties that it names.
 
     JSON schema allows any others if an object has no `additionalProperties`, and a model that may write more will.
-    A schema with `allOf`, whose parts name properties for each other, stays as it is.
+    A schema with `allOf`, or an object with properties of its own and of alternatives, names properties in one part for
+    the others: it stays as it is.
     """
 
+    def divided(part: dict[str, Any]) -> bool:
+        each = [each for key in ("anyOf", "oneOf") if isinstance(part.get(key), list) for each in part[key]]
+        return any("properties" in one for one in each if isinstance(one, dict))
+
     def closed(part: Any) -> Any:
-        if not isinstance(part, dict):
+        if not isinstance(part, dict) or ("properties" in part and divided(part)):
             return part
         found = {}
         for key, value in part.items():

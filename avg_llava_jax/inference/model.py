@@ -122,6 +122,8 @@ class Model:
         """The calibrated threshold of a request that begins at `choice`."""
         if request.adapter is not None:
             raise ValueError(f"escalate=calibrated is known for the base, not for adapter={request.adapter!r}")
+        if request.max_visual_tokens is not None:
+            raise ValueError("escalate=calibrated holds without max_visual_tokens: give one of them")
         if isinstance(self.calibration, ValueError):
             raise self.calibration
         if self.calibration is None:
