@@ -74,7 +74,7 @@ def tiny() -> ModelConfig:
             max_length=256,
         ),
         pinpoints=((16, 32), (32, 16), (32, 32)),
-        template="mistral_instruct",
+        template="mistral",
     )  # fmt: skip
 
 

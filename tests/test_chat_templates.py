@@ -21,7 +21,7 @@ from avg_llava_jax.server.limits import Limits
 from avg_llava_jax.server.reading import conversation
 from tests.test_conversation import ALTERNATING, CHATML, GOLDEN, TEXTS
 
-TEMPLATES = ("vicuna_v1", "mistral_instruct", "llama_3")
+TEMPLATES = ("vicuna_v1", "mistral", "mistral_instruct", "llama_3")
 IMAGE, WHO = {"type": "image"}, {"type": "text", "text": "Who?"}
 
 
@@ -134,8 +134,9 @@ def test_every_conversation_is_the_servers_prompt(template, tiny):
 def test_a_greeting_alone_and_with_an_answer():
     hello = {"role": "assistant", "content": "Hello!"}
     asked = [hello, {"role": "user", "content": "Who?"}]
-    assert rendered("mistral_instruct", [hello]) == "[INST]  [/INST] Hello!</s>"
-    assert rendered("mistral_instruct", asked) == "[INST]  [/INST] Hello!</s>[INST] Who? [/INST]"
+    assert rendered("mistral", [hello]) == "[INST]  [/INST] Hello!</s>"
+    assert rendered("mistral", asked) == "[INST]  [/INST] Hello!</s>[INST] Who? [/INST]"
+    assert rendered("mistral_instruct", asked) == "[INST]  [/INST] Hello! </s>[INST] Who? [/INST]"
     assert rendered("chatml", [hello]) == "<|im_start|>assistant\nHello!<|im_end|>\n"
 
 

@@ -156,9 +156,12 @@ def test_vicuna_reads_back(small):
 
 
 def test_mistral_instruct_reads_back(small):
-    text, labelled = show(encode_conversation(TURNS, small, "mistral_instruct", 2), small)
-    assert text == "<s>[INST] A <image> b <image>? [/INST] No: [/INST] USER: 3</s>[INST] Why [/INST] So.</s>"
-    assert labelled == " No: [/INST] USER: 3</s> So.</s>"
+    """LLaVA writes a space before the end of an answer (`SeparatorStyle.LLAMA_2`), Mistral does not."""
+    for template, after in (("mistral_instruct", " "), ("mistral", "")):
+        text, labelled = show(encode_conversation(TURNS, small, template, 2), small)
+        first, second = f"No: [/INST] USER: 3{after}</s>", f"So.{after}</s>"
+        assert text == f"<s>[INST] A <image> b <image>? [/INST] {first}[INST] Why [/INST] {second}"
+        assert labelled == f" {first} {second}"
 
 
 @pytest.mark.parametrize("name", ["llama_3", "llava_llama_3"])
@@ -204,7 +207,7 @@ def test_chatml_reads_back(small, name):
     assert stop_ids(small, name) == (2, small.special_tokens["<|im_end|>"])
 
 
-@pytest.mark.parametrize("name", ["vicuna_v1", "mistral_instruct", "llama_3", "plain", "tokenizer"])
+@pytest.mark.parametrize("name", ["vicuna_v1", "mistral", "mistral_instruct", "llama_3", "plain", "tokenizer"])
 def test_a_system_turn_elsewhere(small, chatml, name):
     """Before the first question, after which the images of a record without placeholders still come first."""
     tokenizer = chatml if name == "tokenizer" else small
@@ -258,7 +261,7 @@ def test_the_tokenizers_own_template_reads_back(chatml):
     assert show(prompt, chatml)[0].endswith("Why<|im_end|>\n<|im_start|>assistant\n")
 
 
-@pytest.mark.parametrize("template", ["vicuna_v1", "mistral_instruct", "llama_3", "tokenizer"])
+@pytest.mark.parametrize("template", ["vicuna_v1", "mistral", "mistral_instruct", "llama_3", "tokenizer"])
 def test_texts_around_images_hold_no_markers(chatml, template):
     """A list of texts is the text with `<image>` between them, except that the word in it is text."""
     marked, listed = "Is <image> larger\nthan <image>?", ["Is ", " larger\nthan ", "?"]
@@ -270,7 +273,7 @@ def test_texts_around_images_hold_no_markers(chatml, template):
     assert encode_raw([said, said], chatml).images == 1
 
 
-@pytest.mark.parametrize("template", ["vicuna_v1", "mistral_instruct", "llama_3", "tokenizer"])
+@pytest.mark.parametrize("template", ["vicuna_v1", "mistral", "mistral_instruct", "llama_3", "tokenizer"])
 def test_a_prompt_may_hold_an_empty_answer(chatml, template):
     """The tokens are those that the model saw and wrote: its prompt, then at once the end of the answer."""
     asked = encode_prompt([human("Hello")], chatml, template).ids
@@ -278,7 +281,7 @@ def test_a_prompt_may_hold_an_empty_answer(chatml, template):
     assert ids[: len(asked)] == asked and ids[len(asked)] in stop_ids(chatml, template)
 
 
-@pytest.mark.parametrize("template", ["vicuna_v1", "mistral_instruct", "llama_3"])
+@pytest.mark.parametrize("template", ["vicuna_v1", "mistral", "mistral_instruct", "llama_3"])
 @pytest.mark.parametrize("blank", ["", " \n"])
 def test_a_blank_system_turn_adds_nothing_where_it_stands_in_the_question(chatml, template, blank):
     assert encode_conversation([system(blank), *TURNS], chatml, template, 2) == (
@@ -288,7 +291,8 @@ def test_a_blank_system_turn_adds_nothing_where_it_stands_in_the_question(chatml
 
 GREETINGS = {
     "vicuna_v1": f"<s>{VICUNA_SYSTEM} USER: S\n\n ASSISTANT: Hi</s>USER:  ASSISTANT: A</s>USER: Who? ASSISTANT:",
-    "mistral_instruct": "<s>[INST] S\n\n [/INST] Hi</s>[INST]  [/INST] A</s>[INST] Who? [/INST]",
+    "mistral": "<s>[INST] S\n\n [/INST] Hi</s>[INST]  [/INST] A</s>[INST] Who? [/INST]",
+    "mistral_instruct": "<s>[INST] S\n\n [/INST] Hi </s>[INST]  [/INST] A </s>[INST] Who? [/INST]",
     "chatml": "<s>|system S|assistant Hi|user |assistant A|user Who?|assistant ",
     "tokenizer": "|system S|assistant Hi|user |assistant A|user Who?|assistant ",
     "alternating": "|user S\n\n|assistant Hi|user |assistant A|user Who?|assistant ",

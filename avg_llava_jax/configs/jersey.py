@@ -126,6 +126,6 @@ def model() -> ConfigDict:
             },
             "pinpoints": ((96, 192), (192, 96), (192, 192), (288, 96), (96, 288)),
             "unpad": "exact",
-            "template": "mistral_instruct",
+            "template": "mistral",
         }
     )

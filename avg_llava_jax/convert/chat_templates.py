@@ -1,13 +1,13 @@
 """Jinja chat templates, for the transformers library, that render as the server does, by `data.conversation`.
 
     [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Who?"}]}]
-    mistral_instruct:  [INST] <image>\\nWho? [/INST]
+    mistral:  [INST] <image>\\nWho? [/INST]
 
 Text of the roles system and developer is ChatML's system turn; in the others it precedes the first question:
 
     [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who?"}]
-    mistral_instruct:  [INST] Be brief.\\n\\nWho? [/INST]
-    chatml:            <|im_start|>system\\nBe brief.<|im_end|>\\n<|im_start|>user\\nWho?<|im_end|>\\n ...
+    mistral:  [INST] Be brief.\\n\\nWho? [/INST]
+    chatml:   <|im_start|>system\\nBe brief.<|im_end|>\\n<|im_start|>user\\nWho?<|im_end|>\\n ...
 
 As in the server: parts stand on lines of their own, images first unless they stand between texts; messages of one role
 in a row are one turn; blank ones are empty; an empty question precedes an answer that comes first, except in ChatML,
@@ -109,7 +109,7 @@ _TURNS = {
 {%- for turn in turns -%}
 {{ 'USER: ' + turn['content'] + ' ASSISTANT:' if turn['role'] == 'user' else ANSWER }}
 {%- endfor -%}""".replace("SYSTEM", VICUNA_SYSTEM.replace("'", "\\'")),
-    "mistral_instruct": """\
+    "mistral": """\
 {%- for turn in turns -%}
 {{ '[INST] ' + turn['content'] + ' [/INST]' if turn['role'] == 'user' else ANSWER }}
 {%- endfor -%}""",
@@ -122,7 +122,8 @@ _TURNS = {
         "SYSTEM", LLAMA_3_SYSTEM
     ),
 }
-_ANSWER = "(' ' if turn['content'] else '') + turn['content'] + eos_token"
+_SPACE = "(' ' if turn['content'] else '')"
+_ANSWER = f"{_SPACE} + turn['content'] + eos_token"
 
 _CHATML = """\
 {%- set system = heard.system or 'SYSTEM' -%}
@@ -145,7 +146,8 @@ _IMAGES_FIRST = """\
 {%- endif -%}
 {%- endfor -%}"""
 
-for _name in ("vicuna_v1", "mistral_instruct"):
+_TURNS["mistral_instruct"] = _TURNS["mistral"].replace("ANSWER", _ANSWER.replace("eos", f"{_SPACE} + eos"))
+for _name in ("vicuna_v1", "mistral"):
     _TURNS[_name] = _TURNS[_name].replace("ANSWER", _ANSWER)
 for _name, _form in CHATML.items():
     _TURNS[_name] = (

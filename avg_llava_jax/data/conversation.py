@@ -20,16 +20,17 @@ Labels equal the ids of the answers and of the token that ends each answer; ever
     <|im_start|> assistant \n Ann <|im_end|> \n
                                ~~~~~~~~~~~~~~ labelled
 
-Templates: `vicuna_v1`, `llama_3` (alias `llava_llama_3`), `mistral_instruct`, ChatML in three forms (`chatml`,
-`qwen_1_5`, `llava_onevision`; see `CHATML`), `plain` (image and caption, for connector pre-training) and `tokenizer`
-(the tokenizer's own chat template). A system turn replaces that of ChatML and goes to the tokenizer's own template,
-if it has one; in the other templates its text precedes the first question.
+Templates: `vicuna_v1`, `llama_3` (alias `llava_llama_3`), `mistral_instruct` (LLaVA's, which has a space before the end
+of an answer), `mistral` (Mistral's own, which has none), ChatML in three forms (`chatml`, `qwen_1_5`, `llava_onevision`;
+see `CHATML`), `plain` (image and caption, for connector pre-training) and `tokenizer` (the tokenizer's own chat
+template). A system turn replaces that of ChatML and goes to the tokenizer's own template, if it has one; in the other
+templates its text precedes the first question.
 
 A prompt may begin with an answer, such as an assistant's greeting, and its questions may be empty. Templates whose
-turns name their roles render both unchanged. vicuna_v1, llama_3 and mistral_instruct, where answers follow questions,
+turns name their roles render both unchanged. vicuna_v1, llama_3 and the two of Mistral, where answers follow questions,
 put an empty question before the greeting; so does a tokenizer's own template that otherwise refuses it:
 
-    mistral_instruct, "Hello!", "Who?"    <s> [INST]  [/INST] Hello! </s> [INST] Who? [/INST]
+    mistral, "Hello!", "Who?"    <s> [INST]  [/INST] Hello! </s> [INST] Who? [/INST]
 """
 
 from __future__ import annotations
@@ -291,11 +292,11 @@ def _render(turns: list[_CheckedTurn], tokenizer: Tokenizer, template: str) -> l
         return list(_vicuna_v1(turns, tokenizer))
     if template in ("llama_3", "llava_llama_3"):
         return list(_llama_3(turns))
-    if template == "mistral_instruct":
-        return list(_mistral_instruct(turns, tokenizer))
+    if template in ("mistral", "mistral_instruct"):
+        return list(_mistral(turns, tokenizer, "" if template == "mistral" else " "))
     if template == "plain":
         return list(_plain(turns))
-    known = f"vicuna_v1, llama_3 (llava_llama_3), mistral_instruct, {', '.join(CHATML)}, plain, tokenizer"
+    known = f"vicuna_v1, llama_3 (llava_llama_3), mistral, mistral_instruct, {', '.join(CHATML)}, plain, tokenizer"
     raise ValueError(f"template {template!r} is not known; choose from {known}")
 
 
@@ -314,19 +315,19 @@ def _vicuna_v1(turns: list[_CheckedTurn], tokenizer: Tokenizer) -> Iterable[_Pie
             yield _eos(tokenizer)
 
 
-def _mistral_instruct(turns: list[_CheckedTurn], tokenizer: Tokenizer) -> Iterable[_Piece]:
+def _mistral(turns: list[_CheckedTurn], tokenizer: Tokenizer, after: str) -> Iterable[_Piece]:
     for turn in turns:
         if turn.human:
             yield from turn.pieces("[INST] ", " [/INST]")
         else:
-            yield from _after_space(turn)
+            yield from _after_space(turn, after)
             yield _eos(tokenizer)
 
 
-def _after_space(answer: _CheckedTurn) -> Iterable[_Piece]:
-    """An answer after a space; an empty one is nothing at all, as the model wrote it."""
+def _after_space(answer: _CheckedTurn, after: str = "") -> Iterable[_Piece]:
+    """An answer after a space, and before `after`; an empty one is nothing at all, as the model wrote it."""
     if answer.texts[0].strip():
-        yield from answer.pieces(" ")
+        yield from answer.pieces(" ", after)
 
 
 def _llama_3(turns: list[_CheckedTurn]) -> Iterable[_Piece]:
