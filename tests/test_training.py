@@ -23,7 +23,7 @@ from avg_llava_jax.data import pipeline
 from avg_llava_jax.data.pipeline import PlannedBatches
 from avg_llava_jax.data.sources import open_sources
 from avg_llava_jax.models import avg_llava, one_cpu
-from avg_llava_jax.training import loop, phases, rglf
+from avg_llava_jax.training import loop, losses, phases, rglf
 from avg_llava_jax.training.config import OptimizerConfig, RglfConfig, defaults
 from avg_llava_jax.training.loop import TERMINATED, train, train_together
 from avg_llava_jax.training.metrics import MetricsLog, Progress, read_rows
@@ -207,6 +207,26 @@ def test_accumulation_gives_the_gradients_of_the_whole_batch(tiny, params, batch
     whole = by(4, 1)
     for parts in (by(2, 1), by(4, 2), by(2, 4)):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), whole, parts)
+
+
+def test_accumulation_where_truncation_leaves_unequal_answers(tiny, params, batch, monkeypatch):
+    """At the finest granularity an answer lost all but one of its tokens; without totals the loss would be another."""
+    monkeypatch.setattr(one_cpu, "TRAINING_ROWS", 4)
+    cut = np.flatnonzero(batch["target_at"][16][2] >= 0)[1:]
+    assert len(cut) > 1
+    targets = {g: each.copy() for g, each in batch["target_at"].items()}
+    targets[16][2, cut] = -1
+    short = batch | {"target_at": targets}
+    loss = phases.make_loss("multi_granularity", tiny, tiny.granularities, RglfConfig(), remat="none")
+
+    def found(batch, accumulate):
+        return jax.jit(lambda p, b: gradients(loss, p, b, jax.random.key(0), accumulate))(params, batch)
+
+    whole, plain = found(short, 1), found(short, 4)
+    assert abs(whole[1] - plain[1]) > 1e-3
+    for given, accumulate in ((losses.with_totals(short, tiny.granularities), parts) for parts in (1, 2, 4)):
+        one = found(given, accumulate)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), whole, one)
 
 
 def test_one_cpu_takes_few_rows_at_a_time():
