@@ -23,8 +23,8 @@ Labels equal the ids of the answers and of the token that ends each answer; ever
 Templates: `vicuna_v1`, `llama_3` (alias `llava_llama_3`), `mistral_instruct` (LLaVA's, which has a space before the end
 of an answer), `mistral` (Mistral's own, which has none), ChatML in three forms (`chatml`, `qwen_1_5`,
 `llava_onevision`; see `CHATML`), `plain` (image and caption, for connector pre-training) and `tokenizer` (the
-tokenizer's own chat template). A system turn replaces that of ChatML and goes to the tokenizer's own template, if it has
-one; in the other templates its text precedes the first question.
+tokenizer's own chat template). A system turn replaces that of ChatML and goes to the tokenizer's own template, if it
+has one; in the other templates its text precedes the first question.
 
 A prompt may begin with an answer, such as an assistant's greeting, and its questions may be empty. Templates whose
 turns name their roles render both unchanged. vicuna_v1, llama_3 and the two of Mistral, where answers follow questions,
