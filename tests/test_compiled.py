@@ -13,6 +13,7 @@ from tests.test_launch import ROOT, folder  # noqa: F401 (a fixture)
 def answer(folder, tmp_path):  # noqa: F811
     """Answers a question by a process of its own; its standard output and error."""
     env = {name: value for name, value in os.environ.items() if "CACHE" not in name} | {"XDG_CACHE_HOME": str(tmp_path)}
+    env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}  # a fast machine compiles the tiny model in no time
 
     def run(*flags):
         command = [sys.executable, "-m", "launch.answer", f"--checkpoint={folder}", "--prompt=Who?"]

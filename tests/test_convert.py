@@ -372,7 +372,7 @@ def test_card_says_what_it_was_trained_and_measured_at(as_released, tmp_path, la
     card = (tmp_path / "measured" / "README.md").read_text()
     assert "to 40 questions" in card and "| always 4 | 0.500 | 7.2 |" in card and "| the router | 0.500 | 7.2 |" in card
     (tmp_path / "other.json").write_text("{}")
-    with pytest.raises(ValueError, match="other.json is not a report of launch.evaluate"):
+    with pytest.raises(ValueError, match="other.json is not a report of avg-llava evaluate"):
         export(source, tmp_path / "out", report=tmp_path / "other.json")
 
 

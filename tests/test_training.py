@@ -361,7 +361,15 @@ def test_data_without_a_usable_record_train_nothing(tiny, llava_folder, tmp_path
     assert not checkpoint.steps(tmp_path)
 
 
-def test_ctrl_c_saves_and_again_ends_at_once(capsys):
+@pytest.fixture
+def interruptible():
+    """Ctrl+C interrupts, also where these tests are a shell's background job, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_saves_and_again_ends_at_once(interruptible, capsys):
     with loop.Termination() as termination:
         os.kill(os.getpid(), signal.SIGINT)
         assert (termination.asked, termination.code) == (True, 130)
