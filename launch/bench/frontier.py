@@ -81,10 +81,14 @@ def main() -> None:
     from avg_llava_jax.inference.requests import Request
 
     workdir, output = pathlib.Path(WORKDIR.value), pathlib.Path(OUTPUT.value)
+    output.mkdir(parents=True, exist_ok=True)
     folders = [pathlib.Path(each) for each in ROUTERS.value or sorted(workdir.glob("full-*"))]
     if not folders:
         raise ValueError(f"--workdir={workdir} has no routers: run launch.bench.ablate --only=full there")
-    answers = {record["id"]: record for record in evaluation.read_records(workdir / "exact" / "answers.jsonl").values()}
+    file = workdir / "exact" / "answers.jsonl"
+    answers = {record["id"]: record for record in evaluation.read_records(file).values()}
+    if not answers:
+        raise ValueError(f"{file} holds no answers: run launch.bench.ablate, or copy those of a quickstart there")
     model = AvgLlava.load(folders[0])
     questions = [each for each in quickstart.test_questions(model, len(answers)) if each.sample.id in answers]
     samples = [question.sample for question in questions]
