@@ -320,7 +320,8 @@ def load_base(folder: Folder, mesh: Mesh | None = None, dtype: parameters.Dtype 
     """
     folder = pathlib.Path(folder)
     reference = read_config(folder)[1]["base"]
-    path, towers = (each and folder / each for each in (reference["path"], reference.get("vision_tower")))
+    paths = _base_paths(folder, reference)
+    path, towers = pathlib.Path(paths["path"]), paths.get("vision_tower")
     if not path.is_dir():
         raise FileNotFoundError(
             f"{folder / CONFIG} refers to its base {path}, which does not exist: put it there, or change base.path"

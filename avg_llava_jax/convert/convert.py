@@ -139,6 +139,10 @@ def merge(source: Folder, output: Folder, dtype: Any = None) -> None:
         foreign.keep_unused(source if not peft.is_adapter(source) else loaded.meta["base"]["path"], folder)
 
 
+ADAPTER = "adapter"
+"""What `foreign.ORIGIN` says of an adapter that came with a router, beside the config files of its base."""
+
+
 def import_adapter(source: Folder, base: Folder, output: Folder, vision_tower: Folder | None = None) -> ModelConfig:
     """Import a peft folder, or LLaVA's own adapter, as a checkpoint folder that refers to its base.
 
@@ -152,9 +156,8 @@ def import_adapter(source: Folder, base: Folder, output: Folder, vision_tower: F
         write_checkpoint(loaded, folder)
         foreign.keep_unused(local_folder(base), folder, vision_tower)
         origin = _origin(folder)
-        if origin and peft.has_router(source):  # an export would take it for the base's, which nothing has trained
-            origin["config"] = {llava_next.ADAPTIVE: {}} | origin.get("config", {})
-            write_json(folder / foreign.ORIGIN, origin)
+        if origin and peft.has_router(source):
+            write_json(folder / foreign.ORIGIN, origin | {ADAPTER: {"router": True}})
     return loaded.config
 
 
@@ -228,8 +231,7 @@ def export_released(
     config, _ = checkpoint.read_config(source)
     origin = _origin(source)
     tower = pathlib.Path(output).absolute() / "vision_tower"
-    original = {key: value for key, value in origin.get("config", {}).items() if key != llava_next.ADAPTIVE}
-    values = layouts.released_config(config, original, router, str(tower))
+    values = layouts.released_config(config, origin.get("config", {}), router, str(tower))
     loaded = _folded(source)
     tokenizer = load_tokenizer(loaded.tokenizer_folder)
     exported = Exported(config, loaded.params, source / foreign.UNUSED, dtype, router)
@@ -340,8 +342,9 @@ def _origin(source: pathlib.Path) -> dict[str, dict[str, Any]]:
 
 
 def _had_router(origin: dict[str, dict[str, Any]]) -> bool:
-    """Whether the imported weights had a router, in either layout."""
-    return not {"vis_token_granularity", llava_next.ADAPTIVE}.isdisjoint(origin.get("config", {}))
+    """Whether the imported weights had a router, in either layout, or the adapter on them."""
+    of_base = not {"vis_token_granularity", llava_next.ADAPTIVE}.isdisjoint(origin.get("config", {}))
+    return of_base or ADAPTER in origin
 
 
 class Exported:

@@ -209,9 +209,11 @@ class Engine:
 
         Raises RuntimeError while a request runs.
         """
-        if any(not job.ticket.cancelled for job in (*self._inbox, *self._jobs())):
+        jobs = [*self._inbox, *self._jobs()]
+        if not all(job.ticket.cancelled for job in jobs):
             raise RuntimeError("requests run: end them first, and close a stream that is not read to its end")
-        self.step()  # drops the cancelled ones
+        if jobs:
+            self.step()  # drops the cancelled ones
         self._images.clear()
         self._scheduler.clear()
 

@@ -122,7 +122,7 @@ class Request:
         for names, kinds, rule in TYPES:
             for name in names:
                 value = getattr(self, name)
-                absent = value is None and name in ("max_visual_tokens", "logprobs", "guide", "adapter")
+                absent = value is None and getattr(Request, name, ...) is None  # its default
                 calibrated = name == "escalate" and isinstance(value, str)  # checked with its range
                 if isinstance(value, bool) != (kinds is bool) or not (absent or calibrated or isinstance(value, kinds)):
                     raise ValueError(f"{name}={value!r} must be {rule}")

@@ -28,7 +28,7 @@ class DataConfig:
     images: folder, zip or tar; one for all paths, or one for each, comma-separated.
     max_pixels: a record with a larger image is skipped.
     max_skipped_share: the run fails if a larger share of the samples is skipped.
-    shapes: most batch shapes; each is compiled once and must save that much of the work, see `pipeline.saving`.
+    shapes: most batch shapes; each is compiled once, and must save a share of the work, see `pipeline.saving`.
     pack: samples that share a row, on average: less padding where samples differ in length; 1 = a row each.
     workers: processes that read data; 0 = a thread.
     validation: held-out samples, measured every `evaluate_every` steps: a path like `path`, or a share of the records

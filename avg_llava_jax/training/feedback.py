@@ -104,7 +104,8 @@ def measure(
     if hosts.first():
         store.start()
     multihost_utils.sync_global_devices("the feedback's folder is there")
-    store.start()  # on the other processes: checks it
+    if not hosts.first():
+        store.start()
     count = math.ceil(steps / WINDOW)
     if len(batches.parts) == 1:  # otherwise epochs end at different times, and only `steps` says how far to go
         count = min(count, math.ceil(batches.sizes[0] / (WINDOW * batches.batch_size)))

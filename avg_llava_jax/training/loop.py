@@ -49,7 +49,7 @@ def train(
     tensorboard/ and plots/. The processes of a run (see `hosts`) share it: each saves its shards of a checkpoint, the
     first writes the logs.
 
-    termination, label: of a run that trains next to others, see `train_together`. None = handle SIGTERM here.
+    termination, label: of a run that trains next to others, see `train_together`. None = handle signals here.
 
     Raises:
       FileNotFoundError, ValueError: a setting or a file is wrong; one line that names it.

@@ -20,6 +20,11 @@ from avg_llava_jax.training.config import RglfConfig
 from avg_llava_jax.training.optimizer import Loss
 
 
+def with_whole(phase: str, granularities: tuple[int, ...], batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A batch with what the phase's loss of a micro-batch needs to know of the whole batch."""
+    return batch if phase in ("grounding", "rglf") else losses.with_totals(batch, granularities)
+
+
 def make_loss(
     phase: str,
     config: ModelConfig,

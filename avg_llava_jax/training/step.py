@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from avg_llava_jax import parameters
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.parallel import sharding
-from avg_llava_jax.training import losses, phases, setup
+from avg_llava_jax.training import phases, setup
 from avg_llava_jax.training.config import TrainConfig
 from avg_llava_jax.training.optimizer import gradients, make_optimizer, rate_shape, trainable
 
@@ -46,8 +46,7 @@ class Step:
                 trained = sharding.constrain(jax.tree.map(lambda x: x.astype(dtype), trained))
                 return loss(parameters.merge(trained, frozen), batch, keys)
 
-            if config.phase in ("connector", "multi_granularity"):
-                batch = losses.with_totals(batch, trained_at)
+            batch = phases.with_whole(config.phase, trained_at, batch)
             rng = jax.random.fold_in(jax.random.key(seed), step)
             grads, value, metrics = gradients(of_trained, trained, batch, rng, settings.accumulate)
             rate = settings.learning_rate * rate_shape(settings, config.steps)(step)
