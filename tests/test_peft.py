@@ -123,6 +123,27 @@ def test_logits_gradients_and_back(run, tmp_path):
             np.testing.assert_allclose(parameters.flat(again)[path], leaf, rtol=1e-6, err_msg=path)
 
 
+def test_a_plain_list_of_modules_adapts_a_layer_that_does_not_run(run, tmp_path):
+    """Its adapters are passed over (findings/peft_list_on_llava_next.sh); all others are there."""
+    model = AutoModelForImageTextToText.from_pretrained(run / "theirs", trust_remote_code=True)
+    theirs = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    for name, value in theirs.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(value, std=0.1)
+    theirs.save_pretrained(tmp_path)
+    config = checkpoint.read_config(run / "base")[0]
+    assert config.vision.layers == config.vision.used_layers + 1
+    found = parameters.flat(checkpoint.load_adapter(tmp_path, run / "base").params)
+    stored = {name: value.detach().numpy() for name, value in theirs.named_parameters()}
+    for component, count in (("encoder", config.vision.used_layers), ("language", config.language.layers)):
+        for node in ("q", "v"):
+            path = f"{component}/layers/{node}/lora_b"
+            name = "base_model.model." + convert.peft._module(parameters.TABLE[path].torch)
+            name = name.replace(".weight", ".default.weight")
+            wanted = np.stack([stored[name.format(n=layer)].T for layer in range(count)])
+            np.testing.assert_array_equal(found[path], wanted, err_msg=path)
+
+
 def test_a_router_that_came_with_an_adapter_is_exported(tmp_path):
     """Onto a LLaVA-NeXT, whose own router nothing has trained."""
     shipped = checkpoint.load(SHIPPED)
