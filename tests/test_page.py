@@ -118,6 +118,19 @@ def test_a_conversation_about_an_image(page, served, tmp_path):
     assert served.engine.requests[-1].images == () and served.engine.requests[-1].cost_weight == 10
 
 
+def test_loading_an_image_takes_no_focus_away(page):
+    begin = """async (elsewhere) => {
+      const blob = await new Promise((done) => document.createElement("canvas").toBlob(done));
+      by("choose").focus();
+      const added = add([new File([blob], "blank.png", { type: "image/png" })]);
+      if (elsewhere) by(elsewhere).focus();
+      await added;
+      return document.activeElement.id;
+    }"""
+    assert page.evaluate(begin, "doubt") == "doubt"
+    assert page.evaluate(begin, None) == "question"
+
+
 def test_a_second_look_is_told(page, served):
     page.locator("#file").set_input_files(photo(320, 200, "PNG"))
     page.locator("#doubt").press("End")
