@@ -19,6 +19,7 @@ from PIL import Image
 
 from avg_llava_jax import checkpoint, parameters
 from avg_llava_jax.config import ModelConfig, to_dict
+from avg_llava_jax.configs import jersey
 from avg_llava_jax.data import pipeline
 from avg_llava_jax.data.pipeline import PlannedBatches
 from avg_llava_jax.data.sources import open_sources
@@ -227,6 +228,18 @@ def test_accumulation_where_truncation_leaves_unequal_answers(tiny, params, batc
     for given, accumulate in ((losses.with_totals(short, tiny.granularities), parts) for parts in (1, 2, 4)):
         one = found(given, accumulate)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), whole, one)
+
+
+@pytest.mark.parametrize("stage", ["grounding", "reading", "roster", "finest", "full", "router"])
+def test_every_stage_of_the_shipped_model_trains(stage, tmp_path):
+    """With the rows of a batch that one CPU splits; a batch of grounding holds arrays without elements."""
+    config = jersey.get_config(stage)
+    config.steps, config.checkpoint_every, config.batch_size, config.data.shapes = 1, 1, 2 * one_cpu.TRAINING_ROWS, 1
+    config.data.workers, config.init_from = 0, config.init_from if stage == "router" else ""
+    config.data.path = config.data.path.split("&size=")[0] + "&size=64"
+    train(config, tmp_path)
+    (row,) = read_rows(tmp_path / "metrics.jsonl")
+    assert np.isfinite(row["loss"]) and row["grad_norm"] > 0
 
 
 def test_one_cpu_takes_few_rows_at_a_time():

@@ -107,7 +107,10 @@ def gradients(
         return jax.tree.map(lambda x: weight * x, (grads, value, metrics, jnp.ones(())))
 
     def summed(params: parameters.Params, batch: Any, keys: jax.Array) -> Any:
-        parts = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), (batch, keys))
+        # An array may be empty, as the text of grounding is: its rows are not to be inferred from its size.
+        parts = jax.tree.map(
+            lambda x: x.reshape(len(x) // accumulate, accumulate, *x.shape[1:]).swapaxes(0, 1), (batch, keys)
+        )
         zeros = jax.tree.map(
             lambda x: jnp.zeros(x.shape, x.dtype),
             jax.eval_shape(weighted, params, *jax.tree.map(lambda x: x[0], parts)),
