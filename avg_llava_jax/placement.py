@@ -8,6 +8,7 @@ from jaxtyping import ArrayLike
 
 MESH_AXES: dict[str | None, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),  # of activations: samples, or tiles of samples
+    "copies": "data",  # of activations: the samples of one copy of the model, where "width" splits the rest
     "width": "fsdp",  # of parameters, which are gathered where they are used
     "heads": "tensor",
     "mlp": "tensor",

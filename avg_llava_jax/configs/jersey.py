@@ -47,11 +47,10 @@ STAGES = {
         "optimizer.connector_learning_rate": 0.0,
     },
     "full": {
-        "steps": 250,  # more steps make coarse granularities carry more, which leaves less to route
-        "data.path": "jersey?turns=8&coarse=0.45&near=0.7&seed=4",
+        "steps": 2400,
+        "data.path": "jersey?turns=8&coarse=0.3&near=0.5&seed=4",
         "optimizer.learning_rate": 1e-3,
-        # Further training of the encoder would put every detail into all tokens, which leaves little to route.
-        "optimizer.encoder_learning_rate": 0.0,
+        "optimizer.encoder_learning_rate": 6e-4,  # at the full rate it would forget some of what it reads
     },
     "router": {
         "phase": "rglf",

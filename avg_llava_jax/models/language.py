@@ -275,12 +275,16 @@ def init(config: LanguageConfig, rng: Key[ArrayLike, ""]) -> Params:
 
 def embed(params: Params, ids: Int[ArrayLike, "*M"]) -> Float[Array, "*M D"]:
     """Raw embeddings of token ids."""
-    # The table is gathered along its width first: the batch and the table's width share the mesh axis `fsdp`.
-    rows = gather_fp32_grad(jnp.asarray(constrain(params["embed"], "vocab", None)), ids)
+    # The table's width and the batch share the mesh axis `fsdp`. Each device looks up its part of the width for all
+    # rows, and the parts are exchanged: that sends the embeddings of the text, and their gradients, not the table.
+    rest = [None] * (ids.ndim - 1)
+    table = jnp.asarray(constrain(params["embed"], "vocab", "width"))
+    rows = gather_fp32_grad(table, constrain(jnp.asarray(ids), "copies", *rest))
+    rows = constrain(rows, "copies", *rest, "width")
     if "embed_scale" in params:
         scale = params["embed_scale"]
         rows = rows.astype(scale.dtype) * scale[ids][..., None]
-    return constrain(rows, "batch", *[None] * ids.ndim)
+    return constrain(rows, "batch", *rest, None)
 
 
 def unembed(config: LanguageConfig, params: Params, hidden: Float[ArrayLike, "*M D"]) -> Float[Array, "*M V"]:

@@ -38,9 +38,15 @@ LEFT_OUT = ("target", "moves")
 SHOWN = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute")
 
 TRAINING = [
-    (config, topology, {})
-    for config in ("avg_llava_7b_router", "avg_llava_7b")
-    for topology in ("v5e:8x8", "v6e:4x4", "v5p:2x2x4")
+    ("avg_llava_7b_router", "v5e:8x8", {}),
+    ("avg_llava_7b_router", "v6e:4x4", {}),
+    ("avg_llava_7b_router", "v6e:4x4", {"optimizer.accumulate": 4}),
+    ("avg_llava_7b_router", "v5p:2x2x4", {}),
+    ("avg_llava_7b", "v5e:8x8", {}),
+    ("avg_llava_7b", "v5e:8x8", {"optimizer.accumulate": 2}),
+    ("avg_llava_7b", "v6e:4x4", {"optimizer.accumulate": 2}),
+    ("avg_llava_7b", "v5p:2x2x4", {}),
+    ("avg_llava_7b", "v5p:2x2x4", {"optimizer.accumulate": 2}),
 ]
 """Config, topology, and overrides of the config."""
 
