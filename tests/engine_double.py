@@ -7,7 +7,7 @@ from collections import Counter
 
 from avg_llava_jax.data.errors import BadSample
 from avg_llava_jax.data.geometry import visual_count
-from avg_llava_jax.inference.requests import Answer, Read, TokenScore
+from avg_llava_jax.inference.requests import Answer, Pass, TokenScore
 from avg_llava_jax.inference.stats import Stats
 from avg_llava_jax.inference.tickets import Cancelled, QueueFull, Ticket
 
@@ -15,7 +15,7 @@ from avg_llava_jax.inference.tickets import Cancelled, QueueFull, Ticket
 class EngineDouble:
     """Takes `places` requests at once. While `held`, answers stop after their first word; while `looks`, before it.
 
-    Where a request escalates, its first read is at the coarsest granularity with a certainty of .25, its last has .75.
+    Where a request escalates, its first pass is at the coarsest granularity with a certainty of .25, its last has .75.
     A question with "crash" in it fails, one with "damaged" has an image that cannot be decoded.
     """
 
@@ -41,7 +41,7 @@ class EngineDouble:
         if request.escalate and request.images:
             answer = self._answered(request, [])
             levels = self.model.config.granularities
-            ticket.dropped(dataclasses.replace(answer, granularity=levels[0], reads=answer.reads[:1]))
+            ticket.dropped(dataclasses.replace(answer, granularity=levels[0], passes=answer.passes[:1]))
             while self.looks.is_set() and self.open and not ticket.cancelled:
                 time.sleep(0.005)
         for number, word in enumerate(words[: request.max_new_tokens]):
@@ -82,8 +82,8 @@ class EngineDouble:
             tuple(range(len(kept))),
             "length" if len(kept) < len(words) else "stop",
             (
-                *([Read(levels[0], 0, 0.25)] if images and request.escalate else []),
-                Read((choice[0] if single else choice) if choice else None, sum(counts), 0.75),
+                *([Pass(levels[0], 0, 0.25)] if images and request.escalate else []),
+                Pass((choice[0] if single else choice) if choice else None, sum(counts), 0.75),
             ),
             () if request.logprobs is None else tuple(self._score(request, n, {7: -2.0}) for n in range(len(kept))),
         )

@@ -39,5 +39,5 @@ def plain(answer: Answer) -> Answer:
     rows = answer.probabilities
     rows = () if rows is None else rows if isinstance(rows, tuple) else (rows,)
     rounded = tuple(tuple((g, round(p, 4)) for g, p in row.items()) for row in rows)
-    reads = tuple(dataclasses.replace(read, certainty=round(read.certainty, 3)) for read in answer.reads)
-    return dataclasses.replace(answer, timings={}, probabilities=rounded, reads=reads)
+    passes = tuple(dataclasses.replace(each, certainty=round(each.certainty, 3)) for each in answer.passes)
+    return dataclasses.replace(answer, timings={}, probabilities=rounded, passes=passes)

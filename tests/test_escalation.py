@@ -45,9 +45,9 @@ def test_the_answer_is_that_of_the_finest_granularity(model, engine, photos):
         assert (answer.token_ids, answer.text, answer.finish) == (finest.token_ids, finest.text, finest.finish)
         assert answer.granularity == finest.granularity
         assert answer.certainty == pytest.approx(finest.certainty, abs=1e-4)
-        assert answer.visual_tokens == sum(read.visual_tokens for read in answer.reads)
+        assert answer.visual_tokens == sum(read.visual_tokens for read in answer.passes)
         escalated = bool(request.images) and request.escalate > 0
-        assert len(answer.reads) == 1 + escalated and answer.reads[-1].visual_tokens == finest.visual_tokens
+        assert len(answer.passes) == 1 + escalated and answer.passes[-1].visual_tokens == finest.visual_tokens
     after = engine.stats()
     assert after.escalated - before.escalated == 6
     assert after.image_misses - before.image_misses == 4, "each picture is encoded once"
@@ -91,10 +91,10 @@ def test_only_an_uncertain_answer_escalates_at_its_first_uncertain_token(model, 
     trusted = dataclasses.replace(request, escalate=coarse.certainty * 0.999)
     doubted = dataclasses.replace(request, escalate=min(1.0, coarse.certainty * 1.001))
     kept, dropped = run(engine, [trusted, doubted])
-    assert kept.token_ids == coarse.token_ids and kept.granularity == 4 and len(kept.reads) == 1
-    assert dropped.granularity == 16 and [read.granularity for read in dropped.reads] == [4, 16]
-    assert dropped.reads[0].certainty == pytest.approx(coarse.certainty, rel=1e-4)
-    first = run(engine, [dataclasses.replace(request, escalate=1.0)])[0].reads[0].certainty
+    assert kept.token_ids == coarse.token_ids and kept.granularity == 4 and len(kept.passes) == 1
+    assert dropped.granularity == 16 and [read.granularity for read in dropped.passes] == [4, 16]
+    assert dropped.passes[0].certainty == pytest.approx(coarse.certainty, rel=1e-4)
+    first = run(engine, [dataclasses.replace(request, escalate=1.0)])[0].passes[0].certainty
     assert first == pytest.approx(one.certainty, rel=1e-4)
 
 

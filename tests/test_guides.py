@@ -53,7 +53,7 @@ def test_a_guided_answer_that_escalates_is_guided_again(model, engine, photos):
     guide = Guide.choice(["the left one", "neither"])
     asked = Request("Who?", photos[0], granularity=4, max_new_tokens=12, escalate=1.0, guide=guide, logprobs=2)
     (answer,) = answers(engine, [asked])
-    assert [read.granularity for read in answer.reads] == [4, 16]
+    assert [read.granularity for read in answer.passes] == [4, 16]
     assert answer.text in ("the left one", "neither") and answer.finish == "stop"
     assert [score.token for score in answer.logprobs] == list(answer.token_ids)
 

@@ -72,7 +72,7 @@ def test_openai_client_streams(served):
     assert chunks[-1].choices == [] and chunks[-1].usage.completion_tokens == 3
     assert chunks[-1].usage.model_extra["granularity"] == 16
     glance = chunks[1].model_extra["avg_llava"]
-    assert glance["granularity"] == 4 and [read["certainty"] for read in glance["reads"]] == [0.25]
+    assert glance["granularity"] == 4 and [read["certainty"] for read in glance["passes"]] == [0.25]
     (image,) = chunks[-2].model_extra["avg_llava"]["images"]
     assert (image["granularity"], image["probabilities"]) == (16, None)
     assert image["cells"] == {"left": 0, "top": 0, "width": 32, "height": 16, "columns": 8, "rows": 4}
@@ -80,8 +80,8 @@ def test_openai_client_streams(served):
     assert (request.cost_weight, request.max_visual_tokens, request.escalate, request.top_k) == (0.5, 60, 0.9, 7)
     seen = chunks[-2].model_extra["avg_llava"]
     assert seen["certainty"] == 0.75
-    assert seen["reads"][1] == {"granularity": 16, "visual_tokens": seen["visual_tokens"], "certainty": 0.75}
-    assert seen["reads"][0]["certainty"] == 0.25
+    assert seen["passes"][1] == {"granularity": 16, "visual_tokens": seen["visual_tokens"], "certainty": 0.75}
+    assert seen["passes"][0]["certainty"] == 0.25
 
 
 def test_what_is_not_said_is_the_default(served):

@@ -20,7 +20,7 @@ COST_WEIGHT = flags.DEFINE_float(
 )
 MAX_VISUAL_TOKENS = flags.DEFINE_integer("max_visual_tokens", None, "Upper bound, all images together.", 1)
 ESCALATE = flags.DEFINE_string(
-    "escalate", "0", "A probability: an answer less certain is read again at the finest granularity. Or: calibrated."
+    "escalate", "0", "A probability: an answer less certain is given again at the finest granularity. Or: calibrated."
 )
 MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 256, "Length of the longest answer, in tokens.", lower_bound=1)
 TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 is greedy.", lower_bound=0.0)
@@ -80,8 +80,8 @@ def main() -> None:
         for number, (g, share) in enumerate(zip(each, shares, strict=True)):
             chances = "" if share is None else " (" + ", ".join(f"{k}: {p:.2f}" for k, p in share.items()) + ")"
             print(f"image {number}: {g} tokens a tile{chances}")
-    for read in answer.reads[:-1]:
-        print(f"first read at {read.granularity}: {read.visual_tokens} visual tokens, certainty {read.certainty:.4f}")
+    for each in answer.passes[:-1]:
+        print(f"first pass at {each.granularity}: {each.visual_tokens} visual tokens, certainty {each.certainty:.4f}")
     times = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in answer.timings.items())
     counts = f"{answer.visual_tokens} visual tokens, {len(answer.token_ids)} new tokens"
     print(f"{counts}, certainty {answer.certainty:.4f}, {times}, of which {compiling.seconds:.2f} s compiling")

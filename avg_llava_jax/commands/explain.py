@@ -40,8 +40,8 @@ def main() -> None:
         left_out = "" if name in found.logits else "  (over the model's limit)"
         print(f"packed length at {name}: {length}{left_out}")
     for name, answer in zip(("a glance", "a close look"), found.answers, strict=False):
-        read = answer.reads[-1]
-        print(f"{name}: {answer.text!r} from {read.visual_tokens} visual tokens, certainty {answer.certainty:.4f}")
+        last = answer.passes[-1]
+        print(f"{name}: {answer.text!r} from {last.visual_tokens} visual tokens, certainty {answer.certainty:.4f}")
     if OUTPUT.value:
         found.save(OUTPUT.value)
     if FIGURE.value:

@@ -5,7 +5,7 @@
 The plot has a point per cost weight (`Request.cost_weight`), the fixed granularities, a random one and the oracle.
 Every question is answered once at every granularity, by `avg-llava evaluate` or here; the weights only choose among
 these answers. The frontier (`eval.escalation.frontier`) compares the router, escalation and both together at every
-budget of visual tokens, FLOPs and measured seconds, every read counted, with the area under each curve. The outputs
+budget of visual tokens, FLOPs and measured seconds, every pass counted, with the area under each curve. The outputs
 are OUT/tradeoff.json, OUT/plots/tradeoff.png and OUT/plots/frontier.png; an interrupted run resumes.
 """
 
@@ -79,7 +79,7 @@ def main() -> None:
 
     subset = timing.commonest(config, questions, TIMED.value)
     places = [questions.index(question) for question in subset]
-    timed = timing.reads(config, subset, free)
+    timed = timing.passes(config, subset, free)
     for name, (picked, request) in ways.items():
         routed = name.startswith("cost weight")
         timed[name] = [
@@ -91,7 +91,7 @@ def main() -> None:
     units = {
         "visual tokens": escalation.token_costs(answers),
         "GFLOPs": escalation.flop_costs(config, samples, answers),
-        "seconds": timing.read_costs(config, seconds, len(records)),
+        "seconds": timing.pass_costs(config, seconds, len(records)),
     }
     report = {
         "n": len(records),

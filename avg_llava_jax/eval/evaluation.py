@@ -148,7 +148,7 @@ def answer_all(
     skipped: gets `{"id", "reason", "detail"}` of each question whose image is damaged or that fits at no granularity.
 
     Returns the records in the order of the questions: `id, kind, images (names), question, reference, answers {g: text,
-    or None if the prompt does not fit}, right {g: bool or grade}, certainty {g: probability, see `Read`},
+    or None if the prompt does not fit}, right {g: bool or grade}, certainty {g: probability, see `Pass`},
     visual_tokens {g: int}, scores (images, G), probabilities (images, G), chosen (images,), answer (at the router's
     choice), adaptive {answer, right, certainty, visual_tokens}`, and the question's `extra`; with a `file`, `made_by`
     {name: digest} as well.

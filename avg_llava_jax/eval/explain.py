@@ -116,7 +116,7 @@ def explain(model: AvgLlava, request: Request) -> Explanation:
         once = dataclasses.replace(prepared.request, escalate=0.0)
         both = [dataclasses.replace(prepared, request=each, choice=choice) for each in (once, prepared.request)]
         glance, last = model.answer_prepared(both)
-        answers = [glance, last] if len(last.reads) > 1 else [glance]
+        answers = [glance, last] if len(last.passes) > 1 else [glance]
 
     votes, at = [], 0
     for size in sample.sizes:
@@ -189,7 +189,7 @@ def _draw_reads(figure: Any, config: ModelConfig, explanation: Explanation, imag
         each = answer.granularity if isinstance(answer.granularity, tuple) else (answer.granularity,)
         draw_grid(axis, config, explanation.images[image], each[image])
         said = textwrap.shorten(answer.text, 40, placeholder=" ...").replace("$", r"\$")
-        axis.set_title(f"{name}: {each[image]} tokens a tile, {answer.reads[-1].visual_tokens} in all\n“{said}”")
+        axis.set_title(f"{name}: {each[image]} tokens a tile, {answer.passes[-1].visual_tokens} in all\n“{said}”")
     names = ["a glance", "a close look"][: len(explanation.answers)]
     _bars(middle, names, np.array([answer.certainty for answer in explanation.answers]), None, "certainty")
     middle.axvline(explanation.escalate, color="tab:red", label=f"escalate below {explanation.escalate:g}")

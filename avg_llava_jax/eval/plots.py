@@ -118,7 +118,7 @@ def frontier(found: dict[str, Any], path: Path) -> Path:
             cost, accuracy, deviation = (np.array(values) for values in zip(*ordered, strict=True))
             axis.plot(cost, accuracy, style, color=colour, label=f"{name}, area {of_unit['areas'][name]:.3f}")
             axis.fill_between(cost, accuracy - deviation, accuracy + deviation, color=colour, alpha=0.15, linewidth=0)
-        axis.set(xlabel=f"{unit} a question, every read counted")
+        axis.set(xlabel=f"{unit} a question, every pass counted")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     axes[0, 0].set_ylabel("accuracy")

@@ -33,8 +33,8 @@ def seconds_per_answer(
     return {"fixed": {str(g): seconds[str(g)] for g in config.granularities}, "adaptive": seconds["adaptive"]}
 
 
-def reads(config: ModelConfig, questions: Sequence[Question], request: Request) -> dict[str, list[Prepared]]:
-    """The requests that `read_costs` needs timed: at each granularity, then also at the finest, and with the router."""
+def passes(config: ModelConfig, questions: Sequence[Question], request: Request) -> dict[str, list[Prepared]]:
+    """The requests that `pass_costs` needs timed: at each granularity, then also at the finest, and with the router."""
     (coarsest, *_), finest = config.granularities, config.granularities[-1]
     twice = dataclasses.replace(request, escalate=1.0)
     ways = {f"always {g}": at_each(config, questions, request, g) for g in config.granularities}
@@ -43,8 +43,8 @@ def reads(config: ModelConfig, questions: Sequence[Question], request: Request) 
     return ways | {f"routed to {coarsest}": at_each(config, questions, routed, None)}
 
 
-def read_costs(config: ModelConfig, seconds: Mapping[str, float], count: int) -> Costs:
-    """Seconds of `reads`, as costs that are the same for `count` questions. seconds: by policy."""
+def pass_costs(config: ModelConfig, seconds: Mapping[str, float], count: int) -> Costs:
+    """Seconds of `passes`, as costs that are the same for `count` questions. seconds: by policy."""
     (coarsest, *_), finest = config.granularities, config.granularities[-1]
     first = [seconds[f"always {g}"] for g in config.granularities]
     again = [seconds[f"{g}, then {finest}"] - seconds[f"always {g}"] for g in config.granularities[:-1]]

@@ -423,7 +423,7 @@ class Engine:
                 self._counters.add(verified_tokens=job.draft)
                 if part.then is not None:
                     job.token_scores += scored(part.then, after.scores, row, job.tokens)
-                if self._pricing is not None and not job.reads:
+                if self._pricing is not None and not job.passes:
                     self._pricing.first_token(job.times["submitted"], time.perf_counter())
                 job.reached("first")
                 if job.ticket.keep_logits:
@@ -473,12 +473,12 @@ class Engine:
             text = job.stream.feed(without_end(job.tokens, self.model.stop_ids), last)
         ended = last or job.stream.stopped
         certainty = job.certainty(len(job.stream.ids) if job.stream.stopped else len(job.tokens))
-        read = self.model.read_of(job.prepared, job.choice, certainty)
+        done = self.model.pass_of(job.prepared, job.choice, certainty)
         if job.finer:
             if certainty < job.prepared.request.escalate:
-                job.reads.append(read)
+                job.passes.append(done)
                 job.ticket.dropped(
-                    self.model.answer_of("", (), "stop", job.reads, job.scores, {}, cost_weight=job.price)
+                    self.model.answer_of("", (), "stop", job.passes, job.scores, {}, cost_weight=job.price)
                 )
                 self._escalate(job, ended)
                 return
@@ -494,7 +494,7 @@ class Engine:
             job.stream.text,
             job.stream.ids,
             "stop" if stopped else "length",
-            [*job.reads, read],
+            [*job.passes, done],
             job.scores,
             job.timings(),
             job.token_scores,
@@ -516,7 +516,7 @@ class Engine:
         self._counters.add(escalated=1, draft_tokens=job.draft)
         place = self._scheduler.readmit(job)
         self._count(job, place)
-        job.ticket.visual_tokens = sum(read.visual_tokens for read in job.reads) + job.visual
+        job.ticket.visual_tokens = sum(each.visual_tokens for each in job.passes) + job.visual
         if place.source is not None:
             self._copy({place.slot: place.source}, place.shared)
 

@@ -16,7 +16,7 @@ from avg_llava_jax.inference.guides import Matcher
 from avg_llava_jax.inference.image_pages import Digest, digest_of
 from avg_llava_jax.inference.model import Model, check_length, visual_tokens
 from avg_llava_jax.inference.programs import TEXT
-from avg_llava_jax.inference.requests import Prepared, Read, TokenScore
+from avg_llava_jax.inference.requests import Pass, Prepared, TokenScore
 from avg_llava_jax.inference.sampling import Next
 from avg_llava_jax.inference.scheduler import Work
 from avg_llava_jax.inference.text_stream import TextStream
@@ -38,7 +38,7 @@ class Job(Work):
         (S, 4), with weights float32 (S, 4).
     finer: granularities of the pass that follows if this one is not certain enough; empty = none.
     logprobs: log-probability of each of `tokens`. held: text that is held back until its pass is certain.
-    reads: earlier passes that were not certain enough.
+    passes: earlier passes that were not certain enough.
     matcher: follows the request's guide. token_scores: the scores of the answer's tokens, where they are wanted.
     times: the clock in seconds when it reached each stage.
     """
@@ -61,7 +61,7 @@ class Job(Work):
     finer: tuple[Granularity, ...] = ()
     logprobs: list[float] = dataclasses.field(default_factory=list)
     held: str = ""
-    reads: list[Read] = dataclasses.field(default_factory=list)
+    passes: list[Pass] = dataclasses.field(default_factory=list)
     times: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
@@ -101,7 +101,7 @@ class Job(Work):
         return Next(self.prepared.request, self.limit, self.text, self.tokens, allowed)
 
     def certainty(self, count: int) -> float:
-        """The lowest probability of the first `count` tokens, up to the token that causes another pass: see `Read`."""
+        """The lowest probability of the first `count` tokens, up to the token that causes another pass: see `Pass`."""
         least = 1.0
         for logprob in self.logprobs[:count]:
             least = min(least, math.exp(logprob))

@@ -19,7 +19,7 @@ from avg_llava_jax.data.tokenizer import Tokenizer
 from avg_llava_jax.inference import choosing, stacked
 from avg_llava_jax.inference.calibration import Calibration
 from avg_llava_jax.inference.guides import Guide, Matcher
-from avg_llava_jax.inference.requests import Answer, Granularity, Prepared, Read, Request, TokenScore, as_ref
+from avg_llava_jax.inference.requests import Answer, Granularity, Pass, Prepared, Request, TokenScore, as_ref
 from avg_llava_jax.inference.stacked import Stack
 from avg_llava_jax.models import language
 from avg_llava_jax.models.avg_llava import Params
@@ -152,7 +152,7 @@ class Model:
         text: str,
         ids: Sequence[int],
         finish: Literal["stop", "length"],
-        reads: Sequence[Read],
+        passes: Sequence[Pass],
         scores: Sequence[np.ndarray],
         timings: dict[str, float],
         logprobs: Sequence[TokenScore] = (),
@@ -161,27 +161,27 @@ class Model:
     ) -> Answer:
         """The answer of a request that has ended.
 
-        reads: all passes, the one that gave the answer last. scores: router scores (G,) of each image, empty if not
+        passes: all of them, the one that gave the answer last. scores: router scores (G,) of each image, empty if not
         routed.
         """
         shares = tuple(dict(zip(self.config.granularities, softmax(row), strict=True)) for row in scores)
         return Answer(
             text=text,
-            granularity=reads[-1].granularity,
-            visual_tokens=sum(read.visual_tokens for read in reads),
+            granularity=passes[-1].granularity,
+            visual_tokens=sum(each.visual_tokens for each in passes),
             probabilities=_single(shares),
             timings=timings,
             token_ids=tuple(ids),
             finish=finish,
-            reads=tuple(reads),
+            passes=tuple(passes),
             logprobs=tuple(logprobs[: len(ids)]),
             cost_weight=cost_weight,
             closed=closed,
         )
 
-    def read_of(self, prepared: Prepared, choice: tuple[int | str, ...], certainty: float) -> Read:
+    def pass_of(self, prepared: Prepared, choice: tuple[int | str, ...], certainty: float) -> Pass:
         """One pass of a request, at one granularity per image."""
-        return Read(_single(choice), sum(visual_tokens(self.config, prepared.sample, choice)), certainty)
+        return Pass(_single(choice), sum(visual_tokens(self.config, prepared.sample, choice)), certainty)
 
 
 def unstacked(params: Params, free: bool = False) -> Params:

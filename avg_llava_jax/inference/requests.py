@@ -36,7 +36,7 @@ class Request:
         An engine under load may raise it, see `pricing`.
     max_visual_tokens: the most visual tokens of all images together, newlines included; None = no bound.
         See `choosing`.
-    escalate: a probability, 0 = off. An answer whose certainty (`Read.certainty`) is below it is dropped, and the
+    escalate: a probability, 0 = off. An answer whose certainty (`Pass.certainty`) is below it is dropped, and the
         request is answered at the finest granularity at which the prompt fits and the tokens of both passes are within
         `max_visual_tokens`. Only the last pass streams. "calibrated": what `avg-llava calibrate` fitted.
     max_new_tokens: tokens to generate at most; fewer where prompt and answer reach the model's `max_length`.
@@ -155,7 +155,7 @@ class TokenScore(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Read:
+class Pass:
     """One pass of a request, at one granularity per image.
 
     granularity, visual_tokens: as in `Answer`, of this pass alone.
@@ -182,7 +182,7 @@ class Answer:
         `total`. The first use of a bucket includes its compilation.
     token_ids: generated ids, without the stop id that ended the answer.
     finish: "stop" (a stop id, a stop string or a complete guide) or "length".
-    reads: each pass, coarse to fine; the last one gave the answer.
+    passes: each pass, coarse to fine; the last one gave the answer.
     logprobs: the score of each of `token_ids`, () if `Request.logprobs` is None.
     closed: whether its guide closed it early, before its tokens ran out; `finish` is "stop" then too.
     """
@@ -194,15 +194,15 @@ class Answer:
     timings: dict[str, float]
     token_ids: tuple[int, ...]
     finish: Literal["stop", "length"]
-    reads: tuple[Read, ...]
+    passes: tuple[Pass, ...]
     logprobs: tuple[TokenScore, ...] = ()
     cost_weight: float | None = None
     closed: bool = False
 
     @property
     def certainty(self) -> float:
-        """The certainty of the answer, see `Read`."""
-        return self.reads[-1].certainty
+        """The certainty of the answer, see `Pass`."""
+        return self.passes[-1].certainty
 
 
 @dataclasses.dataclass(frozen=True)

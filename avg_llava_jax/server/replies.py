@@ -8,7 +8,7 @@ and on the last chunk with a choice; a stream that escalates has a chunk with th
 
     {"granularity": 16, "visual_tokens": 75, "certainty": 0.98, "closed": false, "probabilities": {"4": 0.1, ...},
      "cost_weight": 0.0,
-     "timings": {"encode": 0.02, ...}, "reads": [{"granularity": 16, "visual_tokens": 75, "certainty": 0.98}],
+     "timings": {"encode": 0.02, ...}, "passes": [{"granularity": 16, "visual_tokens": 75, "certainty": 0.98}],
      "images": [{"granularity": 16, "probabilities": ..., "visual_tokens": 75, "finest": 280, "size": [640, 480],
                  "tiles": LATTICE, "cells": LATTICE, "borders": {"x": [0, 80, ...], "y": ...}}]}
 
@@ -170,7 +170,7 @@ class Reply:
             "visual_tokens": answer.visual_tokens,
             "certainty": answer.certainty,
             "closed": answer.closed,
-            "reads": [dataclasses.asdict(read) for read in answer.reads],
+            "passes": [dataclasses.asdict(each) for each in answer.passes],
             "probabilities": answer.probabilities or None,
             "cost_weight": answer.cost_weight,
             "timings": answer.timings,

@@ -53,8 +53,8 @@ def timed(
         begin = clock()
         answer = model.answer(image, inference.PROMPT, max_new_tokens=inference.NEW_TOKENS.value, **first)
         seconds = clock() - begin
-    if len(answer.reads) != 1 + (way != "finest"):
-        raise RuntimeError(f"{way}: {len(answer.reads)} reads")
+    if len(answer.passes) != 1 + (way != "finest"):
+        raise RuntimeError(f"{way}: {len(answer.passes)} passes")
     return seconds, answer.token_ids
 
 

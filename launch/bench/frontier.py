@@ -2,7 +2,7 @@
 
 W is a workdir of `python -m launch.bench.ablate --only=full --workdir=W`: the frozen model's answers and a router of
 each seed. Each router scores the questions, and `escalation.frontier` compares, in visual tokens, FLOPs and measured
-seconds, every read counted: each fixed granularity, a random one at the same mean cost, the router at all prices,
+seconds, every pass counted: each fixed granularity, a random one at the same mean cost, the router at all prices,
 escalation from the coarsest granularity, both together, and the oracle. Writes means and deviations over the routers:
 OUT/frontier.json, OUT/frontier.md and OUT/plots/frontier.png.
 """
@@ -99,12 +99,12 @@ def main() -> None:
     request = Request("", max_new_tokens=quickstart.ANSWER_TOKENS)
     if CLOCK.value == "cpu":
         time.perf_counter = time.process_time
-    seconds = timing.in_turn(model, timing.reads(model.config, timed, request), 3)
+    seconds = timing.in_turn(model, timing.passes(model.config, timed, request), 3)
     first = escalation.table(model.config, records)
     units = {
         "visual tokens": escalation.token_costs(first),
         "GFLOPs": escalation.flop_costs(model.config, samples, first),
-        "seconds": timing.read_costs(model.config, seconds, len(records)),
+        "seconds": timing.pass_costs(model.config, seconds, len(records)),
     }
     found: dict[str, list[dict[str, Any]]] = {unit: [] for unit in units}
     for folder in folders:
