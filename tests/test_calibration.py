@@ -13,6 +13,11 @@ def population(rng, count):
     return 1 / (1 + np.exp(-odds)), rng.random(count) < chance
 
 
+def trusting(certainty, lost):
+    """Whether each question loses with a threshold, where one pass may follow: `lost` is of the first."""
+    return lambda threshold: lost & (certainty >= threshold)
+
+
 def test_the_guarantee_holds_and_a_threshold_fitted_without_it_breaks():
     """200 calibration sets of 500 questions: the share whose true risk is over alpha, by both ways."""
     rng, alpha, delta = np.random.default_rng(0), 0.02, 0.1
@@ -28,7 +33,7 @@ def test_the_guarantee_holds_and_a_threshold_fitted_without_it_breaks():
     for _ in range(200):
         seen = rng.integers(0, len(lost), 500)
         c, bad = certainty[seen], lost[seen]
-        fitted.append(calibration.fit(c, bad, alpha, delta))
+        fitted.append(calibration.fit(trusting(c, bad), alpha, delta))
         broken += risk(fitted[-1]) > alpha
         good = [t for t in calibration.THRESHOLDS if np.mean(bad & (c >= t)) <= alpha]
         naive += risk(good[-1]) > alpha
@@ -40,14 +45,14 @@ def test_the_guarantee_holds_and_a_threshold_fitted_without_it_breaks():
 def test_what_the_data_cannot_support_is_refused():
     sure, none = np.full(298, 0.9), np.zeros(298, bool)
     with pytest.raises(ValueError, match="298 independent questions cannot support alpha=0.01 .* at least 299"):
-        calibration.fit(sure, none, 0.01, 0.05)
-    assert calibration.fit(np.full(299, 0.9), np.zeros(299, bool), 0.01, 0.05) == calibration.THRESHOLDS[-1]
+        calibration.fit(trusting(sure, none), 0.01, 0.05)
+    assert calibration.fit(trusting(np.full(299, 0.9), np.zeros(299, bool)), 0.01, 0.05) == calibration.THRESHOLDS[-1]
     one = np.arange(473) == 5
-    assert calibration.fit(np.full(473, 0.9), one, 0.01, 0.05) == calibration.THRESHOLDS[-1]
-    assert calibration.fit(np.full(472, 0.9), one[:472], 0.01, 0.05) == pytest.approx(0.9, abs=0.01)
-    assert calibration.fit(np.full(472, 0.9), one[:472], 0.01, 0.05) > 0.9
+    assert calibration.fit(trusting(np.full(473, 0.9), one), 0.01, 0.05) == calibration.THRESHOLDS[-1]
+    fitted = calibration.fit(trusting(np.full(472, 0.9), one[:472]), 0.01, 0.05)
+    assert 0.9 < fitted == pytest.approx(0.9, abs=0.01)
     with pytest.raises(ValueError, match="300 of 500 questions lose .* raise alpha"):
-        calibration.fit(np.ones(500), np.arange(500) < 300, 0.01, 0.05)
+        calibration.fit(trusting(np.ones(500), np.arange(500) < 300), 0.01, 0.05)
 
 
 @pytest.mark.parametrize("n, p", [(7, 0.3), (299, 0.01), (2000, 0.004)])

@@ -1,4 +1,4 @@
-"""Escalation in the engine: the answer is the finer read's own, token for token, and nothing is encoded or compiled."""
+"""Escalation in the engine: the answer is the last pass's own, token for token; nothing is encoded or compiled."""
 
 import dataclasses
 
@@ -11,6 +11,7 @@ from avg_llava_jax.inference import engine as engine_module
 from avg_llava_jax.inference.buckets import VERIFIED
 from avg_llava_jax.inference.requests import Request
 from avg_llava_jax.inference.stress import compilations
+from tests.random_model import random_model
 from tests.small_engine import ended
 
 
@@ -45,7 +46,7 @@ def test_the_answer_is_that_of_the_finest_granularity(model, engine, photos):
         assert (answer.token_ids, answer.text, answer.finish) == (finest.token_ids, finest.text, finest.finish)
         assert answer.granularity == finest.granularity
         assert answer.certainty == pytest.approx(finest.certainty, abs=1e-4)
-        assert answer.visual_tokens == sum(read.visual_tokens for read in answer.passes)
+        assert answer.visual_tokens == sum(each.visual_tokens for each in answer.passes)
         escalated = bool(request.images) and request.escalate > 0
         assert len(answer.passes) == 1 + escalated and answer.passes[-1].visual_tokens == finest.visual_tokens
     after = engine.stats()
@@ -92,7 +93,7 @@ def test_only_an_uncertain_answer_escalates_at_its_first_uncertain_token(model, 
     doubted = dataclasses.replace(request, escalate=min(1.0, coarse.certainty * 1.001))
     kept, dropped = run(engine, [trusted, doubted])
     assert kept.token_ids == coarse.token_ids and kept.granularity == 4 and len(kept.passes) == 1
-    assert dropped.granularity == 16 and [read.granularity for read in dropped.passes] == [4, 16]
+    assert dropped.granularity == 16 and [each.granularity for each in dropped.passes] == [4, 16]
     assert dropped.passes[0].certainty == pytest.approx(coarse.certainty, rel=1e-4)
     first = run(engine, [dataclasses.replace(request, escalate=1.0)])[0].passes[0].certainty
     assert first == pytest.approx(one.certainty, rel=1e-4)
@@ -105,17 +106,17 @@ def test_certainty_is_the_lowest_probability(model, photos):
     assert answer.certainty == pytest.approx(float(np.exp(logits.max() - np.logaddexp.reduce(logits))), abs=1e-5)
 
 
-def test_a_stream_shows_the_last_read_alone(model, photos):
+def test_a_stream_shows_the_last_pass_alone(model, photos):
     options = {"granularity": 4, "max_new_tokens": 24}
     for escalate, granularity in ((1.0, 16), (1e-9, 4)):
         stream = model.stream(photos[0], "Who stands left of 4?", escalate=escalate, **options)
         pieces = list(stream)
         finest = model.answer(photos[0], "Who stands left of 4?", **options | {"granularity": granularity})
         assert "".join(pieces) == finest.text == stream.answer.text
-        assert len(pieces) > 1 or granularity == 4, "a read that may be dropped is shown once it is certain"
+        assert len(pieces) > 1 or granularity == 4, "a pass that may be dropped is shown once it is certain"
 
 
-def test_both_reads_are_within_the_budget(model, photos):
+def test_all_passes_are_within_the_budget(model, photos):
     request = Request("Who?", photos[0], granularity=4, escalate=1.0, max_new_tokens=4)
     reads = {g: alone(model, request, g).visual_tokens for g in model.config.granularities}
     for budget, granularity in ((reads[4] + reads[16], 16), (reads[4] + reads[16] - 1, 8), (reads[4], 4)):
@@ -123,6 +124,45 @@ def test_both_reads_are_within_the_budget(model, photos):
         assert answer.granularity == granularity and answer.visual_tokens <= budget
     with pytest.raises(ValueError, match=r"escalate=1.5 must be 0 \(off\), a probability or calibrated"):
         Request("Who?", escalate=1.5)
+
+
+def test_passes_climb_two_steps_at_a_time(tiny, tokenizer, photos, tmp_path):
+    """On a ladder of five: 1, 4, 16, or 2, 8, 16; each pass is kept where it is certain, and drafts the next."""
+    ladder = dataclasses.replace(tiny, scaler=dataclasses.replace(tiny.scaler, halvings=4))
+    assert ladder.granularities == (1, 2, 4, 8, 16)
+    model = random_model(ladder, tokenizer)
+    request = Request("Who stands left of 4?", photos[0], escalate=1.0, max_new_tokens=12)
+    chains = {1: [1, 4, 16], 2: [2, 8, 16], 4: [4, 16], 8: [8, 16], 16: [16]}
+    asked = [dataclasses.replace(request, granularity=g) for g in chains]
+    finest = alone(model, request, 16)
+    for answer, chain in zip(model.answer_batch(asked), chains.values(), strict=True):
+        assert answer.token_ids == finest.token_ids and [each.granularity for each in answer.passes] == chain
+        assert answer.visual_tokens == sum(alone(model, request, g).visual_tokens for g in chain)
+
+    glance, look = (alone(model, request, g) for g in (1, 4))
+    between = sorted((glance.certainty, look.certainty))
+    middle = dataclasses.replace(request, granularity=1, escalate=sum(between) / 2)
+    kept = model.answer_batch([middle])[0]
+    if glance.certainty < look.certainty:
+        assert [each.granularity for each in kept.passes] == [1, 4] and kept.token_ids == look.token_ids
+    else:
+        assert [each.granularity for each in kept.passes] == [1] and kept.token_ids == glance.token_ids
+
+    tokens = {g: alone(model, request, g).visual_tokens for g in ladder.granularities}
+    for budget, chain in (
+        (tokens[1] + tokens[4] + tokens[16], [1, 4, 16]),
+        (tokens[1] + tokens[4] + tokens[8], [1, 4, 8]),
+        (tokens[1] + tokens[4] + tokens[8] - 1, [1, 4]),
+        (tokens[1] + tokens[2], [1, 2]),
+    ):
+        answer = model.answer_batch([dataclasses.replace(asked[0], max_visual_tokens=budget)])[0]
+        assert [each.granularity for each in answer.passes] == chain and answer.visual_tokens <= budget
+
+    found = explain.explain(model, dataclasses.replace(request, cost_weight=100.0))
+    assert [answer.passes[-1].granularity for answer in found.answers] == [1, 4, 16]
+    assert [answer.text for answer in found.answers] == [glance.text, look.text, finest.text]
+    explain.draw(found, tmp_path / "three.png")
+    assert explain.look_names(3) == ["a glance", "another look", "a close look"]
 
 
 def test_explain_draws_a_glance_and_a_close_look(model, photos, tmp_path):

@@ -1,9 +1,11 @@
 """Policies that answer twice: their costs, what is fitted where, and the frontier."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
-from avg_llava_jax.eval import escalation, policies
+from avg_llava_jax.eval import escalation, policies, timing
 from avg_llava_jax.eval.escalation import Policy
 
 
@@ -33,7 +35,7 @@ def records(config, count=400, seed=0):
     return found
 
 
-def test_every_read_is_counted(tiny):
+def test_every_pass_is_counted(tiny):
     made = records(tiny, 3)
     for record, sure in zip(made, (0.4, 0.8, 0.4), strict=True):
         record |= {"certainty": {4: sure, 8: 0.3, 16: 0.1}, "right": {4: 0.2, 8: 0.5, 16: 1.0}}
@@ -50,6 +52,23 @@ def test_every_read_is_counted(tiny):
     seconds = escalation.Costs(first, again, router=0.25)  # the router is asked where its price is finite
     assert escalation.apply_policy(table, Policy(float("inf"), 0.5), seconds).cost.tolist() == [5, 1, 5]
     assert escalation.apply_policy(table, Policy(2.0, 0.5), seconds).cost.tolist() == [5.25, 1.25, 5.25]
+
+
+def test_passes_climb_as_in_the_engine(tiny):
+    """Places 0, 2, 4 of a ladder of five, each while the pass before was not certain; timed sums give each pass."""
+    ladder = dataclasses.replace(tiny, scaler=dataclasses.replace(tiny.scaler, halvings=4))
+    tokens = np.array([[1.0, 2.0, 4.0, 8.0, 16.0]] * 4)
+    sure = np.array([[0.3, 0.9, 0.6, 0.9, 0.1], [0.3, 0.9, 0.8, 0.9, 0.1], [0.8, 0, 0, 0, 0], [0.0, 0, 0, 0, 0]])
+    right = np.arange(20).reshape(4, 5) / 20
+    table = escalation.Table(right, sure, tokens, np.zeros((4, 5)), np.array([4, 4, 4, 3]), np.zeros(4, int))
+    assert escalation.following(table).tolist() == [[2, 3, 4, 4, 4]] * 3 + [[2, 3, 3, 3, 4]]
+    found = escalation.apply_policy(table, Policy(float("inf"), 0.7))
+    assert found.last.tolist() == [4, 2, 0, 3] and found.cost.tolist() == [1 + 4 + 16, 1 + 4, 1, 1 + 4 + 8]
+    assert found.right.tolist() == [right[0, 4], right[1, 2], right[2, 0], right[3, 3]]
+    costs = {f"always {g}": 1.0 + g for g in ladder.granularities} | {"routed to 1": 2.5}
+    costs |= {"1 and finer": 2 + 3 + 10, "2 and finer": 3 + 5 + 10, "4 and finer": 5 + 11, "8 and finer": 9 + 12}
+    seconds = timing.pass_costs(ladder, costs, 4)
+    assert seconds.next_pass[0].tolist() == [13 - 11, 15 - 12, 11, 12, 0] and seconds.router == 0.5
 
 
 def test_the_price_is_that_of_the_engine(tiny):

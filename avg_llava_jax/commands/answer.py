@@ -20,7 +20,7 @@ COST_WEIGHT = flags.DEFINE_float(
 )
 MAX_VISUAL_TOKENS = flags.DEFINE_integer("max_visual_tokens", None, "Upper bound, all images together.", 1)
 ESCALATE = flags.DEFINE_string(
-    "escalate", "0", "A probability: an answer less certain is given again at the finest granularity. Or: calibrated."
+    "escalate", "0", "A probability: an answer less certain is given again at a finer granularity. Or: calibrated."
 )
 MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 256, "Length of the longest answer, in tokens.", lower_bound=1)
 TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 is greedy.", lower_bound=0.0)

@@ -10,7 +10,10 @@ OUT, as those of `avg-llava evaluate`.
 
 from __future__ import annotations
 
+import functools
 import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from absl import flags
 
@@ -20,13 +23,31 @@ ALPHA = flags.DEFINE_float("alpha", 0.01, "The largest share of questions that m
 DELTA = flags.DEFINE_float("delta", 0.05, "The probability that the share is larger.", 1e-12, 0.999999)
 BEGIN = flags.DEFINE_list("begin", None, "Where answers begin: tokens per tile, auto. Default: the coarsest and auto.")
 flags.adopt_module_key_flags(evaluate)
-KEYS = "right", "certainty"
+
+
+def places(ladder: Sequence[Any], records: Sequence[Mapping[str, Any]], begin: str) -> list[int]:
+    """The place in the ladder where each question begins. begin: tokens per tile, or auto.
+
+    Raises:
+      ValueError: the router chose different granularities for the images of one question, whose further passes were
+        not measured.
+    """
+    named = [str(g) for g in ladder]
+    if begin != "auto":
+        return [named.index(begin)] * len(records)
+    chosen = [{str(g) for g in record["chosen"]} for record in records]
+    mixed = sum(len(each) > 1 for each in chosen)
+    if mixed:
+        raise ValueError(
+            f"--begin=auto: the router chose different granularities for the images of {mixed} questions, so what "
+            f"follows was not measured: calibrate with --begin={named[0]}, or on questions about one image"
+        )
+    return [named.index(each.pop()) for each in chosen]
 
 
 def main() -> None:
     import numpy as np
 
-    from avg_llava_jax.config import named
     from avg_llava_jax.eval import calibration, escalation
     from avg_llava_jax.inference.calibration import Calibration
 
@@ -45,20 +66,18 @@ def main() -> None:
     print(f"alpha={ALPHA.value:g}, delta={delta:g} each: {calibration.questions_needed(ALPHA.value, delta)} are needed")
 
     table = escalation.table(model.config, records)
+    costs = escalation.token_costs(table)
     fine = table.right[np.arange(len(records)), table.finest]
     thresholds = {}
     for begin in begins:
-        first = [
-            record["adaptive"] if begin == "auto" else {key: record[key][named(begin)] for key in KEYS}
-            for record in records
-        ]
-        right, certainty = (np.array([each[key] for each in first], float) for key in KEYS)
-        threshold = calibration.fit(certainty, right < fine, ALPHA.value, delta)
-        again = certainty < threshold
+        first = np.array(places(model.config.granularities, records, begin))
+        kept = functools.partial(escalation.escalated, table, first, costs=costs)
+        threshold = calibration.fit(lambda t, kept=kept: kept(t).right < fine, ALPHA.value, delta)
+        found = kept(threshold)
         thresholds[begin] = threshold
         print(
-            f"{begin:>6}: escalate={threshold:.6f}, {again.mean():.1%} escalate, "
-            f"accuracy {np.where(again, fine, right).mean():.4f}, always {finest} {fine.mean():.4f}"
+            f"{begin:>6}: escalate={threshold:.6f}, {(found.last != first).mean():.1%} escalate, "
+            f"accuracy {found.right.mean():.4f}, always {finest} {fine.mean():.4f}"
         )
     found = Calibration(
         step=model.step,

@@ -39,7 +39,7 @@ def main() -> None:
     for name, length in zip([*found.config.granularities, "router"], found.seq_len, strict=True):
         left_out = "" if name in found.logits else "  (over the model's limit)"
         print(f"packed length at {name}: {length}{left_out}")
-    for name, answer in zip(("a glance", "a close look"), found.answers, strict=False):
+    for name, answer in zip(explain.look_names(len(found.answers)), found.answers, strict=True):
         last = answer.passes[-1]
         print(f"{name}: {answer.text!r} from {last.visual_tokens} visual tokens, certainty {answer.certainty:.4f}")
     if OUTPUT.value:

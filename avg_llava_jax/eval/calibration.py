@@ -1,9 +1,9 @@
 """Thresholds of certainty with a guarantee, from questions that were answered at several granularities.
 
-An answer at a coarse granularity is trusted where its certainty is at least t; otherwise the finest granularity
-answers. The risk of t is the probability that a question loses by it:
+An answer is kept where its certainty is at least t; otherwise a finer granularity answers, up to the finest. The risk
+of t is the probability that a question loses by it:
 
-    risk(t) = P(certainty >= t, and the grade is below that of the finest granularity)
+    risk(t) = P(the answer that is kept has a lower grade than that of the finest granularity)
 
 so the accuracy is at most risk(t) below that of the finest granularity. `fit` returns a t with risk(t) <= alpha, with
 probability 1 - delta over the draw of the n questions, whatever their distribution: "learn then test" (Angelopoulos et
@@ -18,7 +18,7 @@ With alpha 0.01 and delta 0.05, 299 questions without any loss are the fewest: 0
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
 
@@ -26,29 +26,29 @@ THRESHOLDS = 1 / (1 + np.exp(-np.arange(16, -4.01, -0.1)))
 """What `fit` tests, in this order: probabilities with log-odds of 16, 15.9, ..., -4. It must not depend on the data."""
 
 
-def fit(certainty: np.ndarray, lost: np.ndarray, alpha: float, delta: float) -> float:
+def fit(lost: Callable[[float], np.ndarray], alpha: float, delta: float) -> float:
     """The lowest threshold whose risk is at most `alpha`, with confidence 1 - delta.
 
-    certainty: (n,), of the coarse answers. lost: bool (n,), whether the coarse answer has the lower grade.
+    lost: bool (n,), whether each question loses with a threshold.
 
     Raises:
       ValueError: there are too few questions, or too many of the most certain answers lose; says so in one line.
     """
-    least = questions_needed(alpha, delta)
-    if len(lost) < least:
+    least, count = questions_needed(alpha, delta), len(lost(float(THRESHOLDS[0])))
+    if count < least:
         raise ValueError(
-            f"{len(lost)} independent questions cannot support alpha={alpha:g} with delta={delta:g}: "
+            f"{count} independent questions cannot support alpha={alpha:g} with delta={delta:g}: "
             f"at least {least} are needed"
         )
     found = None
     for threshold in THRESHOLDS:
-        losses = int(np.sum(lost & (certainty >= threshold)))
-        if binomial_tail(losses, len(lost), alpha) > delta:
+        losses = int(np.sum(lost(float(threshold))))
+        if binomial_tail(losses, count, alpha) > delta:
             break
         found = float(threshold)
     if found is None:
         raise ValueError(
-            f"{losses} of {len(lost)} questions lose though their certainty is over {THRESHOLDS[0]:.7f}: "
+            f"{losses} of {count} questions lose though their certainty is over {THRESHOLDS[0]:.7f}: "
             f"no threshold supports alpha={alpha:g} with delta={delta:g}; raise alpha, or give more questions"
         )
     return found

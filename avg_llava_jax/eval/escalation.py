@@ -1,8 +1,9 @@
-"""Policies that answer at a coarse granularity and, where the answer is not certain enough, again at the finest.
+"""Policies that answer at a coarse granularity and, while the answer is not certain enough, again at a finer one.
 
 A policy is a pair (cost_weight, escalate), as in `Request`: the router chooses where to begin at that price of tokens
 (infinite: at the coarsest granularity), and an answer whose certainty is below `escalate` is replaced by that of the
-finest. Every pass is counted. (w, 0) is the router alone, (infinite, t) escalation alone; all pairs are both together.
+next pass, `choosing.FINER` steps finer, up to the finest. Every pass is counted. (w, 0) is the router alone,
+(infinite, t) escalation alone; all pairs are both together.
 
 Policies are fitted on one half of the questions and measured on the other, in both directions, so that no question has
 a part in the choice of its own policy. Questions about the same images are in the same half.
@@ -17,6 +18,7 @@ import numpy as np
 
 from avg_llava_jax.config import ModelConfig
 from avg_llava_jax.data.packing import Sample, tiles_of
+from avg_llava_jax.inference.choosing import FINER
 from avg_llava_jax.parallel.costs import encoder_flops, language_flops, router_flops
 
 Record = dict[str, Any]
@@ -73,6 +75,15 @@ def table(config: ModelConfig, records: Sequence[Record], seed: int = 0) -> Tabl
     )
 
 
+def following(table: Table) -> np.ndarray:
+    """Places int (n, G) of the pass that follows one at each granularity; the finest that fits is followed by itself.
+
+    With five granularities that all fit: [2, 3, 4, 4, 4]. If only the first four fit: [2, 3, 3, 3, 4].
+    """
+    places = np.arange(table.tokens.shape[1])
+    return np.maximum(np.minimum(places + FINER, table.finest[:, None]), places)
+
+
 def begin(table: Table, cost_weight: float) -> np.ndarray:
     """Places int (n,) of the granularities where the router begins at a price of tokens."""
     if np.isinf(cost_weight):
@@ -92,35 +103,33 @@ class Outcome(NamedTuple):
 class Costs(NamedTuple):
     """What answers take, in one unit.
 
-    first_pass: (n, G), answers at each granularity, images included. second_pass: (n, G), the pass at the finest
-    granularity that follows one at each. router: the choice of where to begin.
+    first_pass: (n, G), answers at each granularity, images included. next_pass: (n, G), the pass that follows one at
+    each, see `following`. router: the choice of where to begin.
     """
 
     first_pass: np.ndarray
-    second_pass: np.ndarray
+    next_pass: np.ndarray
     router: float = 0.0
 
 
 def token_costs(table: Table) -> Costs:
     """Visual tokens of every pass."""
-    finest = np.take_along_axis(table.tokens, table.finest[:, None], axis=1)
-    return Costs(table.tokens, np.broadcast_to(finest, table.tokens.shape))
+    return Costs(table.tokens, np.take_along_axis(table.tokens, following(table), axis=1))
 
 
 def flop_costs(config: ModelConfig, samples: Sequence[Sample], table: Table) -> Costs:
     """FLOPs by formula, in billions: encoder, router and prefill, without the decoding of answers.
 
-    A second pass counts its whole prompt: the text in front of an image, which it may share, is not subtracted.
+    A further pass counts its whole prompt: the text in front of an image, which it may share, is not subtracted.
     """
     tiles = np.array([tiles_of(sample, config) for sample in samples])
     text = np.array([len(sample.tokens.ids) - len(sample.sizes) for sample in samples])
     encoder = np.array([encoder_flops(config, int(count)) for count in tiles])
     prefill = np.vectorize(lambda length: language_flops(config.language, 1, int(length), 1), otypes=[float])
-    reads = prefill(text[:, None] + table.tokens)
-    finest = np.take_along_axis(reads, table.finest[:, None], axis=1)
+    passes = prefill(text[:, None] + table.tokens) / 1e9
     router = np.mean([router_flops(config, 1, int(count)) for count in tiles])
-    first, second_pass = encoder[:, None] + reads, np.broadcast_to(finest, reads.shape)
-    return Costs(first / 1e9, second_pass / 1e9, float(router) / 1e9)
+    further = np.take_along_axis(passes, following(table), axis=1)
+    return Costs(encoder[:, None] / 1e9 + passes, further, float(router) / 1e9)
 
 
 def apply_policy(table: Table, policy: Policy, costs: Costs | None = None) -> Outcome:
@@ -130,12 +139,21 @@ def apply_policy(table: Table, policy: Policy, costs: Costs | None = None) -> Ou
     costs 10 + 40 and has the grade of the second column, the second costs 10.
     """
     costs = token_costs(table) if costs is None else costs
-    row, first = np.arange(len(table.tokens)), begin(table, policy.cost_weight)
-    again = (table.certainty[row, first] < policy.escalate) & (first < table.finest)
-    last = np.where(again, table.finest, first)
-    cost = costs.first_pass[row, first] + np.where(again, costs.second_pass[row, first], 0)
-    routed = 0.0 if np.isinf(policy.cost_weight) else costs.router
-    return Outcome(table.right[row, last], cost + routed, last)
+    found = escalated(table, begin(table, policy.cost_weight), policy.escalate, costs)
+    return found if np.isinf(policy.cost_weight) else found._replace(cost=found.cost + costs.router)
+
+
+def escalated(table: Table, first: np.ndarray, escalate: float, costs: Costs) -> Outcome:
+    """The questions where the first passes are at the places int (n,), and each uncertain pass is followed by another.
+
+    With certainties [.3, .9, .6, .9, .9], all passes from place 0 and a threshold of .7: places 0, 2, 4.
+    """
+    row, further, last = np.arange(len(first)), following(table), first
+    cost = costs.first_pass[row, first]
+    while (again := (table.certainty[row, last] < escalate) & (further[row, last] > last)).any():
+        cost = cost + np.where(again, costs.next_pass[row, last], 0)
+        last = np.where(again, further[row, last], last)
+    return Outcome(table.right[row, last], cost, last)
 
 
 def cross_fitted(of_each: Sequence[Outcome], half: np.ndarray) -> Outcome:

@@ -1,6 +1,6 @@
 """Why the router chose a granularity: its scores, votes and selected words, as arrays and as a figure.
 
-If the request may escalate, also its first answer, the certainty of that, and its answer at the finest granularity.
+If the request may escalate, also the answer of each pass and its certainty.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class Explanation:
         router_pre_norm.
     words: for each image, the text of the selected instruction tokens, most similar first; "" = none.
     images: the images, upright.
-    escalate: the certainty below which the answer is given again, 0 = never. answers: with it, the answer at the
-        chosen granularities, and the one that follows if that is not certain enough.
+    escalate: the certainty below which the answer is given again, 0 = never. answers: with it, the answer of each pass:
+        at the chosen granularities first, and of those that follow while it is not certain enough.
     """
 
     config: ModelConfig
@@ -113,10 +113,11 @@ def explain(model: AvgLlava, request: Request) -> Explanation:
 
     threshold, answers = prepared.request.escalate, []
     if threshold and "router" in fitting:
+        (last,) = model.answer_prepared([dataclasses.replace(prepared, choice=choice)])
         once = dataclasses.replace(prepared.request, escalate=0.0)
-        both = [dataclasses.replace(prepared, request=each, choice=choice) for each in (once, prepared.request)]
-        glance, last = model.answer_prepared(both)
-        answers = [glance, last] if len(last.passes) > 1 else [glance]
+        before = [each.granularity if images > 1 else (each.granularity,) for each in last.passes[:-1]]
+        dropped = [dataclasses.replace(prepared, request=once, choice=each) for each in before]
+        answers = [*model.answer_prepared(dropped), last]
 
     votes, at = [], 0
     for size in sample.sizes:
@@ -152,11 +153,11 @@ def draw(explanation: Explanation, path: str | os.PathLike[str]) -> None:
     count = len(explanation.images)
     config = explanation.config.of(count)
     levels = config.granularities
-    reads = count if explanation.answers else 0
-    figure = Figure(figsize=(14, 7 * count + 4 * reads), layout="constrained")
-    parts = np.atleast_1d(figure.subfigures(count + reads, 1, height_ratios=[7] * count + [4] * reads))
+    passes = count if explanation.answers else 0
+    figure = Figure(figsize=(14, 7 * count + 4 * passes), layout="constrained")
+    parts = np.atleast_1d(figure.subfigures(count + passes, 1, height_ratios=[7] * count + [4] * passes))
     for i, part in enumerate(parts[count:]):
-        _draw_reads(part, config, explanation, i)
+        _draw_passes(part, config, explanation, i)
     for part, i in zip(parts, range(count), strict=False):
         above, below = part.subfigures(2, 1, height_ratios=(1.3, 1))
         image, chosen = explanation.images[i], int(explanation.router_choice[i])
@@ -181,23 +182,27 @@ def draw(explanation: Explanation, path: str | os.PathLike[str]) -> None:
     figure.savefig(path, dpi=100)
 
 
-def _draw_reads(figure: Any, config: ModelConfig, explanation: Explanation, image: int) -> None:
-    """The first pass on one image, its certainty against the threshold, and the second pass, if there was one."""
-    glance, *close = explanation.answers
-    left, middle, right = figure.subplots(1, 3)
-    for axis, name, answer in zip((left, right), ("a glance", "a close look"), (glance, *close), strict=False):
+def look_names(count: int) -> list[str]:
+    """Names of the passes of an answer. Of three: a glance, another look, a close look."""
+    return ["a glance", *["another look"] * (count - 2), "a close look"][:count]
+
+
+def _draw_passes(figure: Any, config: ModelConfig, explanation: Explanation, image: int) -> None:
+    """What each pass saw of one image, and its certainty against the threshold."""
+    names = look_names(len(explanation.answers))
+    first, middle, *others = figure.subplots(1, max(len(names), 2) + 1)
+    for axis, name, answer in zip((first, *others), names, explanation.answers, strict=False):
         each = answer.granularity if isinstance(answer.granularity, tuple) else (answer.granularity,)
         draw_grid(axis, config, explanation.images[image], each[image])
         said = textwrap.shorten(answer.text, 40, placeholder=" ...").replace("$", r"\$")
         axis.set_title(f"{name}: {each[image]} tokens a tile, {answer.passes[-1].visual_tokens} in all\n“{said}”")
-    names = ["a glance", "a close look"][: len(explanation.answers)]
     _bars(middle, names, np.array([answer.certainty for answer in explanation.answers]), None, "certainty")
     middle.axvline(explanation.escalate, color="tab:red", label=f"escalate below {explanation.escalate:g}")
     middle.set_xlim(0, 1)
     middle.legend(loc="lower right")
-    if not close:
-        right.set_axis_off()
-        right.text(0.5, 0.5, "certain enough:\nno close look", ha="center", va="center")
+    if len(names) == 1:
+        others[0].set_axis_off()
+        others[0].text(0.5, 0.5, "certain enough:\nno close look", ha="center", va="center")
 
 
 def vote_maps(config: ModelConfig, size: Size, votes: np.ndarray) -> dict[Granularity, np.ndarray]:

@@ -17,6 +17,7 @@ from avg_llava_jax.eval.evaluation import Question
 from avg_llava_jax.eval.policies import by_key
 from avg_llava_jax.inference.api import AvgLlava
 from avg_llava_jax.inference.buckets import length_bucket
+from avg_llava_jax.inference.choosing import FINER
 from avg_llava_jax.inference.model import length_at
 from avg_llava_jax.inference.requests import Prepared, Request
 
@@ -34,22 +35,23 @@ def seconds_per_answer(
 
 
 def passes(config: ModelConfig, questions: Sequence[Question], request: Request) -> dict[str, list[Prepared]]:
-    """The requests that `pass_costs` needs timed: at each granularity, then also at the finest, and with the router."""
-    (coarsest, *_), finest = config.granularities, config.granularities[-1]
-    twice = dataclasses.replace(request, escalate=1.0)
+    """The requests that `pass_costs` needs timed: each granularity, then with all finer passes; the router."""
+    coarsest = config.granularities[0]
+    further = dataclasses.replace(request, escalate=1.0)
     ways = {f"always {g}": at_each(config, questions, request, g) for g in config.granularities}
-    ways |= {f"{g}, then {finest}": at_each(config, questions, twice, g) for g in config.granularities[:-1]}
+    ways |= {f"{g} and finer": at_each(config, questions, further, g) for g in config.granularities[:-1]}
     routed = dataclasses.replace(request, cost_weight=1e9)
     return ways | {f"routed to {coarsest}": at_each(config, questions, routed, None)}
 
 
 def pass_costs(config: ModelConfig, seconds: Mapping[str, float], count: int) -> Costs:
     """Seconds of `passes`, as costs that are the same for `count` questions. seconds: by policy."""
-    (coarsest, *_), finest = config.granularities, config.granularities[-1]
-    first = [seconds[f"always {g}"] for g in config.granularities]
-    again = [seconds[f"{g}, then {finest}"] - seconds[f"always {g}"] for g in config.granularities[:-1]]
-    router = seconds[f"routed to {coarsest}"] - first[0]
-    return Costs(np.tile(first, (count, 1)), np.tile([*again, 0.0], (count, 1)), max(router, 0.0))
+    ladder = config.granularities
+    first = [seconds[f"always {g}"] for g in ladder]
+    later = [seconds[f"{g} and finer"] - seconds[f"always {g}"] for g in ladder[:-1]] + [0.0]  # all further passes
+    following = [later[place] - later[min(place + FINER, len(ladder) - 1)] for place in range(len(ladder))]
+    router = seconds[f"routed to {ladder[0]}"] - first[0]
+    return Costs(np.tile(first, (count, 1)), np.tile(following, (count, 1)), max(router, 0.0))
 
 
 def commonest(config: ModelConfig, questions: Sequence[Question], count: int) -> list[Question]:

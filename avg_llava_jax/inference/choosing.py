@@ -42,11 +42,17 @@ def choose(
     return tuple(config.granularities[place] for place in places)
 
 
-def next_choice(config: ModelConfig, prepared: Prepared, choice: Sequence[Granularity]) -> tuple[Granularity, ...]:
+FINER = 2
+"""Steps of the ladder from a pass to the next: about four times the tokens. 36 is followed by 144, and that by 576."""
+
+
+def next_choice(
+    config: ModelConfig, prepared: Prepared, choice: Sequence[Granularity], spent: int = 0
+) -> tuple[Granularity, ...]:
     """The granularity of each image for the pass that follows one at `choice`; empty if none follows.
 
-    It is the finest that fits into `max_length`, and into `max_visual_tokens` together with the first pass. Images that
-    are already finer keep their granularity.
+    It is `FINER` steps finer, or fewer if that does not fit into `max_length`, or into `max_visual_tokens` together
+    with the passes before. spent: visual tokens of those before `choice`.
     """
     sample, budget, ladder = prepared.sample, prepared.request.max_visual_tokens, config.granularities
     costs = token_costs(config, sample.sizes)
@@ -55,10 +61,10 @@ def next_choice(config: ModelConfig, prepared: Prepared, choice: Sequence[Granul
     def tokens(each: Sequence[Granularity]) -> int:
         return sum(int(row[ladder.index(g)]) for row, g in zip(costs, each, strict=True))
 
-    for granularity in reversed(ladder):
-        found = tuple(max(granularity, g, key=ladder.index) for g in choice)
+    for steps in range(FINER, 0, -1):
+        found = tuple(ladder[min(ladder.index(g) + steps, len(ladder) - 1)] for g in choice)
         fits = text + tokens(found) <= config.language.max_length
-        if fits and (budget is None or tokens(choice) + tokens(found) <= budget):
+        if fits and (budget is None or spent + tokens(choice) + tokens(found) <= budget):
             return () if found == tuple(choice) else found
     return ()
 

@@ -179,7 +179,9 @@ def repack_finer(model: Model, job: Job, pages: int, ended: bool) -> None:
     without sampling, penalties and guides.
     """
     draft = job.tokens[: len(job.tokens) - ended] if job.next().greedy else []
-    job.choice, job.finer, job.logprobs, job.token_scores, job.held = job.finer, (), [], [], ""
+    spent = sum(each.visual_tokens for each in job.passes)
+    job.choice, job.logprobs, job.token_scores, job.held = job.finer, [], [], ""
+    job.finer = choosing.next_choice(model.config, job.prepared, job.choice, spent)
     job.stream.restart()
     if job.matcher is not None:
         job.matcher = model.matcher(job.prepared.request.guide)

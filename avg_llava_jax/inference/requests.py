@@ -37,8 +37,9 @@ class Request:
     max_visual_tokens: the most visual tokens of all images together, newlines included; None = no bound.
         See `choosing`.
     escalate: a probability, 0 = off. An answer whose certainty (`Pass.certainty`) is below it is dropped, and the
-        request is answered at the finest granularity at which the prompt fits and the tokens of both passes are within
-        `max_visual_tokens`. Only the last pass streams. "calibrated": what `avg-llava calibrate` fitted.
+        request is answered again at about four times the tokens, up to the finest granularity at which the prompt fits
+        and the tokens of all passes are within `max_visual_tokens`. Only the pass that is kept streams. "calibrated":
+        what `avg-llava calibrate` fitted.
     max_new_tokens: tokens to generate at most; fewer where prompt and answer reach the model's `max_length`.
     temperature: 0 = greedy. top_p: in (0, 1], 1 = off. top_k: 0 = off.
     min_p: drop tokens less likely than this share of the best; in [0, 1], 0 = off.

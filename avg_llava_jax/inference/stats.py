@@ -18,7 +18,7 @@ class Stats:
     rejected: requests that `submit` refused, as malformed or because the queue was full.
     tokens: generated tokens, those after a stop string included. visual_tokens: of all prompts that got a slot.
     granularities: {granularity: images that were packed at it}.
-    escalated: requests that were packed again at a finer granularity. draft_tokens: tokens of their drafts.
+    escalated: passes that followed one that was not certain enough. draft_tokens: tokens of their drafts.
     verified_tokens: draft tokens that the finer prefill predicts as well, which need no decoding.
     image_hits, image_misses: images that were encoded when a request asked for them, and those that were not.
     prefix_hits: prompts with a cached prefix. prefix_tokens: their cached positions.

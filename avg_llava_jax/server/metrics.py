@@ -22,7 +22,7 @@ COUNTERS = {
     "tokens": "Tokens generated.",
     "visual_tokens": "Visual tokens of all prompts.",
     "raised": "Requests for which the load raised the price of visual tokens.",
-    "escalated": "Requests that were answered again at the finest granularity.",
+    "escalated": "Passes that followed one that was not certain enough.",
     "draft_tokens": "Tokens of the answers that they had.",
     "verified_tokens": "Tokens of these that the finest granularity gave as well.",
     "image_hits": "Images whose encoding was cached.",

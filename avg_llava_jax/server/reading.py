@@ -137,7 +137,7 @@ LOOKING = (
         "escalate",
         Parsed('0 .. 1, or `"calibrated"`', _threshold),
         sets="escalate",
-        about="an answer less certain is given again at the finest granularity",
+        about="an answer less certain is given again at a finer granularity",
     ),
 )
 """Our own fields."""

@@ -3,8 +3,9 @@
 Three ways in turn, side by side in one run, to the same answers of --new_tokens about the same image:
 
     finest      the finest granularity alone
-    agrees      the coarsest first, whose whole answer is that of the finest: it turns out uncertain at its last token
-    disagrees   the coarsest first, uncertain at its first token, which is another than the finest's
+    agrees      the coarsest first, then every further pass up to the finest: each gives the whole answer of the finest
+                and turns out uncertain at its last token
+    disagrees   the same passes, each uncertain at its first token, which is another than the finest's
 
 Weights are random, so certainties and drafts are set here; all that the engine computes is computed. Writes
 OUT/escalation.json and OUT/escalation.md.
@@ -36,6 +37,7 @@ def timed(
 ) -> tuple[float, tuple[int, ...]]:
     """Seconds and token ids of one answer. expected: the finest granularity's tokens, () before they are known."""
     from avg_llava_jax.inference import engine, job
+    from avg_llava_jax.inference.choosing import FINER
 
     repack_finer, coarsest, finest = engine.repack_finer, model.config.granularities[0], model.config.granularities[-1]
 
@@ -53,7 +55,7 @@ def timed(
         begin = clock()
         answer = model.answer(image, inference.PROMPT, max_new_tokens=inference.NEW_TOKENS.value, **first)
         seconds = clock() - begin
-    if len(answer.passes) != 1 + (way != "finest"):
+    if len(answer.passes) != len(model.config.granularities[::-FINER] if way != "finest" else [finest]):
         raise RuntimeError(f"{way}: {len(answer.passes)} passes")
     return seconds, answer.token_ids
 
