@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains the checkpoint that the project ships, about an hour on two cores: bash launch/make_jersey.sh [WORKDIR]
+# Trains the checkpoint that the project ships, three quarters of an hour on two cores: bash launch/make_jersey.sh [WORKDIR]
 # Killed, it goes on where it was. The result replaces avg_llava_jax/assets/jersey.
 set -euo pipefail
 cd "$(dirname "$0")/.."
