@@ -17,5 +17,4 @@ def get_config() -> ConfigDict:
     config.data.shapes = 12
     config.data.workers = 8
     config.optimizer.learning_rate = 1e-3
-    config.optimizer.accumulate = 2  # half the memory; libtpu 0.0.42 ends its process on the whole batch for v5e, v5p
     return config
