@@ -15,7 +15,10 @@ from avg_llava_jax.models.dropout import dropper
 from avg_llava_jax.models.linear import Linear
 
 DROPOUT_BLOCK = 128
-"""Queries of a long sequence that attend at once with dropout. With 256, libtpu 0.0.42 ends its process on the 7B's router for v5e, v5p."""
+"""Queries of a long sequence that attend at once with dropout.
+
+With 256, libtpu 0.0.42 ends its process on the 7B's router for v5e and v5p.
+"""
 
 
 class Routing(NamedTuple):
