@@ -81,7 +81,7 @@ def main() -> None:
             chances = "" if share is None else " (" + ", ".join(f"{k}: {p:.2f}" for k, p in share.items()) + ")"
             print(f"image {number}: {g} tokens a tile{chances}")
     for each in answer.passes[:-1]:
-        print(f"first pass at {each.granularity}: {each.visual_tokens} visual tokens, certainty {each.certainty:.4f}")
+        print(f"earlier pass at {each.granularity}: {each.visual_tokens} visual tokens, certainty {each.certainty:.4f}")
     times = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in answer.timings.items())
     counts = f"{answer.visual_tokens} visual tokens, {len(answer.token_ids)} new tokens"
     print(f"{counts}, certainty {answer.certainty:.4f}, {times}, of which {compiling.seconds:.2f} s compiling")

@@ -50,7 +50,7 @@ STAGES = {
         "steps": 2400,
         "data.path": "jersey?turns=8&coarse=0.3&near=0.5&seed=4",
         "optimizer.learning_rate": 1e-3,
-        "optimizer.encoder_learning_rate": 6e-4,  # at the full rate it would forget some of what it reads
+        "optimizer.encoder_learning_rate": 6e-4,
     },
     "router": {
         "phase": "rglf",

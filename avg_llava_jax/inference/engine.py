@@ -516,7 +516,7 @@ class Engine:
         self._counters.add(escalated=1, draft_tokens=job.draft)
         place = self._scheduler.readmit(job)
         self._count(job, place)
-        job.ticket.visual_tokens = sum(each.visual_tokens for each in job.passes) + job.visual
+        job.ticket.visual_tokens = job.spent + job.visual
         if place.source is not None:
             self._copy({place.slot: place.source}, place.shared)
 

@@ -109,6 +109,11 @@ class Job(Work):
                 break
         return least
 
+    @property
+    def spent(self) -> int:
+        """Visual tokens of its earlier passes."""
+        return sum(each.visual_tokens for each in self.passes)
+
     def reached(self, stage: str) -> None:
         self.times[stage] = time.perf_counter()
 
@@ -179,9 +184,8 @@ def repack_finer(model: Model, job: Job, pages: int, ended: bool) -> None:
     without sampling, penalties and guides.
     """
     draft = job.tokens[: len(job.tokens) - ended] if job.next().greedy else []
-    spent = sum(each.visual_tokens for each in job.passes)
     job.choice, job.logprobs, job.token_scores, job.held = job.finer, [], [], ""
-    job.finer = choosing.next_choice(model.config, job.prepared, job.choice, spent)
+    job.finer = choosing.next_choice(model.config, job.prepared, job.choice, job.spent)
     job.stream.restart()
     if job.matcher is not None:
         job.matcher = model.matcher(job.prepared.request.guide)

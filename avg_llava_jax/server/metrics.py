@@ -24,7 +24,7 @@ COUNTERS = {
     "raised": "Requests for which the load raised the price of visual tokens.",
     "escalated": "Passes that followed one that was not certain enough.",
     "draft_tokens": "Tokens of the answers that they had.",
-    "verified_tokens": "Tokens of these that the finest granularity gave as well.",
+    "verified_tokens": "Tokens of these that the next pass gave as well.",
     "image_hits": "Images whose encoding was cached.",
     "image_misses": "Images that had to be encoded.",
     "prefix_hits": "Prompts whose prefix was cached.",
