@@ -162,9 +162,11 @@ def test_evaluate(folder, tmp_path):
             model.prepare(Request("Who?", image, escalate="calibrated", **options))
     with pytest.raises(ValueError, match="holds without max_visual_tokens: give one of them"):
         model.prepare(Request("Who?", image, granularity=4, escalate="calibrated", max_visual_tokens=90))
-    (folder / "calibration.json").write_text("{}")
-    with pytest.raises(ValueError, match="calibration.json is not a calibration of this version"):
-        AvgLlava.load(folder).prepare(Request("Who?", escalate="calibrated"))
+    before = json.loads((folder / "calibration.json").read_text()) | {"format": 1}  # of escalation in one step
+    for text in ("{}", json.dumps(before)):
+        (folder / "calibration.json").write_text(text)
+        with pytest.raises(ValueError, match="calibration.json is not a calibration of this version"):
+            AvgLlava.load(folder).prepare(Request("Who?", escalate="calibrated"))
     (folder / "calibration.json").unlink()
 
     code, _, error = run("evaluate", *flags, "--max_new_tokens=3")

@@ -1,6 +1,6 @@
 """calibration.json in a checkpoint folder: the thresholds that `Request.escalate="calibrated"` takes.
 
-    {"format": 1, "step": 1200, "quantize": null, "alpha": 0.01, "delta": 0.05, "questions": 672,
+    {"format": 2, "step": 1200, "quantize": null, "alpha": 0.01, "delta": 0.05, "questions": 672,
      "data": "held_out.json", "thresholds": {"4": 0.93, "auto": 0.87}}
 
 A key of `thresholds` is where a request begins: tokens per tile of all its images, or auto, the router without a price.
@@ -15,7 +15,7 @@ import pathlib
 
 from avg_llava_jax.files import write_whole
 
-FILE, FORMAT = "calibration.json", 1
+FILE, FORMAT = "calibration.json", 2  # thresholds of format 1 are of escalation straight to the finest granularity
 
 
 @dataclasses.dataclass(frozen=True)
